@@ -1,0 +1,223 @@
+"""The paper's annotations (section 3.2): they say how a tensor is laid out.
+
+None of them changes a shape or a value, all of them are differentiable (the gradient
+carries the same annotation), and all are the identity where there is nothing to
+partition: in eager mode, while Keras infers shapes, and without an active mesh.
+Dimensions need not divide by the number of partitions.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+from tensorflow.experimental import dtensor
+
+from gshard_tf import hlo_sharding
+from gshard_tf.mesh import ActiveMesh, active_mesh
+
+
+@tf.autograph.experimental.do_not_convert
+def split(tensor: Any, split_dimension: int, num_partitions: int) -> Any:
+    """Splits `tensor` along one dimension: partition `i` is on device `i`.
+
+    Args:
+        tensor: A tensor of rank 1 or more.
+        split_dimension: The dimension, counted from 0, or from the end if negative.
+        num_partitions: How many parts, at most the devices of the mesh. Devices
+            left over, if any, hold copies, so it must divide their number.
+
+    Returns:
+        The annotated tensor.
+
+    Raises:
+        ValueError: for a dimension that the tensor does not have, or a number of
+            partitions that does not fit the mesh.
+    """
+    rank = _rank(tensor)
+    if isinstance(num_partitions, bool) or not isinstance(
+        num_partitions, int | np.integer
+    ):
+        raise ValueError(
+            f"num_partitions is a whole number. Received: {num_partitions!r}"
+        )
+    if rank is not None and not -rank <= split_dimension < rank:
+        raise ValueError(
+            f"split_dimension must lie in [-{rank}, {rank}) for a tensor of rank "
+            f"{rank}. Received: split_dimension={split_dimension}"
+        )
+    if num_partitions < 1:
+        raise ValueError(
+            f"num_partitions must be at least 1. Received: {num_partitions}"
+        )
+    active = _partitioning(tensor)
+    if active is None:
+        return tensor
+    size = active.mesh.size
+    if num_partitions > size or size % num_partitions:
+        raise ValueError(
+            f"num_partitions must divide the {size} devices of the mesh. "
+            f"Received: num_partitions={num_partitions}"
+        )
+    if rank is None:
+        raise ValueError(f"split needs a tensor of known rank. Received: {tensor}")
+    tiles = [1] * rank
+    tiles[split_dimension] = int(num_partitions)
+    if num_partitions == size:
+        return hlo_sharding.constrain(
+            tensor, hlo_sharding.tiled(np.arange(size).reshape(tiles))
+        )
+    return hlo_sharding.constrain(tensor, hlo_sharding.tiled_with_copies(tiles, size))
+
+
+@tf.autograph.experimental.do_not_convert
+def replicate(tensor: Any) -> Any:
+    """Keeps a copy of the whole of `tensor` on every device."""
+    if _is_dtensor(tensor):
+        layout = dtensor.fetch_layout(tensor)
+        return dtensor.relayout(
+            tensor, dtensor.Layout.replicated(layout.mesh, tensor.shape.rank)
+        )
+    if _partitioning(tensor) is None:
+        return tensor
+    return hlo_sharding.constrain(tensor, hlo_sharding.replicated())
+
+
+@tf.autograph.experimental.do_not_convert
+def shard(tensor: Any, layout: dtensor.Layout | Sequence | np.ndarray) -> Any:
+    """Lays `tensor` out in the most general way.
+
+    Args:
+        tensor: A tensor.
+        layout: A `dtensor.Layout` with one spec per dimension; or, as in the paper,
+            a device assignment: an integer array of the tensor's rank whose element
+            is the device of that slice. Each device of the mesh stands in it once.
+            A tensor `[3, 16, 64]` with an assignment of shape `[1, 2, 4]` has
+            partitions of shape `[3, 8, 16]`.
+
+    Returns:
+        The annotated tensor. A DTensor is relaid out to `layout`.
+
+    Raises:
+        ValueError: when ranks differ, the layout is of another mesh, or the
+            assignment does not name each device once.
+    """
+    rank = _rank(tensor)
+    if isinstance(layout, dtensor.Layout):
+        if rank is not None and layout.rank != rank:
+            raise ValueError(
+                f"The layout must have one spec per dimension: {rank}. "
+                f"Received: sharding_specs={list(layout.sharding_specs)}"
+            )
+        if _is_dtensor(tensor):
+            return dtensor.relayout(tensor, layout)
+        active = _partitioning(tensor)
+        if active is None:
+            return tensor
+        if layout.mesh.shape() != active.mesh.shape() or list(
+            layout.mesh.dim_names
+        ) != list(active.mesh.dim_names):
+            raise ValueError(
+                "The layout must be of the mesh that is being partitioned for, "
+                f"{_describe_mesh(active.mesh)}. "
+                f"Received: {_describe_mesh(layout.mesh)}"
+            )
+        return hlo_sharding.constrain(tensor, hlo_sharding.from_layout(layout))
+
+    assignment = np.asarray(layout)
+    if assignment.dtype.kind not in "iu":
+        raise ValueError(
+            "A device assignment is an array of whole numbers. "
+            f"Received: dtype={assignment.dtype}"
+        )
+    if rank is not None and assignment.ndim != rank:
+        raise ValueError(
+            f"A device assignment has the tensor's rank, {rank}. "
+            f"Received: shape={assignment.shape}"
+        )
+    active = _partitioning(tensor)
+    if active is None:
+        return tensor
+    if sorted(assignment.flatten().tolist()) != list(range(active.mesh.size)):
+        raise ValueError(
+            f"A device assignment names each of the {active.mesh.size} devices of "
+            f"the mesh once. Received: {assignment.tolist()}"
+        )
+    return hlo_sharding.constrain(tensor, hlo_sharding.tiled(assignment))
+
+
+@tf.autograph.experimental.do_not_convert
+def annotate(tensor: Any, axes: Sequence[str | None]) -> Any:
+    """Lays `tensor` out by name: one logical axis, or None, per dimension.
+
+    The active mesh's rules say which mesh axis each name is split over. This is the
+    form for layers, which should not know the mesh.
+
+    Raises:
+        ValueError: when the number of names is not the rank, or two names map to
+            one mesh axis.
+    """
+    rank = _rank(tensor)
+    if rank is not None and len(axes) != rank:
+        raise ValueError(
+            f"annotate takes one name (or None) per dimension: {rank} of them. "
+            f"Received: axes={tuple(axes)}"
+        )
+    active = _partitioning(tensor)
+    if active is None:
+        return tensor
+    layout = active.rules.layout(axes, active.mesh)
+    return hlo_sharding.constrain(tensor, hlo_sharding.from_layout(layout))
+
+
+def name_axes(weight: keras.Variable, axes: Sequence[str | None]) -> keras.Variable:
+    """Names the dimensions of a layer's weight; call it in `build`.
+
+    A strategy stores the weight, and the optimizer's slots for it, split as its rules
+    say for these names. Without a strategy it changes nothing.
+
+    Returns:
+        `weight`.
+
+    Raises:
+        ValueError: when the number of names is not the weight's rank.
+    """
+    if len(axes) != len(weight.shape):
+        raise ValueError(
+            f"name_axes takes one name (or None) per dimension of {weight.path!r}, "
+            f"whose shape is {tuple(weight.shape)}. Received: axes={tuple(axes)}"
+        )
+    weight.gshard_axes = tuple(axes)
+    return weight
+
+
+def named_axes(weight: keras.Variable) -> tuple[str | None, ...] | None:
+    """What `name_axes` recorded for a weight, or None."""
+    return getattr(weight, "gshard_axes", None)
+
+
+def _partitioning(tensor: Any) -> ActiveMesh | None:
+    """The mesh to annotate `tensor` for, or None where annotating is the identity."""
+    active = active_mesh()
+    if active is None or isinstance(tensor, keras.KerasTensor):
+        return None
+    # An eager tensor stands outside the program that is being partitioned.
+    return active if tf.is_symbolic_tensor(tensor) else None
+
+
+def _is_dtensor(tensor: Any) -> bool:
+    return (
+        tf.is_tensor(tensor) and tf.executing_eagerly() and dtensor.is_dtensor(tensor)
+    )
+
+
+def _rank(tensor: Any) -> int | None:
+    shape = getattr(tensor, "shape", None)
+    if shape is None:
+        return np.ndim(tensor)
+    return shape.rank if isinstance(shape, tf.TensorShape) else len(shape)
+
+
+def _describe_mesh(mesh: dtensor.Mesh) -> str:
+    return str(dict(zip(mesh.dim_names, mesh.shape(), strict=True)))

@@ -1,0 +1,80 @@
+"""Random numbers that partition.
+
+`tf.random.stateless_uniform` becomes an XLA operation that the partitioner does not
+split: every device would make the global tensor. Here each number is a function of
+the seed and of its own position, made of elementwise operations, so every device
+makes only its part, and the numbers do not depend on how many devices there are.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import tensorflow as tf
+
+# Threefry-2x32 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011).
+_ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
+_PARITY = 0x1BD11BDA
+
+
+def threefry2x32(
+    key: tuple[Any, Any], counter: tuple[Any, Any], rounds: int = 20
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """The Threefry-2x32 block function on uint32 tensors of any (equal) shape."""
+    ks = (key[0], key[1], key[0] ^ key[1] ^ tf.constant(_PARITY, tf.uint32))
+    x0, x1 = counter[0] + ks[0], counter[1] + ks[1]
+    for i in range(rounds):
+        distance = _ROTATIONS[(i // 4) % 2][i % 4]
+        x0 = x0 + x1
+        left = tf.bitwise.left_shift(x1, tf.constant(distance, tf.uint32))
+        right = tf.bitwise.right_shift(x1, tf.constant(32 - distance, tf.uint32))
+        x1 = (left | right) ^ x0
+        if i % 4 == 3:
+            s = i // 4 + 1
+            x0 = x0 + ks[s % 3]
+            x1 = x1 + ks[(s + 1) % 3] + tf.constant(s, tf.uint32)
+    return x0, x1
+
+
+@tf.autograph.experimental.do_not_convert
+def random_bits(seed: Any, shape: Sequence[Any]) -> tf.Tensor:
+    """uint32 bits of `shape`, a function of `seed` and position alone.
+
+    Args:
+        seed: Integer tensor of shape `[2]`, as `keras.random.SeedGenerator.next()`
+            returns.
+        shape: A list with one int or scalar int tensor per dimension. The product
+            of all dimensions but the first must stay below 2**32.
+    """
+    words = tf.cast(tf.convert_to_tensor(seed), tf.uint32)
+    # Position as two 32-bit words: the first dimension, and the index within it, so
+    # that tensors of more than 2**32 elements do not repeat. Each range is 1-D and
+    # broadcast, so no global tensor is ever made.
+    shape = list(shape)
+    if not shape:
+        zero = tf.zeros([], tf.uint32)
+        return threefry2x32((words[0], words[1]), (zero, zero))[0]
+    inner = tf.zeros([], tf.uint32)
+    stride = tf.ones([], tf.uint32)
+    for i in reversed(range(1, len(shape))):
+        index = tf.cast(tf.range(shape[i]), tf.uint32) * stride
+        inner = inner + tf.reshape(index, [-1] + [1] * (len(shape) - 1 - i))
+        stride = stride * tf.cast(shape[i], tf.uint32)
+    outer = tf.cast(tf.range(shape[0]), tf.uint32)
+    outer = tf.broadcast_to(tf.reshape(outer, [-1] + [1] * (len(shape) - 1)), shape)
+    inner = tf.broadcast_to(inner, shape)
+    return threefry2x32((words[0], words[1]), (outer, inner))[0]
+
+
+@tf.autograph.experimental.do_not_convert
+def uniform(seed: Any, shape: Sequence[Any]) -> tf.Tensor:
+    """float32 numbers in [0, 1), a function of `seed` and position alone.
+
+    Args:
+        seed: Integer tensor of shape `[2]`.
+        shape: A list with one int or scalar int tensor per dimension.
+    """
+    bits = random_bits(seed, shape)
+    # 24 bits fill a float32's mantissa, so every value is exact and below 1. The
+    # detour by int32 is because few backends convert uint32 to float.
+    top = tf.cast(tf.bitwise.right_shift(bits, tf.constant(8, tf.uint32)), tf.int32)
+    return tf.cast(top, tf.float32) * (1.0 / (1 << 24))

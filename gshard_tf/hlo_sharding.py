@@ -1,0 +1,64 @@
+"""Layouts as HLO shardings: the one place that translates, for all of GShard.
+
+When Shardy takes over from GSPMD's propagation, this file changes and no layer does.
+"""
+
+import numpy as np
+import tensorflow as tf
+
+# Private APIs: neither the annotating operation nor the builder of XLA's OpSharding
+# messages has a public export. On an upgrade, check that the operation still has its
+# gradient (the same annotation) and that `tile` and `partial_tile` still count
+# devices by their position in the mesh.
+from tensorflow.compiler.tf2xla.python import xla as tf2xla
+from tensorflow.experimental import dtensor
+from tensorflow.python.compiler.xla.experimental import xla_sharding
+
+
+def constrain(tensor: tf.Tensor, sharding: bytes) -> tf.Tensor:
+    """Adds a serialised sharding to a symbolic tensor."""
+    constrained = tf2xla.sharding(tensor, sharding=sharding)
+    constrained.set_shape(tensor.shape)
+    return constrained
+
+
+def replicated() -> bytes:
+    """Every device holds the whole tensor."""
+    return xla_sharding.Sharding.replicate().proto.SerializeToString()
+
+
+def tiled(device_assignment: np.ndarray) -> bytes:
+    """The paper's `shard`: slice `[i, j, ...]` is on device `assignment[i, j, ...]`."""
+    return xla_sharding.Sharding.tile(device_assignment).proto.SerializeToString()
+
+
+def tiled_with_copies(tiles: list[int], num_devices: int) -> bytes:
+    """Fewer slices than devices: neighbours hold copies of the same slice."""
+    copies = num_devices // int(np.prod(tiles))
+    devices = np.arange(num_devices).reshape(tiles + [copies])
+    return xla_sharding.Sharding.partial_tile(devices).proto.SerializeToString()
+
+
+def from_layout(layout: dtensor.Layout) -> bytes:
+    """The sharding that a DTensor layout stands for.
+
+    Mesh axes that the layout does not use hold copies.
+    """
+    mesh = layout.mesh
+    names = list(mesh.dim_names)
+    used = [spec for spec in layout.sharding_specs if spec != dtensor.UNSHARDED]
+    if not used:
+        return replicated()
+    unused = [name for name in names if name not in used]
+    devices = np.arange(mesh.size).reshape(mesh.shape())
+    # [*mesh] -> [*axes in the order of the tensor's dimensions, copies]
+    devices = devices.transpose([names.index(name) for name in used + unused])
+    tiles = [
+        1 if spec == dtensor.UNSHARDED else mesh.dim_size(spec)
+        for spec in layout.sharding_specs
+    ]
+    copies = mesh.size // int(np.prod(tiles))
+    if copies == 1:
+        return tiled(devices.reshape(tiles))
+    sharding = xla_sharding.Sharding.partial_tile(devices.reshape(tiles + [copies]))
+    return sharding.proto.SerializeToString()

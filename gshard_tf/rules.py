@@ -1,0 +1,127 @@
+"""Axis rules: from the logical axes that layers name to the axes of a mesh."""
+
+import re
+from collections.abc import Mapping, Sequence
+
+from tensorflow.experimental import dtensor
+
+LOGICAL_AXES = (
+    "batch",
+    "group",
+    "expert",
+    "length",
+    "embed",
+    "mlp",
+    "heads",
+    "kv",
+    "vocab",
+)
+
+
+class AxisRules:
+    """Which mesh axis each logical axis is split over.
+
+    Layers say what a dimension *is* (`"expert"`, `"embed"`, ...); rules say where it
+    goes, so that one model runs on any mesh. A logical axis without a rule is not
+    split. Weights of layers that know nothing of this package are named by `paths`.
+
+    Args:
+        rules: Logical axis -> mesh axis, or None for "not split". Names outside the
+            usual ones (`batch group expert length embed mlp heads kv vocab`) are
+            welcome: they are whatever layers pass to `annotate` and `name_axes`.
+        paths: `(pattern, axes)` pairs for weights: a regular expression that must
+            match the whole of the weight's Keras `path`, and one logical axis (or
+            None) per dimension. Patterns win over the names that a layer gives. A
+            weight that two patterns match is an error.
+
+    Example:
+
+    ```python
+    AxisRules(
+        {"batch": "data", "group": "data", "expert": "data", "mlp": "model"},
+        paths=[(r".*/dense/kernel", ("embed", "mlp"))],
+    )
+    ```
+    """
+
+    def __init__(
+        self,
+        rules: Mapping[str, str | None],
+        paths: Sequence[tuple[str, Sequence[str | None]]] = (),
+    ):
+        for logical, axis in rules.items():
+            if not isinstance(logical, str) or not isinstance(axis, str | None):
+                raise ValueError(
+                    "A rule is a logical axis name and a mesh axis name (or None), "
+                    f"such as 'expert': 'data'. Received: {logical!r}: {axis!r}"
+                )
+        self.rules = dict(rules)
+        self.paths = []
+        for pattern, axes in paths:
+            try:
+                compiled = re.compile(pattern)
+            except re.error as error:
+                raise ValueError(
+                    f"Not a regular expression: {pattern!r} ({error})"
+                ) from error
+            self.paths.append((compiled, tuple(axes)))
+
+    @classmethod
+    def default(cls, mesh: dtensor.Mesh) -> "AxisRules":
+        """The paper's layout for `mesh`.
+
+        The first axis takes tokens (`batch`, `group`) and `expert`; a second one,
+        if there is one, takes the widths (`mlp`, `heads`, `vocab`).
+        """
+        first, *others = mesh.dim_names
+        rules: dict[str, str | None] = dict.fromkeys(
+            ("batch", "group", "expert"), first
+        )
+        if others:
+            rules |= dict.fromkeys(("mlp", "heads", "vocab"), others[0])
+        return cls(rules)
+
+    def check(self, mesh: dtensor.Mesh) -> None:
+        """Raises `ValueError` for a rule whose mesh axis `mesh` does not have."""
+        for logical, axis in self.rules.items():
+            if axis is not None and axis not in mesh.dim_names:
+                raise ValueError(
+                    f"The rule {logical!r}: {axis!r} names no axis of the mesh, which "
+                    f"has {list(mesh.dim_names)}. Received: rules={self.rules}"
+                )
+
+    def layout(
+        self, axes: Sequence[str | None], mesh: dtensor.Mesh, what: str = "a tensor"
+    ) -> dtensor.Layout:
+        """The layout of something whose dimensions are named `axes`.
+
+        Raises:
+            ValueError: when two dimensions would be split over the same mesh axis.
+        """
+        specs: list[str] = []
+        for logical in axes:
+            axis = self.rules.get(logical) if logical is not None else None
+            if axis is not None and axis in specs:
+                other = axes[specs.index(axis)]
+                raise ValueError(
+                    f"The rules split two dimensions of {what} over the mesh axis "
+                    f"{axis!r}: {other!r} and {logical!r}. Name one of them None, or "
+                    f"give it another mesh axis. Received: axes={tuple(axes)}, "
+                    f"rules={self.rules}"
+                )
+            specs.append(dtensor.UNSHARDED if axis is None else axis)
+        return dtensor.Layout(specs, mesh)
+
+    def path_axes(self, path: str) -> tuple[str, tuple[str | None, ...]] | None:
+        """The pattern that matches a weight's path, and its axes, or None."""
+        found = [(p.pattern, axes) for p, axes in self.paths if p.fullmatch(path)]
+        if len(found) > 1:
+            raise ValueError(
+                f"Two path patterns match the weight {path!r}: {found[0][0]!r} and "
+                f"{found[1][0]!r}. Make them exclude each other."
+            )
+        return found[0] if found else None
+
+    def __repr__(self) -> str:
+        paths = [(pattern.pattern, axes) for pattern, axes in self.paths]
+        return f"AxisRules({self.rules}, paths={paths})"
