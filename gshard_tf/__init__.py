@@ -17,13 +17,16 @@ from gshard_tf.annotations import (  # noqa: E402
     shard,
     split,
 )
+from gshard_tf.devices import request_cpu_devices  # noqa: E402
 from gshard_tf.mesh import active_mesh, create_mesh, use_mesh  # noqa: E402
 from gshard_tf.rules import AxisRules  # noqa: E402
+from gshard_tf.strategy import SpmdStrategy  # noqa: E402
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AxisRules",
+    "SpmdStrategy",
     "active_mesh",
     "annotate",
     "counter_rng",
@@ -31,6 +34,7 @@ __all__ = [
     "name_axes",
     "named_axes",
     "replicate",
+    "request_cpu_devices",
     "shard",
     "split",
     "use_mesh",

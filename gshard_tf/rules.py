@@ -56,6 +56,8 @@ class AxisRules:
                     f"such as 'expert': 'data'. Received: {logical!r}: {axis!r}"
                 )
         self.rules = dict(rules)
+        self._is_default = False
+        self._used: set[str] = set()
         self.paths = []
         for pattern, axes in paths:
             try:
@@ -79,7 +81,9 @@ class AxisRules:
         )
         if others:
             rules |= dict.fromkeys(("mlp", "heads", "vocab"), others[0])
-        return cls(rules)
+        made = cls(rules)
+        made._is_default = True
+        return made
 
     def check(self, mesh: dtensor.Mesh) -> None:
         """Raises `ValueError` for a rule whose mesh axis `mesh` does not have."""
@@ -110,6 +114,7 @@ class AxisRules:
                     f"rules={self.rules}"
                 )
             specs.append(dtensor.UNSHARDED if axis is None else axis)
+        self._used.update(logical for logical in axes if logical is not None)
         return dtensor.Layout(specs, mesh)
 
     def path_axes(self, path: str) -> tuple[str, tuple[str | None, ...]] | None:
@@ -121,6 +126,16 @@ class AxisRules:
                 f"{found[1][0]!r}. Make them exclude each other."
             )
         return found[0] if found else None
+
+    def unused(self) -> list[tuple[str, str]]:
+        """The rules that somebody wrote down and nothing has asked for yet."""
+        if self._is_default:
+            return []
+        return [
+            (logical, axis)
+            for logical, axis in self.rules.items()
+            if axis is not None and logical not in self._used
+        ]
 
     def __repr__(self) -> str:
         paths = [(pattern.pattern, axes) for pattern, axes in self.paths]

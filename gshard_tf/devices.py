@@ -1,0 +1,67 @@
+"""The devices of XLA's runtime that a mesh stands for."""
+
+from typing import Any
+
+from tensorflow.experimental import dtensor
+
+
+def request_cpu_devices(count: int) -> None:
+    """Asks for `count` virtual CPU devices; call it once, before any strategy.
+
+    They are threads of this process: they do not make a laptop faster, they let it
+    run the program of a larger machine.
+
+    Args:
+        count: How many, at least as many as the mesh has.
+
+    Raises:
+        ValueError: when `count` is not a whole number of at least 1.
+        RuntimeError: when jax has already started with fewer. Nothing can change
+            their number then; call this first in the program.
+    """
+    import jax
+
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise ValueError(f"count is a whole number, at least 1. Received: {count!r}")
+    try:
+        jax.config.update("jax_num_cpu_devices", count)
+    except RuntimeError as error:
+        found = len(jax.devices("cpu"))
+        if found < count:
+            raise RuntimeError(
+                f"jax has already started with {found} CPU device(s), and their "
+                "number cannot change any more. Call "
+                f"gshard_tf.request_cpu_devices({count}) before anything else uses "
+                "jax."
+            ) from error
+
+
+def mesh_devices(mesh: dtensor.Mesh) -> list[Any]:
+    """The jax devices of a mesh, in its order.
+
+    Raises:
+        ValueError: when there are fewer than the mesh needs.
+    """
+    import jax
+
+    kind = mesh.device_type().lower()
+    try:
+        devices = jax.devices(kind)
+    except RuntimeError as error:
+        raise ValueError(
+            f"The mesh is over {mesh.device_type()} devices, and jax finds none here: "
+            f"{error}"
+        ) from error
+    if len(devices) < mesh.size:
+        hint = (
+            f"Call gshard_tf.request_cpu_devices({mesh.size}) before anything else "
+            "uses jax, or make a smaller mesh."
+            if kind == "cpu"
+            else "Make a smaller mesh."
+        )
+        raise ValueError(
+            f"The mesh {dict(zip(mesh.dim_names, mesh.shape(), strict=True))} needs "
+            f"{mesh.size} {mesh.device_type()} devices and jax sees {len(devices)}. "
+            f"{hint}"
+        )
+    return devices[: mesh.size]

@@ -1,0 +1,189 @@
+"""Which layout each variable of a strategy has, and which rule decided it."""
+
+import dataclasses
+import inspect
+import warnings
+import weakref
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+from tensorflow.experimental import dtensor
+
+from gshard_tf.annotations import named_axes
+from gshard_tf.rules import AxisRules
+from gshard_tf.variables import MeshVariable
+
+# A weight of more bytes than this that no rule mentions is worth a warning.
+LARGE_BYTES = 1 << 20
+
+NO_RULE = "no rule: replicated"
+
+
+@dataclasses.dataclass(frozen=True)
+class Decision:
+    """A layout and the reason for it."""
+
+    layout: dtensor.Layout
+    rule: str
+
+
+class Layouts:
+    """Decides, once per variable, by path patterns, names, and slots' weights.
+
+    The order: a path pattern; else the names that the layer gave; else, for an
+    optimizer slot, the layout of its weight; else replicated.
+    """
+
+    def __init__(self, mesh: dtensor.Mesh, rules: AxisRules):
+        self.mesh = mesh
+        self.rules = rules
+        self._loose: list[weakref.ref] = []
+        self._patterns_used: set[str] = set()
+        self._large: dict[str, int] = {}
+        self._warned: set[str] = set()
+
+    def note_created(self, variable: MeshVariable, reference: Any) -> None:
+        """Notes whose variable this is: a Keras layer's, or a slot of a weight."""
+        keras_variable = _keras_variable_being_made()
+        if keras_variable is not None:
+            variable.keras_variable = weakref.ref(keras_variable)
+        if isinstance(reference, MeshVariable):
+            variable.reference = reference
+            variable.reference_dims = tuple(range(reference.shape.rank))
+            self._adopt_factors(reference)
+        else:
+            self._loose.append(weakref.ref(variable))
+
+    def _adopt_factors(self, reference: MeshVariable) -> None:
+        # Keras's Adafactor makes a weight's row and column factors just before the
+        # slot that names the weight, and gives them nothing else to go by.
+        rank = reference.shape.rank
+        wanted = [tuple(range(rank - 1)), (*range(rank - 2), rank - 1)]
+        for ref in self._loose[-2:] if rank >= 2 else []:
+            variable = ref()
+            for dims in wanted:
+                shape = [reference.shape[d] for d in dims]
+                if variable is not None and variable.shape.as_list() == shape:
+                    variable.reference, variable.reference_dims = reference, dims
+                    wanted.remove(dims)
+                    break
+        self._loose.clear()
+
+    def of(self, variable: MeshVariable) -> Decision:
+        """The layout of a variable, and why."""
+        if variable.decision is None:
+            variable.decision = self._decide(variable)
+        return variable.decision
+
+    def _decide(self, variable: MeshVariable) -> Decision:
+        keras_variable = variable.keras_variable and variable.keras_variable()
+        name = variable.name if keras_variable is None else keras_variable.path
+        shape = tuple(variable.shape)
+        pattern = self.rules.path_axes(name)
+        if pattern is not None:
+            self._patterns_used.add(pattern[0])
+            if len(pattern[1]) != len(shape):
+                raise ValueError(
+                    f"The path pattern {pattern[0]!r} names {len(pattern[1])} "
+                    f"dimensions and matches the weight {name!r} of shape {shape}. "
+                    "Give one name (or None) per dimension."
+                )
+            return self._by_axes(pattern[1], shape, f"path {pattern[0]!r}", name)
+        axes = None if keras_variable is None else named_axes(keras_variable)
+        if axes is not None:
+            return self._by_axes(axes, shape, f"axes {_names(axes)}", name)
+        if variable.reference is not None:
+            weight = self.of(variable.reference)
+            specs = [
+                weight.layout.sharding_specs[dim] for dim in variable.reference_dims
+            ]
+            rule = "replicated, as its weight"
+            if any(spec != dtensor.UNSHARDED for spec in specs):
+                rule = "slot of its weight"
+            return Decision(dtensor.Layout(specs, self.mesh), rule)
+        size = int(np.prod(shape)) * variable.dtype.size
+        if size > LARGE_BYTES and self.mesh.size > 1:
+            self._large[name] = size
+        return Decision(dtensor.Layout.replicated(self.mesh, len(shape)), NO_RULE)
+
+    def _by_axes(
+        self, axes: tuple[str | None, ...], shape: tuple, rule: str, name: str
+    ) -> Decision:
+        layout = self.rules.layout(axes, self.mesh, f"the weight {name!r}")
+        stored, uneven = _storable(layout, shape)
+        if uneven:
+            rule += f"; dimension {uneven} does not divide: whole"
+        return Decision(stored, rule)
+
+    def of_input(self, shape: tf.TensorShape) -> dtensor.Layout:
+        """The layout of a step's argument: split over its batch where that divides."""
+        axes = ["batch", *[None] * (shape.rank - 1)] if shape.rank else []
+        return _storable(self.rules.layout(axes, self.mesh), tuple(shape))[0]
+
+    def complaints(self) -> list[str]:
+        """What looks forgotten: rules that matched nothing, large weights unruled."""
+        found = [
+            f"The path pattern {pattern.pattern!r} matched no weight."
+            for pattern, _ in self.rules.paths
+            if pattern.pattern not in self._patterns_used
+        ]
+        found += [
+            f"The rule {logical!r} -> {axis!r} matched no dimension of any weight or "
+            "annotated tensor."
+            for logical, axis in self.rules.unused()
+        ]
+        found += [
+            f"No rule mentions the weight {name!r} ({size / 2**20:.1f} MiB): every "
+            "device holds all of it. Name its axes or add a path pattern to AxisRules "
+            "(an axis of None says that replicating it is meant)."
+            for name, size in self._large.items()
+        ]
+        return found
+
+    def warn_once(self) -> None:
+        """Issues each complaint as a warning, the first time that it stands."""
+        for message in self.complaints():
+            if message not in self._warned:
+                self._warned.add(message)
+                warnings.warn(message, stacklevel=2)
+
+
+def _storable(layout: dtensor.Layout, shape: tuple) -> tuple[dtensor.Layout, list[int]]:
+    """`layout`, whole along the dimensions that do not divide, and which those are.
+
+    XLA's runtime takes only equal parts as arguments. (Inside a program, dimensions
+    need not divide.)
+    """
+    uneven = [
+        d
+        for d, spec in enumerate(layout.sharding_specs)
+        if spec != dtensor.UNSHARDED and shape[d] % layout.mesh.dim_size(spec)
+    ]
+    if not uneven:
+        return layout, []
+    specs = [
+        dtensor.UNSHARDED if d in uneven else spec
+        for d, spec in enumerate(layout.sharding_specs)
+    ]
+    return dtensor.Layout(specs, layout.mesh), uneven
+
+
+def _names(axes: tuple[str | None, ...]) -> str:
+    return "(" + ", ".join("-" if axis is None else axis for axis in axes) + ")"
+
+
+def _keras_variable_being_made() -> keras.Variable | None:
+    # Keras gives `tf.Variable` neither the path of the variable nor itself, so look
+    # up the stack for the `keras.Variable` whose value is being made. (A few frames:
+    # TensorFlow's chain of creators lies between.)
+    frame = inspect.currentframe()
+    for _ in range(40):
+        frame = frame.f_back
+        if frame is None:
+            return None
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, keras.Variable):
+            return owner
+    return None

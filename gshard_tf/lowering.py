@@ -1,0 +1,167 @@
+"""A TensorFlow step -> one HLO module, and what of it is state.
+
+The step is traced as it is, with the variables that it captures. XLA's own aliasing
+table then says which result is the new value of which variable, so nothing has to
+be rewritten or made stateless.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import tensorflow as tf
+from tensorflow.compiler.xla import xla_data_pb2
+from tensorflow.compiler.xla.service import hlo_pb2
+
+# Private API: the public `experimental_get_compiler_ir` traces again, and in another
+# context. On an upgrade, check that parameters are still the arguments followed by
+# the captures, and results the outputs followed by the updated variables.
+from tensorflow.python.eager.polymorphic_function import compiler_ir
+
+from gshard_tf.variables import raw_handles
+
+
+@dataclasses.dataclass
+class LoweredStep:
+    """One step as HLO.
+
+    Attributes:
+        hlo: Serialised `HloModuleProto`. Parameters: `inputs`, then `captures`.
+            Results: `num_outputs` outputs, then one new value per item of `updates`.
+        inputs: The specs of the arguments.
+        captures: For each captured parameter, the variable or the constant tensor.
+        results: The specs of the results.
+        num_outputs: How many of them are outputs.
+        updates: Index into `captures` of each new value, in order.
+        structure: What the step returns, with each output replaced by `LEAF`.
+    """
+
+    hlo: bytes
+    inputs: list[tf.TensorSpec]
+    captures: list[Any]
+    results: list[tf.TensorSpec]
+    num_outputs: int
+    updates: list[int]
+    structure: Any
+
+
+class _Leaf:
+    def __repr__(self) -> str:
+        return "<output>"
+
+
+LEAF = _Leaf()
+
+
+def trace(fn: Callable[..., Any], specs: Sequence[tf.TensorSpec]) -> tuple[Any, Any]:
+    """Traces `fn(*tensors)`.
+
+    Returns:
+        The concrete function, whose outputs are the tensors that `fn` returns, flat;
+        and the structure that `fn` returns, with each tensor replaced by `LEAF`.
+    """
+    structure = None
+
+    def step(*tensors):
+        nonlocal structure
+        outputs = fn(*tensors)
+        flat = tf.nest.flatten(outputs)
+        for leaf in flat:
+            if isinstance(leaf, tf.__internal__.CompositeTensor) and not isinstance(
+                leaf, tf.Variable
+            ):
+                raise TypeError(
+                    "A step on a mesh returns dense tensors; ragged and sparse ones "
+                    f"have no static shape. Received: {leaf}"
+                )
+        kept = [None if leaf is None else tf.convert_to_tensor(leaf) for leaf in flat]
+        structure = tf.nest.pack_sequence_as(
+            outputs, [None if leaf is None else LEAF for leaf in kept]
+        )
+        return [leaf for leaf in kept if leaf is not None]
+
+    with raw_handles():
+        function = tf.function(
+            step, jit_compile=True, autograph=False
+        ).get_concrete_function(*specs)
+    return function, structure
+
+
+def pack(structure: Any, outputs: Sequence[Any]) -> Any:
+    """Puts `outputs` where `structure` has leaves."""
+    values = iter(outputs)
+    return tf.nest.map_structure(
+        lambda leaf: next(values) if leaf is LEAF else leaf, structure
+    )
+
+
+def captured(function: Any) -> list[Any]:
+    """The variable, or else the tensor, behind each captured input of a function."""
+    variables = {}
+    with raw_handles():
+        for variable in function.graph.variables:
+            variables[id(variable.handle)] = variable
+    found = []
+    for tensor in function.captured_inputs:
+        if tensor.dtype != tf.resource:
+            if not isinstance(tensor, tf.__internal__.EagerTensor):
+                raise ValueError(
+                    "The step uses a tensor of the function around it, which is not "
+                    "part of its program. Pass it as an argument of `strategy.run`. "
+                    f"Received: {tensor}"
+                )
+            found.append(tensor)
+        elif id(tensor) in variables:
+            found.append(variables[id(tensor)])
+        else:
+            raise ValueError(
+                "The step uses a resource that is no variable (a lookup table or an "
+                "iterator, say), which XLA cannot compile. Move it into the tf.data "
+                f"pipeline. Received: {tensor}"
+            )
+    return found
+
+
+def lower(function: Any, structure: Any) -> LoweredStep:
+    """Lowers a concrete function of static shapes to HLO."""
+    captures = captured(function)
+    inputs = [
+        tf.TensorSpec(spec.shape, spec.dtype)
+        for spec in tf.nest.flatten(function.structured_input_signature)
+    ]
+    with tf.init_scope():
+        generate = compiler_ir.from_concrete_function(function)
+        # HLO is lowered for the CPU whatever it is compiled for: a TensorFlow without
+        # that platform could not lower it otherwise, and the module is the same.
+        hlo = generate(stage="hlo_serialized", platform_name="CPU")
+    proto = hlo_pb2.HloModuleProto.FromString(hlo)
+    result_of = {
+        entry.output_shape_index[0]: entry.parameter_number
+        for entry in proto.input_output_alias.entries
+    }
+    result = proto.host_program_shape.result
+    # A lone result is no tuple.
+    shapes = (
+        result.tuple_shapes if result.element_type == xla_data_pb2.TUPLE else [result]
+    )
+    num_results = len(shapes)
+    num_outputs = num_results - len(result_of)
+    updates = [
+        result_of.get(i, -1) - len(inputs) for i in range(num_outputs, num_results)
+    ]
+    if num_outputs != len(function.outputs) or any(
+        not 0 <= i < len(captures) for i in updates
+    ):
+        raise RuntimeError(
+            "This TensorFlow orders a module's results in a way that gshard_tf does "
+            "not know: outputs first, then the new values of captured variables. "
+            f"Received: {num_results} results for {len(function.outputs)} outputs, "
+            f"aliases {result_of}. Install the tested version (see setup.py)."
+        )
+    dtypes = [output.dtype for output in function.outputs]
+    dtypes += [captures[i].dtype for i in updates]
+    results = [
+        tf.TensorSpec(tuple(shape.dimensions), dtype)
+        for shape, dtype in zip(shapes, dtypes, strict=True)
+    ]
+    return LoweredStep(hlo, inputs, captures, results, num_outputs, updates, structure)

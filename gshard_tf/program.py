@@ -1,0 +1,176 @@
+"""HLO + a mesh -> a compiled, partitioned program.
+
+jaxlib is XLA's runtime on PyPI. Only this file and `devices.py` know jax, and they
+import it when they are first used: on a TPU VM, importing jax takes the TPU's lock
+away from TensorFlow.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from tensorflow.experimental import dtensor
+
+from gshard_tf.devices import mesh_devices
+from gshard_tf.lowering import LoweredStep
+
+
+@functools.cache
+def _step_primitive() -> Any:
+    """A jax primitive whose lowering is an HLO module that somebody else made."""
+    # Private APIs: merging a foreign module is how jax's own jax2tf.call_tf works,
+    # but it has no public form. On an upgrade, compare with jax2tf/call_tf.py.
+    from jax.extend import core
+    from jax.interpreters import mlir
+    from jaxlib import _jax
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import func
+
+    primitive = core.Primitive("gshard_step")
+    primitive.multiple_results = True
+
+    @primitive.def_abstract_eval
+    def _(*_, hlo, out_avals):
+        return list(out_avals.value)
+
+    def lower(ctx, *args, hlo, out_avals):
+        stablehlo = _jax.mlir.hlo_to_stablehlo(hlo.value)
+        module = ir.Module.parse(stablehlo)
+        main = ir.SymbolTable(module.operation)["main"]
+        result_types = ir.FunctionType(
+            ir.TypeAttr(main.attributes["function_type"]).value
+        ).results
+        name = mlir.merge_mlir_modules(ctx.module_context.module, "gshard_step", module)
+        call = func.CallOp(result_types, ir.FlatSymbolRefAttr.get(name), list(args))
+        return list(call.results)
+
+    mlir.register_lowering(primitive, lower)
+    return primitive
+
+
+class _ByIdentity:
+    """Makes an unhashable parameter of a primitive hashable."""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+
+def named_sharding(layout: dtensor.Layout, mesh: Any) -> Any:
+    """A DTensor layout as jax's `NamedSharding` on `mesh`."""
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    specs = [None if s == dtensor.UNSHARDED else s for s in layout.sharding_specs]
+    return NamedSharding(mesh, PartitionSpec(*specs))
+
+
+class Placement:
+    """The devices of a mesh, and how values get there and back."""
+
+    def __init__(self, mesh: dtensor.Mesh):
+        import jax
+
+        self.mesh = mesh
+        devices = np.array(mesh_devices(mesh)).reshape(mesh.shape())
+        self.jax_mesh = jax.sharding.Mesh(devices, tuple(mesh.dim_names))
+
+    def put(self, value: np.ndarray, layout: dtensor.Layout) -> Any:
+        """A copy of `value` on the devices, laid out as `layout` says."""
+        import jax
+
+        with jax.enable_x64(True):
+            return jax.device_put(
+                value, named_sharding(layout, self.jax_mesh), may_alias=False
+            )
+
+    def get(self, value: Any) -> np.ndarray:
+        """The whole of a value on the devices, as an array of its own."""
+        # A copy: on CPU devices a plain view would share memory with a buffer that
+        # the next step is going to reuse.
+        return np.array(value, copy=True)
+
+
+class SpmdProgram:
+    """One compiled step.
+
+    Args:
+        step: The lowered step.
+        placement: Where it runs.
+        input_layouts: The layout of each argument.
+        capture_layouts: The layout of each captured variable or constant; a new
+            value is laid out as the old one.
+        donate: Whether the memory of updated variables is reused for their new
+            values, so that the old ones are gone.
+    """
+
+    def __init__(
+        self,
+        step: LoweredStep,
+        placement: Placement,
+        input_layouts: Sequence[dtensor.Layout],
+        capture_layouts: Sequence[dtensor.Layout],
+        donate: bool = True,
+    ):
+        import jax
+
+        self.step = step
+        self.placement = placement
+        num_inputs = len(step.inputs)
+        mesh = placement.jax_mesh
+        self.capture_layouts = list(capture_layouts)
+        self.input_shardings = [named_sharding(x, mesh) for x in input_layouts]
+        captures = [named_sharding(x, mesh) for x in capture_layouts]
+        outputs = [None] * step.num_outputs + [captures[i] for i in step.updates]
+
+        with jax.enable_x64(True), warnings.catch_warnings():
+            # The module carries GSPMD annotations; jax says on each compilation
+            # that it hands them to GSPMD's propagation, which is what we ask for.
+            warnings.filterwarnings("ignore", message=".*GSPMD.*")
+            shapes = [_aval(spec) for spec in step.inputs + step.captures]
+            hlo = _ByIdentity(step.hlo)
+            out_avals = _ByIdentity(
+                [
+                    jax.core.ShapedArray(s.shape, s.dtype)
+                    for s in map(_aval, step.results)
+                ]
+            )
+
+            def gshard_step(*args):
+                return _step_primitive().bind(*args, hlo=hlo, out_avals=out_avals)
+
+            jitted = jax.jit(
+                gshard_step,
+                in_shardings=self.input_shardings + captures,
+                out_shardings=outputs,
+                donate_argnums=(
+                    tuple(num_inputs + i for i in step.updates) if donate else ()
+                ),
+                keep_unused=True,
+            )
+            self.compiled = jitted.lower(*shapes).compile()
+
+    def put_inputs(self, arrays: Sequence[np.ndarray]) -> list[Any]:
+        """The arguments of a call, on the devices."""
+        import jax
+
+        with jax.enable_x64(True):
+            return jax.device_put(list(arrays), self.input_shardings)
+
+    def __call__(
+        self, inputs: Sequence[Any], captures: Sequence[Any]
+    ) -> tuple[list[Any], list[Any]]:
+        """Runs the step on device values; returns outputs and updated values."""
+        import jax
+
+        with jax.enable_x64(True):
+            results = self.compiled(*inputs, *captures)
+        return results[: self.step.num_outputs], results[self.step.num_outputs :]
+
+
+def _aval(value: Any) -> Any:
+    import jax
+
+    return jax.ShapeDtypeStruct(tuple(value.shape), value.dtype.as_numpy_dtype)

@@ -1,0 +1,354 @@
+"""`SpmdStrategy`: a `tf.distribute.Strategy` whose step is one partitioned program."""
+
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+from tensorflow.experimental import dtensor
+
+# Private API: the extended half of OneDeviceStrategy, which feeds one global batch to
+# one replica, as we do. On an upgrade, check `_create_variable` and
+# `_call_for_each_replica`.
+from tensorflow.python.distribute import one_device_strategy
+
+from gshard_tf import lowering
+from gshard_tf.layouts import Layouts
+from gshard_tf.mesh import use_mesh
+from gshard_tf.program import Placement, SpmdProgram
+from gshard_tf.report import Description, describe
+from gshard_tf.rules import AxisRules
+from gshard_tf.variables import MeshVariable
+
+
+class SpmdStrategy(tf.distribute.Strategy):
+    """Trains, evaluates and predicts with one program partitioned over a mesh.
+
+    Keras sees one replica and one global batch. Each step that it runs is lowered
+    with the variables it captures, partitioned by XLA as the layers' annotations
+    say, and run on the mesh. The state stays there, split, and is handed on from
+    step to step; whoever reads a variable gets its fresh value.
+
+    ```python
+    gshard_tf.request_cpu_devices(8)  # CPU only
+    strategy = gshard_tf.SpmdStrategy(gshard_tf.create_mesh({"expert": 8}))
+    with strategy.scope():
+        model = ...
+        model.compile("adam", "mse")
+    model.fit(x, y)
+    ```
+
+    Args:
+        mesh: A mesh from `gshard_tf.create_mesh`, over CPU or GPU devices.
+        rules: An `AxisRules`; defaults to the paper's layout for the mesh,
+            `AxisRules.default(mesh)`.
+        check_numerics: Whether to look for NaN and infinity in every step's inputs,
+            results and new state. A step that has any raises and changes nothing.
+            It costs a second copy of the state. Defaults to False.
+
+    Raises:
+        ValueError: when the mesh does not fit the devices, or a rule does not fit
+            the mesh.
+    """
+
+    def __init__(
+        self,
+        mesh: dtensor.Mesh,
+        rules: AxisRules | None = None,
+        check_numerics: bool = False,
+    ):
+        if not isinstance(mesh, dtensor.Mesh):
+            raise ValueError(
+                "mesh is a tf.experimental.dtensor.Mesh, as gshard_tf.create_mesh "
+                f"makes one. Received: {mesh!r}"
+            )
+        if mesh.device_type() == "TPU":
+            raise ValueError(
+                "SpmdStrategy runs on CPU and GPU devices; on TPUs, TensorFlow's own "
+                "TPUStrategy partitions. Received: mesh of TPU devices"
+            )
+        rules = AxisRules.default(mesh) if rules is None else rules
+        if not isinstance(rules, AxisRules):
+            raise ValueError(f"rules is an AxisRules. Received: {rules!r}")
+        rules.check(mesh)
+        super().__init__(SpmdExtended(self, mesh, rules, check_numerics))
+
+    @property
+    def mesh(self) -> dtensor.Mesh:
+        return self.extended.mesh
+
+    @property
+    def rules(self) -> AxisRules:
+        return self.extended.layouts.rules
+
+    @property
+    def programs(self) -> list[SpmdProgram]:
+        """The programs compiled so far that are still in use, oldest first."""
+        return [p for p in (ref() for ref in self.extended.programs) if p is not None]
+
+    def layout(self, variable: tf.Variable | keras.Variable) -> dtensor.Layout:
+        """The layout in which a variable of this strategy is stored."""
+        return self.extended.layouts.of(_mesh_variable(variable)).layout
+
+    def describe(self, model: keras.Model) -> Description:
+        """How each weight and optimizer slot of a built model is stored, and why.
+
+        Returns:
+            A `Description`; `print` it for a table.
+        """
+        return describe(model, self.extended.layouts)
+
+
+class SpmdExtended(one_device_strategy.OneDeviceExtended):
+    """What `tf.distribute` asks of a strategy behind its public face."""
+
+    def __init__(
+        self,
+        container: SpmdStrategy,
+        mesh: dtensor.Mesh,
+        rules: AxisRules,
+        check_numerics: bool,
+    ):
+        super().__init__(container, "/cpu:0")
+        self.mesh = mesh
+        self.layouts = Layouts(mesh, rules)
+        self.placement = Placement(mesh)
+        self.check_numerics = check_numerics
+        self.residence = _Residence(self.placement)
+        self.programs: list[weakref.ref] = []
+        self.steps_run = 0
+
+    def _create_variable(self, next_creator: Callable, **kwargs: Any) -> tf.Variable:
+        del next_creator  # it would make a plain variable
+        reference = kwargs.pop("colocate_with", None)
+        for unused in ("use_resource", "experimental_batch_initialization"):
+            kwargs.pop(unused, None)
+        with tf.device(self._device):
+            variable = MeshVariable(**kwargs)
+        self.layouts.note_created(variable, reference)
+        variable.residence = self.residence
+        return variable
+
+    def _validate_colocate_with_variable(self, colocate_with_variable: Any) -> None:
+        _check_ours(colocate_with_variable, self)
+
+    def _call_for_each_replica(self, fn: Callable, args: tuple, kwargs: dict) -> Any:
+        leaves = tf.nest.flatten((args, kwargs), expand_composites=True)
+        is_graph = not tf.executing_eagerly()
+        if not is_graph and not isinstance(
+            fn, tf.types.experimental.PolymorphicFunction
+        ):
+            # Eager mode runs operation by operation, on the host, as everywhere in
+            # TensorFlow: for debugging (`run_eagerly=True`).
+            return super()._call_for_each_replica(fn, args, kwargs)
+        _check_not_jitted(fn)
+        step = _Step(self, fn, (args, kwargs))
+        tensors = [x for x in leaves if tf.is_tensor(x) or isinstance(x, np.ndarray)]
+        return step.run(tensors) if not is_graph else step.emit(tensors)
+
+    def call_fn(self, fn: Callable, args: tuple, kwargs: dict) -> Any:
+        """Calls `fn` as the step of the only replica, with annotations switched on."""
+        with use_mesh(self.mesh, self.layouts.rules):
+            return super()._call_for_each_replica(fn, args, kwargs)
+
+
+class _Step:
+    """One function that Keras runs, and its programs, one per set of shapes."""
+
+    def __init__(self, extended: SpmdExtended, fn: Callable, arguments: Any):
+        self.extended = extended
+        self.fn = fn
+        flat = tf.nest.flatten(arguments)
+        for leaf in flat:
+            if isinstance(leaf, tf.RaggedTensor | tf.SparseTensor):
+                raise ValueError(
+                    "A mesh needs dense inputs of static shape. Make them dense in "
+                    f"the input pipeline. Received: {leaf}"
+                )
+        # Whatever is no tensor (None, a Python number) is part of the program.
+        self.arguments = tf.nest.pack_sequence_as(
+            arguments, [_ARGUMENT if _is_array(leaf) else leaf for leaf in flat]
+        )
+        self.executables: dict[Any, _Executable] = {}
+
+    def trace(self, specs: list[tf.TensorSpec]) -> tuple[Any, Any]:
+        def step(*tensors):
+            values = iter(tensors)
+            args, kwargs = tf.nest.map_structure(
+                lambda leaf: next(values) if leaf is _ARGUMENT else leaf, self.arguments
+            )
+            return self.extended.call_fn(self.fn, args, kwargs)
+
+        return lowering.trace(step, specs)
+
+    def emit(self, tensors: list[tf.Tensor]) -> Any:
+        """Puts a call of the program into the graph that is being traced."""
+        specs = [tf.TensorSpec(x.shape, x.dtype) for x in tensors]
+        function, structure = self.trace(specs)
+        for value in lowering.captured(function):
+            if isinstance(value, tf.Variable):
+                _check_ours(value, self.extended)
+        if all(spec.shape.is_fully_defined() for spec in specs):
+            self.executables[_key(specs)] = _Executable(
+                self.extended, lowering.lower(function, structure)
+            )
+        outputs = tf.numpy_function(
+            self._run_flat,
+            tensors,
+            [output.dtype for output in function.outputs],
+            stateful=True,
+            name="gshard_step",
+        )
+        outputs = outputs if isinstance(outputs, list) else [outputs]
+        for output, traced in zip(outputs, function.outputs, strict=True):
+            output.set_shape(traced.shape)
+        return lowering.pack(structure, outputs)
+
+    def run(self, tensors: list[Any]) -> Any:
+        """Runs the program at once, for eager callers."""
+        arrays = [np.asarray(x) for x in tensors]
+        executable = self._executable(arrays)
+        outputs = [tf.constant(x) for x in executable(arrays)]
+        return lowering.pack(executable.step.structure, outputs)
+
+    def _run_flat(self, *arrays: np.ndarray) -> list[np.ndarray]:
+        return self._executable(arrays)(arrays)
+
+    def _executable(self, arrays: Any) -> "_Executable":
+        specs = [tf.TensorSpec(x.shape, x.dtype) for x in arrays]
+        key = _key(specs)
+        if key not in self.executables:
+            # A shape that was unknown when the graph was traced: the length of this
+            # batch, say. This thread has no strategy, so enter it.
+            with self.extended._container_strategy().scope():
+                function, structure = self.trace(specs)
+                self.executables[key] = _Executable(
+                    self.extended, lowering.lower(function, structure)
+                )
+        return self.executables[key]
+
+
+class _Executable:
+    """A program and the variables that it runs on; compiled when first called."""
+
+    def __init__(self, extended: SpmdExtended, step: lowering.LoweredStep):
+        self.extended = extended
+        self.step = step
+        self.program: SpmdProgram | None = None
+        self.constants: dict[int, Any] = {}
+
+    def __call__(self, arrays: Any) -> list[np.ndarray]:
+        extended, step = self.extended, self.step
+        with extended.residence.lock:
+            if self.program is None:
+                self._compile()
+            program, layouts = self.program, self.program.capture_layouts
+            if extended.check_numerics:
+                _check_finite(arrays, "an input of", extended.steps_run)
+            captures = [
+                value.take_device_value(
+                    lambda array, layout=layout: extended.placement.put(array, layout)
+                )
+                if isinstance(value, MeshVariable)
+                else self.constants[i]
+                for i, (value, layout) in enumerate(
+                    zip(step.captures, layouts, strict=True)
+                )
+            ]
+            outputs, updated = program(program.put_inputs(arrays), captures)
+            outputs = [np.asarray(output) for output in outputs]
+            if extended.check_numerics:
+                _check_finite(outputs, "a result of", extended.steps_run)
+                _check_finite(updated, "a variable after", extended.steps_run)
+            for i, value in zip(step.updates, updated, strict=True):
+                step.captures[i].set_device_value(value)
+            extended.steps_run += 1
+        return outputs
+
+    def _compile(self) -> None:
+        extended, step = self.extended, self.step
+        layouts = []
+        for value in step.captures:
+            if isinstance(value, MeshVariable):
+                layouts.append(extended.layouts.of(value).layout)
+            else:
+                layouts.append(
+                    dtensor.Layout.replicated(extended.mesh, value.shape.rank)
+                )
+        extended.layouts.warn_once()
+        self.program = SpmdProgram(
+            step,
+            extended.placement,
+            [extended.layouts.of_input(spec.shape) for spec in step.inputs],
+            layouts,
+            donate=not extended.check_numerics,
+        )
+        self.constants = {
+            i: extended.placement.put(value.numpy(), layouts[i])
+            for i, value in enumerate(step.captures)
+            if not isinstance(value, MeshVariable)
+        }
+        extended.programs.append(weakref.ref(self.program))
+
+
+class _Residence:
+    """Brings variables back to the host, one user at a time."""
+
+    def __init__(self, placement: Placement):
+        self.lock = threading.RLock()
+        self.to_host = placement.get
+
+
+_ARGUMENT = lowering.LEAF
+
+
+def _key(specs: list[tf.TensorSpec]) -> tuple:
+    return tuple((tuple(spec.shape), spec.dtype.name) for spec in specs)
+
+
+def _is_array(leaf: Any) -> bool:
+    return tf.is_tensor(leaf) or isinstance(leaf, np.ndarray)
+
+
+def _mesh_variable(variable: Any) -> MeshVariable:
+    found = variable.value if isinstance(variable, keras.Variable) else variable
+    if not isinstance(found, MeshVariable):
+        raise ValueError(
+            "The variable was not made inside this strategy's scope. "
+            f"Received: {variable}"
+        )
+    return found
+
+
+def _check_ours(variable: Any, extended: SpmdExtended) -> None:
+    residence = getattr(variable, "residence", None)
+    if residence is not extended.residence:
+        raise ValueError(
+            f"The variable {variable.name!r} was not made inside this SpmdStrategy's "
+            "scope, so it does not live on its mesh. Make the model, and compile it, "
+            "inside `with strategy.scope():`."
+        )
+
+
+def _check_not_jitted(fn: Callable) -> None:
+    owner = getattr(fn, "__self__", None)
+    if isinstance(owner, keras.Model) and owner.jit_compile is True:
+        raise ValueError(
+            "SpmdStrategy compiles the whole step itself. Compile the model with "
+            "jit_compile='auto' (the default) or False. Received: jit_compile=True"
+        )
+
+
+def _check_finite(values: Any, what: str, step: int) -> None:
+    for i, value in enumerate(values):
+        # numpy sees bfloat16 as a type of its own kind, "V".
+        if value.dtype.kind in "fcV" and not np.all(
+            np.isfinite(np.asarray(value).astype(np.float64, copy=False))
+        ):
+            raise FloatingPointError(
+                f"Found NaN or infinity in {what} step {step} (number {i}). The model "
+                "is as it was before that step."
+            )

@@ -1,0 +1,147 @@
+"""Variables whose value lives on the mesh while training runs.
+
+A `MeshVariable` is an ordinary TensorFlow resource variable with a second home: the
+devices of a mesh. The two are kept coherent as caches are: one is fresh, or both
+are, and whoever touches the stale one brings it up to date first. So a step finds
+its state on the devices, and nobody (a callback, a checkpoint, `get_weights`, a
+function of the user's own) ever sees an old value.
+"""
+
+import contextlib
+import threading
+import weakref
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import numpy as np
+import tensorflow as tf
+
+# Private APIs: the class of `tf.Variable`'s instances, and its raw operations. All
+# of its methods reach the resource through the property `handle`; on an upgrade,
+# check that this still holds and that reads still pass through `_read_variable_op`.
+from tensorflow.python.eager import context
+from tensorflow.python.ops import gen_resource_variable_ops, resource_variable_ops
+
+
+class _Raw(threading.local):
+    depth = 0
+
+
+_RAW = _Raw()
+
+
+@contextlib.contextmanager
+def raw_handles() -> Iterator[None]:
+    """Inside it, `handle` is the bare resource: for reads and for tracing a step."""
+    _RAW.depth += 1
+    try:
+        yield
+    finally:
+        _RAW.depth -= 1
+
+
+class Residence(Protocol):
+    """Moves a variable's value between the host and the devices of a mesh."""
+
+    lock: Any
+
+    def to_host(self, device_value: Any) -> np.ndarray: ...
+
+
+class MeshVariable(resource_variable_ops.ResourceVariable):
+    """A `tf.Variable` that a strategy keeps on its mesh.
+
+    Attributes:
+        keras_variable: Weak reference to the `keras.Variable` that holds it, or None.
+        reference: The weight that this optimizer slot belongs to, or None.
+        reference_dims: Which dimensions of `reference` its own are.
+        decision: Its layout and the reason for it, once decided.
+    """
+
+    residence: Residence | None = None
+    keras_variable: weakref.ref | None = None
+    reference: "MeshVariable | None" = None
+    reference_dims: tuple[int, ...] | None = None
+    decision: Any = None
+    _device_value: Any = None
+    _host_is_fresh: bool = True
+    _foreign_graphs: weakref.WeakSet | None = None
+
+    # -- the two homes ---------------------------------------------------------
+
+    @property
+    def handle(self) -> tf.Tensor:
+        if self.residence is None or _RAW.depth:
+            return self._handle
+        with self.residence.lock:
+            self._refresh_host()
+            # Whoever holds the handle may write, now or (from a graph) later.
+            self._device_value = None
+            if not context.executing_eagerly():
+                self._note_foreign_graph()
+        return self._handle
+
+    def take_device_value(self, upload: Any) -> Any:
+        """The value on the devices, brought there by `upload(array)` if need be."""
+        if self._device_value is None or self._has_foreign_graphs():
+            with raw_handles():
+                # `.numpy()` copies, so nothing on a device aliases TensorFlow's
+                # buffer.
+                value = super().numpy()
+            self._device_value = upload(value)
+        return self._device_value
+
+    def set_device_value(self, value: Any) -> None:
+        """What a step made of it; the host's copy is stale from now on."""
+        self._device_value = value
+        self._host_is_fresh = False
+        if self._has_foreign_graphs():
+            # A function of somebody else's reads the resource without asking us.
+            self._refresh_host()
+
+    @property
+    def device_value(self) -> Any:
+        """The value on the devices, or None if it is not there."""
+        return self._device_value
+
+    def _refresh_host(self) -> None:
+        if not self._host_is_fresh:
+            value = self.residence.to_host(self._device_value)
+            with tf.init_scope():
+                gen_resource_variable_ops.assign_variable_op(
+                    self._handle, tf.constant(value, dtype=self._dtype)
+                )
+            self._host_is_fresh = True
+
+    def _note_foreign_graph(self) -> None:
+        if self._foreign_graphs is None:
+            self._foreign_graphs = weakref.WeakSet()
+        graph = tf.compat.v1.get_default_graph()
+        # The graph of a `tf.cond` branch dies once it is built; its outer graph lives
+        # for as long as the function that can run it.
+        while graph is not None:
+            self._foreign_graphs.add(graph)
+            graph = getattr(graph, "outer_graph", None)
+            if graph is None or not graph.building_function:
+                break
+
+    def _has_foreign_graphs(self) -> bool:
+        return bool(self._foreign_graphs)
+
+    # -- reading does not make the devices' copy stale ---------------------------
+
+    def _read_variable_op(self, no_copy: bool = False) -> tf.Tensor:
+        if self.residence is None or _RAW.depth or not context.executing_eagerly():
+            return super()._read_variable_op(no_copy)
+        with self.residence.lock:
+            self._refresh_host()
+            with raw_handles():
+                return super()._read_variable_op(no_copy)
+
+    @property
+    def device(self) -> str:
+        return self._handle.device
+
+    def is_initialized(self, name: str | None = None) -> tf.Tensor:
+        with raw_handles():
+            return super().is_initialized(name)
