@@ -1,0 +1,209 @@
+"""Multi-head attention with named dimensions and a key/value cache."""
+
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from gshard_tf import annotate, name_axes
+from keras_layers.checks import check_int
+from keras_layers.dropout import Dropout
+from keras_layers.initializers import as_matrix
+
+KeysAndValues = dict[str, tf.Tensor]
+
+
+@keras.saving.register_keras_serializable(package="gshard_tf")
+class MultiHeadAttention(keras.layers.Layer):
+    """Scaled dot-product attention with N heads of size D, without biases.
+
+    Weights are `[M, N, D]` (query, key, value) and `[N, D, M]` (output), so that a
+    rule for `heads` splits all of them. Scores go through the softmax in float32.
+
+    Args:
+        num_heads: N.
+        key_dim: D, of queries, keys and values. N * D need not be M: the paper has
+            16 heads of 128 at M = 1024.
+        dropout: Rate on the attention weights, during training.
+        kernel_initializer: Of each weight, its fan counted over `M` or `N * D`.
+        seed: Seed of the dropout.
+
+    Raises:
+        ValueError: for an argument out of its range.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        key_dim: int,
+        dropout: float = 0.0,
+        kernel_initializer: Any = "glorot_uniform",
+        seed: int | None = None,
+        **kwargs: Any,
+    ):
+        check_int("num_heads", num_heads, 1)
+        check_int("key_dim", key_dim, 1)
+        super().__init__(**kwargs)
+        self.num_heads = num_heads
+        self.key_dim = key_dim
+        self.kernel_initializer = keras.initializers.get(kernel_initializer)
+        self.seed = seed
+        self.dropout = Dropout(dropout, seed=seed, dtype=self.dtype_policy)
+        self.supports_masking = True
+
+    def build(self, inputs_shape: Any, memory_shape: Any = None) -> None:
+        model_dim = inputs_shape[-1]
+        memory_dim = model_dim if memory_shape is None else memory_shape[-1]
+        inner = self.num_heads * self.key_dim
+        for name, rows in (
+            ("query", model_dim),
+            ("key", memory_dim),
+            ("value", memory_dim),
+        ):
+            weight = self.add_weight(
+                name=name,
+                shape=(rows, self.num_heads, self.key_dim),
+                initializer=as_matrix(self.kernel_initializer, rows, inner),
+            )
+            name_axes(weight, ("embed", "heads", "kv"))
+            setattr(self, f"{name}_kernel", weight)
+        self.output_kernel = self.add_weight(
+            name="output",
+            shape=(self.num_heads, self.key_dim, model_dim),
+            initializer=as_matrix(self.kernel_initializer, inner, model_dim),
+        )
+        name_axes(self.output_kernel, ("heads", "kv", "embed"))
+
+    def call(
+        self,
+        inputs: tf.Tensor,
+        memory: tf.Tensor | None = None,
+        mask: tf.Tensor | None = None,
+        memory_mask: tf.Tensor | None = None,
+        causal: bool = False,
+        training: bool | None = None,
+    ) -> tf.Tensor:
+        """Attends from `inputs` `[B, T, M]` to `memory` `[B, L, M]` or to itself.
+
+        Args:
+            inputs: Where the queries come from.
+            memory: Where keys and values come from. None: `inputs`.
+            mask: `[B, T]` bool, False for padding of `inputs`: hides keys in
+                self-attention.
+            memory_mask: `[B, L]` bool, False for padding of `memory`.
+            causal: Whether position t sees only positions up to t.
+            training: Whether to drop out.
+
+        Returns:
+            `[B, T, M]`.
+        """
+        if causal and memory is not None:
+            raise ValueError("causal is for self-attention. Received: memory as well")
+        if memory is None:
+            memory, memory_mask = inputs, mask
+        visible = None
+        if memory_mask is not None:
+            visible = tf.cast(memory_mask, tf.bool)[:, None, None, :]  # [B, 1, 1, L]
+        if causal:
+            position = tf.range(tf.shape(inputs)[1])
+            past = position[None, :] <= position[:, None]  # [T, L]
+            visible = past if visible is None else tf.logical_and(visible, past)
+        return self._attend(inputs, self.project(memory), visible, training)
+
+    def project(self, memory: tf.Tensor) -> KeysAndValues:
+        """Keys and values `[B, L, N, D]` of `memory` `[B, L, M]`, computed once."""
+        memory = tf.cast(memory, self.compute_dtype)
+        axes = ("batch", "length", "heads", "kv")
+        return {
+            name: annotate(
+                tf.einsum("BLM,MND->BLND", memory, self._weight(kernel)), axes
+            )
+            for name, kernel in (("key", self.key_kernel), ("value", self.value_kernel))
+        }
+
+    def attend(
+        self,
+        inputs: tf.Tensor,
+        projected: KeysAndValues,
+        memory_mask: tf.Tensor | None = None,
+    ) -> tf.Tensor:
+        """Attends to what `project` returned, without dropout: for decoding."""
+        visible = None
+        if memory_mask is not None:
+            visible = tf.cast(memory_mask, tf.bool)[:, None, None, :]
+        return self._attend(inputs, projected, visible, training=False)
+
+    def init_cache(self, batch_size: int | tf.Tensor, max_length: int) -> KeysAndValues:
+        """An empty cache of static length, `[B, max_length, N, D]` twice."""
+        shape = [batch_size, max_length, self.num_heads, self.key_dim]
+        zeros = tf.zeros(shape, self.compute_dtype)
+        zeros = annotate(zeros, ("batch", "length", "heads", "kv"))
+        return {"key": zeros, "value": zeros}
+
+    def decode(
+        self, inputs: tf.Tensor, cache: KeysAndValues, index: int | tf.Tensor
+    ) -> tuple[tf.Tensor, KeysAndValues]:
+        """One position of causal self-attention.
+
+        Args:
+            inputs: `[B, 1, M]`, position `index`.
+            cache: Keys and values of the positions before it.
+            index: Int or scalar int32 tensor in `[0, max_length)`.
+
+        Returns:
+            `[B, 1, M]`, and the cache with position `index` written.
+        """
+        length = tf.shape(cache["key"])[1]
+        position = tf.range(length)
+        # Written by selection, not by a slice update: it stays elementwise over
+        # whatever dimension is split, and attention reads the whole cache anyway.
+        here = (position == index)[None, :, None, None]  # [1, L, 1, 1]
+        new = self.project(inputs)  # [B, 1, N, D]
+        cache = {name: tf.where(here, new[name], cache[name]) for name in cache}
+        visible = (position <= index)[None, None, None, :]
+        return self._attend(inputs, cache, visible, training=False), cache
+
+    def _attend(
+        self,
+        inputs: tf.Tensor,
+        projected: KeysAndValues,
+        visible: tf.Tensor | None,
+        training: bool | None,
+    ) -> tf.Tensor:
+        inputs = tf.cast(inputs, self.compute_dtype)
+        query = tf.einsum("BTM,MND->BTND", inputs, self._weight(self.query_kernel))
+        query = annotate(query, ("batch", "length", "heads", "kv"))
+        query = query * tf.cast(self.key_dim**-0.5, query.dtype)
+        scores = tf.einsum("BTND,BLND->BNTL", query, projected["key"])
+        scores = tf.cast(scores, tf.float32)
+        if visible is not None:
+            # Finite, so that a row without any visible position gives no NaN.
+            scores = tf.where(visible, scores, -1e30)
+        weights = tf.cast(tf.nn.softmax(scores, axis=-1), query.dtype)
+        weights = self.dropout(weights, training=training)
+        heads = tf.einsum("BNTL,BLND->BTND", weights, projected["value"])
+        heads = annotate(heads, ("batch", "length", "heads", "kv"))
+        outputs = tf.einsum("BTND,NDM->BTM", heads, self._weight(self.output_kernel))
+        return annotate(outputs, ("batch", "length", "embed"))
+
+    def _weight(self, weight: keras.Variable) -> tf.Tensor:
+        # Keras casts weights by itself within `__call__` only; decoding calls the
+        # other methods directly.
+        return tf.cast(weight, self.compute_dtype)
+
+    def compute_output_shape(self, inputs_shape: Any, memory_shape: Any = None) -> Any:
+        return inputs_shape
+
+    def compute_mask(self, inputs: Any, previous_mask: Any) -> Any:
+        return previous_mask
+
+    def get_config(self) -> dict[str, Any]:
+        config = super().get_config()
+        config.update(
+            num_heads=self.num_heads,
+            key_dim=self.key_dim,
+            dropout=self.dropout.rate,
+            kernel_initializer=keras.initializers.serialize(self.kernel_initializer),
+            seed=self.seed,
+        )
+        return config

@@ -1,0 +1,131 @@
+"""Token embeddings, positions, and the projection to the vocabulary."""
+
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from gshard_tf import annotate, name_axes
+from keras_layers.checks import check_int
+
+
+@keras.saving.register_keras_serializable(package="gshard_tf")
+class TokenEmbedding(keras.layers.Layer):
+    """A table `[V, M]` that embeds tokens and can serve as the output projection.
+
+    Embeddings are scaled by the square root of M, as in the Transformer: the table
+    itself has the scale that suits the projection.
+
+    Args:
+        vocab_size: V.
+        model_dim: M.
+    """
+
+    def __init__(self, vocab_size: int, model_dim: int, **kwargs: Any):
+        check_int("vocab_size", vocab_size, 1)
+        check_int("model_dim", model_dim, 1)
+        super().__init__(**kwargs)
+        self.vocab_size = vocab_size
+        self.model_dim = model_dim
+
+    def build(self, input_shape: Any = None) -> None:
+        self.table = self.add_weight(
+            name="table",
+            shape=(self.vocab_size, self.model_dim),
+            initializer=keras.initializers.RandomNormal(stddev=self.model_dim**-0.5),
+        )
+        name_axes(self.table, ("vocab", "embed"))
+
+    def call(self, inputs: tf.Tensor) -> tf.Tensor:
+        """`[B, L]` ids -> `[B, L, M]`."""
+        table = tf.cast(self.table, self.compute_dtype)
+        embedded = _look_up(table, inputs) * tf.cast(self.model_dim**0.5, table.dtype)
+        return annotate(embedded, ("batch", "length", "embed"))
+
+    def project(self, inputs: tf.Tensor) -> tf.Tensor:
+        """`[B, L, M]` -> logits `[B, L, V]` in float32."""
+        table = tf.cast(self.table, self.compute_dtype)
+        logits = tf.einsum("BLM,VM->BLV", tf.cast(inputs, table.dtype), table)
+        return annotate(tf.cast(logits, tf.float32), ("batch", "length", "vocab"))
+
+    def compute_output_shape(self, input_shape: Any) -> Any:
+        return (*input_shape, self.model_dim)
+
+    def get_config(self) -> dict[str, Any]:
+        config = super().get_config()
+        config.update(vocab_size=self.vocab_size, model_dim=self.model_dim)
+        return config
+
+
+@keras.saving.register_keras_serializable(package="gshard_tf")
+class VocabularyProjection(keras.layers.Layer):
+    """A matrix `[M, V]` to the vocabulary, where it is not the embedding table.
+
+    Args:
+        vocab_size: V.
+    """
+
+    def __init__(self, vocab_size: int, **kwargs: Any):
+        check_int("vocab_size", vocab_size, 1)
+        super().__init__(**kwargs)
+        self.vocab_size = vocab_size
+
+    def build(self, input_shape: Any) -> None:
+        self.kernel = self.add_weight(
+            name="kernel",
+            shape=(input_shape[-1], self.vocab_size),
+            initializer="lecun_normal",
+        )
+        name_axes(self.kernel, ("embed", "vocab"))
+
+    def call(self, inputs: tf.Tensor) -> tf.Tensor:
+        """`[B, L, M]` -> logits `[B, L, V]` in float32."""
+        logits = tf.einsum("BLM,MV->BLV", inputs, self.kernel)
+        return annotate(tf.cast(logits, tf.float32), ("batch", "length", "vocab"))
+
+    def compute_output_shape(self, input_shape: Any) -> Any:
+        return (*input_shape[:-1], self.vocab_size)
+
+    def compute_output_spec(self, inputs: Any) -> keras.KerasTensor:
+        return keras.KerasTensor(self.compute_output_shape(inputs.shape), "float32")
+
+    def get_config(self) -> dict[str, Any]:
+        config = super().get_config()
+        config.update(vocab_size=self.vocab_size)
+        return config
+
+
+def sinusoids(
+    positions: tf.Tensor, model_dim: int, max_timescale: float = 1e4
+) -> tf.Tensor:
+    """Sinusoidal encodings of positions `[L]`: float32 `[L, M]`.
+
+    Sines in the first half and cosines in the second, wavelengths growing from
+    2 pi to `max_timescale` * 2 pi. Computed, not looked up, so there is no maximal
+    length; an odd width ends with a 0.
+    """
+    half = model_dim // 2
+    exponent = np.arange(half, dtype=np.float32) / max(half - 1, 1)
+    angle = tf.cast(positions, tf.float32)[:, None] * max_timescale**-exponent
+    encoding = tf.concat([tf.sin(angle), tf.cos(angle)], axis=-1)
+    return tf.pad(encoding, [[0, 0], [0, model_dim - 2 * half]])
+
+
+@tf.custom_gradient
+def _look_up(table: tf.Tensor, ids: tf.Tensor) -> tuple[tf.Tensor, Any]:
+    """Rows of `table` with a dense gradient.
+
+    `tf.gather` alone gives `IndexedSlices`. Optimizers that keep a slot per weight
+    need the dense sum anyway, as does a table that is also the output projection.
+    """
+    rows = tf.gather(table, ids)
+
+    def gradient(d_rows: tf.Tensor) -> tuple[tf.Tensor, None]:
+        flat = tf.reshape(d_rows, [-1, table.shape[-1]])
+        sums = tf.math.unsorted_segment_sum(
+            tf.cast(flat, tf.float32), tf.reshape(ids, [-1]), table.shape[0]
+        )
+        return tf.cast(sums, table.dtype), None
+
+    return rows, gradient

@@ -1,0 +1,81 @@
+"""The dense position-wise feed-forward layer."""
+
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from gshard_tf import annotate, name_axes
+from keras_layers.checks import check_int
+from keras_layers.dropout import Dropout
+
+
+@keras.saving.register_keras_serializable(package="gshard_tf")
+class FeedForward(keras.layers.Layer):
+    """`wo . activation(wi . x)` at each position, without biases as in the paper.
+
+    Args:
+        hidden_dim: H. The paper: 8 times the model width.
+        activation: Of the hidden layer.
+        dropout: Rate on the hidden layer, during training.
+        kernel_initializer: Of both weights.
+        seed: Seed of the dropout.
+    """
+
+    def __init__(
+        self,
+        hidden_dim: int,
+        activation: Any = "relu",
+        dropout: float = 0.0,
+        kernel_initializer: Any = "lecun_uniform",
+        seed: int | None = None,
+        **kwargs: Any,
+    ):
+        check_int("hidden_dim", hidden_dim, 1)
+        super().__init__(**kwargs)
+        self.hidden_dim = hidden_dim
+        self.activation = keras.activations.get(activation)
+        self.kernel_initializer = keras.initializers.get(kernel_initializer)
+        self.seed = seed
+        self.dropout = Dropout(dropout, seed=seed, dtype=self.dtype_policy)
+        self.supports_masking = True
+
+    def build(self, input_shape: Any) -> None:
+        model_dim = input_shape[-1]
+        self.wi = name_axes(
+            self.add_weight(
+                name="wi",
+                shape=(model_dim, self.hidden_dim),
+                initializer=self.kernel_initializer,
+            ),
+            ("embed", "mlp"),
+        )
+        self.wo = name_axes(
+            self.add_weight(
+                name="wo",
+                shape=(self.hidden_dim, model_dim),
+                initializer=self.kernel_initializer,
+            ),
+            ("mlp", "embed"),
+        )
+
+    def call(self, inputs: tf.Tensor, training: bool | None = None) -> tf.Tensor:
+        hidden = self.activation(tf.einsum("BLM,MH->BLH", inputs, self.wi))
+        hidden = annotate(hidden, ("batch", "length", "mlp"))
+        hidden = self.dropout(hidden, training=training)
+        outputs = tf.einsum("BLH,HM->BLM", hidden, self.wo)
+        return annotate(outputs, ("batch", "length", "embed"))
+
+    def compute_output_shape(self, input_shape: Any) -> Any:
+        return input_shape
+
+    def get_config(self) -> dict[str, Any]:
+        config = super().get_config()
+        config.update(
+            hidden_dim=self.hidden_dim,
+            activation=keras.activations.serialize(self.activation),
+            dropout=self.dropout.rate,
+            kernel_initializer=keras.initializers.serialize(self.kernel_initializer),
+            seed=self.seed,
+        )
+        return config

@@ -1,0 +1,39 @@
+"""Initial values for weights that have more dimensions than a matrix.
+
+Keras scales by the fan of a matrix or a convolution kernel. It would take the experts
+of `[E, M, H]` for a convolution's window and make the variance E times too small, and
+the heads of `[M, N, D]` likewise.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+
+def per_expert(initializer: keras.initializers.Initializer) -> Callable:
+    """`initializer` with its fan counted within one expert, for `[E, ...]` weights.
+
+    The dimension of experts multiplies every fan (in, out and their mean) of a
+    `VarianceScaling` by E, so the values are scaled back by the square root of E.
+    Initializers that do not scale by a fan are returned as they are.
+    """
+    if not isinstance(initializer, keras.initializers.VarianceScaling):
+        return initializer
+
+    def scaled(shape: Sequence[int], dtype: Any = None) -> tf.Tensor:
+        return initializer(shape, dtype=dtype) * shape[0] ** 0.5
+
+    return scaled
+
+
+def as_matrix(
+    initializer: keras.initializers.Initializer, rows: int, columns: int
+) -> Callable:
+    """`initializer` of a `[rows, columns]` matrix, reshaped to the weight's shape."""
+
+    def reshaped(shape: Sequence[int], dtype: Any = None) -> tf.Tensor:
+        return tf.reshape(initializer((rows, columns), dtype=dtype), shape)
+
+    return reshaped

@@ -1,0 +1,321 @@
+"""The mixture-of-experts layer: router, dispatcher and experts put together."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from gshard_tf import annotate, name_axes
+from keras_layers.checks import check_choice, check_int
+from keras_layers.dispatch import EinsumDispatcher, IndexDispatcher
+from keras_layers.dropout import Dropout
+from keras_layers.initializers import per_expert
+from keras_layers.router_metrics import RouterHealth
+from keras_layers.routing import Top2Router
+
+_DISPATCHERS = {"index": IndexDispatcher, "einsum": EinsumDispatcher}
+
+
+@keras.saving.register_keras_serializable(package="gshard_tf")
+class Experts(keras.layers.Layer):
+    """E feed-forward networks side by side: `FFN_e(x) = wo_e . activation(wi_e . x)`.
+
+    No biases, as in the paper: an empty slot then stays 0 with the default
+    activation.
+
+    Args:
+        num_experts: E.
+        hidden_dim: H.
+        activation: Of the hidden layer.
+        dropout: Rate on the hidden layer, during training.
+        kernel_initializer: Of both weights; fans are counted within one expert.
+        seed: Seed of the dropout.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        hidden_dim: int,
+        activation: Any = "relu",
+        dropout: float = 0.0,
+        kernel_initializer: Any = "lecun_uniform",
+        seed: int | None = None,
+        **kwargs: Any,
+    ):
+        check_int("num_experts", num_experts, 1)
+        check_int("hidden_dim", hidden_dim, 1)
+        super().__init__(**kwargs)
+        self.num_experts = num_experts
+        self.hidden_dim = hidden_dim
+        self.activation = keras.activations.get(activation)
+        self.kernel_initializer = keras.initializers.get(kernel_initializer)
+        self.seed = seed
+        self.dropout = Dropout(dropout, seed=seed, dtype=self.dtype_policy)
+
+    def build(self, input_shape: Any) -> None:
+        model_dim = input_shape[-1]
+        initializer = per_expert(self.kernel_initializer)
+        self.wi = name_axes(
+            self.add_weight(
+                name="wi",
+                shape=(self.num_experts, model_dim, self.hidden_dim),
+                initializer=initializer,
+            ),
+            ("expert", "embed", "mlp"),
+        )
+        self.wo = name_axes(
+            self.add_weight(
+                name="wo",
+                shape=(self.num_experts, self.hidden_dim, model_dim),
+                initializer=initializer,
+            ),
+            ("expert", "mlp", "embed"),
+        )
+
+    def call(self, inputs: tf.Tensor, training: bool | None = None) -> tf.Tensor:
+        """`inputs` `[E, G, C, M]` -> `[E, G, C, M]`."""
+        hidden = self.activation(tf.einsum("EGCM,EMH->EGCH", inputs, self.wi))
+        hidden = annotate(hidden, ("expert", None, None, "mlp"))
+        hidden = self.dropout(hidden, training=training)
+        return tf.einsum("EGCH,EHM->EGCM", hidden, self.wo)
+
+    def compute_output_shape(self, input_shape: Any) -> Any:
+        return input_shape
+
+    def get_config(self) -> dict[str, Any]:
+        config = super().get_config()
+        config.update(
+            num_experts=self.num_experts,
+            hidden_dim=self.hidden_dim,
+            activation=keras.activations.serialize(self.activation),
+            dropout=self.dropout.rate,
+            kernel_initializer=keras.initializers.serialize(self.kernel_initializer),
+            seed=self.seed,
+        )
+        return config
+
+
+@keras.saving.register_keras_serializable(package="gshard_tf")
+class MoELayer(keras.layers.Layer):
+    """Position-wise mixture of experts (the paper, section 2.1), in place of an FFN.
+
+    Inputs `[..., L, M]` are routed in groups, each by itself, to experts that exist
+    once for all groups. A token that no expert had room for comes out as 0, so put
+    the layer in a residual branch: `x + moe(x)`.
+
+    Args:
+        num_experts: E, at least 2. A multiple of the number of devices, so that
+            each holds as many; the paper uses one expert per device.
+        hidden_dim: H of each expert.
+        router: None for `Top2Router(num_experts)` with its defaults, a dict of
+            arguments for it (`{"capacity_factor": 1.25}`), or a router layer.
+        dispatcher: "index" moves tokens by gathers; "einsum" by products with one-hot
+            tensors as in the paper, which costs more time and memory for the same
+            values.
+        group_size: S. None: each row of the batch, `[L, M]`, is a group, so nothing is
+            reshaped and groups are split as the batch is. An int: all tokens are laid
+            in one row and cut into groups of this many, the last one filled up with
+            padding. Capacity is shared within a group: larger groups drop fewer tokens
+            at the same capacity factor, but choose it so that there are at least as
+            many groups as devices. With "einsum" cost grows with it (S / H of the
+            experts' FLOPs).
+        aux_loss_coef: What the router's balancing loss is multiplied by before it is
+            added to the model's losses, during training only. The paper does not give
+            its value; 0.01 with the router's default scale, which is 1 at perfect
+            balance whatever E, is what lingvo and Mesh TensorFlow train with. 0 to
+            turn it off.
+        activation: Of the experts' hidden layer.
+        dropout: Rate on the experts' hidden layer, during training.
+        kernel_initializer: Of the experts' weights; fans are counted within one expert.
+        metrics_per_expert: Whether to report the load of each expert too.
+        seed: Seed of the dropout, and of the router unless it is a layer.
+
+    Metrics of the router's health appear in `fit`'s logs under the layer's name: see
+    `RouterHealth`.
+
+    Raises:
+        ValueError: for an argument out of its range, a router made for another number
+            of experts, or inputs that do not fit `group_size`.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        hidden_dim: int,
+        router: keras.layers.Layer | Mapping[str, Any] | None = None,
+        dispatcher: str = "index",
+        group_size: int | None = None,
+        aux_loss_coef: float = 0.01,
+        activation: Any = "relu",
+        dropout: float = 0.0,
+        kernel_initializer: Any = "lecun_uniform",
+        metrics_per_expert: bool = False,
+        seed: int | None = None,
+        **kwargs: Any,
+    ):
+        check_int("num_experts", num_experts, 2)
+        check_choice("dispatcher", dispatcher, tuple(_DISPATCHERS))
+        if group_size is not None:
+            check_int("group_size", group_size, 1)
+        if (
+            isinstance(aux_loss_coef, bool)
+            or not isinstance(aux_loss_coef, int | float)
+            or aux_loss_coef < 0
+        ):
+            raise ValueError(
+                "aux_loss_coef must be a number, at least 0. "
+                f"Received: aux_loss_coef={aux_loss_coef!r}"
+            )
+        super().__init__(**kwargs)
+        if router is None:
+            router = {}
+        if isinstance(router, Mapping):
+            router = Top2Router(num_experts, **{"seed": seed, **router})
+        if getattr(router, "num_experts", None) != num_experts:
+            raise ValueError(
+                f"The router must be for num_experts={num_experts}. Received: "
+                f"router={router!r} for {getattr(router, 'num_experts', None)}"
+            )
+        self.num_experts = num_experts
+        self.hidden_dim = hidden_dim
+        self.router = router
+        self.dispatcher = dispatcher
+        self.group_size = group_size
+        self.aux_loss_coef = aux_loss_coef
+        self.metrics_per_expert = metrics_per_expert
+        self.seed = seed
+        self.experts = Experts(
+            num_experts,
+            hidden_dim,
+            activation=activation,
+            dropout=dropout,
+            kernel_initializer=kernel_initializer,
+            seed=seed,
+            dtype=self.dtype_policy,
+            name="experts",
+        )
+        self.health = RouterHealth(num_experts, metrics_per_expert, name=self.name)
+        self._dispatcher = _DISPATCHERS[dispatcher]()
+        self.supports_masking = True
+
+    def build(self, input_shape: Any) -> None:
+        model_dim = input_shape[-1]
+        if model_dim is None:
+            raise ValueError(
+                f"The last dimension of the inputs must be known. "
+                f"Received: input_shape={input_shape}"
+            )
+        least = 2 if self.group_size else 3
+        if len(input_shape) < least:
+            raise ValueError(
+                f"Inputs must have {least} dimensions or more with "
+                f"group_size={self.group_size}: [batch, length, width], or "
+                "[tokens, width] with a group size. "
+                f"Received: input_shape={input_shape}"
+            )
+        self.router.build((None, None, model_dim))
+        self.experts.build((self.num_experts, None, None, model_dim))
+
+    def call(
+        self,
+        inputs: tf.Tensor,
+        mask: tf.Tensor | None = None,
+        training: bool | None = None,
+        decoding: bool = False,
+    ) -> tf.Tensor:
+        """Routes, transforms and puts back `inputs` `[..., L, M]`.
+
+        Args:
+            inputs: The tokens.
+            mask: `[..., L]` bool, False for padding: it takes no slot, counts in no
+                loss and no metric, and comes out as 0.
+            training: Whether to route at random, drop out and add the balancing loss.
+            decoding: True while generating token by token: every token is a group of
+                its own, so that none can be dropped and none affects another, and
+                neither metrics nor losses are touched.
+        """
+        if decoding:
+            training = False
+        tokens, token_mask = self._to_groups(inputs, mask, decoding)
+        tokens = annotate(tokens, ("group", None, "embed"))  # [G, S, M]
+        routing, aux_loss = self.router(tokens, mask=token_mask, training=training)
+        buffers = self._dispatcher.dispatch(tokens, routing)  # [E, G, C, M]
+        buffers = self.experts(buffers, training=training)
+        outputs = self._dispatcher.combine(buffers, routing)  # [G, S, M]
+        if not decoding:
+            self.health.update_state(routing, token_mask)
+        if training and self.aux_loss_coef:
+            self.add_loss(self.aux_loss_coef * aux_loss)
+        return self._from_groups(outputs, inputs, decoding)
+
+    def _to_groups(
+        self, inputs: tf.Tensor, mask: tf.Tensor | None, decoding: bool
+    ) -> tuple[tf.Tensor, tf.Tensor | None]:
+        """`[..., L, M]` -> `[G, S, M]` and its mask `[G, S]`."""
+        width = inputs.shape[-1]
+        if self.group_size is None and not decoding:
+            if len(inputs.shape) == 3:
+                return inputs, mask
+            size = inputs.shape[-2]
+            if size is None:
+                size = tf.shape(inputs)[-2]
+            if mask is not None:
+                mask = tf.reshape(mask, [-1, size])
+            return tf.reshape(inputs, [-1, size, width]), mask
+
+        size = 1 if decoding else self.group_size
+        flat = tf.reshape(inputs, [-1, width])
+        count = flat.shape[0] if flat.shape[0] is not None else tf.shape(flat)[0]
+        missing = -count % size
+        if not isinstance(missing, int) or missing:
+            real = tf.ones([count], tf.bool) if mask is None else tf.reshape(mask, [-1])
+            flat = tf.pad(flat, [[0, missing], [0, 0]])
+            mask = tf.pad(tf.cast(real, tf.bool), [[0, missing]])
+        if mask is not None:
+            mask = tf.reshape(mask, [-1, size])
+        return tf.reshape(flat, [-1, size, width]), mask
+
+    def _from_groups(
+        self, outputs: tf.Tensor, inputs: tf.Tensor, decoding: bool
+    ) -> tf.Tensor:
+        """`[G, S, M]` -> the shape of `inputs`, less the padding of the last group."""
+        if self.group_size is None and not decoding and len(inputs.shape) == 3:
+            outputs.set_shape(inputs.shape)
+            return outputs
+        width = inputs.shape[-1]
+        shape = tf.shape(inputs)
+        flat = tf.reshape(outputs, [-1, width])
+        flat = flat[: tf.reduce_prod(shape[:-1])]
+        outputs = tf.reshape(flat, shape)
+        outputs.set_shape(inputs.shape)
+        return outputs
+
+    def compute_output_shape(self, input_shape: Any) -> Any:
+        return input_shape
+
+    def get_config(self) -> dict[str, Any]:
+        config = super().get_config()
+        experts = self.experts.get_config()
+        config.update(
+            num_experts=self.num_experts,
+            hidden_dim=self.hidden_dim,
+            router=keras.saving.serialize_keras_object(self.router),
+            dispatcher=self.dispatcher,
+            group_size=self.group_size,
+            aux_loss_coef=self.aux_loss_coef,
+            activation=experts["activation"],
+            dropout=experts["dropout"],
+            kernel_initializer=experts["kernel_initializer"],
+            metrics_per_expert=self.metrics_per_expert,
+            seed=self.seed,
+        )
+        return config
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "MoELayer":
+        config = dict(config)
+        router = config.get("router")
+        if isinstance(router, Mapping) and "class_name" in router:
+            config["router"] = keras.saving.deserialize_keras_object(router)
+        return cls(**config)

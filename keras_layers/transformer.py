@@ -1,0 +1,571 @@
+"""Encoder and decoder blocks, and the sequence-to-sequence Transformer of the paper."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from gshard_tf import annotate
+from keras_layers.attention import MultiHeadAttention
+from keras_layers.checks import check_int, check_rate
+from keras_layers.dropout import Dropout
+from keras_layers.embedding import TokenEmbedding, VocabularyProjection, sinusoids
+from keras_layers.feed_forward import FeedForward
+from keras_layers.moe import MoELayer
+
+DecodingState = dict[str, Any]
+
+
+class _Block(keras.layers.Layer):
+    """What encoder and decoder blocks share: pre-norm sublayers with residuals.
+
+    Args:
+        num_heads: N.
+        key_dim: D.
+        hidden_dim: H of the feed-forward layer, or of each expert.
+        num_experts: E of a `MoELayer` in place of the feed-forward layer; 0 or None
+            for a dense one.
+        dropout: Rate on attention weights, on the hidden layer of a dense
+            feed-forward, and on each sublayer's output before the residual.
+        moe_options: Further arguments of `MoELayer`.
+        seed: Seed of all random numbers of the block; None: from the global seed.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        key_dim: int,
+        hidden_dim: int,
+        num_experts: int | None = None,
+        dropout: float = 0.1,
+        moe_options: Mapping[str, Any] | None = None,
+        seed: int | None = None,
+        **kwargs: Any,
+    ):
+        check_rate("dropout", dropout)
+        if moe_options and not num_experts:
+            raise ValueError(
+                "moe_options are for a block with experts. Received: "
+                f"moe_options={dict(moe_options)} and num_experts={num_experts}"
+            )
+        super().__init__(**kwargs)
+        self.num_heads = num_heads
+        self.key_dim = key_dim
+        self.hidden_dim = hidden_dim
+        self.num_experts = num_experts
+        self.dropout = dropout
+        self.moe_options = dict(moe_options or {})
+        self.seed = seed
+        self.self_attention = self._attention("self_attention")
+        if num_experts:
+            options = {"seed": seed, "name": f"{self.name}_moe", **self.moe_options}
+            self.feed_forward = MoELayer(
+                num_experts, hidden_dim, dtype=self.dtype_policy, **options
+            )
+        else:
+            self.feed_forward = FeedForward(
+                hidden_dim,
+                dropout=dropout,
+                seed=seed,
+                dtype=self.dtype_policy,
+                name="feed_forward",
+            )
+        self.attention_norm = self._norm("attention_norm")
+        self.feed_forward_norm = self._norm("feed_forward_norm")
+        self.residual_dropout = Dropout(dropout, seed=seed, dtype=self.dtype_policy)
+        self.supports_masking = True
+
+    def _attention(self, name: str) -> MultiHeadAttention:
+        return MultiHeadAttention(
+            self.num_heads,
+            self.key_dim,
+            dropout=self.dropout,
+            seed=self.seed,
+            dtype=self.dtype_policy,
+            name=name,
+        )
+
+    def _norm(self, name: str) -> keras.layers.Layer:
+        return keras.layers.LayerNormalization(
+            epsilon=1e-6, dtype=self.dtype_policy, name=name
+        )
+
+    def _feed(
+        self,
+        x: tf.Tensor,
+        mask: tf.Tensor | None,
+        training: bool | None,
+        decoding: bool = False,
+    ) -> tf.Tensor:
+        """The feed-forward sublayer with its residual: `[B, L, M]`."""
+        normed = self.feed_forward_norm(x)
+        if self.num_experts:
+            fed = self.feed_forward(
+                normed, mask=mask, training=training, decoding=decoding
+            )
+        else:
+            fed = self.feed_forward(normed, training=training)
+        return self._residual(x, fed, training)
+
+    def _residual(
+        self, x: tf.Tensor, update: tf.Tensor, training: bool | None
+    ) -> tf.Tensor:
+        x = x + self.residual_dropout(update, training=training)
+        return annotate(x, ("batch", "length", "embed"))
+
+    def get_config(self) -> dict[str, Any]:
+        config = super().get_config()
+        config.update(
+            num_heads=self.num_heads,
+            key_dim=self.key_dim,
+            hidden_dim=self.hidden_dim,
+            num_experts=self.num_experts,
+            dropout=self.dropout,
+            moe_options=keras.saving.serialize_keras_object(self.moe_options),
+            seed=self.seed,
+        )
+        return config
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "_Block":
+        config = dict(config)
+        config["moe_options"] = keras.saving.deserialize_keras_object(
+            config.get("moe_options")
+        )
+        return cls(**config)
+
+
+@keras.saving.register_keras_serializable(package="gshard_tf")
+class EncoderBlock(_Block):
+    __doc__ = (
+        "Self-attention, then a feed-forward or mixture-of-experts layer.\n"
+        + (_Block.__doc__.split("\n", 1)[1])
+    )
+
+    def build(self, input_shape: Any) -> None:
+        shape = (None, None, input_shape[-1])
+        self.attention_norm.build(shape)
+        self.self_attention.build(shape)
+        self.feed_forward_norm.build(shape)
+        self.feed_forward.build(shape)
+
+    def call(
+        self,
+        inputs: tf.Tensor,
+        mask: tf.Tensor | None = None,
+        training: bool | None = None,
+    ) -> tf.Tensor:
+        """`inputs` `[B, L, M]`, `mask` `[B, L]` False for padding."""
+        attended = self.self_attention(
+            self.attention_norm(inputs), mask=mask, training=training
+        )
+        x = self._residual(inputs, attended, training)
+        return self._feed(x, mask, training)
+
+    def compute_output_shape(self, input_shape: Any) -> Any:
+        return input_shape
+
+
+@keras.saving.register_keras_serializable(package="gshard_tf")
+class DecoderBlock(_Block):
+    __doc__ = (
+        "Causal self-attention, attention to the encoder, then feed-forward or MoE.\n"
+        + _Block.__doc__.split("\n", 1)[1]
+    )
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.cross_attention = self._attention("cross_attention")
+        self.cross_norm = self._norm("cross_norm")
+
+    def build(self, inputs_shape: Any, memory_shape: Any) -> None:
+        shape = (None, None, inputs_shape[-1])
+        memory = (None, None, memory_shape[-1])
+        self.attention_norm.build(shape)
+        self.self_attention.build(shape)
+        self.cross_norm.build(shape)
+        self.cross_attention.build(shape, memory)
+        self.feed_forward_norm.build(shape)
+        self.feed_forward.build(shape)
+
+    def call(
+        self,
+        inputs: tf.Tensor,
+        memory: tf.Tensor,
+        mask: tf.Tensor | None = None,
+        memory_mask: tf.Tensor | None = None,
+        training: bool | None = None,
+    ) -> tf.Tensor:
+        """`inputs` `[B, T, M]` attends to `memory` `[B, L, M]`, the encoder's output.
+
+        Args:
+            inputs: Target side.
+            memory: Source side.
+            mask: `[B, T]` bool, False for padding.
+            memory_mask: `[B, L]` bool, False for padding.
+            training: Whether to drop out.
+        """
+        attended = self.self_attention(
+            self.attention_norm(inputs), mask=mask, causal=True, training=training
+        )
+        x = self._residual(inputs, attended, training)
+        attended = self.cross_attention(
+            self.cross_norm(x), memory, memory_mask=memory_mask, training=training
+        )
+        x = self._residual(x, attended, training)
+        return self._feed(x, mask, training)
+
+    def init_cache(
+        self, memory: tf.Tensor, max_length: int
+    ) -> dict[str, dict[str, tf.Tensor]]:
+        """An empty cache of its own positions, and the memory's keys and values."""
+        return {
+            "self": self.self_attention.init_cache(tf.shape(memory)[0], max_length),
+            "cross": self.cross_attention.project(memory),
+        }
+
+    def decode(
+        self,
+        inputs: tf.Tensor,
+        cache: dict[str, dict[str, tf.Tensor]],
+        index: int | tf.Tensor,
+        memory_mask: tf.Tensor | None = None,
+    ) -> tuple[tf.Tensor, dict[str, dict[str, tf.Tensor]]]:
+        """One position: `inputs` `[B, 1, M]` -> `[B, 1, M]` and the updated cache."""
+        attended, own = self.self_attention.decode(
+            self.attention_norm(inputs), cache["self"], index
+        )
+        x = inputs + attended
+        x = x + self.cross_attention.attend(
+            self.cross_norm(x), cache["cross"], memory_mask
+        )
+        x = self._feed(x, None, training=False, decoding=True)
+        return x, {"self": own, "cross": cache["cross"]}
+
+    def compute_output_shape(self, inputs_shape: Any, memory_shape: Any = None) -> Any:
+        return inputs_shape
+
+    def compute_mask(self, inputs: Any, previous_mask: Any) -> Any:
+        return previous_mask
+
+
+@keras.saving.register_keras_serializable(package="gshard_tf")
+class Transformer(keras.Model):
+    """The paper's translation model: an encoder and a decoder, half of it experts.
+
+    Called on source and target ids, it gives logits for the next target token at each
+    position. Shift the target yourself: inputs start with BOS, labels end with EOS.
+    Padding is wherever an id is `pad_id`; the logits carry the target's mask, so
+    Keras's losses and metrics leave padding out.
+
+    Args:
+        source_vocab_size: Size of the source vocabulary (the paper: 64,000).
+        target_vocab_size: Size of the target vocabulary, V (the paper: 32,000).
+        num_encoder_layers: Encoder blocks. The paper's "12 layers" are 6 + 6.
+        num_decoder_layers: Decoder blocks.
+        model_dim: M (the paper: 1024).
+        hidden_dim: H of feed-forward layers and of each expert (the paper: 8192).
+        num_heads: N (the paper: 16).
+        key_dim: D (the paper: 128). None: M / N.
+        num_experts: E. 0 or None for a dense Transformer.
+        moe_every: Every how many blocks the feed-forward layer is a `MoELayer`:
+            2, as in the paper, makes it blocks 2, 4, ... of encoder and decoder.
+        dropout: Rate on embeddings, sublayers and attention weights (the paper: 0.1).
+        share_embeddings: One table for source and target, which then need one
+            vocabulary.
+        tie_output: Whether the target's embedding table is the output projection.
+        moe_options: Further arguments of each `MoELayer`, such as
+            `{"router": {"capacity_factor": 1.25}, "dispatcher": "einsum"}`.
+        pad_id: Id of padding.
+        seed: Seed of dropout and routing.
+
+    Raises:
+        ValueError: for an argument out of its range.
+    """
+
+    def __init__(
+        self,
+        source_vocab_size: int,
+        target_vocab_size: int,
+        num_encoder_layers: int,
+        num_decoder_layers: int,
+        model_dim: int,
+        hidden_dim: int,
+        num_heads: int,
+        key_dim: int | None = None,
+        num_experts: int | None = None,
+        moe_every: int = 2,
+        dropout: float = 0.1,
+        share_embeddings: bool = False,
+        tie_output: bool = True,
+        moe_options: Mapping[str, Any] | None = None,
+        pad_id: int = 0,
+        seed: int | None = None,
+        **kwargs: Any,
+    ):
+        check_int("num_encoder_layers", num_encoder_layers, 1)
+        check_int("num_decoder_layers", num_decoder_layers, 1)
+        check_int("model_dim", model_dim, 2)
+        check_int("num_heads", num_heads, 1)
+        check_int("moe_every", moe_every, 1)
+        check_int("pad_id", pad_id, 0)
+        check_rate("dropout", dropout)
+        if num_experts:
+            check_int("num_experts", num_experts, 2)
+        elif moe_options:
+            raise ValueError(
+                "moe_options are for a model with experts. Received: "
+                f"moe_options={dict(moe_options)} and num_experts={num_experts}"
+            )
+        if share_embeddings and source_vocab_size != target_vocab_size:
+            raise ValueError(
+                "share_embeddings needs vocabularies of one size. Received: "
+                f"source_vocab_size={source_vocab_size}, "
+                f"target_vocab_size={target_vocab_size}"
+            )
+        if key_dim is None:
+            if model_dim % num_heads:
+                raise ValueError(
+                    "Without key_dim, model_dim must be a multiple of num_heads. "
+                    f"Received: model_dim={model_dim}, num_heads={num_heads}"
+                )
+            key_dim = model_dim // num_heads
+        if name_taken := set(moe_options or {}) & {"name", "num_experts", "hidden_dim"}:
+            raise ValueError(
+                "moe_options are what the model does not set itself. "
+                f"Received: {sorted(name_taken)}"
+            )
+        super().__init__(**kwargs)
+        self.source_vocab_size = source_vocab_size
+        self.target_vocab_size = target_vocab_size
+        self.num_encoder_layers = num_encoder_layers
+        self.num_decoder_layers = num_decoder_layers
+        self.model_dim = model_dim
+        self.hidden_dim = hidden_dim
+        self.num_heads = num_heads
+        self.key_dim = key_dim
+        self.num_experts = num_experts
+        self.moe_every = moe_every
+        self.dropout = dropout
+        self.share_embeddings = share_embeddings
+        self.tie_output = tie_output
+        self.moe_options = dict(moe_options or {})
+        self.pad_id = pad_id
+        self.seed = seed
+
+        policy = self.dtype_policy
+        self.source_embedding = TokenEmbedding(
+            source_vocab_size, model_dim, dtype=policy, name="source_embedding"
+        )
+        self.target_embedding = self.source_embedding
+        if not share_embeddings:
+            self.target_embedding = TokenEmbedding(
+                target_vocab_size, model_dim, dtype=policy, name="target_embedding"
+            )
+        self.projection = None
+        if not tie_output:
+            self.projection = VocabularyProjection(
+                target_vocab_size, dtype=policy, name="projection"
+            )
+        self.encoder_blocks = [
+            EncoderBlock(**self._block_arguments("encoder", i))
+            for i in range(1, num_encoder_layers + 1)
+        ]
+        self.decoder_blocks = [
+            DecoderBlock(**self._block_arguments("decoder", i))
+            for i in range(1, num_decoder_layers + 1)
+        ]
+        self.encoder_norm = keras.layers.LayerNormalization(
+            epsilon=1e-6, dtype=policy, name="encoder_norm"
+        )
+        self.decoder_norm = keras.layers.LayerNormalization(
+            epsilon=1e-6, dtype=policy, name="decoder_norm"
+        )
+        self.embedding_dropout = Dropout(dropout, seed=seed, dtype=policy)
+        self.supports_masking = True
+
+    def _block_arguments(self, side: str, number: int) -> dict[str, Any]:
+        """Arguments of block `number`, counted from 1."""
+        has_experts = bool(self.num_experts) and number % self.moe_every == 0
+        return {
+            "num_heads": self.num_heads,
+            "key_dim": self.key_dim,
+            "hidden_dim": self.hidden_dim,
+            "num_experts": self.num_experts if has_experts else None,
+            "dropout": self.dropout,
+            "moe_options": self.moe_options if has_experts else None,
+            "seed": self.seed,
+            "dtype": self.dtype_policy,
+            "name": f"{side}_{number}",
+        }
+
+    def build(self, input_shape: Any = None) -> None:
+        # Lengths and batch size do not matter to any weight.
+        hidden = (None, None, self.model_dim)
+        self.source_embedding.build()
+        if not self.share_embeddings:
+            self.target_embedding.build()
+        for block in self.encoder_blocks:
+            block.build(hidden)
+        for block in self.decoder_blocks:
+            block.build(hidden, hidden)
+        self.encoder_norm.build(hidden)
+        self.decoder_norm.build(hidden)
+        if self.projection is not None:
+            self.projection.build(hidden)
+        self.built = True
+
+    def build_from_config(self, config: dict[str, Any]) -> None:
+        self.build()
+
+    def call(self, inputs: Any, training: bool | None = None) -> tf.Tensor:
+        """Logits `[B, T, V]` in float32.
+
+        Args:
+            inputs: A pair `(source_ids [B, L], target_ids [B, T])`, or a dict with
+                the keys "source" and "target".
+            training: Whether to drop out and to route at random.
+        """
+        source_ids, target_ids = _source_and_target(inputs)
+        memory, memory_mask = self.encode(source_ids, training=training)
+        mask = self._mask(target_ids)
+        x = self._embed(self.target_embedding, target_ids, training)  # [B, T, M]
+        for block in self.decoder_blocks:
+            x = block(x, memory, mask=mask, memory_mask=memory_mask, training=training)
+        return self._logits(x)
+
+    def encode(
+        self, source_ids: tf.Tensor, training: bool | None = None
+    ) -> tuple[tf.Tensor, tf.Tensor]:
+        """The encoder's output `[B, L, M]` and its mask `[B, L]`."""
+        mask = self._mask(source_ids)
+        x = self._embed(self.source_embedding, source_ids, training)
+        for block in self.encoder_blocks:
+            x = block(x, mask=mask, training=training)
+        return self.encoder_norm(x), mask
+
+    def start_decoding(self, source_ids: tf.Tensor, max_length: int) -> DecodingState:
+        """Encodes the source and makes empty caches for `max_length` target tokens.
+
+        Returns:
+            The state for `decode_step`: a nest of tensors of static length, each with
+            the batch as its first dimension.
+        """
+        memory, memory_mask = self.encode(source_ids, training=False)
+        return {
+            "memory_mask": memory_mask,
+            "blocks": [
+                block.init_cache(memory, max_length) for block in self.decoder_blocks
+            ],
+        }
+
+    def decode_step(
+        self, target_ids: tf.Tensor, state: DecodingState, index: int | tf.Tensor
+    ) -> tuple[tf.Tensor, DecodingState]:
+        """Feeds one target token and predicts the next.
+
+        No token is dropped here, whatever the capacity (see `MoELayer.call`).
+
+        Args:
+            target_ids: `[B]`, the token at position `index` (BOS at 0).
+            state: From `start_decoding` or the step before.
+            index: Int or scalar int32 tensor.
+
+        Returns:
+            Logits `[B, V]` in float32 of position `index + 1`, and the new state.
+        """
+        position = tf.reshape(tf.convert_to_tensor(index), [1])
+        x = self._embed(
+            self.target_embedding, target_ids[:, None], False, position
+        )  # [B, 1, M]
+        caches = []
+        for block, cache in zip(self.decoder_blocks, state["blocks"], strict=True):
+            x, cache = block.decode(x, cache, index, state["memory_mask"])
+            caches.append(cache)
+        logits = self._logits(x)[:, 0]  # [B, V]
+        return logits, {"memory_mask": state["memory_mask"], "blocks": caches}
+
+    def _mask(self, ids: tf.Tensor) -> tf.Tensor:
+        return tf.not_equal(ids, tf.cast(self.pad_id, ids.dtype))
+
+    def _embed(
+        self,
+        table: TokenEmbedding,
+        ids: tf.Tensor,
+        training: bool | None,
+        positions: tf.Tensor | None = None,
+    ) -> tf.Tensor:
+        if positions is None:
+            positions = tf.range(tf.shape(ids)[1])
+        x = table(ids)  # [B, L, M]
+        x = x + tf.cast(sinusoids(positions, self.model_dim), x.dtype)[None]
+        x = self.embedding_dropout(x, training=training)
+        return annotate(x, ("batch", "length", "embed"))
+
+    def _logits(self, x: tf.Tensor) -> tf.Tensor:
+        x = self.decoder_norm(x)
+        if self.projection is None:
+            return self.target_embedding.project(x)
+        return self.projection(x)
+
+    def compute_mask(self, inputs: Any, previous_mask: Any = None) -> tf.Tensor:
+        return self._mask(_source_and_target(inputs)[1])
+
+    def compute_output_shape(self, input_shape: Any) -> Any:
+        target = _source_and_target(input_shape)[1]
+        return (*target, self.target_vocab_size)
+
+    def compute_output_spec(
+        self, inputs: Any, training: bool | None = None
+    ) -> keras.KerasTensor:
+        target = _source_and_target(inputs)[1]
+        # Logits are float32 whatever the policy computes in.
+        return keras.KerasTensor((*target.shape, self.target_vocab_size), "float32")
+
+    def get_config(self) -> dict[str, Any]:
+        config = keras.layers.Layer.get_config(self)
+        config.update(
+            source_vocab_size=self.source_vocab_size,
+            target_vocab_size=self.target_vocab_size,
+            num_encoder_layers=self.num_encoder_layers,
+            num_decoder_layers=self.num_decoder_layers,
+            model_dim=self.model_dim,
+            hidden_dim=self.hidden_dim,
+            num_heads=self.num_heads,
+            key_dim=self.key_dim,
+            num_experts=self.num_experts,
+            moe_every=self.moe_every,
+            dropout=self.dropout,
+            share_embeddings=self.share_embeddings,
+            tie_output=self.tie_output,
+            moe_options=keras.saving.serialize_keras_object(self.moe_options),
+            pad_id=self.pad_id,
+            seed=self.seed,
+        )
+        return config
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Any:
+        config = dict(config)
+        config["moe_options"] = keras.saving.deserialize_keras_object(
+            config.get("moe_options"), custom_objects=custom_objects
+        )
+        return cls(**config)
+
+
+def _source_and_target(inputs: Any) -> tuple[Any, Any]:
+    """The two parts of `inputs`, a pair or a dict."""
+    if isinstance(inputs, Mapping):
+        if set(inputs) != {"source", "target"}:
+            raise ValueError(
+                'A dict of inputs has the keys "source" and "target". '
+                f"Received: {sorted(inputs)}"
+            )
+        return inputs["source"], inputs["target"]
+    if not isinstance(inputs, list | tuple) or len(inputs) != 2:
+        raise ValueError(
+            "Inputs are a pair (source_ids, target_ids) or a dict. "
+            f"Received: {type(inputs).__name__}"
+        )
+    return inputs[0], inputs[1]
