@@ -5,8 +5,9 @@ table then says which result is the new value of which variable, so nothing has 
 be rewritten or made stateless.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -80,11 +81,36 @@ def trace(fn: Callable[..., Any], specs: Sequence[tf.TensorSpec]) -> tuple[Any, 
         )
         return [leaf for leaf in kept if leaf is not None]
 
-    with raw_handles():
+    with raw_handles(), _unwatched_outside():
         function = tf.function(
             step, jit_compile=True, autograph=False
         ).get_concrete_function(*specs)
     return function, structure
+
+
+@contextlib.contextmanager
+def _unwatched_outside() -> Iterator[None]:
+    """Keeps the variables of a step out of the graphs around it.
+
+    TensorFlow notes every variable that a function uses in all the graphs around it,
+    and touches it again when they are called. But those graphs hold only a call of
+    the step's program: they neither read nor write its variables, and taking them
+    for readers would bring the whole state to the host after every step.
+    """
+    # Private API: there is no public way to trace a function inside another one and
+    # keep their variables apart. On an upgrade, check `FuncGraph.watch_variable`.
+    graphs = []
+    graph = tf.compat.v1.get_default_graph()
+    while graph is not None and graph.building_function:
+        graphs.append((graph._watched_variables, list(graph._watched_variables)))
+        graph = graph.outer_graph
+    try:
+        yield
+    finally:
+        for watched, before in graphs:
+            watched.clear()
+            for variable in before:
+                watched.add(variable)
 
 
 def pack(structure: Any, outputs: Sequence[Any]) -> Any:
