@@ -174,6 +174,9 @@ _FAMILY_OF = {
     for language in languages.split()
 }
 
+#: Names of the resource levels, the richest first; see `resource_level`.
+RESOURCE_LEVELS = ("high (>= 10,000)", "middle (1,000-9,999)", "low (< 1,000)")
+
 _TAG = re.compile(r"[a-z]{2,3}(_[A-Z][a-z]{3})?")
 
 
@@ -240,10 +243,10 @@ def resource_level(train_pairs: int) -> str:
     every corpus.
     """
     if train_pairs >= 10_000:
-        return "high (>= 10,000)"
+        return RESOURCE_LEVELS[0]
     if train_pairs >= 1_000:
-        return "middle (1,000-9,999)"
-    return "low (< 1,000)"
+        return RESOURCE_LEVELS[1]
+    return RESOURCE_LEVELS[2]
 
 
 def written_in_own_script(tag: str, text: str) -> bool:

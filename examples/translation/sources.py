@@ -237,7 +237,7 @@ def _is_translation_json(path: str) -> bool:
 
 
 def _parse_catalogue(path: str, contents: bytes, skipped: Counter):
-    """Returns polib's view of a .mo or .po file; None, and a count, when it has none."""
+    """Returns polib's view of a .mo or .po file; None (and a count) if unreadable."""
     try:
         import polib
     except ImportError as error:
