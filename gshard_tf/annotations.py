@@ -4,6 +4,9 @@ None of them changes a shape or a value, all of them are differentiable (the gra
 carries the same annotation), and all are the identity where there is nothing to
 partition: in eager mode, while Keras infers shapes, and without an active mesh.
 Dimensions need not divide by the number of partitions.
+
+A DTensor is laid out already, so there an annotation is `dtensor.relayout`, on the
+DTensor's own mesh.
 """
 
 from collections.abc import Sequence
@@ -26,7 +29,8 @@ def split(tensor: Any, split_dimension: int, num_partitions: int) -> Any:
         tensor: A tensor of rank 1 or more.
         split_dimension: The dimension, counted from 0, or from the end if negative.
         num_partitions: How many parts, at most the devices of the mesh. Devices
-            left over, if any, hold copies, so it must divide their number.
+            left over, if any, hold copies, so it must divide their number. For a
+            DTensor: the size of one of its mesh's axes, or 1.
 
     Returns:
         The annotated tensor.
@@ -36,12 +40,12 @@ def split(tensor: Any, split_dimension: int, num_partitions: int) -> Any:
             partitions that does not fit the mesh.
     """
     rank = _rank(tensor)
-    if isinstance(num_partitions, bool) or not isinstance(
-        num_partitions, int | np.integer
+    for name, number in (
+        ("split_dimension", split_dimension),
+        ("num_partitions", num_partitions),
     ):
-        raise ValueError(
-            f"num_partitions is a whole number. Received: {num_partitions!r}"
-        )
+        if isinstance(number, bool) or not isinstance(number, int | np.integer):
+            raise ValueError(f"{name} is a whole number. Received: {number!r}")
     if rank is not None and not -rank <= split_dimension < rank:
         raise ValueError(
             f"split_dimension must lie in [-{rank}, {rank}) for a tensor of rank "
@@ -51,9 +55,12 @@ def split(tensor: Any, split_dimension: int, num_partitions: int) -> Any:
         raise ValueError(
             f"num_partitions must be at least 1. Received: {num_partitions}"
         )
+    if _is_dtensor(tensor):
+        return _split_dtensor(tensor, split_dimension, num_partitions)
     active = _partitioning(tensor)
     if active is None:
         return tensor
+    tensor = tf.convert_to_tensor(tensor)
     size = active.mesh.size
     if num_partitions > size or size % num_partitions:
         raise ValueError(
@@ -81,7 +88,9 @@ def replicate(tensor: Any) -> Any:
         )
     if _partitioning(tensor) is None:
         return tensor
-    return hlo_sharding.constrain(tensor, hlo_sharding.replicated())
+    return hlo_sharding.constrain(
+        tf.convert_to_tensor(tensor), hlo_sharding.replicated()
+    )
 
 
 @tf.autograph.experimental.do_not_convert
@@ -115,15 +124,10 @@ def shard(tensor: Any, layout: dtensor.Layout | Sequence | np.ndarray) -> Any:
         active = _partitioning(tensor)
         if active is None:
             return tensor
-        if layout.mesh.shape() != active.mesh.shape() or list(
-            layout.mesh.dim_names
-        ) != list(active.mesh.dim_names):
-            raise ValueError(
-                "The layout must be of the mesh that is being partitioned for, "
-                f"{_describe_mesh(active.mesh)}. "
-                f"Received: {_describe_mesh(layout.mesh)}"
-            )
-        return hlo_sharding.constrain(tensor, hlo_sharding.from_layout(layout))
+        _check_same_axes(layout.mesh, active.mesh, "The layout")
+        return hlo_sharding.constrain(
+            tf.convert_to_tensor(tensor), hlo_sharding.from_layout(layout)
+        )
 
     assignment = np.asarray(layout)
     if assignment.dtype.kind not in "iu":
@@ -136,6 +140,11 @@ def shard(tensor: Any, layout: dtensor.Layout | Sequence | np.ndarray) -> Any:
             f"A device assignment has the tensor's rank, {rank}. "
             f"Received: shape={assignment.shape}"
         )
+    if _is_dtensor(tensor):
+        raise ValueError(
+            "A DTensor is laid out by a dtensor.Layout; its mesh says which device is "
+            f"where. Received: a device assignment of shape {assignment.shape}"
+        )
     active = _partitioning(tensor)
     if active is None:
         return tensor
@@ -144,7 +153,9 @@ def shard(tensor: Any, layout: dtensor.Layout | Sequence | np.ndarray) -> Any:
             f"A device assignment names each of the {active.mesh.size} devices of "
             f"the mesh once. Received: {assignment.tolist()}"
         )
-    return hlo_sharding.constrain(tensor, hlo_sharding.tiled(assignment))
+    return hlo_sharding.constrain(
+        tf.convert_to_tensor(tensor), hlo_sharding.tiled(assignment)
+    )
 
 
 @tf.autograph.experimental.do_not_convert
@@ -153,6 +164,14 @@ def annotate(tensor: Any, axes: Sequence[str | None]) -> Any:
 
     The active mesh's rules say which mesh axis each name is split over. This is the
     form for layers, which should not know the mesh.
+
+    Args:
+        tensor: A tensor.
+        axes: One name or None per dimension. A name without a rule is not split.
+
+    Returns:
+        The annotated tensor. A DTensor is relaid out on its own mesh, whose axes
+        must be those of the active one.
 
     Raises:
         ValueError: when the number of names is not the rank, or two names map to
@@ -164,11 +183,15 @@ def annotate(tensor: Any, axes: Sequence[str | None]) -> Any:
             f"annotate takes one name (or None) per dimension: {rank} of them. "
             f"Received: axes={tuple(axes)}"
         )
+    if _is_dtensor(tensor):
+        return _annotate_dtensor(tensor, axes)
     active = _partitioning(tensor)
     if active is None:
         return tensor
     layout = active.rules.layout(axes, active.mesh)
-    return hlo_sharding.constrain(tensor, hlo_sharding.from_layout(layout))
+    return hlo_sharding.constrain(
+        tf.convert_to_tensor(tensor), hlo_sharding.from_layout(layout)
+    )
 
 
 def name_axes(weight: keras.Variable, axes: Sequence[str | None]) -> keras.Variable:
@@ -202,14 +225,57 @@ def _partitioning(tensor: Any) -> ActiveMesh | None:
     active = active_mesh()
     if active is None or isinstance(tensor, keras.KerasTensor):
         return None
-    # An eager tensor stands outside the program that is being partitioned.
+    # An eager tensor stands outside the program that is being partitioned. A variable
+    # is read by it.
+    if isinstance(tensor, tf.Variable | keras.Variable):
+        return None if tf.executing_eagerly() else active
     return active if tf.is_symbolic_tensor(tensor) else None
 
 
 def _is_dtensor(tensor: Any) -> bool:
+    # The name of the device first: asking DTensor makes its device, for the life of
+    # the process.
     return (
-        tf.is_tensor(tensor) and tf.executing_eagerly() and dtensor.is_dtensor(tensor)
+        isinstance(tensor, tf.__internal__.EagerTensor)
+        and "device:CUSTOM" in tensor.device
+        and dtensor.is_dtensor(tensor)
     )
+
+
+def _split_dtensor(tensor: tf.Tensor, dimension: int, partitions: int) -> tf.Tensor:
+    mesh = dtensor.fetch_layout(tensor).mesh
+    specs = [dtensor.UNSHARDED] * tensor.shape.rank
+    if partitions > 1:
+        fitting = [name for name in mesh.dim_names if mesh.dim_size(name) == partitions]
+        if len(fitting) != 1:
+            raise ValueError(
+                "A DTensor is split over an axis of its mesh, so num_partitions must "
+                f"be the size of exactly one axis of {_describe_mesh(mesh)}; or use "
+                f"shard with a dtensor.Layout. Received: num_partitions={partitions}"
+            )
+        specs[dimension] = fitting[0]
+    return dtensor.relayout(tensor, dtensor.Layout(specs, mesh))
+
+
+def _annotate_dtensor(tensor: tf.Tensor, axes: Sequence[str | None]) -> tf.Tensor:
+    active = active_mesh()
+    if active is None:
+        return tensor
+    mesh = dtensor.fetch_layout(tensor).mesh
+    _check_same_axes(mesh, active.mesh, "The DTensor")
+    return dtensor.relayout(tensor, active.rules.layout(axes, mesh))
+
+
+def _check_same_axes(mesh: dtensor.Mesh, active: dtensor.Mesh, what: str) -> None:
+    if _axes(mesh) != _axes(active):
+        raise ValueError(
+            f"{what} must be of the mesh that is being partitioned for, "
+            f"{_describe_mesh(active)}. Received: {_describe_mesh(mesh)}"
+        )
+
+
+def _axes(mesh: dtensor.Mesh) -> list[tuple[str, int]]:
+    return list(zip(mesh.dim_names, mesh.shape(), strict=True))
 
 
 def _rank(tensor: Any) -> int | None:
@@ -220,4 +286,4 @@ def _rank(tensor: Any) -> int | None:
 
 
 def _describe_mesh(mesh: dtensor.Mesh) -> str:
-    return str(dict(zip(mesh.dim_names, mesh.shape(), strict=True)))
+    return str(dict(_axes(mesh)))

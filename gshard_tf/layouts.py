@@ -117,8 +117,12 @@ class Layouts:
             rule += f"; dimension {uneven} does not divide: whole"
         return Decision(stored, rule)
 
-    def of_input(self, shape: tf.TensorShape) -> dtensor.Layout:
-        """The layout of a step's argument: split over its batch where that divides."""
+    def of_batch(self, shape: tf.TensorShape) -> dtensor.Layout:
+        """The layout of what enters or leaves a step: split by examples.
+
+        The first dimension counts the examples; where it does not divide, every
+        device has all of them.
+        """
         axes = ["batch", *[None] * (shape.rank - 1)] if shape.rank else []
         return _storable(self.rules.layout(axes, self.mesh), tuple(shape))[0]
 

@@ -100,6 +100,7 @@ class SpmdProgram:
         step: The lowered step.
         placement: Where it runs.
         input_layouts: The layout of each argument.
+        output_layouts: The layout of each output.
         capture_layouts: The layout of each captured variable or constant; a new
             value is laid out as the old one.
         donate: Whether the memory of updated variables is reused for their new
@@ -111,6 +112,7 @@ class SpmdProgram:
         step: LoweredStep,
         placement: Placement,
         input_layouts: Sequence[dtensor.Layout],
+        output_layouts: Sequence[dtensor.Layout],
         capture_layouts: Sequence[dtensor.Layout],
         donate: bool = True,
     ):
@@ -123,7 +125,10 @@ class SpmdProgram:
         self.capture_layouts = list(capture_layouts)
         self.input_shardings = [named_sharding(x, mesh) for x in input_layouts]
         captures = [named_sharding(x, mesh) for x in capture_layouts]
-        outputs = [None] * step.num_outputs + [captures[i] for i in step.updates]
+        # Outputs need a layout too: what XLA would choose by itself may have unequal
+        # parts or be no layout of this mesh, and jax takes neither.
+        outputs = [named_sharding(x, mesh) for x in output_layouts]
+        outputs += [captures[i] for i in step.updates]
 
         with jax.enable_x64(True), warnings.catch_warnings():
             # The module carries GSPMD annotations; jax says on each compilation

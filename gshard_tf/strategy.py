@@ -282,7 +282,11 @@ class _Executable:
         self.program = SpmdProgram(
             step,
             extended.placement,
-            [extended.layouts.of_input(spec.shape) for spec in step.inputs],
+            [extended.layouts.of_batch(spec.shape) for spec in step.inputs],
+            [
+                extended.layouts.of_batch(spec.shape)
+                for spec in step.results[: step.num_outputs]
+            ],
             layouts,
             donate=not extended.check_numerics,
         )
