@@ -135,6 +135,18 @@ class SpmdExtended(one_device_strategy.OneDeviceExtended):
     def _validate_colocate_with_variable(self, colocate_with_variable: Any) -> None:
         _check_ours(colocate_with_variable, self)
 
+    def _experimental_distribute_dataset(self, dataset: Any, options: Any) -> Any:
+        # One replica takes the global batch, and the program cuts it up; a
+        # distributed iterator would only add threads that are slow to stop.
+        del options
+        return dataset
+
+    def _distribute_datasets_from_function(
+        self, dataset_fn: Callable, options: Any
+    ) -> Any:
+        del options
+        return dataset_fn(tf.distribute.InputContext())
+
     def _call_for_each_replica(self, fn: Callable, args: tuple, kwargs: dict) -> Any:
         leaves = tf.nest.flatten((args, kwargs), expand_composites=True)
         is_graph = not tf.executing_eagerly()

@@ -16,6 +16,10 @@ from typing import Any, Protocol
 import numpy as np
 import tensorflow as tf
 
+# Private API: whether Keras is inferring shapes. On an upgrade, check that
+# `compute_output_spec` of the TensorFlow backend still enters a `SymbolicScope`.
+from keras.src.backend.common.symbolic_scope import in_symbolic_scope
+
 # Private APIs: the class of `tf.Variable`'s instances, and its raw operations. All
 # of its methods reach the resource through the property `handle`; on an upgrade,
 # check that this still holds and that reads still pass through `_read_variable_op`.
@@ -75,6 +79,9 @@ class MeshVariable(resource_variable_ops.ResourceVariable):
             return self._handle
         with self.residence.lock:
             self._refresh_host()
+            if in_symbolic_scope():
+                # Keras infers shapes in a graph that never runs (and never dies).
+                return self._handle
             # Whoever holds the handle may write, now or (from a graph) later.
             self._device_value = None
             if not context.executing_eagerly():

@@ -4,8 +4,7 @@ import importlib.metadata
 
 # Minor versions: each brings changes to private APIs that `lowering.py`,
 # `program.py` and `variables.py` use. Watch those three files on an upgrade.
-TESTED = {"tensorflow": "2.20", "jax": "0.10", "jaxlib": "0.10"}
-KERAS_AT_LEAST = (3, 12)
+TESTED = {"tensorflow": "2.20", "keras": "3.15", "jax": "0.10", "jaxlib": "0.10"}
 
 
 def _version(package: str) -> str:
@@ -19,8 +18,8 @@ def _version(package: str) -> str:
         except importlib.metadata.PackageNotFoundError:
             continue
     raise ImportError(
-        f"gshard_tf needs {package} {TESTED.get(package, '>=3.12')}.*, which is "
-        "not installed. `pip install gshard-tf` brings the tested versions."
+        f"gshard_tf needs {package} {TESTED[package]}.*, which is not installed. "
+        "`pip install gshard-tf` brings the tested versions."
     )
 
 
@@ -34,12 +33,6 @@ def check_versions() -> None:
                 f"it that change between releases. Received: {package} {found}. "
                 f"Install the tested one: pip install '{package}=={tested}.*'"
             )
-    found = _version("keras")
-    if tuple(int(part) for part in found.split(".")[:2]) < KERAS_AT_LEAST:
-        raise ImportError(
-            f"gshard_tf needs keras >= 3.12. Received: keras {found}. "
-            "Install it: pip install 'keras>=3.12,<4'"
-        )
 
 
 def check_backend(backend: str) -> None:

@@ -1,0 +1,47 @@
+"""Packaging. Versions are pinned to what the tests ran with."""
+
+import pathlib
+
+from setuptools import find_packages, setup
+
+CORE = [
+    "tensorflow==2.20.0",
+    "keras==3.15.1",
+    "jax==0.10.2",
+    "jaxlib==0.10.2",
+    "numpy>=2.0,<3",
+]
+TRANSLATION = [
+    "tensorflow-text==2.20.1",
+    "sentencepiece==0.2.3",
+    "sacrebleu==2.6.0",
+    "scikit-learn==1.9.1",
+    "matplotlib>=3.10,<4",
+    "tensorboard==2.20.0",
+    "polib>=1.2,<2",
+    # The default corpus is read from the message catalogues of these four.
+    "django==5.2.19",
+    "plone.app.locales==7.0.4",
+    "gramps==6.0.8",
+    "pycountry==26.2.16",
+]
+TEST = ["pytest>=9,<10", "hypothesis>=6,<7", "ruff==0.17.*"]
+
+setup(
+    name="gshard-tf",
+    version="0.1.0",
+    description="GShard for Keras 3 on TensorFlow: sharding annotations, XLA's SPMD "
+    "partitioner under model.fit, and Mixture-of-Experts layers",
+    long_description=pathlib.Path(__file__).with_name("README.md").read_text("utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11,<3.12",
+    packages=find_packages(
+        include=["gshard_tf*", "keras_layers*", "examples*", "benchmarks*"]
+    ),
+    install_requires=CORE,
+    extras_require={"translation": TRANSLATION, "test": TRANSLATION + TEST},
+    entry_points={
+        "console_scripts": ["gshard-translate=examples.translation.cli:main"]
+    },
+)
