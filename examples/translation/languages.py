@@ -203,6 +203,8 @@ def normalise_language(locale: str) -> str | None:
     usual = _USUAL_SCRIPT.get(base)
     if usual is None:
         return base
+    # Serbian has "ijekavianlatin" besides "latin".
+    modifier = "latin" if modifier.endswith("latin") else modifier
     for word in (*parts[1:], modifier):
         script = _SCRIPT_WORDS.get(word)
         # "hk" and the like mean a script for Chinese only.

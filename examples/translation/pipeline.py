@@ -31,8 +31,8 @@ from examples.translation.vocabulary_training import temperature_shares
 
 log = logging.getLogger(__name__)
 
-#: Bucket lengths that suit catalogue messages: half of them are in the first.
-DEFAULT_BUCKETS = (16, 32, 64)
+#: Bucket lengths that suit catalogue messages, most of which are very short.
+DEFAULT_BUCKETS = (8, 16, 32, 64)
 #: Batch sizes are multiples of this, so that a batch divides over a mesh of 8.
 BATCH_MULTIPLE = 8
 

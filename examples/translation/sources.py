@@ -247,6 +247,8 @@ def _parse_catalogue(path: str, contents: bytes, skipped: Counter):
         return None
     try:
         if path.endswith(".mo"):
+            if not _is_whole(contents):
+                raise ValueError("cut off")
             return polib.mofile(contents, encoding="utf-8")
         return polib.pofile(contents.decode("utf-8"), encoding="utf-8")
     except UnicodeDecodeError:
@@ -254,6 +256,21 @@ def _parse_catalogue(path: str, contents: bytes, skipped: Counter):
     except (OSError, ValueError, struct.error, IndexError):
         skipped["files: not a catalogue"] += 1
     return None
+
+
+def _is_whole(catalogue: bytes) -> bool:
+    """Says whether all strings of a .mo file lie inside of it.
+
+    polib reads a cut-off catalogue without complaint, and gives halves of messages.
+    """
+    order = "<" if catalogue[:4] == b"\xde\x12\x04\x95" else ">"
+    count, messages, translations = struct.unpack_from(order + "8x3I", catalogue)
+    for table in (messages, translations):
+        places = struct.unpack_from(f"{order}{2 * count}I", catalogue, table)
+        ends = (a + b for a, b in zip(places[::2], places[1::2], strict=True))
+        if max(ends, default=0) >= len(catalogue):  # each ends with a zero byte
+            return False
+    return True
 
 
 def read_gettext(files: Files, skipped: Counter) -> Iterator[Entry]:
