@@ -16,6 +16,7 @@ def greedy_decode(
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """Takes the most probable next token until EOS.
 
+    Padding is never taken: within a sequence it would be hidden from what follows.
     One pass of the decoder per token, over caches of static length, and no longer
     than the longest output needs. Wrap it in `tf.function` (with or without
     `jit_compile=True`) to run it as one program.
@@ -50,9 +51,12 @@ def greedy_decode(
 
     def next_token(step, tokens, ids, done, log_prob, state):
         logits, state = model.decode_step(tokens, state, step)  # [B, V]
-        best = tf.argmax(logits, axis=-1, output_type=ids.dtype)  # [B]
-        # log softmax of the maximum: the maximum less the log of the sum.
-        gain = tf.reduce_max(logits, axis=-1) - tf.reduce_logsumexp(logits, axis=-1)
+        log_probs = tf.nn.log_softmax(logits)
+        log_probs = tf.where(
+            tf.range(logits.shape[-1]) == model.pad_id, -1e30, log_probs
+        )
+        best = tf.argmax(log_probs, axis=-1, output_type=ids.dtype)  # [B]
+        gain = tf.reduce_max(log_probs, axis=-1)
         log_prob = log_prob + tf.where(done, 0.0, gain)
         best = tf.where(done, tf.cast(model.pad_id, ids.dtype), best)
         ids = tf.where((position == step)[None, :], best[:, None], ids)

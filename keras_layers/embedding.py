@@ -28,6 +28,7 @@ class TokenEmbedding(keras.layers.Layer):
         super().__init__(**kwargs)
         self.vocab_size = vocab_size
         self.model_dim = model_dim
+        self.supports_masking = True
 
     def build(self, input_shape: Any = None) -> None:
         self.table = self.add_weight(
@@ -70,6 +71,7 @@ class VocabularyProjection(keras.layers.Layer):
         check_int("vocab_size", vocab_size, 1)
         super().__init__(**kwargs)
         self.vocab_size = vocab_size
+        self.supports_masking = True
 
     def build(self, input_shape: Any) -> None:
         self.kernel = self.add_weight(

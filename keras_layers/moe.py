@@ -214,7 +214,9 @@ class MoELayer(keras.layers.Layer):
                 "[tokens, width] with a group size. "
                 f"Received: input_shape={input_shape}"
             )
-        self.router.build((None, None, model_dim))
+        # A router that was given, or loaded, may have been built before.
+        if not self.router.built:
+            self.router.build((None, None, model_dim))
         self.experts.build((self.num_experts, None, None, model_dim))
 
     def call(

@@ -101,12 +101,11 @@ def top2_assignment(
         The routing, K = 2.
     """
     num_experts = gates.shape[-1]
-    # Two argmaxes, not a top_k: they stay elementwise over groups, and equal gates go
-    # to the lowest index.
-    first = tf.argmax(gates, axis=-1, output_type=tf.int32)  # [G, S]
+    # Twice the maximum, not a top_k, which partitioners gather the operand for.
+    first = _argmax(gates)  # [G, S]
     is_first = tf.one_hot(first, num_experts, on_value=True, off_value=False)
     others = tf.where(is_first, tf.constant(-1.0, gates.dtype), gates)
-    second = tf.argmax(others, axis=-1, output_type=tf.int32)  # [G, S]
+    second = _argmax(others)  # [G, S]
     # Read out by one-hot: a maximum would split its gradient between equal gates.
     gate_1 = tf.reduce_sum(gates * _one_hot(first, num_experts, gates.dtype), axis=-1)
     gate_2 = tf.reduce_sum(gates * _one_hot(second, num_experts, gates.dtype), axis=-1)
@@ -354,6 +353,17 @@ def _exclusive_cumsum(x: tf.Tensor) -> tf.Tensor:
         within + before_block[:, :, None, :], [-1, blocks * _CUMSUM_BLOCK, width]
     )
     return total[:, :length]
+
+
+def _argmax(x: tf.Tensor) -> tf.Tensor:
+    """Index of the maximum along the last axis, the lowest of equals.
+
+    `tf.argmax` leaves open which of equal values it takes, so devices could differ.
+    """
+    size = x.shape[-1]
+    is_maximum = x >= tf.reduce_max(x, axis=-1, keepdims=True)
+    # The last index stands for "none", which only a row of NaN has.
+    return tf.reduce_min(tf.where(is_maximum, tf.range(size), size - 1), axis=-1)
 
 
 def _one_hot(indices: tf.Tensor, depth: int, dtype: tf.DType) -> tf.Tensor:

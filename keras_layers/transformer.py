@@ -487,7 +487,8 @@ class Transformer(keras.Model):
         return logits, {"memory_mask": state["memory_mask"], "blocks": caches}
 
     def _mask(self, ids: tf.Tensor) -> tf.Tensor:
-        return tf.not_equal(ids, tf.cast(self.pad_id, ids.dtype))
+        # Keras's operation, because Keras asks for the mask of symbolic inputs too.
+        return keras.ops.not_equal(ids, self.pad_id)
 
     def _embed(
         self,
