@@ -19,9 +19,18 @@ _PARITY = 0x1BD11BDA
 def threefry2x32(
     key: tuple[Any, Any], counter: tuple[Any, Any], rounds: int = 20
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """The Threefry-2x32 block function on uint32 tensors of any (equal) shape."""
-    ks = (key[0], key[1], key[0] ^ key[1] ^ tf.constant(_PARITY, tf.uint32))
-    x0, x1 = counter[0] + ks[0], counter[1] + ks[1]
+    """The Threefry-2x32 block function on uint32 tensors that broadcast."""
+    ks = _schedule(key)
+    return _rounds(ks, counter[0] + ks[0], counter[1] + ks[1], rounds)
+
+
+def _schedule(key: tuple[Any, Any]) -> tuple[Any, Any, Any]:
+    return key[0], key[1], key[0] ^ key[1] ^ tf.constant(_PARITY, tf.uint32)
+
+
+def _rounds(
+    ks: tuple[Any, Any, Any], x0: Any, x1: Any, rounds: int
+) -> tuple[tf.Tensor, tf.Tensor]:
     for i in range(rounds):
         distance = _ROTATIONS[(i // 4) % 2][i % 4]
         x0 = x0 + x1
@@ -41,28 +50,30 @@ def random_bits(seed: Any, shape: Sequence[Any]) -> tf.Tensor:
 
     Args:
         seed: Integer tensor of shape `[2]`, as `keras.random.SeedGenerator.next()`
-            returns.
+            returns. In a step it is state or an argument; a constant would let the
+            compiler compute the numbers in advance, all of them for every device.
         shape: A list with one int or scalar int tensor per dimension. The product
             of all dimensions but the first must stay below 2**32.
     """
     words = tf.cast(tf.convert_to_tensor(seed), tf.uint32)
-    # Position as two 32-bit words: the first dimension, and the index within it, so
-    # that tensors of more than 2**32 elements do not repeat. Each range is 1-D and
-    # broadcast, so no global tensor is ever made.
+    ks = _schedule((words[0], words[1]))
+    # The position as two 32-bit words: the first dimension, and the index within it,
+    # so that tensors of more than 2**32 elements do not repeat. Each dimension's
+    # range is 1-D and is added to a key, one by one: added to each other, they would
+    # be a constant of the global shape, which no partitioner splits.
+    x0, x1 = ks[0], ks[1]
     shape = list(shape)
-    if not shape:
-        zero = tf.zeros([], tf.uint32)
-        return threefry2x32((words[0], words[1]), (zero, zero))[0]
-    inner = tf.zeros([], tf.uint32)
+    rank = len(shape)
     stride = tf.ones([], tf.uint32)
-    for i in reversed(range(1, len(shape))):
+    for i in reversed(range(1, rank)):
         index = tf.cast(tf.range(shape[i]), tf.uint32) * stride
-        inner = inner + tf.reshape(index, [-1] + [1] * (len(shape) - 1 - i))
+        x1 = x1 + tf.reshape(index, [-1] + [1] * (rank - 1 - i))
         stride = stride * tf.cast(shape[i], tf.uint32)
-    outer = tf.cast(tf.range(shape[0]), tf.uint32)
-    outer = tf.broadcast_to(tf.reshape(outer, [-1] + [1] * (len(shape) - 1)), shape)
-    inner = tf.broadcast_to(inner, shape)
-    return threefry2x32((words[0], words[1]), (outer, inner))[0]
+    if shape:
+        index = tf.cast(tf.range(shape[0]), tf.uint32)
+        x0 = x0 + tf.reshape(index, [-1] + [1] * (rank - 1))
+    # The first round adds the two words, which gives the whole shape.
+    return _rounds(ks, x0, x1, rounds=20)[0]
 
 
 @tf.autograph.experimental.do_not_convert
