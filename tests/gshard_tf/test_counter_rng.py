@@ -163,10 +163,10 @@ def test_each_device_makes_only_its_own_part(mesh, axes):
     _, strategy = dropout_on(mesh, axes)
     [program] = strategy.programs
     text = program.compiled.as_text()
-    # Every array of the compiled program, and its number of elements.
+    # Every array of bits in the compiled program, and its number of elements.
     sizes = {
         match: int(np.prod([int(d) for d in match.split(",")]))
-        for match in re.findall(r"\b(?:f|s|u|pred)\d*\[([\d,]+)\]", text)
+        for match in re.findall(r"\b[su]\d+\[([\d,]+)\]", text)
     }
     assert max(sizes.values()) == BATCH * LENGTH * WIDTH // 8, sizes
     assert "rng" not in text
