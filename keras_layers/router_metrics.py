@@ -6,6 +6,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from gshard_tf import annotate
 from keras_layers.routing import Routing
 
 
@@ -67,13 +68,18 @@ class RouterHealth(keras.metrics.Metric):
         real = tf.ones_like(taken) if mask is None else tf.cast(mask, tf.bool)
         chosen = tf.one_hot(routing.expert_index, self.num_experts)  # [G, S, K, E]
         chosen = chosen * tf.cast(real, tf.float32)[..., None, None]
-        self.load.assign_add(tf.reduce_sum(chosen, axis=[0, 1, 2]))
+        # Counted where the groups are, then added up. Left to itself, the partitioner
+        # may split the count over experts and gather all groups' choices for it.
+        chosen = annotate(chosen, ("group", None, None, None))
+        load = annotate(tf.reduce_sum(chosen, axis=[0, 1, 2]), (None,))  # [E]
+        self.load.assign_add(load)
         self.tokens.assign_add(tf.reduce_sum(tf.cast(real, tf.float32)))
         lost = tf.logical_and(real, tf.logical_not(taken))
         self.dropped.assign_add(tf.reduce_sum(tf.cast(lost, tf.float32)))
 
     def result(self) -> dict[str, tf.Tensor]:
-        load = tf.convert_to_tensor(self.load)
+        # E numbers, wanted whole on every device.
+        load = annotate(tf.convert_to_tensor(self.load), (None,))
         share = tf.math.divide_no_nan(load, tf.reduce_sum(load))  # [E]
         entropy = -tf.reduce_sum(tf.math.xlogy(share, share))
         results = {
