@@ -181,8 +181,11 @@ def translate_with_apertium(
             result.skipped[tag] = f"Apertium's pair {mode} is not installed"
             continue
         where = positions[tag]
-        text = "".join(pairs[position].source + "\n" for position in where)
-        lines = _run([program, "-u", "-f", "line", mode], text, timeout_s).splitlines()
+        # An empty line ends a sentence. (With "-f line" no such trick is needed, but
+        # it swallows the full stop at the end of each line.)
+        text = "\n\n".join(pairs[position].source for position in where) + "\n"
+        output = _run([program, "-u", "-f", "txt", mode], text, timeout_s)
+        lines = output.removesuffix("\n").split("\n\n")
         if len(lines) != len(where):
             raise OSError(
                 f"apertium {mode} gave {len(lines)} lines for {len(where)} texts"

@@ -86,7 +86,8 @@ def prepare_corpus(
             is made before, on all languages, so a subset has the same held-out
             messages as the whole.
         folder: Where the package files of M and D lie.
-        replace: Whether to replace a folder that is there already.
+        replace: Whether to replace a folder that is there already, with everything
+            else that was put in it (vocabularies, caches: they belong to the old text).
         progress: Called now and then with (activity, done, total or None).
         sources: The sources themselves, instead of those of a named corpus.
 

@@ -37,7 +37,7 @@ _ALIASES = {
 
 # Not languages (message documentation, test locales), or constructed ones whose
 # catalogues are partly jokes.
-_NOT_LANGUAGES = frozenset({"en", "x", "c", "posix", "qqq", "qqx"})
+_NOT_LANGUAGES = frozenset({"en", "x", "c", "posix", "qqq", "qqx", "und", "mul"})
 _CONSTRUCTED = frozenset("avk isv jbo lfn nov qya sjn tlh tok vo".split())
 
 # The usual script of languages that have catalogues in more than one.

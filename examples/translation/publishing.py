@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import glob
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -46,9 +46,10 @@ def write_file(path: str | Path, data: bytes) -> None:
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(f".{path.name}.partial", dir=path.parent)
-    os.close(descriptor)
-    partial = Path(name)
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+        if not _is_alive(leftover.name.split(".")[-2]):
+            leftover.unlink(missing_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         write_synced(partial, data)
         os.replace(partial, path)
@@ -144,6 +145,16 @@ def _recover(path: Path, replaced: Path) -> None:
             shutil.rmtree(replaced)
         else:
             os.rename(replaced, path)
+
+
+def _is_alive(process: str) -> bool:
+    try:
+        os.kill(int(process), 0)  # asks; kills nothing
+    except (ValueError, ProcessLookupError):
+        return False
+    except PermissionError:  # it is somebody else's
+        return True
+    return True
 
 
 def _empty(folder: Path) -> None:

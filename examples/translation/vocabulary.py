@@ -79,8 +79,9 @@ class Vocabulary(tf.Module):
         specials = (pieces.pad_id(), pieces.unk_id(), pieces.bos_id(), pieces.eos_id())
         if specials != (PAD, UNK, BOS, EOS):
             raise ValueError(
-                "the vocabulary must have padding, unknown, beginning and end as its "
-                f"symbols 0, 1, 2, 3. Received: {specials}"
+                "not a SentencePiece model of this program: padding, unknown, "
+                "beginning and end must be its symbols 0, 1, 2, 3. Received: "
+                f"{specials}"
             )
         self.size = pieces.get_piece_size()
         self.sha256 = hashlib.sha256(self.model_bytes).hexdigest()

@@ -1,5 +1,7 @@
 import errno
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -83,6 +85,23 @@ def test_file_is_replaced_whole(tmp_path):
     publishing.write_file(path, b"two")
     assert path.read_bytes() == b"two"
     assert os.listdir(path.parent) == ["file"]
+
+
+def test_leftover_files_of_dead_processes_are_removed(tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    (tmp_path / f".file.{dead.pid}.partial").write_text("half")
+    alive = tmp_path / f".file.{os.getppid()}.partial"
+    alive.write_text("being written")
+    publishing.write_file(tmp_path / "file", b"one")
+    assert sorted(os.listdir(tmp_path)) == sorted(["file", alive.name])
+
+
+def test_files_have_ordinary_permissions(tmp_path):
+    publishing.write_file(tmp_path / "ours", b"")
+    (tmp_path / "ordinary").write_bytes(b"")
+    modes = {(tmp_path / n).stat().st_mode for n in ("ours", "ordinary")}
+    assert len(modes) == 1
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
