@@ -52,20 +52,22 @@ class Layouts:
         if isinstance(reference, MeshVariable):
             variable.reference = reference
             variable.reference_dims = tuple(range(reference.shape.rank))
-            self._adopt_factors(reference)
+            self._adopt_factors(reference, _scope(variable))
         else:
             self._loose.append(weakref.ref(variable))
 
-    def _adopt_factors(self, reference: MeshVariable) -> None:
+    def _adopt_factors(self, reference: MeshVariable, scope: str | None) -> None:
         # Keras's Adafactor makes a weight's row and column factors just before the
-        # slot that names the weight, and gives them nothing else to go by.
+        # slot that names the weight, and gives them nothing else to go by than the
+        # optimizer's own name scope.
         rank = reference.shape.rank
         wanted = [tuple(range(rank - 1)), (*range(rank - 2), rank - 1)]
         for ref in self._loose[-2:] if rank >= 2 else []:
             variable = ref()
+            if variable is None or scope is None or _scope(variable) != scope:
+                continue
             for dims in wanted:
-                shape = [reference.shape[d] for d in dims]
-                if variable is not None and variable.shape.as_list() == shape:
+                if variable.shape.as_list() == [reference.shape[d] for d in dims]:
                     variable.reference, variable.reference_dims = reference, dims
                     wanted.remove(dims)
                     break
@@ -176,6 +178,12 @@ def _storable(layout: dtensor.Layout, shape: tuple) -> tuple[dtensor.Layout, lis
 
 def _names(axes: tuple[str | None, ...]) -> str:
     return "(" + ", ".join("-" if axis is None else axis for axis in axes) + ")"
+
+
+def _scope(variable: MeshVariable) -> str | None:
+    """The name scope that a Keras variable was made in, such as an optimizer's."""
+    keras_variable = variable.keras_variable and variable.keras_variable()
+    return None if keras_variable is None else keras_variable.path.rpartition("/")[0]
 
 
 def _keras_variable_being_made() -> keras.Variable | None:

@@ -1,5 +1,6 @@
 """`SpmdStrategy`: a `tf.distribute.Strategy` whose step is one partitioned program."""
 
+import collections
 import threading
 import weakref
 from collections.abc import Callable
@@ -15,13 +16,21 @@ from tensorflow.experimental import dtensor
 # `_call_for_each_replica`.
 from tensorflow.python.distribute import one_device_strategy
 
+# Private API: whether a graph is going to be compiled by TensorFlow itself.
+from tensorflow.python.ops import control_flow_util
+
 from gshard_tf import lowering
+from gshard_tf.keras_threads import keras_state, use_keras_state
 from gshard_tf.layouts import Layouts
 from gshard_tf.mesh import use_mesh
 from gshard_tf.program import Placement, SpmdProgram
 from gshard_tf.report import Description, describe
 from gshard_tf.rules import AxisRules
 from gshard_tf.variables import MeshVariable
+
+
+class NonFiniteError(FloatingPointError, ValueError):
+    """NaN or infinity in a step; TensorFlow reports it as `InvalidArgumentError`."""
 
 
 class SpmdStrategy(tf.distribute.Strategy):
@@ -45,9 +54,11 @@ class SpmdStrategy(tf.distribute.Strategy):
         mesh: A mesh from `gshard_tf.create_mesh`, over CPU or GPU devices.
         rules: An `AxisRules`; defaults to the paper's layout for the mesh,
             `AxisRules.default(mesh)`.
-        check_numerics: Whether to look for NaN and infinity in every step's inputs,
-            results and new state. A step that has any raises and changes nothing.
-            It costs a second copy of the state. Defaults to False.
+        check_numerics: Whether to look for NaN and infinity in every step's
+            arguments, results and new state. A step that has any changes nothing and
+            raises `tf.errors.InvalidArgumentError`, which names the step and what it
+            was found in. It costs a second copy of the state, and a look at all of
+            it at every step. Defaults to False.
 
     Raises:
         ValueError: when the mesh does not fit the devices, or a rule does not fit
@@ -85,6 +96,15 @@ class SpmdStrategy(tf.distribute.Strategy):
         return self.extended.layouts.rules
 
     @property
+    def last_error(self) -> Exception | None:
+        """The latest exception of a step, as it was raised, or None.
+
+        TensorFlow turns an exception that comes out of a graph into a `tf.errors` of
+        its own with the same message; this is the original.
+        """
+        return self.extended.last_error
+
+    @property
     def programs(self) -> list[SpmdProgram]:
         """The programs compiled so far that are still in use, oldest first."""
         return [p for p in (ref() for ref in self.extended.programs) if p is not None]
@@ -119,7 +139,9 @@ class SpmdExtended(one_device_strategy.OneDeviceExtended):
         self.check_numerics = check_numerics
         self.residence = _Residence(self.placement)
         self.programs: list[weakref.ref] = []
-        self.steps_run = 0
+        self.steps_run: collections.Counter[str] = collections.Counter()
+        self.last_error: Exception | None = None
+        self._graph_functions = weakref.WeakKeyDictionary()
 
     def _create_variable(self, next_creator: Callable, **kwargs: Any) -> tf.Variable:
         del next_creator  # it would make a plain variable
@@ -148,18 +170,27 @@ class SpmdExtended(one_device_strategy.OneDeviceExtended):
         return dataset_fn(tf.distribute.InputContext())
 
     def _call_for_each_replica(self, fn: Callable, args: tuple, kwargs: dict) -> Any:
-        leaves = tf.nest.flatten((args, kwargs), expand_composites=True)
-        is_graph = not tf.executing_eagerly()
-        if not is_graph and not isinstance(
-            fn, tf.types.experimental.PolymorphicFunction
-        ):
-            # Eager mode runs operation by operation, on the host, as everywhere in
-            # TensorFlow: for debugging (`run_eagerly=True`).
-            return super()._call_for_each_replica(fn, args, kwargs)
-        _check_not_jitted(fn)
-        step = _Step(self, fn, (args, kwargs))
-        tensors = [x for x in leaves if tf.is_tensor(x) or isinstance(x, np.ndarray)]
-        return step.run(tensors) if not is_graph else step.emit(tensors)
+        if not tf.executing_eagerly():
+            _check_not_compiled()
+            return _Step(self, fn, (args, kwargs)).emit()
+        if isinstance(fn, tf.types.experimental.PolymorphicFunction):
+            return self._in_graph(fn)(args, kwargs)
+        # Eager mode runs operation by operation, on the host, as everywhere in
+        # TensorFlow: for debugging (`run_eagerly=True`).
+        return super()._call_for_each_replica(fn, args, kwargs)
+
+    def _in_graph(self, fn: Callable) -> Callable:
+        """A function that runs `fn` as a step; the same one for the same `fn`."""
+        if fn not in self._graph_functions:
+            # Held weakly, so that the program goes when the user's function goes.
+            proxy = weakref.proxy(fn)
+
+            @tf.function(autograph=False)
+            def run(args, kwargs):
+                return self._call_for_each_replica(proxy, args, kwargs)
+
+            self._graph_functions[fn] = run
+        return self._graph_functions[fn]
 
     def call_fn(self, fn: Callable, args: tuple, kwargs: dict) -> Any:
         """Calls `fn` as the step of the only replica, with annotations switched on."""
@@ -173,17 +204,20 @@ class _Step:
     def __init__(self, extended: SpmdExtended, fn: Callable, arguments: Any):
         self.extended = extended
         self.fn = fn
+        owner = getattr(fn, "__self__", None)
+        self.name = getattr(fn, "__name__", "step")
+        if isinstance(owner, keras.Model):
+            self.name = f"{owner.name}.{self.name}"
         flat = tf.nest.flatten(arguments)
         for leaf in flat:
-            if isinstance(leaf, tf.RaggedTensor | tf.SparseTensor):
-                raise ValueError(
-                    "A mesh needs dense inputs of static shape. Make them dense in "
-                    f"the input pipeline. Received: {leaf}"
-                )
-        # Whatever is no tensor (None, a Python number) is part of the program.
+            _check_dense_number(leaf)
+        self.tensors = [leaf for leaf in flat if _is_array(leaf)]
+        # Whatever is no tensor (None, a Python number, a variable) is part of the
+        # program.
         self.arguments = tf.nest.pack_sequence_as(
             arguments, [_ARGUMENT if _is_array(leaf) else leaf for leaf in flat]
         )
+        self.keras_state = keras_state()
         self.executables: dict[Any, _Executable] = {}
 
     def trace(self, specs: list[tf.TensorSpec]) -> tuple[Any, Any]:
@@ -196,59 +230,59 @@ class _Step:
 
         return lowering.trace(step, specs)
 
-    def emit(self, tensors: list[tf.Tensor]) -> Any:
+    def emit(self) -> Any:
         """Puts a call of the program into the graph that is being traced."""
-        specs = [tf.TensorSpec(x.shape, x.dtype) for x in tensors]
+        specs = [tf.TensorSpec(x.shape, x.dtype) for x in self.tensors]
         function, structure = self.trace(specs)
         for value in lowering.captured(function):
             if isinstance(value, tf.Variable):
                 _check_ours(value, self.extended)
         if all(spec.shape.is_fully_defined() for spec in specs):
-            self.executables[_key(specs)] = _Executable(
-                self.extended, lowering.lower(function, structure)
-            )
+            self._add(specs, function, structure)
         outputs = tf.numpy_function(
-            self._run_flat,
-            tensors,
+            self._run,
+            self.tensors,
             [output.dtype for output in function.outputs],
             stateful=True,
             name="gshard_step",
         )
-        outputs = outputs if isinstance(outputs, list) else [outputs]
+        if not function.outputs:
+            # An operation without results; it runs because it is stateful.
+            outputs = []
         for output, traced in zip(outputs, function.outputs, strict=True):
             output.set_shape(traced.shape)
         return lowering.pack(structure, outputs)
 
-    def run(self, tensors: list[Any]) -> Any:
-        """Runs the program at once, for eager callers."""
-        arrays = [np.asarray(x) for x in tensors]
-        executable = self._executable(arrays)
-        outputs = [tf.constant(x) for x in executable(arrays)]
-        return lowering.pack(executable.step.structure, outputs)
-
-    def _run_flat(self, *arrays: np.ndarray) -> list[np.ndarray]:
-        return self._executable(arrays)(arrays)
+    def _run(self, *arrays: np.ndarray) -> list[np.ndarray]:
+        try:
+            return self._executable(arrays)(arrays)
+        except Exception as error:
+            # TensorFlow makes a `tf.errors` of it with the same message.
+            self.extended.last_error = error
+            raise
 
     def _executable(self, arrays: Any) -> "_Executable":
         specs = [tf.TensorSpec(x.shape, x.dtype) for x in arrays]
-        key = _key(specs)
-        if key not in self.executables:
+        if _key(specs) not in self.executables:
             # A shape that was unknown when the graph was traced: the length of this
             # batch, say. This thread has no strategy, so enter it.
-            with self.extended._container_strategy().scope():
-                function, structure = self.trace(specs)
-                self.executables[key] = _Executable(
-                    self.extended, lowering.lower(function, structure)
-                )
-        return self.executables[key]
+            strategy = self.extended._container_strategy()
+            with use_keras_state(self.keras_state), strategy.scope():
+                self._add(specs, *self.trace(specs))
+        return self.executables[_key(specs)]
+
+    def _add(self, specs: list[tf.TensorSpec], function: Any, structure: Any) -> None:
+        step = lowering.lower(function, structure)
+        self.executables[_key(specs)] = _Executable(self.extended, step, self.name)
 
 
 class _Executable:
     """A program and the variables that it runs on; compiled when first called."""
 
-    def __init__(self, extended: SpmdExtended, step: lowering.LoweredStep):
+    def __init__(self, extended: SpmdExtended, step: lowering.LoweredStep, name: str):
         self.extended = extended
         self.step = step
+        self.name = name
         self.program: SpmdProgram | None = None
         self.constants: dict[int, Any] = {}
 
@@ -258,8 +292,9 @@ class _Executable:
             if self.program is None:
                 self._compile()
             program, layouts = self.program, self.program.capture_layouts
+            extended.steps_run[self.name] += 1
             if extended.check_numerics:
-                _check_finite(arrays, "an input of", extended.steps_run)
+                self._check_finite(arrays, lambda i: f"argument {i}")
             captures = [
                 value.take_device_value(
                     lambda array, layout=layout: extended.placement.put(array, layout)
@@ -271,14 +306,28 @@ class _Executable:
                 )
             ]
             outputs, updated = program(program.put_inputs(arrays), captures)
-            outputs = [np.asarray(output) for output in outputs]
             if extended.check_numerics:
-                _check_finite(outputs, "a result of", extended.steps_run)
-                _check_finite(updated, "a variable after", extended.steps_run)
+                self._check_finite(outputs, lambda i: f"result {i}")
+                self._check_finite(
+                    updated,
+                    lambda i: (
+                        f"the new value of {_path(step.captures[step.updates[i]])}"
+                    ),
+                )
+            # At once: the old values are gone, their memory is reused.
             for i, value in zip(step.updates, updated, strict=True):
                 step.captures[i].set_device_value(value)
-            extended.steps_run += 1
-        return outputs
+            return [np.asarray(output) for output in outputs]
+
+    def _check_finite(self, values: Any, name: Callable[[int], str]) -> None:
+        for i, value in enumerate(values):
+            if not _is_finite(value):
+                shape = tuple(value.shape)
+                raise NonFiniteError(
+                    f"Found NaN or infinity in {name(i)} (shape {shape}) of step "
+                    f"{self.extended.steps_run[self.name]} of {self.name}. The model "
+                    "and its optimizer are as they were before that step."
+                )
 
     def _compile(self) -> None:
         extended, step = self.extended, self.step
@@ -326,7 +375,40 @@ def _key(specs: list[tf.TensorSpec]) -> tuple:
 
 
 def _is_array(leaf: Any) -> bool:
-    return tf.is_tensor(leaf) or isinstance(leaf, np.ndarray)
+    return isinstance(leaf, np.ndarray) or (
+        tf.is_tensor(leaf) and not isinstance(leaf, tf.Variable | keras.Variable)
+    )
+
+
+def _check_dense_number(leaf: Any) -> None:
+    if isinstance(leaf, tf.RaggedTensor | tf.SparseTensor):
+        raise ValueError(
+            "A mesh needs dense inputs of static shape. Make them dense in the input "
+            f"pipeline. Received: {leaf}"
+        )
+    dtype = tf.as_dtype(leaf.dtype) if _is_array(leaf) else None
+    if dtype is not None and not (
+        dtype.is_bool or dtype.is_integer or dtype.is_floating or dtype.is_complex
+    ):
+        raise ValueError(
+            "A mesh computes with numbers. Turn strings to numbers in the input "
+            f"pipeline. Received: {leaf} of dtype {dtype.name}"
+        )
+
+
+def _is_finite(value: Any) -> bool:
+    # numpy sees bfloat16 as a type of its own kind, "V".
+    if value.dtype.kind not in "fcV":
+        return True
+    value = np.asarray(value)
+    if value.dtype.kind == "V":
+        value = value.astype(np.float32)
+    return bool(np.all(np.isfinite(value)))
+
+
+def _path(variable: Any) -> str:
+    keras_variable = variable.keras_variable and variable.keras_variable()
+    return repr(variable.name if keras_variable is None else keras_variable.path)
 
 
 def _mesh_variable(variable: Any) -> MeshVariable:
@@ -349,22 +431,10 @@ def _check_ours(variable: Any, extended: SpmdExtended) -> None:
         )
 
 
-def _check_not_jitted(fn: Callable) -> None:
-    owner = getattr(fn, "__self__", None)
-    if isinstance(owner, keras.Model) and owner.jit_compile is True:
+def _check_not_compiled() -> None:
+    if control_flow_util.GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph()):
         raise ValueError(
-            "SpmdStrategy compiles the whole step itself. Compile the model with "
+            "SpmdStrategy compiles the whole step itself, so it cannot stand inside a "
+            "function with jit_compile=True. Compile a Keras model with "
             "jit_compile='auto' (the default) or False. Received: jit_compile=True"
         )
-
-
-def _check_finite(values: Any, what: str, step: int) -> None:
-    for i, value in enumerate(values):
-        # numpy sees bfloat16 as a type of its own kind, "V".
-        if value.dtype.kind in "fcV" and not np.all(
-            np.isfinite(np.asarray(value).astype(np.float64, copy=False))
-        ):
-            raise FloatingPointError(
-                f"Found NaN or infinity in {what} step {step} (number {i}). The model "
-                "is as it was before that step."
-            )
