@@ -19,6 +19,8 @@ TRANSLATION = [
     "matplotlib>=3.10,<4",
     "tensorboard==2.20.0",
     "polib>=1.2,<2",
+    "fluent.syntax>=0.19,<1",
+    "javaproperties>=0.8.2,<1",
     # The default corpus is read from the message catalogues of these four.
     "django==5.2.19",
     "plone.app.locales==7.0.4",

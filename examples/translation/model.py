@@ -1,4 +1,4 @@
-"""The translator: a `Transformer`, its optimizer with the paper's schedule, its loss."""
+"""The translator: a `Transformer`, its optimizer and schedule, its loss."""
 
 from __future__ import annotations
 
