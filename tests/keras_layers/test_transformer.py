@@ -132,7 +132,7 @@ def test_fit_learns_and_decoding_generates_what_was_learnt():
 
 def test_compiled_mixed_precision_step_trains_every_weight():
     keras.config.set_dtype_policy("mixed_bfloat16")
-    model = small(dropout=0.1)
+    model = small()
     source, inputs, labels = reversing_data(8)
     model.compile(
         "sgd",
