@@ -133,7 +133,13 @@ def _prepare(options: argparse.Namespace) -> tuple:
     path = options.data / f"vocab-{settings.vocab_model}-{settings.vocab_size}.model"
     if not path.exists():
         print(f"Training vocabulary {path} ...", flush=True)
-        train_vocabulary(corpus, path, settings.vocab_size, settings.vocab_model)
+        train_vocabulary(
+            corpus,
+            path,
+            settings.vocab_size,
+            settings.vocab_model,
+            character_coverage=settings.character_coverage,
+        )
     vocabulary = Vocabulary(path)
     if settings.language_tags:
         vocabulary.check_languages(settings.language_tags)

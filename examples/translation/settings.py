@@ -29,8 +29,11 @@ class Settings:
         "", "comma-separated language tags to train on; empty: all of the corpus"
     )
     vocab_size: int = _flag(8192, "symbols of the shared vocabulary")
+    character_coverage: float = _flag(
+        0.995, "share of the text whose characters get a symbol; the rest is bytes"
+    )
     vocab_model: str = _flag("bpe", "kind of vocabulary", ("bpe", "unigram"))
-    batch_tokens: int = _flag(4096, "source positions per step, padding included")
+    batch_tokens: int = _flag(2048, "source positions per step, padding included")
     buckets: str = _flag(
         "16,48", "lengths that batches are padded to; each costs one compilation"
     )
@@ -41,9 +44,9 @@ class Settings:
     # -- model, by the letters of the paper
     encoder_layers: int = _flag(2, "encoder blocks")
     decoder_layers: int = _flag(2, "decoder blocks")
-    model_dim: int = _flag(192, "M, width of the model")
-    hidden_dim: int = _flag(768, "H, width of feed-forward layers and experts")
-    heads: int = _flag(6, "N, attention heads")
+    model_dim: int = _flag(128, "M, width of the model")
+    hidden_dim: int = _flag(512, "H, width of feed-forward layers and experts")
+    heads: int = _flag(4, "N, attention heads")
     experts: int = _flag(
         8, "E, experts of every other feed-forward layer; 0: a dense model"
     )
@@ -54,7 +57,7 @@ class Settings:
     dropout: float = _flag(0.1, "dropout rate")
 
     # -- training
-    steps: int = _flag(1500, "optimizer steps in all")
+    steps: int = _flag(1200, "optimizer steps in all")
     steps_per_epoch: int = _flag(
         100, "steps between validations and checkpoints; an 'epoch' to Keras"
     )
@@ -63,14 +66,14 @@ class Settings:
         2e-3, "peak rate (for adafactor: relative to each weight's size)"
     )
     warmup: int = _flag(
-        300, "steps at or up to the peak rate, before it decays as 1 / sqrt(step)"
+        200, "steps at or up to the peak rate, before it decays as 1 / sqrt(step)"
     )
     schedule: str = _flag(
         "linear",
         "before decay: linear warm-up, or flat as in the paper",
         ("linear", "flat"),
     )
-    validation_pairs: int = _flag(2000, "pairs of the dev split to validate on")
+    validation_pairs: int = _flag(1000, "pairs of the dev split to validate on")
     seed: int = _flag(0, "of everything random")
 
     # -- mesh
