@@ -159,14 +159,22 @@ def lower(function: Any, structure: Any) -> LoweredStep:
         generate = compiler_ir.from_concrete_function(function)
         # HLO is lowered for the CPU whatever it is compiled for: a TensorFlow without
         # that platform could not lower it otherwise, and the module is the same.
-        hlo = generate(stage="hlo_serialized", platform_name="CPU")
+        try:
+            hlo = generate(stage="hlo_serialized", platform_name="CPU")
+        except ValueError as error:
+            raise ValueError(
+                "The step uses an operation that XLA cannot compile. It takes neither "
+                "strings nor Python functions nor results whose shape depends on "
+                "values (a boolean mask, tf.unique): compute those in the input "
+                f"pipeline or in a callback. XLA says: {error}"
+            ) from error
     proto = hlo_pb2.HloModuleProto.FromString(hlo)
+    # A lone result is no tuple, so it has no index.
     result_of = {
-        entry.output_shape_index[0]: entry.parameter_number
+        (entry.output_shape_index or [0])[0]: entry.parameter_number
         for entry in proto.input_output_alias.entries
     }
     result = proto.host_program_shape.result
-    # A lone result is no tuple.
     shapes = (
         result.tuple_shapes if result.element_type == xla_data_pb2.TUPLE else [result]
     )

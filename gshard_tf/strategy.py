@@ -3,7 +3,7 @@
 import collections
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -239,9 +239,11 @@ class _Step:
                 _check_ours(value, self.extended)
         if all(spec.shape.is_fully_defined() for spec in specs):
             self._add(specs, function, structure)
+        tensors, self.tensors = self.tensors, []
+        _keep_with_graph(self)
         outputs = tf.numpy_function(
-            self._run,
-            self.tensors,
+            _Call(self),
+            tensors,
             [output.dtype for output in function.outputs],
             stateful=True,
             name="gshard_step",
@@ -253,7 +255,8 @@ class _Step:
             output.set_shape(traced.shape)
         return lowering.pack(structure, outputs)
 
-    def _run(self, *arrays: np.ndarray) -> list[np.ndarray]:
+    def run(self, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Runs the program for arrays of these shapes."""
         try:
             return self._executable(arrays)(arrays)
         except Exception as error:
@@ -261,7 +264,7 @@ class _Step:
             self.extended.last_error = error
             raise
 
-    def _executable(self, arrays: Any) -> "_Executable":
+    def _executable(self, arrays: Sequence[np.ndarray]) -> "_Executable":
         specs = [tf.TensorSpec(x.shape, x.dtype) for x in arrays]
         if _key(specs) not in self.executables:
             # A shape that was unknown when the graph was traced: the length of this
@@ -276,6 +279,29 @@ class _Step:
         self.executables[_key(specs)] = _Executable(self.extended, step, self.name)
 
 
+class _Call:
+    """What a graph calls for a step, without keeping it alive.
+
+    TensorFlow keeps Python functions of graphs for the life of the process, and a step
+    has a hold of a model, its state on the devices and the compiled programs.
+    """
+
+    def __init__(self, step: _Step):
+        self.step = weakref.ref(step)
+
+    def __call__(self, *arrays: np.ndarray) -> list[np.ndarray]:
+        return self.step().run(arrays)
+
+
+def _keep_with_graph(step: _Step) -> None:
+    """Keeps `step` for as long as the functions that can run it."""
+    graph = tf.compat.v1.get_default_graph()
+    while graph is not None and graph.building_function:
+        # All of them: the graph of a loop's body dies once it is built.
+        graph._gshard_steps = [*getattr(graph, "_gshard_steps", []), step]
+        graph = graph.outer_graph
+
+
 class _Executable:
     """A program and the variables that it runs on; compiled when first called."""
 
@@ -286,7 +312,7 @@ class _Executable:
         self.program: SpmdProgram | None = None
         self.constants: dict[int, Any] = {}
 
-    def __call__(self, arrays: Any) -> list[np.ndarray]:
+    def __call__(self, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
         extended, step = self.extended, self.step
         with extended.residence.lock:
             if self.program is None:
