@@ -142,6 +142,7 @@ class SpmdExtended(one_device_strategy.OneDeviceExtended):
         self.steps_run: collections.Counter[str] = collections.Counter()
         self.last_error: Exception | None = None
         self._graph_functions = weakref.WeakKeyDictionary()
+        self._tracing = _Tracing()
 
     def _create_variable(self, next_creator: Callable, **kwargs: Any) -> tf.Variable:
         del next_creator  # it would make a plain variable
@@ -170,6 +171,9 @@ class SpmdExtended(one_device_strategy.OneDeviceExtended):
         return dataset_fn(tf.distribute.InputContext())
 
     def _call_for_each_replica(self, fn: Callable, args: tuple, kwargs: dict) -> Any:
+        if self._tracing.depth:
+            # The step calls for itself again, as Keras's LossScaleOptimizer does.
+            return super()._call_for_each_replica(fn, args, kwargs)
         if not tf.executing_eagerly():
             _check_not_compiled()
             return _Step(self, fn, (args, kwargs)).emit()
@@ -194,8 +198,18 @@ class SpmdExtended(one_device_strategy.OneDeviceExtended):
 
     def call_fn(self, fn: Callable, args: tuple, kwargs: dict) -> Any:
         """Calls `fn` as the step of the only replica, with annotations switched on."""
-        with use_mesh(self.mesh, self.layouts.rules):
-            return super()._call_for_each_replica(fn, args, kwargs)
+        self._tracing.depth += 1
+        try:
+            with use_mesh(self.mesh, self.layouts.rules):
+                return super()._call_for_each_replica(fn, args, kwargs)
+        finally:
+            self._tracing.depth -= 1
+
+
+class _Tracing(threading.local):
+    """How many steps this thread is tracing, one inside the other."""
+
+    depth = 0
 
 
 class _Step:

@@ -49,7 +49,7 @@ def test_threefry_is_jaxs(key, counters):
     from jax.extend.random import threefry_2x32
 
     counters = np.array(counters, np.uint32)
-    ours = counter_rng.threefry2x32(words(*key), (counters[:, 0], counters[:, 1]))
+    ours = counter_rng.threefry2x32(words(*key), (counters[:, 0], counters[:, 1]), 20)
     theirs = threefry_2x32(np.array(key, np.uint32), counters.T.reshape(-1))
     np.testing.assert_array_equal(np.concatenate(ours), theirs)
 

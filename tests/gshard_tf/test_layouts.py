@@ -1,0 +1,319 @@
+"""Where weights and slots are stored, and that the compiled program agrees."""
+
+import warnings
+
+import keras
+import numpy as np
+import parity
+import pytest
+
+import gshard_tf
+
+SPLIT = ("expert", None, None)
+WHOLE = (None, None)
+
+
+def optimized(optimizer, mesh=8, rules=None, dense=None):
+    strategy = parity.strategy_of(mesh, rules=rules)
+    keras.backend.clear_session()
+    with strategy.scope():
+        model = keras.Sequential(
+            [
+                keras.layers.Input([8, 4]),
+                parity.Experts(),
+                keras.layers.Flatten(),
+                dense or keras.layers.Dense(3),
+            ]
+        )
+        model.compile(optimizer, "mse")
+        if optimizer is not None:
+            model.optimizer.build(model.trainable_variables)
+    return strategy, model
+
+
+def rows(strategy, model):
+    return {row.path: row for row in strategy.describe(model).rows}
+
+
+# -- slots ---------------------------------------------------------------------------
+
+ELEMENTWISE = {
+    "momentum": lambda: keras.optimizers.SGD(0.1, momentum=0.9),
+    "Adam": lambda: keras.optimizers.Adam(amsgrad=True),
+    "AdamW": lambda: keras.optimizers.AdamW(),
+    "Lion": lambda: keras.optimizers.Lion(),
+    "RMSprop": lambda: keras.optimizers.RMSprop(momentum=0.9, centered=True),
+    "Nadam": lambda: keras.optimizers.Nadam(),
+    "EMA": lambda: keras.optimizers.SGD(0.1, use_ema=True),
+    "accumulation": lambda: keras.optimizers.SGD(0.1, gradient_accumulation_steps=2),
+    "loss scale": lambda: keras.optimizers.LossScaleOptimizer(keras.optimizers.Adam()),
+}
+
+
+@pytest.mark.parametrize("name", ELEMENTWISE)
+def test_slots_are_split_as_their_weights(name):
+    strategy, model = optimized(ELEMENTWISE[name]())
+    found = rows(strategy, model)
+    slots = [path for path in found if "experts_w" in path]
+    assert slots, list(found)
+    for path in slots:
+        assert found[path].shape in ((8, 4, 6), (8, 6, 4))
+        assert found[path].layout == SPLIT
+        assert found[path].bytes_per_device * 8 == found[path].bytes
+        assert found[path].rule == "slot of its weight"
+    for path in found:
+        if "dense_kernel" in path:
+            assert found[path].rule == "replicated, as its weight"
+            assert found[path].layout == WHOLE
+
+
+def test_adafactors_rows_and_columns_are_split_as_their_weights():
+    rules = gshard_tf.AxisRules({"expert": "data", "mlp": "model"})
+    strategy, model = optimized(
+        keras.optimizers.Adafactor(), {"data": 4, "model": 2}, rules
+    )
+    by_name = [
+        (variable.name, tuple(variable.shape), strategy.layout(variable).sharding_specs)
+        for variable in model.optimizer.variables
+    ]
+    # wi is [E, M, H] over ("data", whole, "model"): rows [E, M], columns [E, H].
+    assert ("wi", (8, 4), ["data", "unsharded"]) in by_name
+    assert ("wi", (8, 6), ["data", "model"]) in by_name
+    # wo is [E, H, M]: the other way round.
+    assert ("wo", (8, 6), ["data", "model"]) in by_name
+    assert ("wo", (8, 4), ["data", "unsharded"]) in by_name
+    assert ("kernel", (32,), ["unsharded"]) in by_name
+
+
+def test_a_weight_is_not_taken_for_anothers_factor():
+    # An optimizer that is made first, and a bias of the shape of a weight's rows.
+    class Layer(keras.layers.Layer):
+        def build(self, shape):
+            self.w = gshard_tf.name_axes(
+                self.add_weight(shape=(8, 4), name="w"), ("expert", None)
+            )
+            self.b = self.add_weight(shape=(8,), name="b")
+
+        def call(self, x):
+            return x @ self.w.value[:4] + self.b.value[:4]
+
+    strategy = parity.strategy_of(8)
+    with strategy.scope():
+        optimizer = keras.optimizers.Adam()
+        model = keras.Sequential([keras.layers.Input([4]), Layer()])
+        model.compile(optimizer, "mse")
+        optimizer.build(model.trainable_variables)
+    found = rows(strategy, model)
+    [b] = [row for path, row in found.items() if path.endswith("/b")]
+    assert b.rule == "no rule: replicated" and b.layout == (None,)
+
+
+# -- path patterns -------------------------------------------------------------------
+
+
+def test_path_patterns_reach_layers_that_know_nothing_of_us():
+    rules = gshard_tf.AxisRules(
+        {"expert": "expert", "vocab": "expert"},
+        paths=[(r".*/dense/kernel", ("vocab", None))],
+    )
+    strategy, model = optimized("adam", rules=rules)
+    found = rows(strategy, model)
+    kernel = found["sequential/dense/kernel"]
+    assert kernel.layout == ("expert", None)
+    assert kernel.rule == "path '.*/dense/kernel'"
+    slot = found["adam/sequential_dense_kernel_momentum"]
+    assert slot.layout == ("expert", None) and slot.rule == "slot of its weight"
+    assert found["sequential/dense/bias"].rule == "no rule: replicated"
+
+
+def test_a_pattern_wins_over_the_names_of_the_layer():
+    rules = gshard_tf.AxisRules(
+        {"expert": "expert", "embed": "expert"},
+        paths=[(r".*/experts/wi", (None, "embed", None))],
+    )
+    strategy, model = optimized("sgd", mesh=4, rules=rules)
+    found = rows(strategy, model)
+    assert found["sequential/experts/wi"].layout == (None, "expert", None)
+
+
+def test_two_patterns_for_one_weight_are_an_error():
+    rules = gshard_tf.AxisRules(
+        {"vocab": "expert"},
+        paths=[(r".*/kernel", ("vocab", None)), (r".*dense.*", (None, None))],
+    )
+    strategy, model = optimized("sgd", rules=rules)
+    with pytest.raises(ValueError, match="Two path patterns match.*dense/kernel"):
+        strategy.describe(model)
+
+
+def test_a_pattern_of_another_rank_is_an_error():
+    rules = gshard_tf.AxisRules({}, paths=[(r".*/dense/.*", (None, None))])
+    strategy, model = optimized("sgd", rules=rules)
+    with pytest.raises(
+        ValueError, match=r"names 2 dimensions.*'sequential/dense/bias' of shape \(3,\)"
+    ):
+        strategy.describe(model)
+
+
+def test_one_mesh_axis_for_two_dimensions_of_a_weight_names_the_weight():
+    rules = gshard_tf.AxisRules({"expert": "expert", "mlp": "expert"})
+    strategy, model = optimized("sgd", rules=rules)
+    with pytest.raises(ValueError, match="two dimensions of the weight '.*experts/wi'"):
+        strategy.describe(model)
+
+
+def test_uneven_weights_are_stored_whole_and_said_to_be():
+    rules = gshard_tf.AxisRules(
+        {"expert": "data", "mlp": "model"},
+        paths=[(r".*/dense/kernel", (None, "mlp"))],
+    )
+    strategy, model = optimized("adam", {"data": 2, "model": 4}, rules)
+    found = rows(strategy, model)
+    # 6 is no multiple of 4, 8 is one of 2: one dimension is split and one is whole.
+    wi = found["sequential/experts/wi"]
+    assert wi.layout == ("data", None, None)
+    assert wi.rule == "axes (expert, embed, mlp); dimension [2] does not divide: whole"
+    assert wi.bytes_per_device == wi.bytes // 2
+    kernel = found["sequential/dense/kernel"]
+    assert kernel.layout == (None, None) and kernel.bytes_per_device == kernel.bytes
+    assert "dimension [1] does not divide: whole" in kernel.rule
+
+
+# -- complaints ----------------------------------------------------------------------
+
+
+def complaints(**kwargs):
+    strategy, model = optimized("sgd", **kwargs)
+    return strategy.describe(model).complaints
+
+
+def test_complains_of_a_pattern_that_matches_nothing():
+    rules = gshard_tf.AxisRules(
+        {"expert": "expert"}, paths=[(".*/kernle", ("expert", None))]
+    )
+    assert complaints(rules=rules) == [
+        "The path pattern '.*/kernle' matched no weight."
+    ]
+
+
+def test_complains_of_a_rule_that_nothing_uses():
+    rules = gshard_tf.AxisRules({"expert": "expert", "experts": "expert"})
+    [complaint] = complaints(rules=rules)
+    assert "'experts' -> 'expert' matched no dimension" in complaint
+
+
+def large():
+    return keras.layers.Dense(10_000, use_bias=False)
+
+
+def test_complains_of_a_large_weight_that_no_rule_mentions():
+    [complaint] = complaints(dense=large())
+    assert (
+        "No rule mentions the weight 'sequential/dense/kernel' (1.2 MiB)" in complaint
+    )
+
+
+@pytest.mark.parametrize("axes", [(None, None), (None, "vocab")])
+def test_does_not_complain_of_a_large_weight_that_is_mentioned(axes):
+    rules = gshard_tf.AxisRules({"expert": "expert"}, paths=[(".*/dense/kernel", axes)])
+    assert complaints(dense=large(), rules=rules) == []
+
+
+def test_does_not_complain_of_a_large_weight_on_one_device():
+    assert complaints(dense=large(), mesh=1) == []
+
+
+def test_the_first_step_warns_of_each_complaint_once():
+    rules = gshard_tf.AxisRules(
+        {"expert": "expert"}, paths=[(".*/kernle", ("expert", None))]
+    )
+    strategy, model = optimized("sgd", rules=rules)
+    x = np.zeros([8, 8, 4], "float32")
+    with pytest.warns(UserWarning, match="'.*/kernle' matched no weight"):
+        model.predict(x, verbose=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model.predict(x[:4], verbose=0)
+    assert len(strategy.programs) == 2
+
+
+# -- the table -----------------------------------------------------------------------
+
+
+def test_describe_is_a_readable_table():
+    rules = gshard_tf.AxisRules(
+        {"expert": "expert", "mlp": None},
+        paths=[(".*/kernle", ("expert", None))],
+    )
+    strategy, model = optimized(keras.optimizers.SGD(momentum=0.9), rules=rules)
+    assert str(strategy.describe(model)) == (
+        """\
+weight                                      shape   layout      bytes/device  decided by
+-----------------------------------------------------------------------------------------------------------
+sequential/experts/wi                       8x4x6   expert,-,-            96  axes (expert, embed, mlp)
+sequential/experts/wo                       8x6x4   expert,-,-            96  axes (expert, mlp, embed)
+seed_generator/seed_generator_state         2       -                      8  no rule: replicated
+sequential/dense/kernel                     32x3    -,-                  384  no rule: replicated
+sequential/dense/bias                       3       -                     12  no rule: replicated
+SGD/iteration                               scalar  -                      8  no rule: replicated
+SGD/learning_rate                           scalar  -                      4  no rule: replicated
+SGD/sequential_experts_wi_momentum          8x4x6   expert,-,-            96  slot of its weight
+SGD/sequential_experts_wo_momentum          8x6x4   expert,-,-            96  slot of its weight
+SGD/sequential_dense_kernel_momentum        32x3    -,-                  384  replicated, as its weight
+SGD/sequential_dense_bias_momentum          3       -                     12  replicated, as its weight
+11 variables on mesh {'expert': 8}: 3,884 bytes, 1,196 per device
+! The path pattern '.*/kernle' matched no weight."""  # noqa: E501
+    )
+
+
+def test_describe_needs_a_built_model_of_this_strategy():
+    strategy = parity.strategy_of(8)
+    with strategy.scope():
+        unbuilt = keras.Sequential([keras.layers.Dense(3)])
+    with pytest.raises(ValueError, match="needs a built model.*not built"):
+        strategy.describe(unbuilt)
+    with pytest.raises(ValueError, match="not made inside this strategy's scope"):
+        strategy.describe(parity.classifier())
+    with parity.strategy_of(8).scope():
+        other = parity.classifier()
+    with pytest.raises(ValueError, match="not made inside this strategy's scope"):
+        strategy.describe(other)
+
+
+# -- the compiled program --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adafactor"])
+def test_the_program_holds_an_eighth_of_the_experts_and_their_slots(optimizer):
+    strategy, model = optimized(optimizer)
+    x, y = parity.data(32)
+    model.fit(x, np.eye(3)[y].astype("float32"), batch_size=32, verbose=0)
+    [program] = strategy.programs
+    shardings = program.compiled.input_shardings[0][len(program.step.inputs) :]
+    per_device = split = 0
+    for variable, sharding in zip(program.step.captures, shardings, strict=True):
+        shape = tuple(variable.shape)
+        part = sharding.shard_shape(shape)
+        per_device += int(np.prod(part)) * variable.dtype.size
+        if shape and shape[0] == 8:
+            assert part == (1, *shape[1:])
+            split += 1
+        else:
+            assert part == shape
+        # And so do the values that are there now.
+        held = variable.device_value
+        if held is not None:
+            assert held.addressable_shards[3].data.shape == part
+    assert split == {"adam": 6, "adafactor": 8}[optimizer]
+    # XLA's own account of the arguments, which also has the batch: [4, 8, 4], [4, 3].
+    batch = 4 * (4 * 8 * 4 + 4 * 3)
+    assert program.compiled.memory_analysis().argument_size_in_bytes == (
+        per_device + batch
+    )
+    # Old and new values share their memory.
+    updated = sum(
+        int(np.prod(shardings[i].shard_shape(tuple(program.step.captures[i].shape))))
+        * program.step.captures[i].dtype.size
+        for i in program.step.updates
+    )
+    assert program.compiled.memory_analysis().alias_size_in_bytes == updated
