@@ -13,15 +13,15 @@ from typing import Any
 # that these two are still `threading.local`s.
 from keras.src.backend.common import global_state
 
-_TRACKERS = (
-    global_state.GLOBAL_STATE_TRACKER,
-    global_state.GLOBAL_SETTINGS_TRACKER,
-)
+
+def _trackers() -> tuple[Any, Any]:
+    # Looked up each time: `keras.utils.clear_session` makes new ones.
+    return global_state.GLOBAL_STATE_TRACKER, global_state.GLOBAL_SETTINGS_TRACKER
 
 
 def keras_state() -> list[dict[str, Any]]:
     """What Keras keeps for this thread."""
-    return [dict(tracker.__dict__) for tracker in _TRACKERS]
+    return [dict(tracker.__dict__) for tracker in _trackers()]
 
 
 @contextlib.contextmanager
@@ -36,6 +36,6 @@ def use_keras_state(state: list[dict[str, Any]]) -> Iterator[None]:
 
 
 def _replace(state: list[dict[str, Any]]) -> None:
-    for tracker, attributes in zip(_TRACKERS, state, strict=True):
+    for tracker, attributes in zip(_trackers(), state, strict=True):
         tracker.__dict__.clear()
         tracker.__dict__.update(attributes)

@@ -1,6 +1,7 @@
 """`strategy.describe(model)`: where every weight is, and who decided it."""
 
 import dataclasses
+from collections.abc import Callable
 
 import keras
 import numpy as np
@@ -75,8 +76,15 @@ class Description:
         return "\n".join(lines + [f"! {complaint}" for complaint in self.complaints])
 
 
-def describe(model: keras.Model, layouts: Layouts) -> Description:
-    """The description of a built model; see `SpmdStrategy.describe`."""
+def describe(
+    model: keras.Model,
+    layouts: Layouts,
+    ours: Callable[[keras.Variable], MeshVariable],
+) -> Description:
+    """The description of a built model; see `SpmdStrategy.describe`.
+
+    `ours` gives the strategy's own variable behind a Keras one, or raises.
+    """
     if not model.built:
         raise ValueError(
             "describe needs a built model: call it on a batch, `build` it or `fit` it "
@@ -88,12 +96,7 @@ def describe(model: keras.Model, layouts: Layouts) -> Description:
         variables += optimizer.variables
     rows = []
     for variable in variables:
-        value = variable.value
-        if not isinstance(value, MeshVariable):
-            raise ValueError(
-                f"The variable {variable.path!r} was not made inside this strategy's "
-                "scope. Make the model inside `with strategy.scope():`."
-            )
+        value = ours(variable)
         decision = layouts.of(value)
         specs = decision.layout.sharding_specs
         shape = tuple(value.shape)

@@ -111,7 +111,7 @@ class SpmdStrategy(tf.distribute.Strategy):
 
     def layout(self, variable: tf.Variable | keras.Variable) -> dtensor.Layout:
         """The layout in which a variable of this strategy is stored."""
-        return self.extended.layouts.of(_mesh_variable(variable)).layout
+        return self.extended.layouts.of(self.extended.ours(variable)).layout
 
     def describe(self, model: keras.Model) -> Description:
         """How each weight and optimizer slot of a built model is stored, and why.
@@ -119,7 +119,7 @@ class SpmdStrategy(tf.distribute.Strategy):
         Returns:
             A `Description`; `print` it for a table.
         """
-        return describe(model, self.extended.layouts)
+        return describe(model, self.extended.layouts, self.extended.ours)
 
 
 class SpmdExtended(one_device_strategy.OneDeviceExtended):
@@ -155,8 +155,20 @@ class SpmdExtended(one_device_strategy.OneDeviceExtended):
         variable.residence = self.residence
         return variable
 
+    def ours(self, variable: tf.Variable | keras.Variable) -> MeshVariable:
+        """The variable itself; raises `ValueError` for one that is not ours."""
+        value = variable.value if isinstance(variable, keras.Variable) else variable
+        if getattr(value, "residence", None) is not self.residence:
+            name = getattr(variable, "path", getattr(variable, "name", variable))
+            raise ValueError(
+                f"The variable {name!r} was not made inside this SpmdStrategy's "
+                "scope, so it does not live on its mesh. Make the model, and compile "
+                "it, inside `with strategy.scope():`."
+            )
+        return value
+
     def _validate_colocate_with_variable(self, colocate_with_variable: Any) -> None:
-        _check_ours(colocate_with_variable, self)
+        self.ours(colocate_with_variable)
 
     def _experimental_distribute_dataset(self, dataset: Any, options: Any) -> Any:
         # One replica takes the global batch, and the program cuts it up; a
@@ -250,7 +262,7 @@ class _Step:
         function, structure = self.trace(specs)
         for value in lowering.captured(function):
             if isinstance(value, tf.Variable):
-                _check_ours(value, self.extended)
+                self.extended.ours(value)
         if all(spec.shape.is_fully_defined() for spec in specs):
             self._add(specs, function, structure)
         tensors, self.tensors = self.tensors, []
@@ -449,26 +461,6 @@ def _is_finite(value: Any) -> bool:
 def _path(variable: Any) -> str:
     keras_variable = variable.keras_variable and variable.keras_variable()
     return repr(variable.name if keras_variable is None else keras_variable.path)
-
-
-def _mesh_variable(variable: Any) -> MeshVariable:
-    found = variable.value if isinstance(variable, keras.Variable) else variable
-    if not isinstance(found, MeshVariable):
-        raise ValueError(
-            "The variable was not made inside this strategy's scope. "
-            f"Received: {variable}"
-        )
-    return found
-
-
-def _check_ours(variable: Any, extended: SpmdExtended) -> None:
-    residence = getattr(variable, "residence", None)
-    if residence is not extended.residence:
-        raise ValueError(
-            f"The variable {variable.name!r} was not made inside this SpmdStrategy's "
-            "scope, so it does not live on its mesh. Make the model, and compile it, "
-            "inside `with strategy.scope():`."
-        )
 
 
 def _check_not_compiled() -> None:

@@ -96,10 +96,14 @@ def test_model_of_another_strategy():
 
 def test_layout_of_a_foreign_variable():
     strategy = gshard_tf.SpmdStrategy(MESH)
-    with raises("The variable was not made inside this strategy's scope. Received"):
+    with raises("'Variable:0' was not made inside this SpmdStrategy's scope"):
         strategy.layout(tf.Variable(1.0))
-    with raises("The variable was not made inside this strategy's scope. Received"):
-        strategy.layout(keras.Variable(1.0))
+    with raises("'w' was not made inside this SpmdStrategy's scope"):
+        strategy.layout(keras.Variable(1.0, name="w"))
+    with parity.strategy_of(8).scope():
+        other = tf.Variable(1.0)
+    with raises("was not made inside this SpmdStrategy's scope"):
+        strategy.layout(other)
 
 
 # -- what a program cannot take ------------------------------------------------------

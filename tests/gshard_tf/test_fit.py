@@ -233,9 +233,12 @@ def test_batches_of_many_lengths_compile_once_each():
             tf.TensorSpec([None], tf.int32),
         )
         dataset = tf.data.Dataset.from_generator(batches, output_signature=spec)
-        return model.fit(dataset, epochs=2, verbose=0).history
+        # (At the end of a dataset, plain Keras counts a step that it did not make.)
+        return model.fit(
+            dataset.repeat(), epochs=2, steps_per_epoch=5, verbose=0
+        ).history
 
-    _, meshed = assert_equal_runs(lambda: parity.compiled("sgd"), use)
+    _, meshed = assert_equal_runs(parity.compiled, use)
     assert len(meshed.strategy.programs) == 3
 
 
