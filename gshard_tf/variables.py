@@ -21,8 +21,9 @@ import tensorflow as tf
 from keras.src.backend.common.symbolic_scope import in_symbolic_scope
 
 # Private APIs: the class of `tf.Variable`'s instances, and its raw operations. All
-# of its methods reach the resource through the property `handle`; on an upgrade,
-# check that this still holds and that reads still pass through `_read_variable_op`.
+# of its methods reach the resource through the property `handle`, and C++ through
+# `_handle`; on an upgrade, check that this still holds and that reads still pass
+# through `_read_variable_op` or `_handle`.
 from tensorflow.python.eager import context
 from tensorflow.python.ops import gen_resource_variable_ops, resource_variable_ops
 
@@ -70,23 +71,24 @@ class MeshVariable(resource_variable_ops.ResourceVariable):
     _device_value: Any = None
     _host_is_fresh: bool = True
     _foreign_graphs: weakref.WeakSet | None = None
+    _resource: tf.Tensor
 
     # -- the two homes ---------------------------------------------------------
 
     @property
     def handle(self) -> tf.Tensor:
         if self.residence is None or _RAW.depth:
-            return self._handle
+            return self._resource
         with self.residence.lock:
             self._refresh_host()
             if in_symbolic_scope():
                 # Keras infers shapes in a graph that never runs (and never dies).
-                return self._handle
+                return self._resource
             # Whoever holds the handle may write, now or (from a graph) later.
             self._device_value = None
             if not context.executing_eagerly():
                 self._note_foreign_graph()
-        return self._handle
+        return self._resource
 
     def take_device_value(self, upload: Any) -> Any:
         """The value on the devices, brought there by `upload(array)` if need be."""
@@ -116,7 +118,7 @@ class MeshVariable(resource_variable_ops.ResourceVariable):
             value = self.residence.to_host(self._device_value)
             with tf.init_scope():
                 gen_resource_variable_ops.assign_variable_op(
-                    self._handle, tf.constant(value, dtype=self._dtype)
+                    self._resource, tf.constant(value, dtype=self._dtype)
                 )
             self._host_is_fresh = True
 
@@ -137,6 +139,20 @@ class MeshVariable(resource_variable_ops.ResourceVariable):
 
     # -- reading does not make the devices' copy stale ---------------------------
 
+    @property
+    def _handle(self) -> tf.Tensor:
+        # TensorFlow's eager operations read a variable that is their input from C++,
+        # by way of this attribute and no method.
+        if self.residence is not None and not _RAW.depth:
+            if context.executing_eagerly():
+                with self.residence.lock:
+                    self._refresh_host()
+        return self._resource
+
+    @_handle.setter
+    def _handle(self, handle: tf.Tensor) -> None:
+        self._resource = handle
+
     def _read_variable_op(self, no_copy: bool = False) -> tf.Tensor:
         if self.residence is None or _RAW.depth or not context.executing_eagerly():
             return super()._read_variable_op(no_copy)
@@ -147,7 +163,7 @@ class MeshVariable(resource_variable_ops.ResourceVariable):
 
     @property
     def device(self) -> str:
-        return self._handle.device
+        return self._resource.device
 
     def is_initialized(self, name: str | None = None) -> tf.Tensor:
         with raw_handles():
