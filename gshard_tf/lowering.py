@@ -163,12 +163,12 @@ def lower(function: Any, structure: Any) -> LoweredStep:
             hlo = generate(stage="hlo_serialized", platform_name="CPU")
         except ValueError as error:
             raise ValueError(
-                "The step uses an operation that XLA cannot compile. It takes neither "
-                "strings nor Python functions nor results whose shape depends on "
-                "values (a boolean mask, tf.unique): compute those in the input "
-                f"pipeline or in a callback. XLA says: {error}"
+                "The step uses an operation that XLA cannot compile, on strings or a "
+                "Python function, say. Move it into the input pipeline or a callback. "
+                f"XLA says: {error}"
             ) from error
     proto = hlo_pb2.HloModuleProto.FromString(hlo)
+    _check_static(proto)
     # A lone result is no tuple, so it has no index.
     result_of = {
         (entry.output_shape_index or [0])[0]: entry.parameter_number
@@ -199,3 +199,17 @@ def lower(function: Any, structure: Any) -> LoweredStep:
         for shape, dtype in zip(shapes, dtypes, strict=True)
     ]
     return LoweredStep(hlo, inputs, captures, results, num_outputs, updates, structure)
+
+
+def _check_static(proto: hlo_pb2.HloModuleProto) -> None:
+    for computation in proto.computations:
+        for instruction in computation.instructions:
+            if any(instruction.shape.is_dynamic_dimension):
+                raise ValueError(
+                    "The step has a tensor whose shape depends on values, as "
+                    "tf.boolean_mask, tf.where(condition) or tf.unique make it, and a "
+                    "partitioned program has none. Multiply by the mask instead, or "
+                    "do it in the input pipeline. Received: "
+                    f"{instruction.metadata.op_type or instruction.opcode} "
+                    f"{instruction.metadata.op_name!r}"
+                )

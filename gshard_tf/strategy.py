@@ -230,10 +230,7 @@ class _Step:
     def __init__(self, extended: SpmdExtended, fn: Callable, arguments: Any):
         self.extended = extended
         self.fn = fn
-        owner = getattr(fn, "__self__", None)
         self.name = getattr(fn, "__name__", "step")
-        if isinstance(owner, keras.Model):
-            self.name = f"{owner.name}.{self.name}"
         flat = tf.nest.flatten(arguments)
         for leaf in flat:
             _check_dense_number(leaf)

@@ -98,7 +98,19 @@ class MeshVariable(resource_variable_ops.ResourceVariable):
                 # buffer.
                 value = super().numpy()
             self._device_value = upload(value)
+        self._check_not_lost()
         return self._device_value
+
+    def _is_lost(self) -> bool:
+        # A step that fails half-way has used up its donated arguments.
+        return self._device_value is not None and self._device_value.is_deleted()
+
+    def _check_not_lost(self) -> None:
+        if self._is_lost():
+            raise RuntimeError(
+                f"The value of {self.name!r} was lost in a step that failed half-way. "
+                "Assign the variables anew, from a checkpoint, say."
+            )
 
     def set_device_value(self, value: Any) -> None:
         """What a step made of it; the host's copy is stale from now on."""
@@ -115,6 +127,7 @@ class MeshVariable(resource_variable_ops.ResourceVariable):
 
     def _refresh_host(self) -> None:
         if not self._host_is_fresh:
+            self._check_not_lost()
             value = self.residence.to_host(self._device_value)
             with tf.init_scope():
                 gen_resource_variable_ops.assign_variable_op(
@@ -160,6 +173,21 @@ class MeshVariable(resource_variable_ops.ResourceVariable):
             self._refresh_host()
             with raw_handles():
                 return super()._read_variable_op(no_copy)
+
+    # -- a new value needs no old one ----------------------------------------------
+
+    def assign(self, value: Any, *args: Any, **kwargs: Any) -> Any:
+        self._give_up_lost()
+        return super().assign(value, *args, **kwargs)
+
+    def _restore_from_tensors(self, restored_tensors: dict[str, Any]) -> Any:
+        self._give_up_lost()
+        return super()._restore_from_tensors(restored_tensors)
+
+    def _give_up_lost(self) -> None:
+        if self._is_lost() and context.executing_eagerly():
+            self._device_value = None
+            self._host_is_fresh = True
 
     @property
     def device(self) -> str:
