@@ -89,7 +89,9 @@ class IndexDispatcher:
         choices = routing.slot.shape[-1]
         buffers = _to_groups(expert_outputs)  # [G, E, C, M]
         shape = tf.shape(buffers)
-        buffers = tf.reshape(buffers, [shape[0], shape[1] * shape[2], -1])
+        # The width by number: -1 would be undefined for an empty batch.
+        width = buffers.shape[-1]
+        buffers = tf.reshape(buffers, [shape[0], shape[1] * shape[2], width])
 
         @tf.custom_gradient
         def move(y, weight):

@@ -57,7 +57,7 @@ class Settings:
     dropout: float = _flag(0.1, "dropout rate")
 
     # -- training
-    steps: int = _flag(1200, "optimizer steps in all")
+    steps: int = _flag(1000, "optimizer steps in all")
     steps_per_epoch: int = _flag(
         100, "steps between validations and checkpoints; an 'epoch' to Keras"
     )

@@ -11,6 +11,7 @@ from __future__ import annotations
 import csv
 import json
 import logging
+import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -130,9 +131,10 @@ def train(
     settings.write(run)
     write_file(run / "vocab.model", vocabulary.model_bytes)
 
-    keras.utils.set_random_seed(settings.seed)
-    # Seeding drops TensorFlow's cached kernels, and with them the tokenizer's.
-    vocabulary = Vocabulary(vocabulary.model_bytes)
+    # Keras draws the seeds of all its initializers and generators from here.
+    # (`keras.utils.set_random_seed` would drop TensorFlow's cached kernels too, and
+    # with them the vocabulary's.)
+    random.seed(settings.seed)
     tokens = tokenize_split(corpus, "train", vocabulary, settings.language_tags, cache)
     dev = tokenize_pairs(
         sample_pairs(corpus, "dev", settings.validation_pairs, settings.language_tags),

@@ -296,3 +296,10 @@ def test_bad_inputs():
         MoELayer(2, 4)(tf.zeros([3, 5]))
     with pytest.raises(ValueError, match=r"Received: input_shape=\(3, None\)"):
         MoELayer(2, 4).build((3, None))
+
+
+@pytest.mark.parametrize("dispatcher", ["index", "einsum"])
+def test_an_empty_batch_stays_empty(dispatcher):
+    layer = MoELayer(4, 8, dispatcher=dispatcher)
+    assert layer(tf.zeros([0, 5, 6])).shape == (0, 5, 6)
+    assert layer(tf.zeros([0, 0, 6])).shape == (0, 0, 6)

@@ -1,0 +1,265 @@
+"""The main job on a toy corpus: train, stop, go on, score, export, answer."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from processes import ROOT, run_python
+
+from examples.translation import cli, evaluating, training, translating
+from examples.translation.settings import Settings
+
+TINY = {
+    "buckets": "24",
+    "batch_tokens": 384,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "model_dim": 32,
+    "hidden_dim": 48,
+    "heads": 2,
+    "experts": 8,
+    "steps": 30,
+    "steps_per_epoch": 10,
+    "learning_rate": 5e-3,
+    "warmup": 10,
+    "validation_pairs": 32,
+}
+
+
+@pytest.fixture(scope="module")
+def corpus(toy_corpus):
+    return toy_corpus
+
+
+@pytest.fixture(scope="module")
+def vocabulary(toy_vocabulary):
+    return toy_vocabulary
+
+
+@pytest.fixture(scope="module")
+def run(corpus, vocabulary, tmp_path_factory):
+    """A run of 30 steps on 8 partitions, without a stop."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    training.train(folder, Settings(**TINY), corpus, vocabulary, verbose=0)
+    return folder
+
+
+def test_it_learns_and_says_what_it_did(run):
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["val_nll"][-1] < summary["val_nll"][0] - 0.3
+    assert len(training.read_history(run / "history.csv")) == 3
+    layout = (run / "layout.txt").read_text()
+    assert "expert,-,-" in layout and "slot of its weight" in layout
+    assert list((run / "logs").glob("*/events*"))
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(
+    run, corpus, vocabulary, tmp_path
+):
+    folder = tmp_path / "stopped"
+    first = Settings(**TINY | {"steps": 10})
+    training.train(folder, first, corpus, vocabulary, verbose=0)
+    training.train(folder, Settings(**TINY), corpus, vocabulary, verbose=0)
+    whole = training.read_history(run / "history.csv")
+    parts = training.read_history(folder / "history.csv")
+    for a, b in zip(parts, whole, strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
+
+
+def test_one_partition_less_is_the_same_run(run, corpus, vocabulary, tmp_path):
+    """Plain Keras, without any strategy, gives the same figures."""
+    plain = Settings(**TINY | {"partitions": 0, "steps": 10})
+    training.train(tmp_path / "plain", plain, corpus, vocabulary, verbose=0)
+    [ours] = training.read_history(tmp_path / "plain" / "history.csv")
+    assert ours == pytest.approx(
+        training.read_history(run / "history.csv")[0], rel=1e-3
+    )
+
+
+def test_another_run_in_the_same_folder_is_refused(run, corpus, vocabulary):
+    other = Settings(**TINY | {"model_dim": 64})
+    with pytest.raises(ValueError, match="begun with model_dim=32"):
+        training.train(run, other, corpus, vocabulary, verbose=0)
+
+
+def test_scores_beside_the_baselines(run, corpus, tmp_path):
+    _, vocabulary, model = training.load_model(run)
+    pairs = evaluating.choose(corpus.read("test"), 3, None, 0)
+    scores = evaluating.evaluate(
+        translating.Translator(model, vocabulary), corpus, pairs, tmp_path, "toy", print
+    )
+    assert set(scores) == {"model", "memory", "copy"}
+    assert scores["copy"]["overall"]["pairs"] == len(pairs)
+    assert (tmp_path / "scores.png").stat().st_size > 5_000
+    assert "memory chrF" in (tmp_path / "scores.txt").read_text()
+
+
+def test_the_command_goes_on_after_kill_9(corpus, vocabulary, tmp_path):
+    """Killed in the middle of an epoch; what is there is whole, and it finishes."""
+    folder = tmp_path / "killed"
+    code = f"""
+        import gshard_tf
+        from examples.translation import corpus, training
+        from examples.translation.settings import Settings
+        from examples.translation.vocabulary import Vocabulary
+        found = corpus.load_corpus({str(corpus.path)!r})
+        model = Vocabulary({vocabulary.model_bytes!r})
+        settings = Settings(**{TINY | {"steps": 60, "partitions": 0}!r})
+        import pathlib
+        folder = pathlib.Path({str(folder)!r})
+        print(training.train(folder, settings, found, model, verbose=0)["steps"])
+    """
+
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    # As soon as the first checkpoint is there, kill it, within the next epoch.
+    deadline = time.monotonic() + 200
+    while not (folder / "checkpoints" / "checkpoint").exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = len(training.read_history(folder / "history.csv"))
+    assert 1 <= done < 6
+    assert run_python(code, timeout=300).strip() == "60"
+    assert len(training.read_history(folder / "history.csv")) == 6
+
+
+@pytest.fixture(scope="module")
+def saved_model(run, tmp_path_factory):
+    _, vocabulary, model = training.load_model(run)
+    translator = translating.Translator(model, vocabulary)
+    folder = tmp_path_factory.mktemp("export") / "saved_model"
+    return translating.export(translator, folder), translator
+
+
+TEXTS = ["appleo basketo candleo", "", "x " * 25_000, "gardenen hammeren"]
+TAGS = ["fr", "de", "ru", "de"]
+
+BARE = """
+    import json, sys
+    import tensorflow as tf
+    import tensorflow_text
+    loaded = tf.saved_model.load(sys.argv[1] if len(sys.argv) > 1 else PATH)
+    translate = loaded.signatures["serving_default"]
+    def ask(texts, tags):
+        found = translate(texts=tf.constant(texts, tf.string),
+                          languages=tf.constant(tags, tf.string))
+        return [t.decode() for t in found["translations"].numpy()]
+    graph = translate.graph.as_graph_def()
+    nodes = [n for f in graph.library.function for n in f.node_def]
+    try:
+        ask(["a"], ["nowhere"])
+        refused = ""
+    except tf.errors.InvalidArgumentError as error:
+        refused = str(error)
+    print(json.dumps({
+        "all": ask(TEXTS, TAGS), "one": ask(TEXTS[:1], TAGS[:1]), "none": ask([], []),
+        "bytes": ask([b"\\xff\\xfe abc"], ["de"]),
+        "refused": refused, "ops": sorted({n.op for n in nodes}),
+        "devices": sorted({n.device for n in nodes}),
+        "ours": [m for m in sys.modules if m.startswith(("gshard", "keras_layers"))],
+    }))
+"""
+
+
+def test_the_saved_model_answers_in_a_bare_process(saved_model):
+    folder, translator = saved_model
+    head = f"PATH, TEXTS, TAGS = {str(folder)!r}, {TEXTS!r}, {TAGS!r}\n"
+
+    answer = json.loads(
+        run_python(head + textwrap.dedent(BARE), with_repo=False).splitlines()[-1]
+    )
+    assert answer["all"] == translator.translate(TAGS, TEXTS)
+    assert answer["one"] == answer["all"][:1]
+    assert answer["none"] == []
+    assert len(answer["bytes"]) == 1
+    assert "unknown language tag" in answer["refused"]
+    assert answer["ours"] == []
+    assert "XlaSharding" not in answer["ops"]
+    assert not [d for d in answer["devices"] if "CPU" in d or "GPU" in d]
+
+
+def test_the_saved_model_answers_saved_model_cli(saved_model):
+    folder, translator = saved_model
+    # The tool knows tensorflow-text's operations once the package is imported.
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import tensorflow_text\n"
+            "from tensorflow.python.tools.saved_model_cli import main\n"
+            "main()",
+            *("run", "--dir", str(folder), "--tag_set", "serve"),
+            *("--signature_def", "serving_default"),
+            *("--input_exprs", "texts=['gardenen hammeren'];languages=['de']"),
+        ],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"},
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    [expected] = translator.translate(["de"], ["gardenen hammeren"])
+    assert repr(expected.encode())[2:-1] in done.stdout
+
+
+def test_unknown_languages_are_refused_by_name(saved_model):
+    _, translator = saved_model
+    with pytest.raises(ValueError, match="'xx'"):
+        translator.translate(["xx"], ["a"])
+    with pytest.raises(ValueError, match="1 tags and 2 texts"):
+        translator.translate(["de"], ["a", "b"])
+
+
+def test_settings_are_checked_and_come_back(tmp_path):
+    settings = Settings(**TINY)
+    settings.write(tmp_path)
+    assert Settings.read(tmp_path) == settings
+    for wrong in (
+        {"steps": 15},
+        {"model_dim": 0},
+        {"experts": -1},
+        {"buckets": "16;32"},
+    ):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            Settings(**TINY | wrong)
+    with pytest.raises(FileNotFoundError, match="Train one first"):
+        Settings.read(pathlib.Path(tmp_path) / "nothing")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--steps", "15"], "multiple of steps_per_epoch"),
+        (["translate", "de", "--run", "/nonexistent/run"], "Train one first"),
+        (["evaluate", "--run", "/nonexistent/run"], "Train one first"),
+    ],
+)
+def test_the_command_answers_mistakes_with_a_sentence(arguments, message, capsys):
+    assert cli.main(arguments) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_the_schedule_is_the_papers():
+    from examples.translation.model import InverseSquareRoot
+
+    flat = InverseSquareRoot(0.01, 10_000, linear=False)
+    steps = np.array([0, 9_999, 39_999])
+    np.testing.assert_allclose(
+        [float(flat(tf.constant(s))) for s in steps], [0.01, 0.01, 0.005], rtol=1e-6
+    )
+    linear = InverseSquareRoot(1e-3, 100)
+    assert float(linear(49)) == pytest.approx(5e-4)
