@@ -141,9 +141,9 @@ def captured(function: Any) -> list[Any]:
             found.append(variables[id(tensor)])
         else:
             raise ValueError(
-                "The step uses a resource that is no variable (a lookup table or an "
-                "iterator, say), which XLA cannot compile. Move it into the tf.data "
-                f"pipeline. Received: {tensor}"
+                "The step uses a resource that is no variable (a lookup table, an "
+                "iterator or a summary writer, say), which XLA cannot compile. Move it "
+                f"into the tf.data pipeline or a callback. Received: {tensor}"
             )
     return found
 

@@ -157,6 +157,25 @@ def test_what_xla_cannot_compile(fn, argument, message):
         run(fn, argument)
 
 
+def test_printing_in_the_step():
+    def step(x):
+        tf.print("sum", tf.reduce_sum(x))
+        return x
+
+    with raises("XLA cannot compile, on strings.*callback"):
+        run(step, tf.eye(2))
+
+
+def test_summaries_in_the_step(tmp_path):
+    def step(x):
+        tf.summary.scalar("sum", tf.reduce_sum(x), step=tf.constant(0, tf.int64))
+        return x
+
+    with tf.summary.create_file_writer(str(tmp_path)).as_default():
+        with raises("a resource that is no variable.*SummaryWriter"):
+            run(step, tf.eye(2))
+
+
 def test_strings_in_fit():
     with gshard_tf.SpmdStrategy(MESH).scope():
         model = keras.Sequential(
