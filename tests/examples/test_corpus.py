@@ -210,6 +210,8 @@ def run_and_kill(out, activity, done, signal_name="SIGKILL"):
         spec = importlib.util.spec_from_file_location("toy", {conftest!r})
         toy = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(toy)
+        # A shell's background jobs ignore Ctrl-C, and pass that on.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         def progress(activity, done, total):
             if (activity, done) == ({activity!r}, {done!r}):
                 os.kill(os.getpid(), signal.{signal_name})

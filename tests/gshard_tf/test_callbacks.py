@@ -294,6 +294,8 @@ def test_ctrl_c_while_a_step_runs(tmp_path):
         gshard_tf.request_cpu_devices(8)
         import parity
 
+        # A shell's background jobs ignore Ctrl-C, and pass that on.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         x, y = parity.data(32)
         with parity.strategy_of(8).scope():
             model = parity.compiled("adam")
