@@ -82,7 +82,7 @@ def _random_bits(seed: tf.Tensor, shape: list[Any]) -> tf.Tensor:
         index = tf.cast(tf.range(shape[0]), tf.uint32)
         x0 = x0 + tf.reshape(index, [-1] + [1] * (rank - 1))
     # The first round adds the two words, which gives the whole shape.
-    return _rounds(ks, x0, x1, rounds=20)[0]
+    return _rounds(ks, x0, x1, ROUNDS)[0]
 
 
 @tf.autograph.experimental.do_not_convert

@@ -3,11 +3,10 @@
 import collections
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import keras
-import numpy as np
 import tensorflow as tf
 from tensorflow.experimental import dtensor
 
@@ -19,18 +18,13 @@ from tensorflow.python.distribute import one_device_strategy
 # Private API: whether a graph is going to be compiled by TensorFlow itself.
 from tensorflow.python.ops import control_flow_util
 
-from gshard_tf import lowering
-from gshard_tf.keras_threads import keras_state, use_keras_state
 from gshard_tf.layouts import Layouts
 from gshard_tf.mesh import use_mesh
 from gshard_tf.program import Placement, SpmdProgram
 from gshard_tf.report import Description, describe
 from gshard_tf.rules import AxisRules
+from gshard_tf.step import Step
 from gshard_tf.variables import MeshVariable
-
-
-class NonFiniteError(FloatingPointError, ValueError):
-    """NaN or infinity in a step; TensorFlow reports it as `InvalidArgumentError`."""
 
 
 class SpmdStrategy(tf.distribute.Strategy):
@@ -188,7 +182,7 @@ class SpmdExtended(one_device_strategy.OneDeviceExtended):
             return super()._call_for_each_replica(fn, args, kwargs)
         if not tf.executing_eagerly():
             _check_not_compiled()
-            return _Step(self, fn, (args, kwargs)).emit()
+            return Step(self, fn, (args, kwargs)).emit()
         if isinstance(fn, tf.types.experimental.PolymorphicFunction):
             return self._in_graph(fn)(args, kwargs)
         # Eager mode runs operation by operation, on the host, as everywhere in
@@ -224,240 +218,12 @@ class _Tracing(threading.local):
     depth = 0
 
 
-class _Step:
-    """One function that Keras runs, and its programs, one per set of shapes."""
-
-    def __init__(self, extended: SpmdExtended, fn: Callable, arguments: Any):
-        self.extended = extended
-        self.fn = fn
-        self.name = getattr(fn, "__name__", "step")
-        flat = tf.nest.flatten(arguments)
-        for leaf in flat:
-            _check_dense_number(leaf)
-        self.tensors = [leaf for leaf in flat if _is_array(leaf)]
-        # Whatever is no tensor (None, a Python number, a variable) is part of the
-        # program.
-        self.arguments = tf.nest.pack_sequence_as(
-            arguments, [_ARGUMENT if _is_array(leaf) else leaf for leaf in flat]
-        )
-        self.keras_state = keras_state()
-        self.executables: dict[Any, _Executable] = {}
-
-    def trace(self, specs: list[tf.TensorSpec]) -> tuple[Any, Any]:
-        def step(*tensors):
-            values = iter(tensors)
-            args, kwargs = tf.nest.map_structure(
-                lambda leaf: next(values) if leaf is _ARGUMENT else leaf, self.arguments
-            )
-            return self.extended.call_fn(self.fn, args, kwargs)
-
-        return lowering.trace(step, specs)
-
-    def emit(self) -> Any:
-        """Puts a call of the program into the graph that is being traced."""
-        specs = [tf.TensorSpec(x.shape, x.dtype) for x in self.tensors]
-        function, structure = self.trace(specs)
-        for value in lowering.captured(function):
-            if isinstance(value, tf.Variable):
-                self.extended.ours(value)
-        if all(spec.shape.is_fully_defined() for spec in specs):
-            self._add(specs, function, structure)
-        tensors, self.tensors = self.tensors, []
-        _keep_with_graph(self)
-        outputs = tf.numpy_function(
-            _Call(self),
-            tensors,
-            [output.dtype for output in function.outputs],
-            stateful=True,
-            name="gshard_step",
-        )
-        if not function.outputs:
-            # An operation without results; it runs because it is stateful.
-            outputs = []
-        for output, traced in zip(outputs, function.outputs, strict=True):
-            output.set_shape(traced.shape)
-        return lowering.pack(structure, outputs)
-
-    def run(self, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Runs the program for arrays of these shapes."""
-        try:
-            return self._executable(arrays)(arrays)
-        except Exception as error:
-            # TensorFlow makes a `tf.errors` of it with the same message.
-            self.extended.last_error = error
-            raise
-
-    def _executable(self, arrays: Sequence[np.ndarray]) -> "_Executable":
-        specs = [tf.TensorSpec(x.shape, x.dtype) for x in arrays]
-        if _key(specs) not in self.executables:
-            # A shape that was unknown when the graph was traced: the length of this
-            # batch, say. This thread has no strategy, so enter it.
-            strategy = self.extended._container_strategy()
-            with use_keras_state(self.keras_state), strategy.scope():
-                self._add(specs, *self.trace(specs))
-        return self.executables[_key(specs)]
-
-    def _add(self, specs: list[tf.TensorSpec], function: Any, structure: Any) -> None:
-        step = lowering.lower(function, structure)
-        self.executables[_key(specs)] = _Executable(self.extended, step, self.name)
-
-
-class _Call:
-    """What a graph calls for a step, without keeping it alive.
-
-    TensorFlow keeps Python functions of graphs for the life of the process, and a step
-    has a hold of a model, its state on the devices and the compiled programs.
-    """
-
-    def __init__(self, step: _Step):
-        self.step = weakref.ref(step)
-
-    def __call__(self, *arrays: np.ndarray) -> list[np.ndarray]:
-        return self.step().run(arrays)
-
-
-def _keep_with_graph(step: _Step) -> None:
-    """Keeps `step` for as long as the functions that can run it."""
-    graph = tf.compat.v1.get_default_graph()
-    while graph is not None and graph.building_function:
-        # All of them: the graph of a loop's body dies once it is built.
-        graph._gshard_steps = [*getattr(graph, "_gshard_steps", []), step]
-        graph = graph.outer_graph
-
-
-class _Executable:
-    """A program and the variables that it runs on; compiled when first called."""
-
-    def __init__(self, extended: SpmdExtended, step: lowering.LoweredStep, name: str):
-        self.extended = extended
-        self.step = step
-        self.name = name
-        self.program: SpmdProgram | None = None
-        self.constants: dict[int, Any] = {}
-
-    def __call__(self, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
-        extended, step = self.extended, self.step
-        with extended.residence.lock:
-            if self.program is None:
-                self._compile()
-            program, layouts = self.program, self.program.capture_layouts
-            extended.steps_run[self.name] += 1
-            if extended.check_numerics:
-                self._check_finite(arrays, lambda i: f"argument {i}")
-            captures = [
-                value.take_device_value(
-                    lambda array, layout=layout: extended.placement.put(array, layout)
-                )
-                if isinstance(value, MeshVariable)
-                else self.constants[i]
-                for i, (value, layout) in enumerate(
-                    zip(step.captures, layouts, strict=True)
-                )
-            ]
-            outputs, updated = program(program.put_inputs(arrays), captures)
-            if extended.check_numerics:
-                self._check_finite(outputs, lambda i: f"result {i}")
-                self._check_finite(
-                    updated,
-                    lambda i: (
-                        f"the new value of {_path(step.captures[step.updates[i]])}"
-                    ),
-                )
-            # At once: the old values are gone, their memory is reused.
-            for i, value in zip(step.updates, updated, strict=True):
-                step.captures[i].set_device_value(value)
-            return [np.asarray(output) for output in outputs]
-
-    def _check_finite(self, values: Any, name: Callable[[int], str]) -> None:
-        for i, value in enumerate(values):
-            if not _is_finite(value):
-                shape = tuple(value.shape)
-                raise NonFiniteError(
-                    f"Found NaN or infinity in {name(i)} (shape {shape}) of step "
-                    f"{self.extended.steps_run[self.name]} of {self.name}. The model "
-                    "and its optimizer are as they were before that step."
-                )
-
-    def _compile(self) -> None:
-        extended, step = self.extended, self.step
-        layouts = []
-        for value in step.captures:
-            if isinstance(value, MeshVariable):
-                layouts.append(extended.layouts.of(value).layout)
-            else:
-                layouts.append(
-                    dtensor.Layout.replicated(extended.mesh, value.shape.rank)
-                )
-        extended.layouts.warn_once()
-        self.program = SpmdProgram(
-            step,
-            extended.placement,
-            [extended.layouts.of_batch(spec.shape) for spec in step.inputs],
-            [
-                extended.layouts.of_batch(spec.shape)
-                for spec in step.results[: step.num_outputs]
-            ],
-            layouts,
-            donate=not extended.check_numerics,
-        )
-        self.constants = {
-            i: extended.placement.put(value.numpy(), layouts[i])
-            for i, value in enumerate(step.captures)
-            if not isinstance(value, MeshVariable)
-        }
-        extended.programs.append(weakref.ref(self.program))
-
-
 class _Residence:
     """Brings variables back to the host, one user at a time."""
 
     def __init__(self, placement: Placement):
         self.lock = threading.RLock()
         self.to_host = placement.get
-
-
-_ARGUMENT = lowering.LEAF
-
-
-def _key(specs: list[tf.TensorSpec]) -> tuple:
-    return tuple((tuple(spec.shape), spec.dtype.name) for spec in specs)
-
-
-def _is_array(leaf: Any) -> bool:
-    return isinstance(leaf, np.ndarray) or (
-        tf.is_tensor(leaf) and not isinstance(leaf, tf.Variable | keras.Variable)
-    )
-
-
-def _check_dense_number(leaf: Any) -> None:
-    if isinstance(leaf, tf.RaggedTensor | tf.SparseTensor):
-        raise ValueError(
-            "A mesh needs dense inputs of static shape. Make them dense in the input "
-            f"pipeline. Received: {leaf}"
-        )
-    dtype = tf.as_dtype(leaf.dtype) if _is_array(leaf) else None
-    if dtype is not None and not (
-        dtype.is_bool or dtype.is_integer or dtype.is_floating or dtype.is_complex
-    ):
-        raise ValueError(
-            "A mesh computes with numbers. Turn strings to numbers in the input "
-            f"pipeline. Received: {leaf} of dtype {dtype.name}"
-        )
-
-
-def _is_finite(value: Any) -> bool:
-    # numpy sees bfloat16 as a type of its own kind, "V".
-    if value.dtype.kind not in "fcV":
-        return True
-    value = np.asarray(value)
-    if value.dtype.kind == "V":
-        value = value.astype(np.float32)
-    return bool(np.all(np.isfinite(value)))
-
-
-def _path(variable: Any) -> str:
-    keras_variable = variable.keras_variable and variable.keras_variable()
-    return repr(variable.name if keras_variable is None else keras_variable.path)
 
 
 def _check_not_compiled() -> None:
