@@ -195,15 +195,15 @@ class _Executable:
                 layouts.append(
                     dtensor.Layout.replicated(extended.mesh, value.shape.rank)
                 )
+        batches = [
+            [extended.layouts.of_batch(spec.shape) for spec in specs]
+            for specs in (step.inputs, step.results[: step.num_outputs])
+        ]
         extended.layouts.warn_once()
         self.program = SpmdProgram(
             step,
             extended.placement,
-            [extended.layouts.of_batch(spec.shape) for spec in step.inputs],
-            [
-                extended.layouts.of_batch(spec.shape)
-                for spec in step.results[: step.num_outputs]
-            ],
+            *batches,
             layouts,
             donate=not extended.check_numerics,
         )

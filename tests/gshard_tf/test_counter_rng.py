@@ -54,7 +54,7 @@ def test_threefry_is_jaxs(key, counters):
     np.testing.assert_array_equal(np.concatenate(ours), theirs)
 
 
-@settings(max_examples=50)
+@settings(max_examples=15)
 @given(
     seed=st.tuples(WORD, WORD),
     shape=st.lists(st.integers(1, 5), max_size=4),

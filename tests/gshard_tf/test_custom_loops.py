@@ -187,3 +187,25 @@ def test_control_flow_and_integers_and_assignments_of_slices(strategy):
     expected = np.zeros([8, 2])
     expected[5], expected[2], expected[0, 1] = 8.0, 4.0, 9.0
     np.testing.assert_array_equal(table, expected)
+
+
+def test_the_other_methods_of_a_strategy(strategy):
+    assert strategy.num_replicas_in_sync == 1
+    value = strategy.run(tf.function(lambda x: x * 2.0), args=(tf.ones([4, 2]),))
+    assert strategy.experimental_local_results(value)[0] is value
+    assert float(strategy.reduce("SUM", value, axis=0)[0]) == 8.0
+    assert strategy.gather(value, axis=0).shape == (4, 2)
+    dataset = strategy.distribute_datasets_from_function(
+        lambda context: batches().take(context.num_input_pipelines)
+    )
+    [(x, y)] = dataset
+    assert x.shape == (16, 8, 4)
+    with strategy.scope():
+        assert tf.distribute.get_strategy() is strategy
+        metric = tf.Variable(
+            0.0,
+            synchronization=tf.VariableSynchronization.ON_READ,
+            aggregation=tf.VariableAggregation.SUM,
+        )
+    strategy.run(tf.function(lambda: metric.assign_add(2.0)))
+    assert float(metric) == 2.0

@@ -5,6 +5,7 @@ import io
 import pathlib
 import re
 
+import keras
 import pytest
 
 DOCS = pathlib.Path(__file__).resolve().parents[2] / "docs"
@@ -16,6 +17,7 @@ def blocks(name):
 
 @pytest.mark.parametrize("name", ["annotations.md", "strategies.md"])
 def test_examples(name):
+    keras.backend.clear_session()
     names = {"__name__": "example"}
     for block in blocks(name):
         printed = io.StringIO()

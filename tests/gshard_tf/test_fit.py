@@ -1,5 +1,8 @@
 """Unmodified Keras on eight partitions: each thing compared with plain Keras."""
 
+import gc
+import weakref
+
 import keras
 import numpy as np
 import parity
@@ -536,3 +539,18 @@ def test_fit_inside_the_scope():
             return fit(model).history
 
     assert_equal_runs(parity.compiled, use)
+
+
+def test_programs_and_models_are_freed():
+    def use(model):
+        fit(model)
+        model.evaluate(X, Y, batch_size=16, verbose=0)
+        model.predict(X, batch_size=16, verbose=0)
+
+    run = parity.run_on_mesh(parity.compiled, use)
+    model, strategy = weakref.ref(run.model), run.strategy
+    assert len(strategy.programs) == 3
+    del run
+    keras.backend.clear_session()
+    gc.collect()
+    assert model() is None and strategy.programs == []
