@@ -174,6 +174,12 @@ class SpmdProgram:
             results = self.compiled(*inputs, *captures)
         return results[: self.step.num_outputs], results[self.step.num_outputs :]
 
+    def wait(self, values: Sequence[Any]) -> None:
+        """Returns when `values` are computed; raises what went wrong with them."""
+        import jax
+
+        jax.block_until_ready(list(values))
+
 
 def _aval(value: Any) -> Any:
     import jax

@@ -173,6 +173,8 @@ class _Executable:
             # At once: the old values are gone, their memory is reused.
             for i, value in zip(step.updates, updated, strict=True):
                 step.captures[i].set_device_value(value)
+            # Until all devices are done, they may read the memory of the arguments.
+            program.wait(updated)
             return [np.asarray(output) for output in outputs]
 
     def _check_finite(self, values: Any, name: Callable[[int], str]) -> None:
