@@ -174,7 +174,7 @@ class _Executable:
             for i, value in zip(step.updates, updated, strict=True):
                 step.captures[i].set_device_value(value)
             # Until all devices are done, they may read the memory of the arguments.
-            program.wait(updated)
+            program.wait([*updated, *outputs])
             return [np.asarray(output) for output in outputs]
 
     def _check_finite(self, values: Any, name: Callable[[int], str]) -> None:
