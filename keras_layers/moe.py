@@ -233,9 +233,9 @@ class MoELayer(keras.layers.Layer):
             mask: `[..., L]` bool, False for padding: it takes no slot, counts in no
                 loss and no metric, and comes out as 0.
             training: Whether to route at random, drop out and add the balancing loss.
-            decoding: True while generating token by token: every token is a group of
-                its own, so that none can be dropped and none affects another, and
-                neither metrics nor losses are touched.
+            decoding: True while generating, for source and target: every token is a
+                group of its own, so that none can be dropped and none affects another,
+                and neither metrics nor losses are touched.
         """
         if decoding:
             training = False

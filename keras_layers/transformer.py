@@ -155,13 +155,17 @@ class EncoderBlock(_Block):
         inputs: tf.Tensor,
         mask: tf.Tensor | None = None,
         training: bool | None = None,
+        decoding: bool = False,
     ) -> tf.Tensor:
-        """`inputs` `[B, L, M]`, `mask` `[B, L]` False for padding."""
+        """`inputs` `[B, L, M]`, `mask` `[B, L]` False for padding.
+
+        `decoding`: whether the source of a generation is read (see `MoELayer.call`).
+        """
         attended = self.self_attention(
             self.attention_norm(inputs), mask=mask, training=training
         )
         x = self._residual(inputs, attended, training)
-        return self._feed(x, mask, training)
+        return self._feed(x, mask, training, decoding)
 
     def compute_output_shape(self, input_shape: Any) -> Any:
         return input_shape
@@ -436,13 +440,20 @@ class Transformer(keras.Model):
         return self._logits(x)
 
     def encode(
-        self, source_ids: tf.Tensor, training: bool | None = None
+        self,
+        source_ids: tf.Tensor,
+        training: bool | None = None,
+        decoding: bool = False,
     ) -> tuple[tf.Tensor, tf.Tensor]:
-        """The encoder's output `[B, L, M]` and its mask `[B, L]`."""
+        """The encoder's output `[B, L, M]` and its mask `[B, L]`.
+
+        With `decoding` no token is dropped, so that what a sequence becomes depends
+        neither on the others nor on the padding that they bring (`MoELayer.call`).
+        """
         mask = self._mask(source_ids)
         x = self._embed(self.source_embedding, source_ids, training)
         for block in self.encoder_blocks:
-            x = block(x, mask=mask, training=training)
+            x = block(x, mask=mask, training=training, decoding=decoding)
         return self.encoder_norm(x), mask
 
     def start_decoding(self, source_ids: tf.Tensor, max_length: int) -> DecodingState:
@@ -452,7 +463,7 @@ class Transformer(keras.Model):
             The state for `decode_step`: a nest of tensors of static length, each with
             the batch as its first dimension.
         """
-        memory, memory_mask = self.encode(source_ids, training=False)
+        memory, memory_mask = self.encode(source_ids, training=False, decoding=True)
         return {
             "memory_mask": memory_mask,
             "blocks": [

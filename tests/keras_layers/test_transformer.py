@@ -186,6 +186,23 @@ def test_cached_decoding_is_uncached_decoding(arguments):
     np.testing.assert_array_equal(compiled(tf.constant(source))[0], expected_ids)
 
 
+def test_what_is_generated_depends_on_nothing_else_in_the_batch():
+    # A row of like tokens asks more of two experts than they have room for, and how
+    # much room grows with the padding.
+    model = small(moe_options={"router": {"capacity_factor": 1.0}})
+    sources = np.where(random_ids(), np.array([[4], [7], [9]]), 0)
+    model((sources, sources))
+    padded = np.pad(sources, [[0, 0], [0, 30]])
+    short, long = (model.encode(ids)[0][:, :6] for ids in (sources, padded))
+    assert np.max(np.abs(short - long)) > 0.01
+    ids, log_prob = greedy_decode(model, padded, 9, BOS, EOS)
+    for row in range(3):
+        own = sources[row : row + 1, : np.count_nonzero(sources[row])]
+        alone_ids, alone_log_prob = greedy_decode(model, own, 9, BOS, EOS)
+        np.testing.assert_array_equal(alone_ids, ids[row : row + 1])
+        np.testing.assert_allclose(alone_log_prob[0], log_prob[row], rtol=1e-4)
+
+
 class _Scripted:
     """Follows a script per row, so that ends and lengths are known."""
 
