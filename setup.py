@@ -27,7 +27,7 @@ TRANSLATION = [
     "gramps==6.0.8",
     "pycountry==26.2.16",
 ]
-TEST = ["pytest>=9,<10", "hypothesis>=6,<7", "ruff==0.17.*"]
+TEST = ["pytest>=9,<10", "pytest-xdist>=3.8,<4", "hypothesis>=6,<7", "ruff==0.17.*"]
 
 setup(
     name="gshard-tf",

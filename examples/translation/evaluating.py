@@ -9,7 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from examples.translation.baselines import TranslationMemory, copy_source
+from examples.translation.baselines import (
+    TranslationMemory,
+    copy_source,
+    translate_with_apertium,
+)
 from examples.translation.corpus import Corpus, Pair
 from examples.translation.publishing import write_file
 from examples.translation.report import plot_scores
@@ -47,6 +51,8 @@ def evaluate(
     """Translates `pairs`, scores them beside copying and a translation memory.
 
     Writes `scores.json`, `scores.txt`, `scores.png` and `translations.tsv` to `out`.
+    Where Apertium is installed with some of these languages, all are scored beside it
+    on the pairs of these: `scores-apertium.json`, and a second table in `scores.txt`.
 
     Returns:
         System name -> `scoring.score`'s result.
@@ -66,7 +72,19 @@ def evaluate(
     out.mkdir(parents=True, exist_ok=True)
     write_scores(out / "scores.json", scores)
     table = format_table(scores, ("domain", "resources", "family"))
-    write_file(out / "scores.txt", f"{title}\n\n{table}\n".encode())
+    tables = f"{title}\n\n{table}\n"
+    apertium = translate_with_apertium(pairs)
+    if apertium.positions:
+        some = [pairs[i] for i in apertium.positions]
+        beside = {"apertium": score(some, apertium.translations, counts)}
+        for name, texts in systems.items():
+            beside[name] = score(some, [texts[i] for i in apertium.positions], counts)
+        write_scores(out / "scores-apertium.json", beside)
+        table = format_table(beside, ("domain", "language"))
+        tables += f"\nThe {len(some)} pairs of Apertium's languages\n\n{table}\n"
+    else:
+        progress("(no Apertium here to compare with)")
+    write_file(out / "scores.txt", tables.encode())
     rows = [
         "\t".join((p.lang, p.source, p.english, t))
         for p, t in zip(pairs, said, strict=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import csv
 import json
 import logging
-import random
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -61,8 +61,20 @@ class RunState:
         return int(self.step)
 
     def save(self, step: int) -> None:
+        """Writes a checkpoint.
+
+        Raises:
+            OSError: It could not be written; the one before it is still whole.
+        """
         self.step.assign(step)
-        self.manager.save(checkpoint_number=step)
+        try:
+            self.manager.save(checkpoint_number=step)
+        except tf.errors.OpError as error:
+            raise OSError(
+                f"The checkpoint of step {step} could not be written to "
+                f"{self.manager.directory}: {error.message}. The one before it is "
+                "whole: make room and give the same command again."
+            ) from error
 
 
 class _SaveEachEpoch(keras.callbacks.Callback):
@@ -83,8 +95,13 @@ class _History(keras.callbacks.Callback):
         self.path = path
         self.rows = read_history(path)[:done_epochs]
 
+    def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
+        self.begun = time.perf_counter()
+
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
-        row = {"epoch": epoch + 1} | {k: float(v) for k, v in sorted(logs.items())}
+        # Compilation and validation included.
+        row = {"epoch": epoch + 1, "seconds": round(time.perf_counter() - self.begun)}
+        row |= {k: float(v) for k, v in sorted(logs.items())}
         self.rows.append(row)
         columns = list(dict.fromkeys(key for row in self.rows for key in row))
         lines = [",".join(columns)]
@@ -126,15 +143,13 @@ def train(
 
     Raises:
         ValueError: when the folder holds a run of other settings.
+        OSError: when something cannot be written, as to a full disk.
     """
     check_same_run(run, settings, vocabulary)
     settings.write(run)
     write_file(run / "vocab.model", vocabulary.model_bytes)
 
-    # Keras draws the seeds of all its initializers and generators from here.
-    # (`keras.utils.set_random_seed` would drop TensorFlow's cached kernels too, and
-    # with them the vocabulary's.)
-    random.seed(settings.seed)
+    keras.utils.set_random_seed(settings.seed)
     tokens = tokenize_split(corpus, "train", vocabulary, settings.language_tags, cache)
     dev = tokenize_pairs(
         sample_pairs(corpus, "dev", settings.validation_pairs, settings.language_tags),
@@ -186,6 +201,7 @@ def train(
     history = read_history(run / "history.csv")
     summary = {
         "steps": settings.steps,
+        "minutes": round(sum(row.get("seconds", 0) for row in history) / 60, 1),
         "weights": model.count_params(),
         "unigram_nll": unigram,
         "val_nll": [row["val_nll"] for row in history],

@@ -11,6 +11,7 @@ import difflib
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import tensorflow as tf
 
@@ -101,8 +102,24 @@ class Vocabulary(tf.Module):
             ),
             default_value=UNK,
         )
-        self._tokenizer = tensorflow_text.SentencepieceTokenizer(
-            model=self.model_bytes, out_type=tf.int32
+
+        # Tokenizers made inside a graph live as long as it does. What one made outside
+        # refers to is gone after `keras.utils.set_random_seed`, which drops the cached
+        # kernels of all operations and what they own.
+        def tokenizer() -> Any:
+            return tensorflow_text.SentencepieceTokenizer(
+                model=self.model_bytes, out_type=tf.int32
+            )
+
+        self._tokenize = tf.function(
+            lambda strings: tokenizer().tokenize(strings),
+            input_signature=[tf.TensorSpec([None], tf.string)],
+            autograph=False,
+        )
+        self._detokenize = tf.function(
+            lambda ids: tokenizer().detokenize(ids),
+            input_signature=[tf.RaggedTensorSpec([None, None], tf.int32)],
+            autograph=False,
         )
 
     def language_id(self, tag: str) -> int:
@@ -229,7 +246,7 @@ class Vocabulary(tf.Module):
         kept = tf.logical_not(ended) & tf.not_equal(ids, PAD) & tf.not_equal(ids, BOS)
         inside = (ids >= 0) & (ids < self.size)
         ids = tf.where(inside, ids, UNK)
-        return self._tokenizer.detokenize(tf.ragged.boolean_mask(ids, kept))
+        return self._detokenize(tf.ragged.boolean_mask(ids, kept))
 
     def _pieces(self, strings: tf.Tensor | Sequence[str]) -> tf.RaggedTensor:
         strings = tf.convert_to_tensor(strings, tf.string)  # [B]
@@ -238,7 +255,7 @@ class Vocabulary(tf.Module):
         )
         strings = tf.strings.regex_replace(strings, r"[\s\p{Z}\x{FFFD}]+", " ")
         strings = self._text.normalize_utf8(strings, "NFC")
-        return self._tokenizer.tokenize(strings)
+        return self._tokenize(strings)
 
     @staticmethod
     def _column(symbol: int, like: tf.RaggedTensor) -> tf.Tensor:

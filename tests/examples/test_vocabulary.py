@@ -1,3 +1,4 @@
+import keras
 import pytest
 import tensorflow as tf
 from hypothesis import given, settings
@@ -48,6 +49,15 @@ def test_source_and_target(toy_vocabulary):
     assert len(cut) == 7 and cut[-1] == EOS and cut[0] == source[0][0]
     (cut,) = toy_vocabulary.encode_target(["candle " * 50], 5).to_list()
     assert len(cut) == 5 and cut[-1] == EOS and cut[0] == BOS
+
+
+def test_it_outlives_a_new_seed(toy_vocabulary):
+    before = toy_vocabulary.encode_source(["de"], ["Ein candle"])
+    text = toy_vocabulary.decode(before)
+    keras.utils.set_random_seed(5)  # drops what kernels of operations own
+    after = toy_vocabulary.encode_source(["de"], ["Ein candle"])
+    assert after.to_list() == before.to_list()
+    assert toy_vocabulary.decode(after) == text
 
 
 @pytest.mark.parametrize("after", ["", "x", ">", "de>", " <fr>", "1}", "\u0301", "ря"])
