@@ -77,7 +77,7 @@ def _bytes(dtype: str) -> int:
 
 
 def argument_bytes(program: SpmdProgram) -> list[tuple[str, int, int]]:
-    """For each variable of a program: its name, all its bytes, those per device.
+    """For each variable of a program: its path, all its bytes, those per device.
 
     Read off the shardings that XLA compiled the program with, not off the layouts
     that were asked for.
@@ -88,6 +88,6 @@ def argument_bytes(program: SpmdProgram) -> list[tuple[str, int, int]]:
         shape = tuple(value.shape)
         local = sharding.shard_shape(shape)
         size = value.dtype.size
-        name = getattr(value, "name", "constant")
+        name = getattr(value, "path", "constant")
         found.append((name, math.prod(shape) * size, math.prod(local) * size))
     return found

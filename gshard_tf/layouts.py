@@ -81,7 +81,7 @@ class Layouts:
 
     def _decide(self, variable: MeshVariable) -> Decision:
         keras_variable = variable.keras_variable and variable.keras_variable()
-        name = variable.name if keras_variable is None else keras_variable.path
+        name = variable.path
         shape = tuple(variable.shape)
         pattern = self.rules.path_axes(name)
         if pattern is not None:

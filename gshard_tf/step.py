@@ -167,7 +167,7 @@ class _Executable:
                 self._check_finite(
                     updated,
                     lambda i: (
-                        f"the new value of {_path(step.captures[step.updates[i]])}"
+                        f"the new value of {step.captures[step.updates[i]].path!r}"
                     ),
                 )
             # At once: the old values are gone, their memory is reused.
@@ -251,8 +251,3 @@ def _is_finite(value: Any) -> bool:
     if value.dtype.kind == "V":
         value = value.astype(np.float32)
     return bool(np.all(np.isfinite(value)))
-
-
-def _path(variable: Any) -> str:
-    keras_variable = variable.keras_variable and variable.keras_variable()
-    return repr(variable.name if keras_variable is None else keras_variable.path)

@@ -73,6 +73,12 @@ class MeshVariable(resource_variable_ops.ResourceVariable):
     _foreign_graphs: weakref.WeakSet | None = None
     _resource: tf.Tensor
 
+    @property
+    def path(self) -> str:
+        """Keras's path of the weight where it is Keras's, else TensorFlow's name."""
+        keras_variable = self.keras_variable and self.keras_variable()
+        return self.name if keras_variable is None else keras_variable.path
+
     # -- the two homes ---------------------------------------------------------
 
     @property
