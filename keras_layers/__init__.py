@@ -1,32 +1,57 @@
 """Keras layers of GShard: mixture of experts, sharded attention, Transformer."""
 
 from keras_layers.attention import MultiHeadAttention
+from keras_layers.blocks import DecoderBlock, EncoderBlock
 from keras_layers.decoding import greedy_decode
 from keras_layers.dispatch import EinsumDispatcher, IndexDispatcher
 from keras_layers.dropout import Dropout
 from keras_layers.embedding import TokenEmbedding, VocabularyProjection
 from keras_layers.feed_forward import FeedForward
+from keras_layers.load_picture import LoadPicture
 from keras_layers.moe import Experts, MoELayer
 from keras_layers.router_metrics import RouterHealth
-from keras_layers.routing import Routing, Top2Router, expert_capacity
-from keras_layers.transformer import DecoderBlock, EncoderBlock, Transformer
+from keras_layers.routing import (
+    ExpertChoiceRouter,
+    HashRouter,
+    Router,
+    RouterReport,
+    Routing,
+    SlotRouting,
+    Top2Router,
+    TopKRouter,
+    expert_capacity,
+    record_routing,
+    replay_routing,
+)
+from keras_layers.transformer import Transformer
+from keras_layers.upcycling import upcycle
 
 __all__ = [
     "DecoderBlock",
     "Dropout",
     "EinsumDispatcher",
     "EncoderBlock",
+    "ExpertChoiceRouter",
     "Experts",
     "FeedForward",
+    "HashRouter",
     "IndexDispatcher",
+    "LoadPicture",
     "MoELayer",
     "MultiHeadAttention",
+    "Router",
     "RouterHealth",
+    "RouterReport",
     "Routing",
+    "SlotRouting",
     "TokenEmbedding",
     "Top2Router",
+    "TopKRouter",
     "Transformer",
     "VocabularyProjection",
     "expert_capacity",
     "greedy_decode",
+    "record_routing",
+    "replay_routing",
+    "upcycle",
 ]

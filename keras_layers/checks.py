@@ -19,6 +19,14 @@ def check_positive(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be above 0. Received: {name}={value!r}")
 
 
+def check_coefficient(name: str, value: Any) -> None:
+    """Raises ValueError unless `value` is a number, at least 0."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
+        raise ValueError(
+            f"{name} must be a number, at least 0. Received: {name}={value!r}"
+        )
+
+
 def check_rate(name: str, value: Any) -> None:
     """Raises ValueError unless `value` is a number in [0, 1)."""
     if (

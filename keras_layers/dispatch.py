@@ -10,16 +10,20 @@ from typing import Protocol
 import tensorflow as tf
 
 from gshard_tf import annotate
-from keras_layers.routing import Routing
+from keras_layers.moves import moves_of
+from keras_layers.routing.plans import Routing, SlotRouting
+from keras_layers.shapes import sizes
+
+Plan = Routing | SlotRouting
 
 
 class Dispatcher(Protocol):
     """What `MoELayer` asks of a dispatcher."""
 
-    def dispatch(self, inputs: tf.Tensor, routing: Routing) -> tf.Tensor:
+    def dispatch(self, inputs: tf.Tensor, routing: Plan) -> tf.Tensor:
         """`[G, S, M]` -> the experts' buffers `[E, G, C, M]`; empty slots are 0."""
 
-    def combine(self, expert_outputs: tf.Tensor, routing: Routing) -> tf.Tensor:
+    def combine(self, expert_outputs: tf.Tensor, routing: Plan) -> tf.Tensor:
         """`[E, G, C, M]` -> the weighted sum for each token, `[G, S, M]`."""
 
 
@@ -32,21 +36,29 @@ class EinsumDispatcher:
     check on `IndexDispatcher`.
     """
 
-    def dispatch(self, inputs: tf.Tensor, routing: Routing) -> tf.Tensor:
-        mask = self._one_hots(routing, tf.cast(routing.kept, inputs.dtype))
+    def dispatch(self, inputs: tf.Tensor, routing: Plan) -> tf.Tensor:
+        mask = self._one_hots(routing, inputs, weighted=False)
         buffers = tf.einsum("GSEC,GSM->GECM", mask, inputs)
         return _to_experts(buffers)
 
-    def combine(self, expert_outputs: tf.Tensor, routing: Routing) -> tf.Tensor:
+    def combine(self, expert_outputs: tf.Tensor, routing: Plan) -> tf.Tensor:
         buffers = _to_groups(expert_outputs)  # [G, E, C, M]
-        combine = self._one_hots(routing, tf.cast(routing.weight, buffers.dtype))
+        combine = self._one_hots(routing, buffers, weighted=True)
         outputs = tf.einsum("GSEC,GECM->GSM", combine, buffers)
         return annotate(outputs, ("group", None, "embed"))
 
     @staticmethod
-    def _one_hots(routing: Routing, values: tf.Tensor) -> tf.Tensor:
-        """`values` `[G, S, K]` put at (expert, slot): `[G, S, E, C]`."""
-        dtype = values.dtype
+    def _one_hots(routing: Plan, like: tf.Tensor, weighted: bool) -> tf.Tensor:
+        """1, or the weight, at each (token, expert, slot) in use: `[G, S, E, C]`."""
+        dtype = like.dtype
+        if isinstance(routing, SlotRouting):
+            tokens = sizes(routing.chosen)[1]
+            # A token of -1 is a row of zeros.
+            hot = tf.one_hot(routing.token_index, tokens, dtype=dtype)  # [G, E, C, S]
+            if weighted:
+                hot = hot * tf.cast(routing.weight, dtype)[..., None]
+            return tf.transpose(hot, [0, 3, 1, 2])
+        values = tf.cast(routing.weight if weighted else routing.kept, dtype)
         expert = tf.one_hot(routing.expert_index, routing.num_experts, dtype=dtype)
         # A slot of -1 is a row of zeros.
         slot = tf.one_hot(routing.slot, routing.capacity, dtype=dtype)
@@ -57,64 +69,27 @@ class EinsumDispatcher:
 class IndexDispatcher:
     """Dispatch and combine by index: activations move once, by gathers.
 
-    Two small integer maps per group say which choice sits in each slot and in which
-    slot each choice sits. They are each other's inverse, so the gradient of gathering
-    by one is gathering by the other: no activation is ever scattered, which
-    partitions well and has no unpredictable order of additions.
+    Small integer maps per group say which token sits in each slot, and where the
+    outputs of each token are. Both directions and both gradients gather by them: no
+    activation is ever scattered, which partitions well and has no unpredictable order
+    of additions.
     """
 
-    def dispatch(self, inputs: tf.Tensor, routing: Routing) -> tf.Tensor:
-        choice_of_slot, slot_of_choice = _maps(routing)
-        choices = routing.slot.shape[-1]
-
-        @tf.custom_gradient
-        def move(x):
-            buffers = _gather(x, _token(choice_of_slot, choices))  # [G, E*C, M]
-
-            def gradient(d_buffers):
-                rows = _gather(d_buffers, slot_of_choice)  # [G, S*K, M]
-                return tf.reduce_sum(_split_choices(rows, choices), axis=2)
-
-            return buffers, gradient
-
-        buffers = move(inputs)
+    def dispatch(self, inputs: tf.Tensor, routing: Plan) -> tf.Tensor:
+        buffers = moves_of(routing).to_slots(inputs)  # [G, E*C, M]
         groups, width = tf.shape(inputs)[0], inputs.shape[-1]
         buffers = tf.reshape(
             buffers, [groups, routing.num_experts, routing.capacity, width]
         )
         return _to_experts(buffers)
 
-    def combine(self, expert_outputs: tf.Tensor, routing: Routing) -> tf.Tensor:
-        choice_of_slot, slot_of_choice = _maps(routing)
-        choices = routing.slot.shape[-1]
+    def combine(self, expert_outputs: tf.Tensor, routing: Plan) -> tf.Tensor:
         buffers = _to_groups(expert_outputs)  # [G, E, C, M]
         shape = tf.shape(buffers)
         # The width by number: -1 would be undefined for an empty batch.
         width = buffers.shape[-1]
         buffers = tf.reshape(buffers, [shape[0], shape[1] * shape[2], width])
-
-        @tf.custom_gradient
-        def move(y, weight):
-            def rows_of_tokens():
-                return _split_choices(_gather(y, slot_of_choice), choices)
-
-            outputs = tf.einsum(
-                "GSK,GSKM->GSM", tf.cast(weight, y.dtype), rows_of_tokens()
-            )
-
-            def gradient(d_outputs):
-                flat = tf.reshape(weight, tf.shape(slot_of_choice))  # [G, S*K]
-                slot_weight = _gather(flat[..., None], choice_of_slot)  # [G, E*C, 1]
-                d_y = _gather(d_outputs, _token(choice_of_slot, choices))
-                d_y = d_y * tf.cast(slot_weight, d_y.dtype)
-                # Gathered again rather than kept: K rows per token are the largest
-                # tensor of the layer after the buffers themselves.
-                d_weight = tf.einsum("GSM,GSKM->GSK", d_outputs, rows_of_tokens())
-                return d_y, tf.cast(d_weight, weight.dtype)
-
-            return outputs, gradient
-
-        outputs = move(buffers, routing.weight)
+        outputs = moves_of(routing).to_tokens(buffers)  # [G, S, M]
         return annotate(outputs, ("group", None, "embed"))
 
 
@@ -130,68 +105,3 @@ def _to_groups(buffers: tf.Tensor) -> tf.Tensor:
     """The way back: `[E, G, C, M]` -> `[G, E, C, M]`."""
     buffers = annotate(buffers, ("expert", None, None, "embed"))
     return annotate(tf.transpose(buffers, [1, 0, 2, 3]), ("group", None, None, "embed"))
-
-
-def _maps(routing: Routing) -> tuple[tf.Tensor, tf.Tensor]:
-    """Which choice is in each slot, and the inverse; -1 for none.
-
-    Choice `s * K + k` is the k-th choice of token s; slot `e * C + c` is place c of
-    expert e.
-
-    Returns:
-        `[G, E*C]` int32 and `[G, S*K]` int32.
-    """
-    num_experts, capacity = routing.num_experts, routing.capacity
-    groups, tokens, choices = _sizes(routing.slot)
-    flat = [groups, tokens * choices]
-    expert = tf.reshape(routing.expert_index, flat)
-    slot = tf.reshape(routing.slot, flat)
-    kept = tf.reshape(routing.kept, flat)
-    slot_of_choice = tf.where(kept, expert * capacity + slot, -1)
-
-    # The inverse as a product of one-hots: number i + 1 lands at (expert, slot), and
-    # 0 stays where nothing lands. A scatter would do, but partitioners and TPUs treat
-    # a batched scatter badly; this is a batched product of width S*K, below a
-    # thousandth of the experts' FLOPs. Numbers go digit by digit in base 256, which
-    # is exact even where products round their operands to bfloat16.
-    total = routing.slot.shape[1]
-    digits = 3 if total is None else max(1, _digits(total * choices))
-    number = tf.range(1, tokens * choices + 1)
-    expert_hot = tf.one_hot(expert, num_experts, dtype=tf.float32)  # [G, S*K, E]
-    slot_hot = tf.one_hot(slot, capacity, dtype=tf.float32)  # [G, S*K, C]
-    inverse = tf.zeros([], tf.int32)
-    for digit in reversed(range(digits)):
-        value = tf.cast((number // 256**digit) % 256, tf.float32)
-        placed = tf.einsum("GTE,GTC->GEC", expert_hot * value[None, :, None], slot_hot)
-        inverse = inverse * 256 + tf.cast(placed, tf.int32)
-    inverse = tf.reshape(inverse, [groups, num_experts * capacity]) - 1
-    return inverse, slot_of_choice
-
-
-def _digits(value: int) -> int:
-    """How many base-256 digits `value` has."""
-    return (value.bit_length() + 7) // 8
-
-
-def _sizes(x: tf.Tensor) -> list:
-    """The dimensions of `x`, as ints where they are known."""
-    dynamic = tf.shape(x)
-    return [dynamic[i] if n is None else n for i, n in enumerate(x.shape)]
-
-
-def _token(choice: tf.Tensor, choices: int) -> tf.Tensor:
-    """The token that a choice belongs to; -1 stays -1."""
-    return tf.where(choice >= 0, choice // choices, -1)
-
-
-def _gather(rows: tf.Tensor, index: tf.Tensor) -> tf.Tensor:
-    """`rows` `[G, T, M]` at `index` `[G, R]` -> `[G, R, M]`; zeros where it is -1."""
-    found = tf.gather(rows, tf.maximum(index, 0), batch_dims=1)
-    # Not a product with the mask: an infinite row must not turn others into NaN.
-    return tf.where((index >= 0)[..., None], found, tf.zeros([], rows.dtype))
-
-
-def _split_choices(rows: tf.Tensor, choices: int) -> tf.Tensor:
-    """`[G, S*K, M]` -> `[G, S, K, M]`."""
-    groups, total, width = _sizes(rows)
-    return tf.reshape(rows, [groups, total // choices, choices, width])

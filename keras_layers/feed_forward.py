@@ -14,11 +14,16 @@ from keras_layers.dropout import Dropout
 class FeedForward(keras.layers.Layer):
     """`wo . activation(wi . x)` at each position, without biases as in the paper.
 
+    With `gated`: `wo . (activation(wi_gate . x) * (wi . x))` (GLU variants, arXiv
+    2002.05202).
+
     Args:
         hidden_dim: H. The paper: 8 times the model width.
         activation: Of the hidden layer.
         dropout: Rate on the hidden layer, during training.
-        kernel_initializer: Of both weights.
+        kernel_initializer: Of all weights.
+        gated: Whether the hidden layer is gated: half as much computation again, so
+            lower H to two thirds for the same cost.
         seed: Seed of the dropout.
     """
 
@@ -28,6 +33,7 @@ class FeedForward(keras.layers.Layer):
         activation: Any = "relu",
         dropout: float = 0.0,
         kernel_initializer: Any = "lecun_uniform",
+        gated: bool = False,
         seed: int | None = None,
         **kwargs: Any,
     ):
@@ -36,20 +42,21 @@ class FeedForward(keras.layers.Layer):
         self.hidden_dim = hidden_dim
         self.activation = keras.activations.get(activation)
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
+        self.gated = bool(gated)
         self.seed = seed
         self.dropout = Dropout(dropout, seed=seed, dtype=self.dtype_policy)
         self.supports_masking = True
 
     def build(self, input_shape: Any) -> None:
         model_dim = input_shape[-1]
-        self.wi = name_axes(
-            self.add_weight(
-                name="wi",
+        inward = ["wi", "wi_gate"] if self.gated else ["wi"]
+        for name in inward:
+            weight = self.add_weight(
+                name=name,
                 shape=(model_dim, self.hidden_dim),
                 initializer=self.kernel_initializer,
-            ),
-            ("embed", "mlp"),
-        )
+            )
+            setattr(self, name, name_axes(weight, ("embed", "mlp")))
         self.wo = name_axes(
             self.add_weight(
                 name="wo",
@@ -60,7 +67,12 @@ class FeedForward(keras.layers.Layer):
         )
 
     def call(self, inputs: tf.Tensor, training: bool | None = None) -> tf.Tensor:
-        hidden = self.activation(tf.einsum("BLM,MH->BLH", inputs, self.wi))
+        hidden = tf.einsum("BLM,MH->BLH", inputs, self.wi)
+        if self.gated:
+            gate = tf.einsum("BLM,MH->BLH", inputs, self.wi_gate)
+            hidden = self.activation(gate) * hidden
+        else:
+            hidden = self.activation(hidden)
         hidden = annotate(hidden, ("batch", "length", "mlp"))
         hidden = self.dropout(hidden, training=training)
         outputs = tf.einsum("BLH,HM->BLM", hidden, self.wo)
@@ -76,6 +88,7 @@ class FeedForward(keras.layers.Layer):
             activation=keras.activations.serialize(self.activation),
             dropout=self.dropout.rate,
             kernel_initializer=keras.initializers.serialize(self.kernel_initializer),
+            gated=self.gated,
             seed=self.seed,
         )
         return config

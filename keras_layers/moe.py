@@ -1,18 +1,22 @@
 """The mixture-of-experts layer: router, dispatcher and experts put together."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
 import tensorflow as tf
 
 from gshard_tf import annotate, name_axes
-from keras_layers.checks import check_choice, check_int
+from keras_layers.checks import check_choice, check_coefficient, check_int
 from keras_layers.dispatch import EinsumDispatcher, IndexDispatcher
 from keras_layers.dropout import Dropout
+from keras_layers.feed_forward import FeedForward
 from keras_layers.initializers import per_expert
-from keras_layers.router_metrics import RouterHealth
-from keras_layers.routing import Top2Router
+from keras_layers.router_metrics import DEFAULT_METRICS, RouterHealth
+from keras_layers.routing import ROUTERS
+from keras_layers.routing.replay import record, recorded
+from keras_layers.shapes import sizes
 
 _DISPATCHERS = {"index": IndexDispatcher, "einsum": EinsumDispatcher}
 
@@ -21,15 +25,16 @@ _DISPATCHERS = {"index": IndexDispatcher, "einsum": EinsumDispatcher}
 class Experts(keras.layers.Layer):
     """E feed-forward networks side by side: `FFN_e(x) = wo_e . activation(wi_e . x)`.
 
-    No biases, as in the paper: an empty slot then stays 0 with the default
-    activation.
+    With `gated`: `wo_e . (activation(wi_gate_e . x) * (wi_e . x))`. No biases, as in
+    the paper: an empty slot then stays 0 with the usual activations.
 
     Args:
         num_experts: E.
         hidden_dim: H.
         activation: Of the hidden layer.
         dropout: Rate on the hidden layer, during training.
-        kernel_initializer: Of both weights; fans are counted within one expert.
+        kernel_initializer: Of all weights; fans are counted within one expert.
+        gated: Whether the hidden layer is gated.
         seed: Seed of the dropout.
     """
 
@@ -40,6 +45,7 @@ class Experts(keras.layers.Layer):
         activation: Any = "relu",
         dropout: float = 0.0,
         kernel_initializer: Any = "lecun_uniform",
+        gated: bool = False,
         seed: int | None = None,
         **kwargs: Any,
     ):
@@ -50,20 +56,21 @@ class Experts(keras.layers.Layer):
         self.hidden_dim = hidden_dim
         self.activation = keras.activations.get(activation)
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
+        self.gated = bool(gated)
         self.seed = seed
         self.dropout = Dropout(dropout, seed=seed, dtype=self.dtype_policy)
 
     def build(self, input_shape: Any) -> None:
         model_dim = input_shape[-1]
         initializer = per_expert(self.kernel_initializer)
-        self.wi = name_axes(
-            self.add_weight(
-                name="wi",
+        inward = ["wi", "wi_gate"] if self.gated else ["wi"]
+        for name in inward:
+            weight = self.add_weight(
+                name=name,
                 shape=(self.num_experts, model_dim, self.hidden_dim),
                 initializer=initializer,
-            ),
-            ("expert", "embed", "mlp"),
-        )
+            )
+            setattr(self, name, name_axes(weight, ("expert", "embed", "mlp")))
         self.wo = name_axes(
             self.add_weight(
                 name="wo",
@@ -75,7 +82,12 @@ class Experts(keras.layers.Layer):
 
     def call(self, inputs: tf.Tensor, training: bool | None = None) -> tf.Tensor:
         """`inputs` `[E, G, C, M]` -> `[E, G, C, M]`."""
-        hidden = self.activation(tf.einsum("EGCM,EMH->EGCH", inputs, self.wi))
+        hidden = tf.einsum("EGCM,EMH->EGCH", inputs, self.wi)
+        if self.gated:
+            gate = tf.einsum("EGCM,EMH->EGCH", inputs, self.wi_gate)
+            hidden = self.activation(gate) * hidden
+        else:
+            hidden = self.activation(hidden)
         hidden = annotate(hidden, ("expert", None, None, "mlp"))
         hidden = self.dropout(hidden, training=training)
         return tf.einsum("EGCH,EHM->EGCM", hidden, self.wo)
@@ -91,6 +103,7 @@ class Experts(keras.layers.Layer):
             activation=keras.activations.serialize(self.activation),
             dropout=self.dropout.rate,
             kernel_initializer=keras.initializers.serialize(self.kernel_initializer),
+            gated=self.gated,
             seed=self.seed,
         )
         return config
@@ -108,8 +121,10 @@ class MoELayer(keras.layers.Layer):
         num_experts: E, at least 2. A multiple of the number of devices, so that
             each holds as many; the paper uses one expert per device.
         hidden_dim: H of each expert.
-        router: None for `Top2Router(num_experts)` with its defaults, a dict of
-            arguments for it (`{"capacity_factor": 1.25}`), or a router layer.
+        router: None for `Top2Router(num_experts)` with its defaults; a dict of
+            arguments for it (`{"capacity_factor": 1.25}`), or for another one
+            (`{"kind": "top_k", "k": 4}`; kinds are "top2", "top_k", "expert_choice"
+            and "hash"); or a router layer.
         dispatcher: "index" moves tokens by gathers; "einsum" by products with one-hot
             tensors as in the paper, which costs more time and memory for the same
             values.
@@ -125,14 +140,23 @@ class MoELayer(keras.layers.Layer):
             its value; 0.01 with the router's default scale, which is 1 at perfect
             balance whatever E, is what lingvo and Mesh TensorFlow train with. 0 to
             turn it off.
+        z_loss_coef: The same for the mean square of the log of the logits' summed
+            exponentials (ST-MoE, arXiv 2202.08906: 0.001), which keeps logits small
+            where mixed precision makes training unstable.
         activation: Of the experts' hidden layer.
         dropout: Rate on the experts' hidden layer, during training.
         kernel_initializer: Of the experts' weights; fans are counted within one expert.
+        gated: Whether experts are gated (`Experts`): "silu" and this are Mixtral's.
+        num_shared_experts: Experts that every token passes through besides those it is
+            routed to (DeepSeekMoE, arXiv 2401.06066), made as one feed-forward layer
+            that many times as wide. They stay on every device.
+        router_metrics: Which metrics of the router's health are reported: "all" or
+            some of `RouterHealth.NAMES`.
         metrics_per_expert: Whether to report the load of each expert too.
         seed: Seed of the dropout, and of the router unless it is a layer.
 
     Metrics of the router's health appear in `fit`'s logs under the layer's name: see
-    `RouterHealth`.
+    `RouterHealth`. `record_routing` and `replay_routing` see and set who goes where.
 
     Raises:
         ValueError: for an argument out of its range, a router made for another number
@@ -147,9 +171,13 @@ class MoELayer(keras.layers.Layer):
         dispatcher: str = "index",
         group_size: int | None = None,
         aux_loss_coef: float = 0.01,
+        z_loss_coef: float = 0.0,
         activation: Any = "relu",
         dropout: float = 0.0,
         kernel_initializer: Any = "lecun_uniform",
+        gated: bool = False,
+        num_shared_experts: int = 0,
+        router_metrics: str | Sequence[str] = DEFAULT_METRICS,
         metrics_per_expert: bool = False,
         seed: int | None = None,
         **kwargs: Any,
@@ -158,20 +186,17 @@ class MoELayer(keras.layers.Layer):
         check_choice("dispatcher", dispatcher, tuple(_DISPATCHERS))
         if group_size is not None:
             check_int("group_size", group_size, 1)
-        if (
-            isinstance(aux_loss_coef, bool)
-            or not isinstance(aux_loss_coef, int | float)
-            or aux_loss_coef < 0
-        ):
-            raise ValueError(
-                "aux_loss_coef must be a number, at least 0. "
-                f"Received: aux_loss_coef={aux_loss_coef!r}"
-            )
+        check_coefficient("aux_loss_coef", aux_loss_coef)
+        check_coefficient("z_loss_coef", z_loss_coef)
+        check_int("num_shared_experts", num_shared_experts, 0)
         super().__init__(**kwargs)
         if router is None:
             router = {}
         if isinstance(router, Mapping):
-            router = Top2Router(num_experts, **{"seed": seed, **router})
+            arguments = {"seed": seed, **router}
+            kind = arguments.pop("kind", "top2")
+            check_choice("router kind", kind, tuple(ROUTERS))
+            router = ROUTERS[kind](num_experts, **arguments)
         if getattr(router, "num_experts", None) != num_experts:
             raise ValueError(
                 f"The router must be for num_experts={num_experts}. Received: "
@@ -183,6 +208,9 @@ class MoELayer(keras.layers.Layer):
         self.dispatcher = dispatcher
         self.group_size = group_size
         self.aux_loss_coef = aux_loss_coef
+        self.z_loss_coef = z_loss_coef
+        self.num_shared_experts = num_shared_experts
+        self.router_metrics = router_metrics
         self.metrics_per_expert = metrics_per_expert
         self.seed = seed
         self.experts = Experts(
@@ -191,11 +219,26 @@ class MoELayer(keras.layers.Layer):
             activation=activation,
             dropout=dropout,
             kernel_initializer=kernel_initializer,
+            gated=gated,
             seed=seed,
             dtype=self.dtype_policy,
             name="experts",
         )
-        self.health = RouterHealth(num_experts, metrics_per_expert, name=self.name)
+        self.shared_experts = None
+        if num_shared_experts:
+            self.shared_experts = FeedForward(
+                num_shared_experts * hidden_dim,
+                activation=activation,
+                dropout=dropout,
+                kernel_initializer=kernel_initializer,
+                gated=gated,
+                seed=seed,
+                dtype=self.dtype_policy,
+                name="shared_experts",
+            )
+        self.health = RouterHealth(
+            num_experts, metrics_per_expert, router_metrics, name=self.name
+        )
         self._dispatcher = _DISPATCHERS[dispatcher]()
         self.supports_masking = True
 
@@ -214,10 +257,18 @@ class MoELayer(keras.layers.Layer):
                 "[tokens, width] with a group size. "
                 f"Received: input_shape={input_shape}"
             )
+        known = None not in input_shape
+        if self.group_size and known and math.prod(input_shape[:-1]) < self.group_size:
+            raise ValueError(
+                "There are fewer tokens than make one group. Received: "
+                f"group_size={self.group_size}, input_shape={input_shape}"
+            )
         # A router that was given, or loaded, may have been built before.
         if not self.router.built:
             self.router.build((None, None, model_dim))
         self.experts.build((self.num_experts, None, None, model_dim))
+        if self.shared_experts is not None:
+            self.shared_experts.build((None, None, model_dim))
 
     def call(
         self,
@@ -225,6 +276,7 @@ class MoELayer(keras.layers.Layer):
         mask: tf.Tensor | None = None,
         training: bool | None = None,
         decoding: bool = False,
+        token_ids: tf.Tensor | None = None,
     ) -> tf.Tensor:
         """Routes, transforms and puts back `inputs` `[..., L, M]`.
 
@@ -236,47 +288,76 @@ class MoELayer(keras.layers.Layer):
             decoding: True while generating, for source and target: every token is a
                 group of its own, so that none can be dropped and none affects another,
                 and neither metrics nor losses are touched.
+            token_ids: `[..., L]` ints, for a router that goes by them (`HashRouter`).
         """
         if decoding:
             training = False
         tokens, token_mask = self._to_groups(inputs, mask, decoding)
         tokens = annotate(tokens, ("group", None, "embed"))  # [G, S, M]
-        routing, aux_loss = self.router(tokens, mask=token_mask, training=training)
+        routing, report = recorded(self.name), None
+        if routing is None:
+            extra = {}
+            if self.router.uses_token_ids:
+                extra["token_ids"] = self._ids_to_groups(token_ids, tokens)
+            routing, report = self.router(
+                tokens, mask=token_mask, training=training, **extra
+            )
+        record(self.name, routing)
         buffers = self._dispatcher.dispatch(tokens, routing)  # [E, G, C, M]
         buffers = self.experts(buffers, training=training)
         outputs = self._dispatcher.combine(buffers, routing)  # [G, S, M]
+        if self.shared_experts is not None:
+            shared = self.shared_experts(tokens, training=training)
+            if token_mask is not None:
+                shared = tf.where(token_mask[..., None], shared, 0)
+            outputs = outputs + shared
         if not decoding:
-            self.health.update_state(routing, token_mask)
-        if training and self.aux_loss_coef:
-            self.add_loss(self.aux_loss_coef * aux_loss)
+            self.health.update_state(routing, token_mask, report)
+        if training and report is not None:
+            if self.aux_loss_coef:
+                self.add_loss(self.aux_loss_coef * report.aux_loss)
+            if self.z_loss_coef:
+                self.add_loss(self.z_loss_coef * report.z_loss)
         return self._from_groups(outputs, inputs, decoding)
 
     def _to_groups(
         self, inputs: tf.Tensor, mask: tf.Tensor | None, decoding: bool
     ) -> tuple[tf.Tensor, tf.Tensor | None]:
         """`[..., L, M]` -> `[G, S, M]` and its mask `[G, S]`."""
-        width = inputs.shape[-1]
+        if mask is not None:
+            mask = tf.cast(mask, tf.bool)
         if self.group_size is None and not decoding:
             if len(inputs.shape) == 3:
                 return inputs, mask
-            size = inputs.shape[-2]
-            if size is None:
-                size = tf.shape(inputs)[-2]
+            size, width = sizes(inputs)[-2:]
             if mask is not None:
                 mask = tf.reshape(mask, [-1, size])
             return tf.reshape(inputs, [-1, size, width]), mask
 
+        width = inputs.shape[-1]
         size = 1 if decoding else self.group_size
         flat = tf.reshape(inputs, [-1, width])
-        count = flat.shape[0] if flat.shape[0] is not None else tf.shape(flat)[0]
+        (count,) = sizes(flat)[:1]
         missing = -count % size
         if not isinstance(missing, int) or missing:
             real = tf.ones([count], tf.bool) if mask is None else tf.reshape(mask, [-1])
             flat = tf.pad(flat, [[0, missing], [0, 0]])
-            mask = tf.pad(tf.cast(real, tf.bool), [[0, missing]])
+            mask = tf.pad(real, [[0, missing]])
         if mask is not None:
             mask = tf.reshape(mask, [-1, size])
         return tf.reshape(flat, [-1, size, width]), mask
+
+    @staticmethod
+    def _ids_to_groups(
+        token_ids: tf.Tensor | None, tokens: tf.Tensor
+    ) -> tf.Tensor | None:
+        """`[..., L]` -> `[G, S]`, as `tokens` are `[G, S, M]`."""
+        if token_ids is None:
+            return None  # the router says what is missing
+        groups, size = sizes(tokens)[:2]
+        flat = tf.reshape(token_ids, [-1])
+        flat = tf.pad(flat, [[0, groups * size - tf.size(flat)]])
+        return tf.reshape(flat, [groups, size])
 
     def _from_groups(
         self, outputs: tf.Tensor, inputs: tf.Tensor, decoding: bool
@@ -306,9 +387,13 @@ class MoELayer(keras.layers.Layer):
             dispatcher=self.dispatcher,
             group_size=self.group_size,
             aux_loss_coef=self.aux_loss_coef,
+            z_loss_coef=self.z_loss_coef,
             activation=experts["activation"],
             dropout=experts["dropout"],
             kernel_initializer=experts["kernel_initializer"],
+            gated=experts["gated"],
+            num_shared_experts=self.num_shared_experts,
+            router_metrics=self.router_metrics,
             metrics_per_expert=self.metrics_per_expert,
             seed=self.seed,
         )

@@ -1,4 +1,4 @@
-"""Encoder and decoder blocks, and the sequence-to-sequence Transformer of the paper."""
+"""The sequence-to-sequence Transformer of the paper."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,251 +7,12 @@ import keras
 import tensorflow as tf
 
 from gshard_tf import annotate
-from keras_layers.attention import MultiHeadAttention
+from keras_layers.blocks import DecoderBlock, EncoderBlock
 from keras_layers.checks import check_int, check_rate
 from keras_layers.dropout import Dropout
 from keras_layers.embedding import TokenEmbedding, VocabularyProjection, sinusoids
-from keras_layers.feed_forward import FeedForward
-from keras_layers.moe import MoELayer
 
 DecodingState = dict[str, Any]
-
-
-class _Block(keras.layers.Layer):
-    """What encoder and decoder blocks share: pre-norm sublayers with residuals.
-
-    Args:
-        num_heads: N.
-        key_dim: D.
-        hidden_dim: H of the feed-forward layer, or of each expert.
-        num_experts: E of a `MoELayer` in place of the feed-forward layer; 0 or None
-            for a dense one.
-        dropout: Rate on attention weights, on the hidden layer of a dense
-            feed-forward, and on each sublayer's output before the residual.
-        moe_options: Further arguments of `MoELayer`.
-        seed: Seed of all random numbers of the block; None: from the global seed.
-    """
-
-    def __init__(
-        self,
-        num_heads: int,
-        key_dim: int,
-        hidden_dim: int,
-        num_experts: int | None = None,
-        dropout: float = 0.1,
-        moe_options: Mapping[str, Any] | None = None,
-        seed: int | None = None,
-        **kwargs: Any,
-    ):
-        check_rate("dropout", dropout)
-        if moe_options and not num_experts:
-            raise ValueError(
-                "moe_options are for a block with experts. Received: "
-                f"moe_options={dict(moe_options)} and num_experts={num_experts}"
-            )
-        super().__init__(**kwargs)
-        self.num_heads = num_heads
-        self.key_dim = key_dim
-        self.hidden_dim = hidden_dim
-        self.num_experts = num_experts
-        self.dropout = dropout
-        self.moe_options = dict(moe_options or {})
-        self.seed = seed
-        self.self_attention = self._attention("self_attention")
-        if num_experts:
-            options = {"seed": seed, "name": f"{self.name}_moe", **self.moe_options}
-            self.feed_forward = MoELayer(
-                num_experts, hidden_dim, dtype=self.dtype_policy, **options
-            )
-        else:
-            self.feed_forward = FeedForward(
-                hidden_dim,
-                dropout=dropout,
-                seed=seed,
-                dtype=self.dtype_policy,
-                name="feed_forward",
-            )
-        self.attention_norm = self._norm("attention_norm")
-        self.feed_forward_norm = self._norm("feed_forward_norm")
-        self.residual_dropout = Dropout(dropout, seed=seed, dtype=self.dtype_policy)
-        self.supports_masking = True
-
-    def _attention(self, name: str) -> MultiHeadAttention:
-        return MultiHeadAttention(
-            self.num_heads,
-            self.key_dim,
-            dropout=self.dropout,
-            seed=self.seed,
-            dtype=self.dtype_policy,
-            name=name,
-        )
-
-    def _norm(self, name: str) -> keras.layers.Layer:
-        return keras.layers.LayerNormalization(
-            epsilon=1e-6, dtype=self.dtype_policy, name=name
-        )
-
-    def _feed(
-        self,
-        x: tf.Tensor,
-        mask: tf.Tensor | None,
-        training: bool | None,
-        decoding: bool = False,
-    ) -> tf.Tensor:
-        """The feed-forward sublayer with its residual: `[B, L, M]`."""
-        normed = self.feed_forward_norm(x)
-        if self.num_experts:
-            fed = self.feed_forward(
-                normed, mask=mask, training=training, decoding=decoding
-            )
-        else:
-            fed = self.feed_forward(normed, training=training)
-        return self._residual(x, fed, training)
-
-    def _residual(
-        self, x: tf.Tensor, update: tf.Tensor, training: bool | None
-    ) -> tf.Tensor:
-        x = x + self.residual_dropout(update, training=training)
-        return annotate(x, ("batch", "length", "embed"))
-
-    def get_config(self) -> dict[str, Any]:
-        config = super().get_config()
-        config.update(
-            num_heads=self.num_heads,
-            key_dim=self.key_dim,
-            hidden_dim=self.hidden_dim,
-            num_experts=self.num_experts,
-            dropout=self.dropout,
-            moe_options=keras.saving.serialize_keras_object(self.moe_options),
-            seed=self.seed,
-        )
-        return config
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> "_Block":
-        config = dict(config)
-        config["moe_options"] = keras.saving.deserialize_keras_object(
-            config.get("moe_options")
-        )
-        return cls(**config)
-
-
-@keras.saving.register_keras_serializable(package="gshard_tf")
-class EncoderBlock(_Block):
-    __doc__ = (
-        "Self-attention, then a feed-forward or mixture-of-experts layer.\n"
-        + (_Block.__doc__.split("\n", 1)[1])
-    )
-
-    def build(self, input_shape: Any) -> None:
-        shape = (None, None, input_shape[-1])
-        self.attention_norm.build(shape)
-        self.self_attention.build(shape)
-        self.feed_forward_norm.build(shape)
-        self.feed_forward.build(shape)
-
-    def call(
-        self,
-        inputs: tf.Tensor,
-        mask: tf.Tensor | None = None,
-        training: bool | None = None,
-        decoding: bool = False,
-    ) -> tf.Tensor:
-        """`inputs` `[B, L, M]`, `mask` `[B, L]` False for padding.
-
-        `decoding`: whether the source of a generation is read (see `MoELayer.call`).
-        """
-        attended = self.self_attention(
-            self.attention_norm(inputs), mask=mask, training=training
-        )
-        x = self._residual(inputs, attended, training)
-        return self._feed(x, mask, training, decoding)
-
-    def compute_output_shape(self, input_shape: Any) -> Any:
-        return input_shape
-
-
-@keras.saving.register_keras_serializable(package="gshard_tf")
-class DecoderBlock(_Block):
-    __doc__ = (
-        "Causal self-attention, attention to the encoder, then feed-forward or MoE.\n"
-        + _Block.__doc__.split("\n", 1)[1]
-    )
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs)
-        self.cross_attention = self._attention("cross_attention")
-        self.cross_norm = self._norm("cross_norm")
-
-    def build(self, inputs_shape: Any, memory_shape: Any) -> None:
-        shape = (None, None, inputs_shape[-1])
-        memory = (None, None, memory_shape[-1])
-        self.attention_norm.build(shape)
-        self.self_attention.build(shape)
-        self.cross_norm.build(shape)
-        self.cross_attention.build(shape, memory)
-        self.feed_forward_norm.build(shape)
-        self.feed_forward.build(shape)
-
-    def call(
-        self,
-        inputs: tf.Tensor,
-        memory: tf.Tensor,
-        mask: tf.Tensor | None = None,
-        memory_mask: tf.Tensor | None = None,
-        training: bool | None = None,
-    ) -> tf.Tensor:
-        """`inputs` `[B, T, M]` attends to `memory` `[B, L, M]`, the encoder's output.
-
-        Args:
-            inputs: Target side.
-            memory: Source side.
-            mask: `[B, T]` bool, False for padding.
-            memory_mask: `[B, L]` bool, False for padding.
-            training: Whether to drop out.
-        """
-        attended = self.self_attention(
-            self.attention_norm(inputs), mask=mask, causal=True, training=training
-        )
-        x = self._residual(inputs, attended, training)
-        attended = self.cross_attention(
-            self.cross_norm(x), memory, memory_mask=memory_mask, training=training
-        )
-        x = self._residual(x, attended, training)
-        return self._feed(x, mask, training)
-
-    def init_cache(
-        self, memory: tf.Tensor, max_length: int
-    ) -> dict[str, dict[str, tf.Tensor]]:
-        """An empty cache of its own positions, and the memory's keys and values."""
-        return {
-            "self": self.self_attention.init_cache(tf.shape(memory)[0], max_length),
-            "cross": self.cross_attention.project(memory),
-        }
-
-    def decode(
-        self,
-        inputs: tf.Tensor,
-        cache: dict[str, dict[str, tf.Tensor]],
-        index: int | tf.Tensor,
-        memory_mask: tf.Tensor | None = None,
-    ) -> tuple[tf.Tensor, dict[str, dict[str, tf.Tensor]]]:
-        """One position: `inputs` `[B, 1, M]` -> `[B, 1, M]` and the updated cache."""
-        attended, own = self.self_attention.decode(
-            self.attention_norm(inputs), cache["self"], index
-        )
-        x = inputs + attended
-        x = x + self.cross_attention.attend(
-            self.cross_norm(x), cache["cross"], memory_mask
-        )
-        x = self._feed(x, None, training=False, decoding=True)
-        return x, {"self": own, "cross": cache["cross"]}
-
-    def compute_output_shape(self, inputs_shape: Any, memory_shape: Any = None) -> Any:
-        return inputs_shape
-
-    def compute_mask(self, inputs: Any, previous_mask: Any) -> Any:
-        return previous_mask
 
 
 @keras.saving.register_keras_serializable(package="gshard_tf")
@@ -281,6 +42,7 @@ class Transformer(keras.Model):
         tie_output: Whether the target's embedding table is the output projection.
         moe_options: Further arguments of each `MoELayer`, such as
             `{"router": {"capacity_factor": 1.25}, "dispatcher": "einsum"}`.
+        decoder_moe_options: The same for the decoder's; None: `moe_options`.
         pad_id: Id of padding.
         seed: Seed of dropout and routing.
 
@@ -304,6 +66,7 @@ class Transformer(keras.Model):
         share_embeddings: bool = False,
         tie_output: bool = True,
         moe_options: Mapping[str, Any] | None = None,
+        decoder_moe_options: Mapping[str, Any] | None = None,
         pad_id: int = 0,
         seed: int | None = None,
         **kwargs: Any,
@@ -317,10 +80,11 @@ class Transformer(keras.Model):
         check_rate("dropout", dropout)
         if num_experts:
             check_int("num_experts", num_experts, 2)
-        elif moe_options:
+        elif moe_options or decoder_moe_options:
             raise ValueError(
                 "moe_options are for a model with experts. Received: "
-                f"moe_options={dict(moe_options)} and num_experts={num_experts}"
+                f"moe_options={moe_options}, decoder_moe_options={decoder_moe_options} "
+                f"and num_experts={num_experts}"
             )
         if share_embeddings and source_vocab_size != target_vocab_size:
             raise ValueError(
@@ -335,11 +99,18 @@ class Transformer(keras.Model):
                     f"Received: model_dim={model_dim}, num_heads={num_heads}"
                 )
             key_dim = model_dim // num_heads
-        if name_taken := set(moe_options or {}) & {"name", "num_experts", "hidden_dim"}:
-            raise ValueError(
-                "moe_options are what the model does not set itself. "
-                f"Received: {sorted(name_taken)}"
-            )
+        for options in (moe_options or {}, decoder_moe_options or {}):
+            if taken := set(options) & {"name", "num_experts", "hidden_dim"}:
+                raise ValueError(
+                    "moe_options are what the model does not set itself. "
+                    f"Received: {sorted(taken)}"
+                )
+            if isinstance(options.get("router"), keras.layers.Layer):
+                raise ValueError(
+                    "One router layer would be shared by all blocks. Give its "
+                    'arguments, such as {"kind": "top_k", "k": 1}. '
+                    f"Received: router={options['router']!r}"
+                )
         super().__init__(**kwargs)
         self.source_vocab_size = source_vocab_size
         self.target_vocab_size = target_vocab_size
@@ -355,6 +126,9 @@ class Transformer(keras.Model):
         self.share_embeddings = share_embeddings
         self.tie_output = tie_output
         self.moe_options = dict(moe_options or {})
+        self.decoder_moe_options = (
+            None if decoder_moe_options is None else dict(decoder_moe_options)
+        )
         self.pad_id = pad_id
         self.seed = seed
 
@@ -392,13 +166,16 @@ class Transformer(keras.Model):
     def _block_arguments(self, side: str, number: int) -> dict[str, Any]:
         """Arguments of block `number`, counted from 1."""
         has_experts = bool(self.num_experts) and number % self.moe_every == 0
+        options = self.moe_options
+        if side == "decoder" and self.decoder_moe_options is not None:
+            options = self.decoder_moe_options
         return {
             "num_heads": self.num_heads,
             "key_dim": self.key_dim,
             "hidden_dim": self.hidden_dim,
             "num_experts": self.num_experts if has_experts else None,
             "dropout": self.dropout,
-            "moe_options": self.moe_options if has_experts else None,
+            "moe_options": options if has_experts else None,
             "seed": self.seed,
             "dtype": self.dtype_policy,
             "name": f"{side}_{number}",
@@ -436,7 +213,14 @@ class Transformer(keras.Model):
         mask = self._mask(target_ids)
         x = self._embed(self.target_embedding, target_ids, training)  # [B, T, M]
         for block in self.decoder_blocks:
-            x = block(x, memory, mask=mask, memory_mask=memory_mask, training=training)
+            x = block(
+                x,
+                memory,
+                mask=mask,
+                memory_mask=memory_mask,
+                training=training,
+                token_ids=target_ids,
+            )
         return self._logits(x)
 
     def encode(
@@ -453,7 +237,13 @@ class Transformer(keras.Model):
         mask = self._mask(source_ids)
         x = self._embed(self.source_embedding, source_ids, training)
         for block in self.encoder_blocks:
-            x = block(x, mask=mask, training=training, decoding=decoding)
+            x = block(
+                x,
+                mask=mask,
+                training=training,
+                decoding=decoding,
+                token_ids=source_ids,
+            )
         return self.encoder_norm(x), mask
 
     def start_decoding(self, source_ids: tf.Tensor, max_length: int) -> DecodingState:
@@ -492,7 +282,9 @@ class Transformer(keras.Model):
         )  # [B, 1, M]
         caches = []
         for block, cache in zip(self.decoder_blocks, state["blocks"], strict=True):
-            x, cache = block.decode(x, cache, index, state["memory_mask"])
+            x, cache = block.decode(
+                x, cache, index, state["memory_mask"], target_ids[:, None]
+            )
             caches.append(cache)
         logits = self._logits(x)[:, 0]  # [B, V]
         return logits, {"memory_mask": state["memory_mask"], "blocks": caches}
@@ -552,6 +344,9 @@ class Transformer(keras.Model):
             share_embeddings=self.share_embeddings,
             tie_output=self.tie_output,
             moe_options=keras.saving.serialize_keras_object(self.moe_options),
+            decoder_moe_options=keras.saving.serialize_keras_object(
+                self.decoder_moe_options
+            ),
             pad_id=self.pad_id,
             seed=self.seed,
         )
@@ -560,9 +355,10 @@ class Transformer(keras.Model):
     @classmethod
     def from_config(cls, config: dict[str, Any], custom_objects: Any = None) -> Any:
         config = dict(config)
-        config["moe_options"] = keras.saving.deserialize_keras_object(
-            config.get("moe_options"), custom_objects=custom_objects
-        )
+        for name in ("moe_options", "decoder_moe_options"):
+            config[name] = keras.saving.deserialize_keras_object(
+                config.get(name), custom_objects=custom_objects
+            )
         return cls(**config)
 
 

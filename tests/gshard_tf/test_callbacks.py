@@ -288,7 +288,8 @@ def test_ctrl_c_while_a_step_runs(tmp_path):
         f"""
         import sys
         sys.path.insert(0, {str(tests)!r})
-        import os, signal, threading, time
+        import os, signal, threading
+        import keras
         import numpy as np
         import gshard_tf
         gshard_tf.request_cpu_devices(8)
@@ -300,11 +301,25 @@ def test_ctrl_c_while_a_step_runs(tmp_path):
         with parity.strategy_of(8).scope():
             model = parity.compiled("adam")
         model.fit(x, y, batch_size=16, verbose=0)
-        for wait in (0.3, 0.5, 0.7):
-            threading.Timer(wait, os.kill, (os.getpid(), signal.SIGINT)).start()
+
+        class Stop(keras.callbacks.Callback):
+            # Ctrl-C so many seconds after the first step.
+            def __init__(self, wait):
+                super().__init__()
+                kill = (os.getpid(), signal.SIGINT)
+                self.timer = threading.Timer(wait, os.kill, kill)
+
+            def on_train_batch_end(self, batch, logs=None):
+                if not self.timer.is_alive() and not self.timer.finished.is_set():
+                    self.timer.start()
+
+        for wait in (0.2, 0.3, 0.5):
             before = int(model.optimizer.iterations.numpy())
             try:
-                model.fit(x, y, batch_size=16, epochs=100_000, verbose=0)
+                model.fit(
+                    x, y, batch_size=16, epochs=100_000, verbose=0,
+                    callbacks=[Stop(wait)],
+                )
             except KeyboardInterrupt:
                 pass
             steps = int(model.optimizer.iterations.numpy())

@@ -208,14 +208,15 @@ def test_router_scales_aux_loss_by_convention():
     x = np.random.default_rng(0).normal(size=(2, 8, 5)).astype(np.float32)
     lingvo = Top2Router(4, seed=1, kernel_initializer="ones")
     paper = Top2Router(4, seed=1, kernel_initializer="ones", aux_loss_scale="paper")
-    np.testing.assert_allclose(lingvo(x)[1], 16 * paper(x)[1], rtol=1e-6)
+    scaled = 16 * paper(x)[1].aux_loss
+    np.testing.assert_allclose(lingvo(x)[1].aux_loss, scaled, rtol=1e-6)
 
 
 def test_router_is_float32_under_any_policy():
     for policy in ("mixed_bfloat16", "bfloat16", "mixed_float16"):
         keras.config.set_dtype_policy(policy)
         router = Top2Router(2)
-        routing, aux_loss = router(tf.zeros([1, 1000, 4], tf.bfloat16))
+        routing, (aux_loss, *_) = router(tf.zeros([1, 1000, 4], tf.bfloat16))
         assert router.kernel.dtype == "float32"
         assert routing.weight.dtype == aux_loss.dtype == tf.float32
         # All to expert 0, in order: bfloat16 could not count above 256.
@@ -253,7 +254,7 @@ def test_unknown_sizes_route_as_known_ones():
     router = Top2Router(4, capacity_factor=1.25, second_expert_policy="all")
     x = tf.random.stateless_normal([3, 40, 5], [1, 2])
     mask = tf.random.stateless_uniform([3, 40], [3, 4]) < 0.8
-    known, loss = router(x, mask=mask)
+    known, (loss, *_) = router(x, mask=mask)
 
     @tf.function(
         input_signature=[
@@ -262,7 +263,7 @@ def test_unknown_sizes_route_as_known_ones():
         ]
     )
     def route(x, mask):
-        routing, loss = router(x, mask=mask, training=True)
+        routing, (loss, *_) = router(x, mask=mask, training=True)
         return routing[:4], routing.capacity, loss
 
     unknown, capacity, unknown_loss = route(x, mask)

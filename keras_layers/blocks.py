@@ -1,0 +1,271 @@
+"""The blocks of encoder and decoder: attention, then feed-forward or experts."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from gshard_tf import annotate
+from keras_layers.attention import MultiHeadAttention
+from keras_layers.checks import check_rate
+from keras_layers.dropout import Dropout
+from keras_layers.feed_forward import FeedForward
+from keras_layers.moe import MoELayer
+
+
+class _Block(keras.layers.Layer):
+    """What encoder and decoder blocks share: pre-norm sublayers with residuals.
+
+    Args:
+        num_heads: N.
+        key_dim: D.
+        hidden_dim: H of the feed-forward layer, or of each expert.
+        num_experts: E of a `MoELayer` in place of the feed-forward layer; 0 or None
+            for a dense one.
+        dropout: Rate on attention weights, on the hidden layer of a dense
+            feed-forward, and on each sublayer's output before the residual.
+        moe_options: Further arguments of `MoELayer`.
+        seed: Seed of all random numbers of the block; None: from the global seed.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        key_dim: int,
+        hidden_dim: int,
+        num_experts: int | None = None,
+        dropout: float = 0.1,
+        moe_options: Mapping[str, Any] | None = None,
+        seed: int | None = None,
+        **kwargs: Any,
+    ):
+        check_rate("dropout", dropout)
+        if moe_options and not num_experts:
+            raise ValueError(
+                "moe_options are for a block with experts. Received: "
+                f"moe_options={dict(moe_options)} and num_experts={num_experts}"
+            )
+        super().__init__(**kwargs)
+        self.num_heads = num_heads
+        self.key_dim = key_dim
+        self.hidden_dim = hidden_dim
+        self.num_experts = num_experts
+        self.dropout = dropout
+        self.moe_options = dict(moe_options or {})
+        self.seed = seed
+        self.self_attention = self._attention("self_attention")
+        if num_experts:
+            options = {"seed": seed, "name": f"{self.name}_moe", **self.moe_options}
+            self.feed_forward = MoELayer(
+                num_experts, hidden_dim, dtype=self.dtype_policy, **options
+            )
+        else:
+            self.feed_forward = FeedForward(
+                hidden_dim,
+                dropout=dropout,
+                seed=seed,
+                dtype=self.dtype_policy,
+                name="feed_forward",
+            )
+        self.attention_norm = self._norm("attention_norm")
+        self.feed_forward_norm = self._norm("feed_forward_norm")
+        self.residual_dropout = Dropout(dropout, seed=seed, dtype=self.dtype_policy)
+        self.supports_masking = True
+
+    def _attention(self, name: str) -> MultiHeadAttention:
+        return MultiHeadAttention(
+            self.num_heads,
+            self.key_dim,
+            dropout=self.dropout,
+            seed=self.seed,
+            dtype=self.dtype_policy,
+            name=name,
+        )
+
+    def _norm(self, name: str) -> keras.layers.Layer:
+        return keras.layers.LayerNormalization(
+            epsilon=1e-6, dtype=self.dtype_policy, name=name
+        )
+
+    def _feed(
+        self,
+        x: tf.Tensor,
+        mask: tf.Tensor | None,
+        training: bool | None,
+        decoding: bool = False,
+        token_ids: tf.Tensor | None = None,
+    ) -> tf.Tensor:
+        """The feed-forward sublayer with its residual: `[B, L, M]`."""
+        normed = self.feed_forward_norm(x)
+        if self.num_experts:
+            fed = self.feed_forward(
+                normed,
+                mask=mask,
+                training=training,
+                decoding=decoding,
+                token_ids=token_ids,
+            )
+        else:
+            fed = self.feed_forward(normed, training=training)
+        return self._residual(x, fed, training)
+
+    def _residual(
+        self, x: tf.Tensor, update: tf.Tensor, training: bool | None
+    ) -> tf.Tensor:
+        x = x + self.residual_dropout(update, training=training)
+        return annotate(x, ("batch", "length", "embed"))
+
+    def get_config(self) -> dict[str, Any]:
+        config = super().get_config()
+        config.update(
+            num_heads=self.num_heads,
+            key_dim=self.key_dim,
+            hidden_dim=self.hidden_dim,
+            num_experts=self.num_experts,
+            dropout=self.dropout,
+            moe_options=keras.saving.serialize_keras_object(self.moe_options),
+            seed=self.seed,
+        )
+        return config
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "_Block":
+        config = dict(config)
+        config["moe_options"] = keras.saving.deserialize_keras_object(
+            config.get("moe_options")
+        )
+        return cls(**config)
+
+
+@keras.saving.register_keras_serializable(package="gshard_tf")
+class EncoderBlock(_Block):
+    __doc__ = (
+        "Self-attention, then a feed-forward or mixture-of-experts layer.\n"
+        + (_Block.__doc__.split("\n", 1)[1])
+    )
+
+    def build(self, input_shape: Any) -> None:
+        shape = (None, None, input_shape[-1])
+        self.attention_norm.build(shape)
+        self.self_attention.build(shape)
+        self.feed_forward_norm.build(shape)
+        self.feed_forward.build(shape)
+
+    def call(
+        self,
+        inputs: tf.Tensor,
+        mask: tf.Tensor | None = None,
+        training: bool | None = None,
+        decoding: bool = False,
+        token_ids: tf.Tensor | None = None,
+    ) -> tf.Tensor:
+        """`inputs` `[B, L, M]`, `mask` `[B, L]` False for padding.
+
+        `decoding` and `token_ids` `[B, L]` are for the experts (see `MoELayer.call`).
+        """
+        attended = self.self_attention(
+            self.attention_norm(inputs), mask=mask, training=training
+        )
+        x = self._residual(inputs, attended, training)
+        return self._feed(x, mask, training, decoding, token_ids)
+
+    def compute_output_shape(self, input_shape: Any) -> Any:
+        return input_shape
+
+
+@keras.saving.register_keras_serializable(package="gshard_tf")
+class DecoderBlock(_Block):
+    __doc__ = (
+        "Causal self-attention, attention to the encoder, then feed-forward or MoE.\n"
+        + _Block.__doc__.split("\n", 1)[1]
+    )
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        router = getattr(self.feed_forward, "router", None)
+        if getattr(router, "looks_ahead", False) and not getattr(
+            router, "allow_causal", False
+        ):
+            raise ValueError(
+                "In a causal decoder a token's experts must not depend on the tokens "
+                "after it: training would see the future, and generation would route "
+                "otherwise. Give the decoder another router (decoder_moe_options of "
+                "Transformer), or set allow_causal=True on one that has it. "
+                f"Received: router={router!r}"
+            )
+        self.cross_attention = self._attention("cross_attention")
+        self.cross_norm = self._norm("cross_norm")
+
+    def build(self, inputs_shape: Any, memory_shape: Any) -> None:
+        shape = (None, None, inputs_shape[-1])
+        memory = (None, None, memory_shape[-1])
+        self.attention_norm.build(shape)
+        self.self_attention.build(shape)
+        self.cross_norm.build(shape)
+        self.cross_attention.build(shape, memory)
+        self.feed_forward_norm.build(shape)
+        self.feed_forward.build(shape)
+
+    def call(
+        self,
+        inputs: tf.Tensor,
+        memory: tf.Tensor,
+        mask: tf.Tensor | None = None,
+        memory_mask: tf.Tensor | None = None,
+        training: bool | None = None,
+        token_ids: tf.Tensor | None = None,
+    ) -> tf.Tensor:
+        """`inputs` `[B, T, M]` attends to `memory` `[B, L, M]`, the encoder's output.
+
+        Args:
+            inputs: Target side.
+            memory: Source side.
+            mask: `[B, T]` bool, False for padding.
+            memory_mask: `[B, L]` bool, False for padding.
+            training: Whether to drop out.
+            token_ids: `[B, T]`, for the experts (see `MoELayer.call`).
+        """
+        attended = self.self_attention(
+            self.attention_norm(inputs), mask=mask, causal=True, training=training
+        )
+        x = self._residual(inputs, attended, training)
+        attended = self.cross_attention(
+            self.cross_norm(x), memory, memory_mask=memory_mask, training=training
+        )
+        x = self._residual(x, attended, training)
+        return self._feed(x, mask, training, token_ids=token_ids)
+
+    def init_cache(
+        self, memory: tf.Tensor, max_length: int
+    ) -> dict[str, dict[str, tf.Tensor]]:
+        """An empty cache of its own positions, and the memory's keys and values."""
+        return {
+            "self": self.self_attention.init_cache(tf.shape(memory)[0], max_length),
+            "cross": self.cross_attention.project(memory),
+        }
+
+    def decode(
+        self,
+        inputs: tf.Tensor,
+        cache: dict[str, dict[str, tf.Tensor]],
+        index: int | tf.Tensor,
+        memory_mask: tf.Tensor | None = None,
+        token_ids: tf.Tensor | None = None,
+    ) -> tuple[tf.Tensor, dict[str, dict[str, tf.Tensor]]]:
+        """One position: `inputs` `[B, 1, M]` -> `[B, 1, M]` and the updated cache."""
+        attended, own = self.self_attention.decode(
+            self.attention_norm(inputs), cache["self"], index
+        )
+        x = inputs + attended
+        x = x + self.cross_attention.attend(
+            self.cross_norm(x), cache["cross"], memory_mask
+        )
+        x = self._feed(x, None, training=False, decoding=True, token_ids=token_ids)
+        return x, {"self": own, "cross": cache["cross"]}
+
+    def compute_output_shape(self, inputs_shape: Any, memory_shape: Any = None) -> Any:
+        return inputs_shape
+
+    def compute_mask(self, inputs: Any, previous_mask: Any) -> Any:
+        return previous_mask

@@ -1,0 +1,130 @@
+"""Who gets a slot where tokens choose: positions in the experts' buffers."""
+
+from typing import Any
+
+import tensorflow as tf
+
+from keras_layers.routing.plans import Routing
+
+# Length of the inner blocks of the running count. Near the square root of common
+# group sizes, which makes both levels short: on 2 CPU cores, 4 groups of 1024 tokens
+# and 64 experts this took 1.7 ms compiled and 2.8 ms op by op, one plain `tf.cumsum`
+# 6.2 and 9.5 ms. XLA lowers a cumulative sum to windows as long as the axis.
+_CUMSUM_BLOCK = 32
+
+
+def assign(
+    expert_index: tf.Tensor,
+    weight: tf.Tensor,
+    wanted: tf.Tensor,
+    counted: tf.Tensor,
+    num_experts: int,
+    capacity: Any,
+    priority: tf.Tensor | None = None,
+) -> Routing:
+    """Gives slots: all first choices, then all second choices, and so on.
+
+    Args:
+        expert_index: `[G, S, K]` int32.
+        weight: `[G, S, K]` float32.
+        wanted: `[G, S, K]` bool, which choices are to be dispatched.
+        counted: `[G, S, K]` bool, which choices use up a slot.
+        num_experts: E.
+        capacity: C.
+        priority: `[G, S]` float32: among choices of the same rank, tokens of higher
+            priority come first. None: in token order, as in the paper.
+    """
+    if priority is None:
+        position = _positions(expert_index, counted, num_experts)  # [G, S, K]
+    else:
+        # Batch-prioritised routing (V-MoE, section 4): count in another order.
+        order = tf.argsort(priority, axis=-1, direction="DESCENDING", stable=True)
+        place = tf.argsort(order, axis=-1)  # the inverse permutation
+        in_order = _positions(
+            tf.gather(expert_index, order, batch_dims=1),
+            tf.gather(counted, order, batch_dims=1),
+            num_experts,
+        )
+        position = tf.gather(in_order, place, batch_dims=1)
+    kept = tf.logical_and(wanted, position < capacity)
+    return Routing(
+        expert_index=expert_index,
+        slot=tf.where(kept, position, -1),
+        weight=tf.where(kept, weight, 0.0),
+        kept=kept,
+        num_experts=num_experts,
+        capacity=capacity,
+    )
+
+
+def top_choices(scores: tf.Tensor, choices: int) -> tf.Tensor:
+    """The K experts with the largest scores, `[G, S, E]` -> `[G, S, K]` int32.
+
+    K times the maximum, not a `top_k`, which partitioners gather the operand for.
+    """
+    found = []
+    for _ in range(choices):
+        best = argmax(scores)  # [G, S]
+        found.append(best)
+        hot = tf.one_hot(best, scores.shape[-1], on_value=True, off_value=False)
+        scores = tf.where(hot, -float("inf"), scores)
+    return tf.stack(found, axis=-1)
+
+
+def read_out(values: tf.Tensor, index: tf.Tensor) -> tf.Tensor:
+    """`values` `[G, S, E]` at `index` `[G, S, K]` -> `[G, S, K]`.
+
+    By one-hot: a maximum would split its gradient between equal gates, a gather has a
+    scatter for gradient.
+    """
+    columns = []
+    for k in range(index.shape[-1]):
+        hot = tf.one_hot(index[..., k], values.shape[-1], dtype=values.dtype)
+        columns.append(tf.reduce_sum(values * hot, axis=-1))
+    return tf.stack(columns, axis=-1)
+
+
+def argmax(x: tf.Tensor) -> tf.Tensor:
+    """Index of the maximum along the last axis, the lowest of equals.
+
+    `tf.argmax` leaves open which of equal values it takes, so devices could differ.
+    """
+    size = x.shape[-1]
+    is_maximum = x >= tf.reduce_max(x, axis=-1, keepdims=True)
+    # The last index stands for "none", which only a row of NaN has.
+    return tf.reduce_min(tf.where(is_maximum, tf.range(size), size - 1), axis=-1)
+
+
+def _positions(
+    expert_index: tf.Tensor, counted: tf.Tensor, num_experts: int
+) -> tf.Tensor:
+    """How many counted choices of the same expert come before each: `[G, S, K]`."""
+    choices = expert_index.shape[-1]
+    tokens = tf.shape(expert_index)[1]
+    if expert_index.shape[1] is not None:
+        tokens = expert_index.shape[1]
+    # The order of Algorithm 1: token after token, one choice after the other.
+    in_order = tf.transpose(expert_index, [0, 2, 1])  # [G, K, S]
+    in_order = tf.reshape(in_order, [-1, choices * tokens])  # [G, K*S]
+    counted = tf.reshape(tf.transpose(counted, [0, 2, 1]), [-1, choices * tokens])
+    taken = tf.one_hot(in_order, num_experts, dtype=tf.int32)  # [G, K*S, E]
+    before = _exclusive_cumsum(taken * tf.cast(counted, tf.int32)[..., None])
+    position = tf.reduce_sum(before * taken, axis=-1)  # [G, K*S]
+    position = tf.reshape(position, [-1, choices, tokens])  # [G, K, S]
+    return tf.transpose(position, [0, 2, 1])  # [G, S, K]
+
+
+def _exclusive_cumsum(x: tf.Tensor) -> tf.Tensor:
+    """Exclusive running sum of `x` `[G, T, E]` along T, in two levels."""
+    length, width = x.shape[1:]
+    if length is None or length <= _CUMSUM_BLOCK:
+        return tf.cumsum(x, axis=1, exclusive=True)
+    blocks = -(-length // _CUMSUM_BLOCK)
+    padded = tf.pad(x, [[0, 0], [0, blocks * _CUMSUM_BLOCK - length], [0, 0]])
+    padded = tf.reshape(padded, [-1, blocks, _CUMSUM_BLOCK, width])
+    before_block = tf.cumsum(tf.reduce_sum(padded, axis=2), axis=1, exclusive=True)
+    within = tf.cumsum(padded, axis=2, exclusive=True)
+    total = tf.reshape(
+        within + before_block[:, :, None, :], [-1, blocks * _CUMSUM_BLOCK, width]
+    )
+    return total[:, :length]

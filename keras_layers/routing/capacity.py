@@ -1,0 +1,58 @@
+"""How many tokens of a group an expert has room for."""
+
+import math
+from typing import Any
+
+import tensorflow as tf
+
+from keras_layers.checks import check_positive
+
+DROPLESS = "dropless"
+
+
+def check_capacity_factor(name: str, value: Any) -> None:
+    """Raises ValueError unless `value` is a number above 0, or "dropless"."""
+    if isinstance(value, str) and value != DROPLESS:
+        raise ValueError(
+            f'{name} must be a number above 0, or "{DROPLESS}". '
+            f"Received: {name}={value!r}"
+        )
+    if value != DROPLESS:
+        check_positive(name, value)
+
+
+def expert_capacity(
+    group_size: int | tf.Tensor,
+    num_experts: int,
+    capacity_factor: float | str,
+    min_capacity: int = 1,
+    multiple: int = 1,
+) -> int | tf.Tensor:
+    """C, the slots that one expert has for one group: `ceil(S * factor / E)`.
+
+    The paper's C = 2S/E is a factor of 2. Rounded up, so that a group smaller than
+    the number of experts still has a slot in each; never more than S, since the
+    choices of a token differ and no expert can receive more than each token once.
+
+    Args:
+        group_size: S, an int or a scalar int tensor.
+        num_experts: E.
+        capacity_factor: Slots per token, over all experts. "dropless": C = S, room for
+            whatever the router chooses.
+        min_capacity: Lower bound on C (still at most S).
+        multiple: C is rounded up to a multiple of this (still at most S).
+
+    Returns:
+        An int for an int, else a scalar int32 tensor.
+    """
+    static = isinstance(group_size, int)
+    if capacity_factor == DROPLESS:
+        return group_size if static else tf.cast(group_size, tf.int32)
+    if static:
+        # Rounding first, or 10 * 1.1 / 11 would need two slots.
+        share = round(group_size * capacity_factor / num_experts, 6)
+        slots = max(math.ceil(share), min_capacity)
+        return min(group_size, -(-slots // multiple) * multiple)
+    share = tf.cast(group_size, tf.float64) * (capacity_factor / num_experts)
+    slots = tf.maximum(tf.cast(tf.math.ceil(share - 1e-6), tf.int32), min_capacity)
+    return tf.minimum(tf.cast(group_size, tf.int32), -(-slots // multiple) * multiple)

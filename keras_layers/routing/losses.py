@@ -1,0 +1,67 @@
+"""Losses on the router: balance of load, and size of its logits."""
+
+import tensorflow as tf
+
+
+def load_balancing_loss(
+    gates: tf.Tensor, choices: tf.Tensor, mask: tf.Tensor | None = None
+) -> tf.Tensor:
+    """The paper's line 13: `(1/E) sum_e (c_e / S) m_e`, averaged over groups.
+
+    `c_e` counts choices, including those that found no slot; `m_e` is the mean gate,
+    through which the gradient flows. Padding counts in none of c_e, m_e and S: S is
+    here the number of real tokens of the group, and groups without any are left out of
+    the average. At perfect balance it is `1 / E**2`.
+
+    Args:
+        gates: `[G, S, E]` float32, each token's summing to 1.
+        choices: `[G, S]` int32 the first choices, as in the paper; or `[G, S, K]`, of
+            which each counts 1 / K.
+        mask: `[G, S]` bool or None.
+
+    Returns:
+        A float32 scalar.
+    """
+    num_experts = gates.shape[-1]
+    chosen = tf.one_hot(choices, num_experts)  # [G, S, E] or [G, S, K, E]
+    if chosen.shape.rank == 4:
+        chosen = tf.reduce_mean(chosen, axis=2)
+    if mask is None:
+        real = tf.ones_like(gates[..., 0])
+    else:
+        mask = tf.cast(mask, tf.bool)
+        real = tf.cast(mask, tf.float32)
+        chosen = chosen * real[..., None]
+        gates = tf.where(mask[..., None], gates, 0.0)
+    size = tf.reduce_sum(real, axis=1)  # [G]
+    count = tf.reduce_sum(chosen, axis=1)  # [G, E]
+    gate_sum = tf.reduce_sum(gates, axis=1)  # [G, E]
+    per_group = tf.reduce_sum(count * gate_sum, axis=-1) / num_experts  # [G]
+    per_group = per_group / tf.square(tf.maximum(size, 1.0))
+    groups = tf.reduce_sum(tf.cast(size > 0, tf.float32))
+    return tf.reduce_sum(per_group) / tf.maximum(groups, 1.0)
+
+
+def router_z_loss(logits: tf.Tensor, mask: tf.Tensor | None = None) -> tf.Tensor:
+    """Mean over real tokens of `logsumexp(logits)**2` (ST-MoE, equation 5).
+
+    Keeps logits small, where float32 (and more so bfloat16) tells gates apart.
+
+    Args:
+        logits: `[G, S, E]` float32.
+        mask: `[G, S]` bool or None.
+
+    Returns:
+        A float32 scalar.
+    """
+    per_token = tf.square(tf.reduce_logsumexp(logits, axis=-1))  # [G, S]
+    return masked_mean(per_token, mask)
+
+
+def masked_mean(values: tf.Tensor, mask: tf.Tensor | None) -> tf.Tensor:
+    """Mean of `[G, S]` over real tokens; 0 if there are none."""
+    if mask is None:
+        return tf.reduce_mean(values)
+    mask = tf.cast(mask, tf.bool)
+    total = tf.reduce_sum(tf.where(mask, values, 0.0))
+    return total / tf.maximum(tf.reduce_sum(tf.cast(mask, tf.float32)), 1.0)
