@@ -15,7 +15,8 @@ from keras_layers import Dropout, MoELayer, Transformer
 def train(make_model, inputs, targets, loss, devices, steps):
     """Losses and metrics of each step, and the counts of collectives of the step."""
     keras.utils.set_random_seed(0)
-    strategy = gshard_tf.SpmdStrategy(gshard_tf.create_mesh({"expert": devices}))
+    axes = devices if isinstance(devices, dict) else {"expert": devices}
+    strategy = gshard_tf.SpmdStrategy(gshard_tf.create_mesh(axes))
     with strategy.scope():
         model = make_model()
         model.compile(keras.optimizers.SGD(0.1), loss)
@@ -59,6 +60,56 @@ def test_moe_layer_costs_two_all_to_alls_each_way(dispatcher):
     assert shared <= reduced < shared + 200
     if dispatcher == "index":  # that both are the same is tested in test_dispatch
         check_same(train(make, x, x, "mse", 1, 2)[0], history)
+
+
+ROUTERS = {
+    "switch": {"kind": "top_k", "k": 1, "capacity_factor": 1.25, "jitter": 0.1},
+    "prioritized": {"kind": "top_k", "batch_prioritized": True, "capacity_factor": 1.0},
+    "bias": {"kind": "top_k", "bias_update_rate": 0.01, "scores": "sigmoid"},
+    "sampling": {"second_expert_policy": "sampling"},
+    "expert_choice": {"kind": "expert_choice"},
+}
+ONE, TWO = {"expert": 8}, {"data": 4, "model": 2}
+
+
+@pytest.mark.parametrize(
+    ("router", "experts", "axes", "dispatcher"),
+    [
+        *((router, 8, TWO, "index") for router in ROUTERS),
+        ("expert_choice", 8, TWO, "einsum"),
+        # Fewer and more experts than devices.
+        ("switch", 4, ONE, "index"),
+        ("switch", 16, ONE, "index"),
+    ],
+)
+def test_every_router_on_every_mesh(router, experts, axes, dispatcher):
+    x = np.random.default_rng(0).normal(size=(8, 16, 32)).astype(np.float32)
+    x[:, 12:] = 0.0  # padding, for a mask
+
+    def make():
+        options = {"gated": True, "num_shared_experts": 1, "z_loss_coef": 0.01}
+        return keras.Sequential(
+            [
+                keras.layers.Masking(),
+                keras.layers.Dense(32),
+                MoELayer(
+                    experts,
+                    64,
+                    router=ROUTERS[router],
+                    dispatcher=dispatcher,
+                    router_metrics="all",
+                    seed=1,
+                    name="moe",
+                    **options,
+                ),
+            ]
+        )
+
+    history, found = train(make, x, x, "mse", axes, 2)
+    kinds = collections.Counter(collective.kind for collective in found)
+    assert kinds["all-to-all"] == 4
+    assert set(kinds) == {"all-to-all", "all-reduce"}
+    check_same(train(make, x, x, "mse", 1, 2)[0], history)
 
 
 def test_transformer_moves_only_tokens_of_experts():
