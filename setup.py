@@ -27,6 +27,17 @@ TRANSLATION = [
     "gramps==6.0.8",
     "pycountry==26.2.16",
 ]
+# What benchmarks.moe_peers measures beside our layer.
+BENCHMARKS = [
+    "torch==2.13.0",
+    "transformers==5.23.0",
+    "keras-hub==0.32.0",
+    "tf-models-official==2.20.0",
+    "st-moe-pytorch==0.1.8",
+    "mixture-of-experts==0.2.3",
+    "mesh-tensorflow==0.1.21",
+    "matplotlib>=3.10,<4",
+]
 TEST = ["pytest>=9,<10", "pytest-xdist>=3.8,<4", "hypothesis>=6,<7", "ruff==0.17.*"]
 
 setup(
@@ -42,7 +53,11 @@ setup(
         include=["gshard_tf*", "keras_layers*", "examples*", "benchmarks*"]
     ),
     install_requires=CORE,
-    extras_require={"translation": TRANSLATION, "test": TRANSLATION + TEST},
+    extras_require={
+        "translation": TRANSLATION,
+        "benchmarks": BENCHMARKS,
+        "test": TRANSLATION + TEST,
+    },
     entry_points={
         "console_scripts": ["gshard-translate=examples.translation.cli:main"]
     },
