@@ -56,6 +56,7 @@ setup(
     extras_require={
         "translation": TRANSLATION,
         "benchmarks": BENCHMARKS,
+        "aot": ["libtpu==0.0.52"],
         "test": TRANSLATION + TEST,
     },
     entry_points={

@@ -1,5 +1,7 @@
 """The devices of XLA's runtime that a mesh stands for."""
 
+import importlib.util
+import os
 from typing import Any
 
 from tensorflow.experimental import dtensor
@@ -65,3 +67,38 @@ def mesh_devices(mesh: dtensor.Mesh) -> list[Any]:
             f"{hint}"
         )
     return devices[: mesh.size]
+
+
+def topology_devices(name: str) -> list[Any]:
+    """The devices of a TPU slice, for compiling; nothing can run on them.
+
+    Args:
+        name: As the TPU compiler names them: `"v5e:2x4"` is 8 chips of v5e, `"v3:8x8"`
+            128 cores of v3.
+
+    Returns:
+        jax devices, one per core.
+
+    Raises:
+        ImportError: libtpu, which has the compiler, is not installed.
+        ValueError: the compiler does not know the topology.
+    """
+    if importlib.util.find_spec("libtpu") is None:
+        raise ImportError(
+            "Compiling for TPUs needs the compiler in libtpu: "
+            "pip install 'gshard-tf[aot]'"
+        )
+    # libtpu otherwise looks for a TPU, or asks the metadata server of a cloud.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    from jax.experimental import topologies
+
+    try:
+        found = topologies.get_topology_desc(platform="tpu", topology_name=name)
+    except Exception as error:  # jaxlib has no narrower class for it
+        raise ValueError(
+            "The TPU compiler does not know this topology; names look like v5e:2x4, "
+            f"v4:2x2x2 or v3:4x4. It says: {error}. Received: {name!r}"
+        ) from error
+    return list(found.devices)

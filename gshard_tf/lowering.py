@@ -169,6 +169,8 @@ def lower(function: Any, structure: Any) -> LoweredStep:
             ) from error
     proto = hlo_pb2.HloModuleProto.FromString(hlo)
     _check_static(proto)
+    if _without_copies(proto):
+        hlo = proto.SerializeToString()
     # A lone result is no tuple, so it has no index.
     result_of = {
         (entry.output_shape_index or [0])[0]: entry.parameter_number
@@ -199,6 +201,21 @@ def lower(function: Any, structure: Any) -> LoweredStep:
         for shape, dtype in zip(shapes, dtypes, strict=True)
     ]
     return LoweredStep(hlo, inputs, captures, results, num_outputs, updates, structure)
+
+
+def _without_copies(proto: hlo_pb2.HloModuleProto) -> bool:
+    """Turns copies into conversions to the same type; whether there were any.
+
+    TensorFlow's bridge copies a variable that is returned as it is. StableHLO has no
+    copy, and the TPU compiler takes StableHLO only.
+    """
+    found = False
+    for computation in proto.computations:
+        for instruction in computation.instructions:
+            if instruction.opcode == "copy":
+                instruction.opcode = "convert"
+                found = True
+    return found
 
 
 def _check_static(proto: hlo_pb2.HloModuleProto) -> None:

@@ -68,13 +68,22 @@ def named_sharding(layout: dtensor.Layout, mesh: Any) -> Any:
 
 
 class Placement:
-    """The devices of a mesh, and how values get there and back."""
+    """The devices of a mesh, and how values get there and back.
 
-    def __init__(self, mesh: dtensor.Mesh):
+    Args:
+        mesh: The mesh.
+        devices: Its jax devices in its order, where they are not those of this
+            machine: compile-only ones of a topology, say. They are asked for nothing
+            but to be compiled for.
+    """
+
+    def __init__(self, mesh: dtensor.Mesh, devices: Sequence[Any] | None = None):
         import jax
 
         self.mesh = mesh
-        devices = np.array(mesh_devices(mesh)).reshape(mesh.shape())
+        if devices is None:
+            devices = mesh_devices(mesh)
+        devices = np.array(devices).reshape(mesh.shape())
         self.jax_mesh = jax.sharding.Mesh(devices, tuple(mesh.dim_names))
 
     def put(self, value: np.ndarray, layout: dtensor.Layout) -> Any:

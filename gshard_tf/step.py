@@ -11,7 +11,7 @@ from tensorflow.experimental import dtensor
 
 from gshard_tf import lowering
 from gshard_tf.keras_threads import keras_state, use_keras_state
-from gshard_tf.program import SpmdProgram
+from gshard_tf.program import Placement, SpmdProgram
 from gshard_tf.variables import MeshVariable
 
 # Stands for a tensor among the arguments of a step.
@@ -188,33 +188,39 @@ class _Executable:
                 )
 
     def _compile(self) -> None:
-        extended, step = self.extended, self.step
-        layouts = []
-        for value in step.captures:
-            if isinstance(value, MeshVariable):
-                layouts.append(extended.layouts.of(value).layout)
-            else:
-                layouts.append(
-                    dtensor.Layout.replicated(extended.mesh, value.shape.rank)
-                )
-        batches = [
-            [extended.layouts.of_batch(spec.shape) for spec in specs]
-            for specs in (step.inputs, step.results[: step.num_outputs])
-        ]
-        extended.layouts.warn_once()
-        self.program = SpmdProgram(
-            step,
-            extended.placement,
-            *batches,
-            layouts,
-            donate=not extended.check_numerics,
+        extended = self.extended
+        self.program = compile_step(
+            extended, self.step, extended.placement, donate=not extended.check_numerics
         )
+        extended.layouts.warn_once()
         self.constants = {
-            i: extended.placement.put(value.numpy(), layouts[i])
-            for i, value in enumerate(step.captures)
+            i: extended.placement.put(value.numpy(), layout)
+            for i, (value, layout) in enumerate(
+                zip(self.step.captures, self.program.capture_layouts, strict=True)
+            )
             if not isinstance(value, MeshVariable)
         }
         extended.programs.append(weakref.ref(self.program))
+
+
+def compile_step(
+    extended: Any, step: lowering.LoweredStep, placement: Placement, donate: bool = True
+) -> SpmdProgram:
+    """Compiles a step with the layouts of its strategy, for the devices of `placement`.
+
+    They need not be the strategy's own, nor exist.
+    """
+    layouts = []
+    for value in step.captures:
+        if isinstance(value, MeshVariable):
+            layouts.append(extended.layouts.of(value).layout)
+        else:
+            layouts.append(dtensor.Layout.replicated(extended.mesh, value.shape.rank))
+    batches = [
+        [extended.layouts.of_batch(spec.shape) for spec in specs]
+        for specs in (step.inputs, step.results[: step.num_outputs])
+    ]
+    return SpmdProgram(step, placement, *batches, layouts, donate=donate)
 
 
 def _key(specs: list[tf.TensorSpec]) -> tuple:
