@@ -12,8 +12,9 @@ taken, of theirs and of ours. The two processes then take turns. Ratios are thei
 ours: above 1 we are ahead.
 
 * time: median of the ratios of neighbouring steps;
-* memory: growth of the resident set, from where weights and inputs exist and nothing
-  has run, to the peak of two steps after the warm-up (without what compiling took);
+* memory: growth of the resident set during a step, from between steps, where weights
+  and inputs exist and compiling is over, to the peak; gradients of weights are part
+  of it;
 * useful tokens per second: tokens that at least one expert took.
 
 A peer that is not installed is listed with the command that installs it. About ten
@@ -56,12 +57,11 @@ def serve(block: str, way: str, shape: Shape) -> None:
     """Answers, on stdout, the commands that come on stdin, one a line."""
     make = OURS[block] if block in OURS else PEERS[block].make
     side = make(shape, way)
-    before = memory.resident()
     result = side()
-    side()
     outputs = outputs_of(result)
     served = float((abs(outputs).max(axis=-1) > 0).mean())
     del result, outputs
+    side()
     _answer({"served": served})
     for command in sys.stdin:
         if command.strip() == "step":
@@ -70,7 +70,7 @@ def serve(block: str, way: str, shape: Shape) -> None:
             _answer(time.perf_counter() - begun)
         elif command.strip() == "memory":
             memory.reset_peak()
-            side()
+            before = memory.resident()
             side()
             _answer(memory.peak() - before)
         else:

@@ -8,6 +8,8 @@ inside, so that one process holds one project.
 import dataclasses
 import importlib
 import importlib.metadata
+import os
+import sys
 import types
 from collections.abc import Callable
 from typing import Any
@@ -138,23 +140,31 @@ def keras_hub_mixtral(shape: Shape, way: str) -> Side:
 def mesh_tensorflow_top2(shape: Shape, way: str) -> Side:
     """Its graph is TensorFlow 1's: built once, run in a session.
 
-    Gradients are computed and stay in the session; only outputs come out.
+    Gradients are computed and stay in the session, which may free each at once; only
+    outputs come out.
     """
     del way
     import tensorflow as tf
 
     # The package asks TensorFlow for `estimator`, which left it in 2.16, to name the
     # modes of training and a base class. Nothing here uses them.
-    importlib.import_module("tensorflow.compat.v1").estimator = types.SimpleNamespace(
+    tf.estimator = types.SimpleNamespace(
         ModeKeys=types.SimpleNamespace(TRAIN="train", EVAL="eval", PREDICT="infer"),
         CheckpointSaverListener=tf.compat.v1.train.CheckpointSaverListener,
         SessionRunHook=tf.compat.v1.train.SessionRunHook,
     )
+    importlib.import_module("tensorflow.compat.v1").estimator = tf.estimator
     # And for a function that moved.
     importlib.import_module(
         "tensorflow.python.framework.ops"
     ).register_tensor_conversion_function = tf.register_tensor_conversion_function
     import mesh_tensorflow as mtf
+
+    # The folder of the layers, without its trainer, which needs TensorFlow's old TPU
+    # modules.
+    folder = types.ModuleType("mesh_tensorflow.transformer")
+    folder.__path__ = [os.path.join(mtf.__path__[0], "transformer")]
+    sys.modules[folder.__name__] = folder
     from mesh_tensorflow.transformer import moe
 
     x, dy = tokens_and_gradients(shape)
@@ -190,6 +200,7 @@ def mesh_tensorflow_top2(shape: Shape, way: str) -> Side:
             mtf.VariableDType(tf.float32, tf.float32, tf.float32),
             layout=mtf.convert_to_layout_rules(""),
             mesh_shape=mtf.convert_to_shape("all:1"),
+            nonpadding=mtf.ones(mesh, mtf.Shape(dims[:-1])),
         )
         loss = mtf.reduce_sum(outputs * back) + aux
         weights = [v.outputs[0] for v in mesh.graph.trainable_variables]
@@ -199,13 +210,13 @@ def mesh_tensorflow_top2(shape: Shape, way: str) -> Side:
         )
         lowering = mtf.Lowering(mesh.graph, {mesh: implementation})
         found = lowering.export_to_tf_tensor(outputs)
-        done = tf.group(*[lowering.export_to_tf_tensor(g) for g in gradients])
-        with tf.control_dependencies([done]):
-            result = tf.identity(found)
+        # As targets of the run: what only control dependencies ask for is optimized
+        # away.
+        done = [lowering.export_to_tf_tensor(g).op for g in gradients]
         session = tf.compat.v1.Session(graph=graph)
         session.run(tf.compat.v1.global_variables_initializer())
         session.run(lowering.copy_masters_to_slices())
-    return lambda: [session.run(result)]
+    return lambda: session.run([found, *done])
 
 
 # --------------------------------------------------------------------- torch peers
@@ -223,15 +234,19 @@ def _torch_side(block: Any, shape: Shape, call: Callable) -> Side:
     x, dy = (torch.from_numpy(a) for a in tokens_and_gradients(shape))
     x.requires_grad_(True)
 
+    weights = list(block.parameters())
+
     def run() -> Any:
-        block.zero_grad(set_to_none=True)
-        x.grad = None
         y, aux = call(block, x)
         if aux is None:
             y.backward(dy)
         else:
             torch.autograd.backward([y, aux], [dy, torch.ones_like(aux)])
-        return [y.detach()]
+        gradients = [tensor.grad for tensor in (x, *weights)]
+        # Gone between steps, as in the other runtimes.
+        x.grad = None
+        block.zero_grad(set_to_none=True)
+        return [y.detach(), *gradients]
 
     return run
 
