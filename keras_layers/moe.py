@@ -82,15 +82,20 @@ class Experts(keras.layers.Layer):
 
     def call(self, inputs: tf.Tensor, training: bool | None = None) -> tf.Tensor:
         """`inputs` `[E, G, C, M]` -> `[E, G, C, M]`."""
-        hidden = tf.einsum("EGCM,EMH->EGCH", inputs, self.wi)
+        experts, groups, capacity, width = sizes(inputs)
+        # Batched products of [E, G*C, .], not einsums over G and C: the gradients of
+        # those with respect to the weights make XLA transpose [E, G*C, H] in memory.
+        rows = tf.reshape(inputs, [experts, groups * capacity, width])  # [E, G*C, M]
+        rows = annotate(rows, ("expert", None, "embed"))
+        hidden = tf.matmul(rows, self.wi)  # [E, G*C, H]
         if self.gated:
-            gate = tf.einsum("EGCM,EMH->EGCH", inputs, self.wi_gate)
-            hidden = self.activation(gate) * hidden
+            hidden = self.activation(tf.matmul(rows, self.wi_gate)) * hidden
         else:
             hidden = self.activation(hidden)
-        hidden = annotate(hidden, ("expert", None, None, "mlp"))
+        hidden = annotate(hidden, ("expert", None, "mlp"))
         hidden = self.dropout(hidden, training=training)
-        return tf.einsum("EGCH,EHM->EGCM", hidden, self.wo)
+        outputs = tf.matmul(hidden, self.wo)  # [E, G*C, M]
+        return tf.reshape(outputs, [experts, groups, capacity, width])
 
     def compute_output_shape(self, input_shape: Any) -> Any:
         return input_shape
