@@ -1,5 +1,6 @@
 """The main job on a toy corpus: train, stop, go on, score, export, answer."""
 
+import io
 import json
 import os
 import pathlib
@@ -275,6 +276,22 @@ def test_the_saved_model_answers_saved_model_cli(saved_model):
     assert done.returncode == 0, done.stderr[-2000:]
     [expected] = translator.translate(["de"], ["gardenen hammeren"])
     assert repr(expected.encode())[2:-1] in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("typed", "lines"),
+    [(b"", 0), (b"\n", 1), (b"gardenen\n\n\xff\xfe abc\n" + b"x " * 25_000, 4)],
+)
+def test_the_translate_command(run, typed, lines, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(typed)))
+    assert cli.main(["translate", "de", "--run", str(run)]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == lines
+
+
+def test_the_translate_command_and_an_unknown_language(run, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a")))
+    assert cli.main(["translate", "xx", "--run", str(run)]) == 1
+    assert "Received: 'xx'" in capsys.readouterr().err
 
 
 def test_unknown_languages_are_refused_by_name(saved_model):
