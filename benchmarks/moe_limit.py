@@ -22,14 +22,13 @@ import dataclasses
 import json
 import os
 import statistics
-import sys
 import time
 from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import gshard_tf
-from benchmarks import machine, timing
+from benchmarks import timing
 from benchmarks.moe_sides import (
     Shape,
     in_tensorflow,
@@ -38,6 +37,7 @@ from benchmarks.moe_sides import (
     part_steps,
     torch_installed,
 )
+from benchmarks.report import circumstances, say
 
 GOAL = 1.08
 RUNTIMES = ("jit", "program", "ops")
@@ -53,10 +53,6 @@ SWEEP = {
 }
 TINY = Shape(experts=4, model_dim=16, hidden_dim=32, groups=2, group_size=32)
 TINY_SWEEP = {"experts": [2], "group_size": [16]}
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def limit(shape: Shape, rounds: int) -> dict[str, Any]:
@@ -141,10 +137,7 @@ def main() -> None:
         TINY if quick else CENTER, TINY_SWEEP if quick else SWEEP, 2 if quick else 5
     )
     result["sweep_median"] = statistics.median(r["over_gemm"] for r in result["sweep"])
-    result["quick"] = quick
-    result["load_average"] = os.getloadavg()[0]
-    result["seconds_in_all"] = round(time.perf_counter() - begun)
-    result["machine"] = machine.describe()
+    result |= circumstances(begun, quick)
     if options.json:
         print(json.dumps(result))
         return

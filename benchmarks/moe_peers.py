@@ -37,17 +37,14 @@ from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-from benchmarks import machine, memory
+from benchmarks import memory
 from benchmarks.moe_sides import Shape
 from benchmarks.peer_blocks import OUR_WAYS, OURS, PEERS, outputs_of
+from benchmarks.report import circumstances, say
 
 SHAPE = Shape(experts=16, model_dim=512, hidden_dim=1536, groups=4, group_size=512)
 TINY = Shape(experts=4, model_dim=24, hidden_dim=48, groups=2, group_size=32)
 MARK = "@@ "
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 # ----------------------------------------------------------------- in the process
@@ -208,10 +205,7 @@ def main() -> None:
     shape = TINY if options.quick else SHAPE
     result = run(options.peers, shape, rounds=2 if options.quick else 5)
     result["shape"] = dataclasses.asdict(shape)
-    result["quick"] = options.quick
-    result["load_average"] = os.getloadavg()[0]
-    result["seconds_in_all"] = round(time.perf_counter() - begun)
-    result["machine"] = machine.describe()
+    result |= circumstances(begun, options.quick)
     if options.json:
         print(json.dumps(result))
         return

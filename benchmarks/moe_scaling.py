@@ -18,14 +18,13 @@ import dataclasses
 import json
 import os
 import statistics
-import sys
 import time
 from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import gshard_tf
-from benchmarks import machine, timing
+from benchmarks import timing
 from benchmarks.moe_sides import (
     Shape,
     layer_side,
@@ -35,6 +34,7 @@ from benchmarks.moe_sides import (
     program_of,
     tokens_and_gradients,
 )
+from benchmarks.report import circumstances, say
 
 GOAL = 1.3
 SHAPE = Shape(model_dim=256, hidden_dim=1024, groups=8, group_size=1024)
@@ -42,10 +42,6 @@ EXPERTS = (8, 16, 32, 64, 128, 256)
 TINY = Shape(model_dim=16, hidden_dim=32, groups=2, group_size=32)
 TINY_EXPERTS = (4, 8)
 CHOICES = 2  # K
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def routing_bytes(shape: Shape) -> dict[str, int]:
@@ -173,10 +169,7 @@ def main() -> None:
         result = measure(TINY, TINY_EXPERTS, rounds=2)
     else:
         result = measure(SHAPE, EXPERTS, rounds=5)
-    result["quick"] = options.quick
-    result["load_average"] = os.getloadavg()[0]
-    result["seconds_in_all"] = round(time.perf_counter() - begun)
-    result["machine"] = machine.describe()
+    result |= circumstances(begun, options.quick)
     if options.plot:
         draw(result, options.plot)
     if options.json:

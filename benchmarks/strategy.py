@@ -35,6 +35,7 @@ import tensorflow as tf
 
 import gshard_tf
 from benchmarks import machine
+from benchmarks.report import say
 from gshard_tf import inspection
 from keras_layers import Dropout, MoELayer, Transformer
 
@@ -45,10 +46,6 @@ OPTIMIZERS: dict[str, Callable[[], keras.optimizers.Optimizer]] = {
     "adafactor": lambda: keras.optimizers.Adafactor(1e-2),
     "lion": lambda: keras.optimizers.Lion(1e-4),
 }
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def strategy_over(partitions: int) -> gshard_tf.SpmdStrategy:

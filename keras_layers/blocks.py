@@ -183,10 +183,8 @@ class DecoderBlock(_Block):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        router = getattr(self.feed_forward, "router", None)
-        if getattr(router, "looks_ahead", False) and not getattr(
-            router, "allow_causal", False
-        ):
+        router = self.feed_forward.router if self.num_experts else None
+        if router is not None and router.looks_ahead and not router.allow_causal:
             raise ValueError(
                 "In a causal decoder a token's experts must not depend on the tokens "
                 "after it: training would see the future, and generation would route "

@@ -21,7 +21,7 @@ def check_positive(name: str, value: Any) -> None:
 
 def check_coefficient(name: str, value: Any) -> None:
     """Raises ValueError unless `value` is a number, at least 0."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
         raise ValueError(
             f"{name} must be a number, at least 0. Received: {name}={value!r}"
         )

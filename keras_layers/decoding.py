@@ -5,6 +5,7 @@ from typing import Any
 import tensorflow as tf
 
 from keras_layers.checks import check_int
+from keras_layers.shapes import sizes
 
 
 def greedy_decode(
@@ -41,9 +42,7 @@ def greedy_decode(
     check_int("eos_id", eos_id, 0)
     source_ids = tf.convert_to_tensor(source_ids)
     state = model.start_decoding(source_ids, max_length)
-    batch = source_ids.shape[0]
-    if batch is None:
-        batch = tf.shape(source_ids)[0]
+    batch = sizes(source_ids)[0]
     position = tf.range(max_length)
 
     def unfinished(step, tokens, ids, done, log_prob, state):

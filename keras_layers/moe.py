@@ -218,28 +218,19 @@ class MoELayer(keras.layers.Layer):
         self.router_metrics = router_metrics
         self.metrics_per_expert = metrics_per_expert
         self.seed = seed
-        self.experts = Experts(
-            num_experts,
-            hidden_dim,
-            activation=activation,
-            dropout=dropout,
-            kernel_initializer=kernel_initializer,
-            gated=gated,
-            seed=seed,
-            dtype=self.dtype_policy,
-            name="experts",
-        )
+        alike = {
+            "activation": activation,
+            "dropout": dropout,
+            "kernel_initializer": kernel_initializer,
+            "gated": gated,
+            "seed": seed,
+            "dtype": self.dtype_policy,
+        }
+        self.experts = Experts(num_experts, hidden_dim, name="experts", **alike)
         self.shared_experts = None
         if num_shared_experts:
             self.shared_experts = FeedForward(
-                num_shared_experts * hidden_dim,
-                activation=activation,
-                dropout=dropout,
-                kernel_initializer=kernel_initializer,
-                gated=gated,
-                seed=seed,
-                dtype=self.dtype_policy,
-                name="shared_experts",
+                num_shared_experts * hidden_dim, name="shared_experts", **alike
             )
         self.health = RouterHealth(
             num_experts, metrics_per_expert, router_metrics, name=self.name

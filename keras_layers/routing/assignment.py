@@ -5,6 +5,7 @@ from typing import Any
 import tensorflow as tf
 
 from keras_layers.routing.plans import Routing
+from keras_layers.shapes import sizes
 
 # Length of the inner blocks of the running count. Near the square root of common
 # group sizes, which makes both levels short: on 2 CPU cores, 4 groups of 1024 tokens
@@ -57,6 +58,12 @@ def assign(
     )
 
 
+def choices_of_real(expert_index: tf.Tensor, mask: tf.Tensor | None) -> tf.Tensor:
+    """True for all choices of real tokens, False for padding's: `[G, S, K]` bool."""
+    real = tf.ones_like(expert_index, tf.bool)
+    return real if mask is None else real & tf.cast(mask, tf.bool)[..., None]
+
+
 def top_choices(scores: tf.Tensor, choices: int) -> tf.Tensor:
     """The K experts with the largest scores, `[G, S, E]` -> `[G, S, K]` int32.
 
@@ -99,10 +106,7 @@ def _positions(
     expert_index: tf.Tensor, counted: tf.Tensor, num_experts: int
 ) -> tf.Tensor:
     """How many counted choices of the same expert come before each: `[G, S, K]`."""
-    choices = expert_index.shape[-1]
-    tokens = tf.shape(expert_index)[1]
-    if expert_index.shape[1] is not None:
-        tokens = expert_index.shape[1]
+    _, tokens, choices = sizes(expert_index)
     # The order of Algorithm 1: token after token, one choice after the other.
     in_order = tf.transpose(expert_index, [0, 2, 1])  # [G, K, S]
     in_order = tf.reshape(in_order, [-1, choices * tokens])  # [G, K*S]

@@ -5,9 +5,10 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_layers.routing.assignment import assign
+from keras_layers.routing.assignment import assign, choices_of_real
 from keras_layers.routing.plans import Routing
 from keras_layers.routing.router import Router, RouterReport
+from keras_layers.shapes import sizes
 
 
 def _mix(x: tf.Tensor) -> tf.Tensor:
@@ -71,24 +72,19 @@ class HashRouter(Router):
                 f"the shape of its inputs without the width, {inputs.shape[:-1]}. "
                 "Received: token_ids=None"
             )
-        group_size = inputs.shape[1]
-        if group_size is None:
-            group_size = tf.shape(inputs)[1]
         hashed = _mix(tf.cast(token_ids, tf.uint32) + _mix(_uint32(self.seed or 0)))
         # Less the sign bit, which a cast to int32 would take for one.
         hashed = tf.cast(tf.bitwise.right_shift(hashed, _uint32(1)), tf.int32)
         expert_index = hashed % self.num_experts
         expert_index = expert_index[..., None]  # [G, S, 1]
-        wanted = tf.ones_like(expert_index, tf.bool)
-        if mask is not None:
-            wanted = tf.logical_and(wanted, tf.cast(mask, tf.bool)[..., None])
+        wanted = choices_of_real(expert_index, mask)
         routing = assign(
             expert_index,
             tf.ones_like(expert_index, tf.float32),
             wanted,
             wanted,
             self.num_experts,
-            self.capacity(group_size, training),
+            self.capacity(sizes(inputs)[1], training),
         )
         zero = tf.zeros([], tf.float32)
         return routing, RouterReport(zero, zero, tf.ones([], tf.float32))

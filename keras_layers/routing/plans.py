@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from gshard_tf import annotate
+from keras_layers.shapes import sizes
 
 
 class Routing(NamedTuple):
@@ -78,8 +79,7 @@ class SlotRouting(NamedTuple):
 
     @property
     def capacity(self) -> Any:
-        static = self.token_index.shape[2]
-        return tf.shape(self.token_index)[2] if static is None else static
+        return sizes(self.token_index)[2]
 
     def taken(self) -> tf.Tensor:
         """Whether any expert took the token, `[G, S]` bool."""

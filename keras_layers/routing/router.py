@@ -11,6 +11,7 @@ from keras_layers.checks import check_int, check_positive, check_rate
 from keras_layers.routing.capacity import check_capacity_factor, expert_capacity
 from keras_layers.routing.losses import masked_mean, router_z_loss
 from keras_layers.routing.plans import Routing, SlotRouting
+from keras_layers.shapes import sizes
 
 
 class RouterReport(NamedTuple):
@@ -60,6 +61,8 @@ class Router(keras.layers.Layer):
     uses_token_ids = False
     #: Whether a token's routing depends on later tokens of its group.
     looks_ahead = False
+    #: Whether somebody consented to that in a causal decoder.
+    allow_causal = False
 
     def __init__(
         self,
@@ -173,10 +176,7 @@ class Router(keras.layers.Layer):
             hot = tf.one_hot(self.masked_experts, self.num_experts)
             logits = tf.where(tf.reduce_any(hot > 0, 0), -1e30, logits)
         # A static S gives a static C, which partitioning needs.
-        group_size = inputs.shape[1]
-        if group_size is None:
-            group_size = tf.shape(inputs)[1]
-        capacity = self.capacity(group_size, training)
+        capacity = self.capacity(sizes(inputs)[1], training)
         routing, gates, aux_loss = self.route(logits, capacity, mask, training)
         report = RouterReport(
             aux_loss=aux_loss,
@@ -197,11 +197,7 @@ class Router(keras.layers.Layer):
 
     def uniform(self, like: tf.Tensor, rank: int) -> tf.Tensor:
         """Random numbers in [0, 1) of the first dimensions of `like`."""
-        shape = [
-            static if static is not None else tf.shape(like)[i]
-            for i, static in enumerate(like.shape[:rank])
-        ]
-        return counter_rng.uniform(self.seed_generator.next(), shape)
+        return counter_rng.uniform(self.seed_generator.next(), sizes(like)[:rank])
 
     def compute_mask(self, inputs: Any, previous_mask: Any) -> None:
         return None

@@ -5,8 +5,13 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_layers.checks import check_choice, check_int
-from keras_layers.routing.assignment import assign, read_out, top_choices
+from keras_layers.checks import check_choice, check_coefficient, check_int
+from keras_layers.routing.assignment import (
+    assign,
+    choices_of_real,
+    read_out,
+    top_choices,
+)
 from keras_layers.routing.losses import load_balancing_loss
 from keras_layers.routing.plans import Routing
 from keras_layers.routing.router import Router
@@ -60,11 +65,7 @@ class TopKRouter(Router):
     ):
         check_int("k", k, 1)
         check_choice("scores", scores, ("softmax", "sigmoid"))
-        if isinstance(bias_update_rate, bool) or not bias_update_rate >= 0:
-            raise ValueError(
-                "bias_update_rate must be a number, at least 0. Received: "
-                f"bias_update_rate={bias_update_rate!r}"
-            )
+        check_coefficient("bias_update_rate", bias_update_rate)
         if capacity_factor is None:
             capacity_factor = float(k)
         super().__init__(num_experts, capacity_factor, **kwargs)
@@ -113,9 +114,7 @@ class TopKRouter(Router):
         if self.normalize_weights:
             total = tf.reduce_sum(weight, axis=-1, keepdims=True)
             weight = tf.math.divide_no_nan(weight, total)
-        wanted = tf.ones_like(expert_index, tf.bool)
-        if mask is not None:
-            wanted = tf.logical_and(wanted, tf.cast(mask, tf.bool)[..., None])
+        wanted = choices_of_real(expert_index, mask)
         priority = None
         if self.batch_prioritized:
             priority = tf.stop_gradient(tf.reduce_max(scores, axis=-1))  # [G, S]
