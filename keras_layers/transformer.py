@@ -45,6 +45,9 @@ class Transformer(keras.Model):
         decoder_moe_options: The same for the decoder's; None: `moe_options`.
         pad_id: Id of padding.
         seed: Seed of dropout and routing.
+        remat: Whether each block's activations are computed again for the gradient
+            instead of being kept for it (see `EncoderBlock`). Choose it when
+            training does not fit.
 
     Raises:
         ValueError: for an argument out of its range.
@@ -69,6 +72,7 @@ class Transformer(keras.Model):
         decoder_moe_options: Mapping[str, Any] | None = None,
         pad_id: int = 0,
         seed: int | None = None,
+        remat: bool = False,
         **kwargs: Any,
     ):
         check_int("num_encoder_layers", num_encoder_layers, 1)
@@ -131,6 +135,7 @@ class Transformer(keras.Model):
         )
         self.pad_id = pad_id
         self.seed = seed
+        self.remat = bool(remat)
 
         policy = self.dtype_policy
         self.source_embedding = TokenEmbedding(
@@ -177,6 +182,7 @@ class Transformer(keras.Model):
             "dropout": self.dropout,
             "moe_options": options if has_experts else None,
             "seed": self.seed,
+            "remat": self.remat,
             "dtype": self.dtype_policy,
             "name": f"{side}_{number}",
         }
@@ -349,6 +355,7 @@ class Transformer(keras.Model):
             ),
             pad_id=self.pad_id,
             seed=self.seed,
+            remat=self.remat,
         )
         return config
 

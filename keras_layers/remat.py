@@ -1,0 +1,199 @@
+"""Rematerialisation: activations computed again for the gradient, not kept for it.
+
+Keras's layers have side effects, which must happen once: losses that they add,
+metrics that they count, seeds that they use up. So a call is made a function of
+everything that it reads and returning everything that it changes (`pure_call`), and
+that function is what is computed twice (`recompute`).
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import keras
+import tensorflow as tf
+
+# Private API: the dtype that variables are cast to when a layer reads them. On an
+# upgrade, check that `Layer.__call__` still enters an `AutocastScope`.
+from keras.src.backend import AutocastScope, get_autocast_scope
+
+# Public in XLA, not in TensorFlow, where Keras's backend takes it from, too.
+from tensorflow.compiler.tf2xla.python.xla import optimization_barrier
+
+# Private API: keeps operations off all tapes, as in `tf.recompute_grad`.
+from tensorflow.python.eager import record
+
+# Private API: whether a graph is going to be compiled by XLA.
+from tensorflow.python.ops import control_flow_util
+
+from keras_layers.routing import replay
+
+
+class Effects(NamedTuple):
+    """What a call did.
+
+    Attributes:
+        outputs: What it returned.
+        losses: What `add_loss` was called with.
+        updates: Index into `variables` -> the new value of each that was assigned.
+    """
+
+    outputs: Any
+    losses: list[tf.Tensor]
+    updates: dict[int, tf.Tensor]
+
+
+def state_of(layer: keras.layers.Layer) -> list[keras.Variable]:
+    """All variables that a call of `layer` may read or assign."""
+    return [*layer.variables, *layer.metrics_variables]
+
+
+def read(variables: Sequence[keras.Variable]) -> list[tf.Tensor]:
+    """Their values, in the dtype in which they are stored."""
+    with AutocastScope(None):
+        return [tf.convert_to_tensor(variable) for variable in variables]
+
+
+def pure_call(
+    variables: Sequence[keras.Variable],
+    values: Sequence[tf.Tensor],
+    function: Callable[[], Any],
+) -> Effects:
+    """Calls `function` with `values` in the place of `variables`; changes nothing."""
+    with AutocastScope(None):  # or master weights would be rounded here
+        scope = keras.StatelessScope(
+            list(zip(variables, values, strict=True)), collect_losses=True
+        )
+    before = [scope.get_current_value(variable) for variable in variables]
+    with scope:
+        outputs = function()
+    after = [scope.get_current_value(variable) for variable in variables]
+    updates = {
+        i: tf.stop_gradient(new)
+        for i, (old, new) in enumerate(zip(before, after, strict=True))
+        if new is not old
+    }
+    return Effects(outputs, list(scope.losses), updates)
+
+
+def recompute(
+    function: Callable[..., tuple[list[tf.Tensor], list[tf.Tensor]]],
+    tensors: Sequence[tf.Tensor],
+) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
+    """`function(*tensors)`, for whose gradient only `tensors` are kept.
+
+    Args:
+        function: Reads no variable, and changes none. Returns tensors that have a
+            gradient, and tensors that have none.
+        tensors: Of any dtype. Those of floats have a gradient.
+
+    Returns:
+        What `function` returns.
+    """
+    # tf.recompute_grad does nearly this. It makes the recomputation wait for the
+    # gradient by adding 0, made of the gradient's first element, to every argument: a
+    # broadcast from one device to all on a mesh, a pass over all weights, impossible
+    # for bools, and XLA may see that it is 0.
+    autocast = get_autocast_scope()
+    count = 0
+
+    @tf.custom_gradient
+    def forward(*tensors):
+        with record.stop_recording():
+            outputs, others = function(*tensors)
+        nonlocal count
+        count = len(outputs)
+
+        def gradient(*d_results):
+            later, d_outputs = _after(tensors, d_results[:count])
+            floats = [x for x in later if x.dtype.is_floating]
+            with tf.GradientTape() as tape:
+                tape.watch(floats)
+                with AutocastScope(autocast and autocast.dtype):
+                    again, _ = function(*later)
+            found = iter(tape.gradient(again, floats, d_outputs))
+            return [next(found) if x.dtype.is_floating else None for x in later]
+
+        return [*outputs, *others], gradient
+
+    results = forward(*tensors)
+    return results[:count], results[count:]
+
+
+def _after(
+    tensors: Sequence[tf.Tensor], gradients: Sequence[tf.Tensor]
+) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
+    """The same, but not before all `gradients` are there.
+
+    Or a compiler would find the same operations on the same tensors twice, compute
+    them once, and keep the results all the while; or do all of it early.
+    """
+    if tf.executing_eagerly():
+        return [tf.identity(x) for x in tensors], list(gradients)
+    together = [*tensors, *gradients]
+    if control_flow_util.GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph()):
+        # XLA does not look at control dependencies.
+        held = list(optimization_barrier(*together))
+        for x, y in zip(together, held, strict=True):
+            y.set_shape(x.shape)
+        # Its CPU compiler keeps barriers for a while only, then schedules what it can
+        # as early as it can. There a value has to be needed: each element's gradient,
+        # so that nothing crosses devices. It is only looked at for being NaN, which
+        # would spread anyway.
+        x, gradient = held[0], held[len(tensors)]
+        if x.shape == gradient.shape and x.dtype == gradient.dtype:
+            nan = tf.constant(float("nan"), x.dtype)
+            held[0] = tf.where(tf.math.is_nan(gradient), nan, x)
+    else:
+        with tf.control_dependencies(gradients):
+            held = [tf.identity(x) for x in together]
+    return held[: len(tensors)], held[len(tensors) :]
+
+
+def rematerialize(
+    layer: keras.layers.Layer, function: Callable[..., tf.Tensor], *tensors: Any
+) -> tf.Tensor:
+    """`function(*tensors)`, part of a call of `layer`, without keeping activations.
+
+    What `function` does to variables, losses and metrics of `layer` happens once. Its
+    random numbers are the same both times.
+
+    Args:
+        layer: Built; everything that `function` reads is among its variables.
+        function: Returns a tensor.
+        *tensors: Tensors or None.
+    """
+    if routing_is_watched():
+        # Plans are recorded, or used up, by each call; and whoever looks at them
+        # does not look at memory.
+        return function(*tensors)
+    variables = state_of(layer)
+    given = [i for i, x in enumerate(tensors) if x is not None]
+    updated: list[int] = []
+
+    def whole(*values):
+        arguments = list(tensors)
+        for i, value in zip(given, values[: len(given)], strict=True):
+            arguments[i] = value
+        effects = pure_call(
+            variables, values[len(given) :], lambda: function(*arguments)
+        )
+        updated[:] = effects.updates
+        return [effects.outputs, *effects.losses], list(effects.updates.values())
+
+    (outputs, *losses), new = recompute(
+        whole, [*(tensors[i] for i in given), *read(variables)]
+    )
+    for loss in losses:
+        layer.add_loss(loss)
+    for i, value in zip(updated, new, strict=True):
+        variables[i].assign(value)
+    return outputs
+
+
+def routing_is_watched() -> bool:
+    """Whether `record_routing` or `replay_routing` is going on."""
+    active = replay._active
+    return (
+        getattr(active, "recording", None) is not None
+        or getattr(active, "replaying", None) is not None
+    )
