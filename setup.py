@@ -52,6 +52,9 @@ setup(
     packages=find_packages(
         include=["gshard_tf*", "keras_layers*", "examples*", "benchmarks*"]
     ),
+    # Outside the package, whose import starts TensorFlow: its --help is quick.
+    py_modules=["gshard_plan"],
+    package_data={"gshard_tf.planning": ["page.css", "page.js"]},
     install_requires=CORE,
     extras_require={
         "translation": TRANSLATION,
@@ -60,6 +63,9 @@ setup(
         "test": TRANSLATION + TEST,
     },
     entry_points={
-        "console_scripts": ["gshard-translate=examples.translation.cli:main"]
+        "console_scripts": [
+            "gshard-translate=examples.translation.cli:main",
+            "gshard-plan=gshard_plan:main",
+        ]
     },
 )

@@ -1,0 +1,165 @@
+"""What a page shows of a plan beyond its fields: alike things together, and parts."""
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
+
+from gshard_tf.planning.plan import Communication, Plan, Weight
+
+Item = TypeVar("Item")
+
+_NUMBER = re.compile(r"_?\d+(?=_|/|$)")
+
+ROLES = ("weight", "frozen", "optimizer", "other")
+ROLE_NAMES = {
+    "weight": "weights",
+    "frozen": "frozen weights",
+    "optimizer": "optimizer",
+    "other": "metrics, seeds",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Alike:
+    """Things whose names differ in numbers only, under a name with `*` for these."""
+
+    name: str
+    items: list[Any]
+
+
+def alike(
+    items: Iterable[Item],
+    name: Callable[[Item], str],
+    also: Callable[[Item], Any] = lambda item: None,
+) -> list[Alike]:
+    """Groups items by name without numbers (and by `also`), in order of appearance."""
+    groups: dict[Any, list[Item]] = {}
+    for item in items:
+        key = (_NUMBER.sub("", name(item)), also(item))
+        groups.setdefault(key, []).append(item)
+    return [
+        Alike(_pattern([name(item) for item in members]), members)
+        for members in groups.values()
+    ]
+
+
+def _pattern(names: Sequence[str]) -> str:
+    """`a_1/b` and `a_2/b` -> `a_*/b`."""
+    if len(set(names)) == 1:
+        return names[0]
+    parts = [re.split(r"/", name) for name in names]
+    shown = []
+    for column in zip(*parts, strict=True):
+        stem = max(column, key=lambda part: len(_NUMBER.findall(part)))
+        shown.append(stem if len(set(column)) == 1 else _NUMBER.sub("_*", stem))
+    return "/".join(shown)
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+    """A part of the memory of a core."""
+
+    key: str
+    label: str
+    bytes: float
+
+
+def memory_segments(plan: Plan) -> list[Segment]:
+    """What fills the memory of a core, of a plan that fits or not.
+
+    The variables are known one by one, the rest of the arguments is the batch (and
+    what the compiler pads). Of a program that does not fit, only the sum is known:
+    what is no variable is one segment.
+    """
+    state = {
+        role: plan.state_bytes(role, per_core=True)
+        for role in ROLES
+        if plan.state_bytes(role)
+    }
+    segments = [Segment(role, ROLE_NAMES[role], n) for role, n in state.items()]
+    known = sum(state.values())
+    if plan.memory is None:
+        rest = plan.out_of_memory.needed - known if plan.out_of_memory else 0
+        if rest > 0:
+            segments.append(Segment("temporary", "all else the step needs", rest))
+        return segments
+    batch = plan.memory.arguments - known
+    if batch >= 0:
+        segments.append(Segment("batch", "batch, padding", batch))
+    else:
+        # The step does not take all variables: they cannot be told apart in the sum.
+        segments = [Segment("weight", "variables and batch", plan.memory.arguments)]
+    segments += [
+        Segment("temporary", "temporaries", plan.memory.temporaries),
+        Segment("output", "outputs", plan.memory.outputs),
+        Segment("code", "code", plan.memory.code),
+    ]
+    return segments
+
+
+def copies(plan: Plan, weight: Weight) -> int:
+    """How many cores hold the same part of a weight."""
+    split = 1
+    for axis in weight.layout:
+        for name in (axis or "").split("+"):
+            split *= plan.mesh.get(name, 1)
+    return plan.cores // split
+
+
+def rules_by_axis(plan: Plan) -> str:
+    """Such as `batch, group, expert -> expert; embed -> (whole)`."""
+    by_axis: dict[str | None, list[str]] = {}
+    for logical, axis in plan.rules.items():
+        by_axis.setdefault(axis, []).append(logical)
+    return "; ".join(
+        f"{', '.join(names)} -> {axis or '(whole)'}" for axis, names in by_axis.items()
+    )
+
+
+@dataclasses.dataclass
+class LayerTotal:
+    """All the collectives of layers that are alike, or of one."""
+
+    layer: str
+    layers: int
+    parts: list[Communication]
+
+    @property
+    def count(self) -> int:
+        return sum(part.count for part in self.parts)
+
+    @property
+    def bytes(self) -> int:
+        return sum(part.bytes for part in self.parts)
+
+
+def by_layer(communication: Sequence[Communication]) -> list[LayerTotal]:
+    """Collectives by layer, layers alike together; the most bytes first."""
+    totals = [
+        LayerTotal(group.name, len({part.layer for part in group.items}), group.items)
+        for group in alike(communication, lambda part: part.layer)
+    ]
+    return sorted(totals, key=lambda total: -total.bytes)
+
+
+def by_kind(communication: Sequence[Communication]) -> list[Communication]:
+    """Collectives of all layers by kind, axis and whether they were asked for."""
+    groups: dict[tuple, list[Communication]] = {}
+    for part in communication:
+        groups.setdefault((part.kind, part.axis, part.asked), []).append(part)
+    return sorted(
+        (
+            Communication(
+                kind=kind,
+                layer="",
+                axis=axis,
+                count=sum(part.count for part in parts),
+                bytes=sum(part.bytes for part in parts),
+                seconds=sum(part.seconds for part in parts),
+                asked=asked,
+            )
+            for (kind, axis, asked), parts in groups.items()
+        ),
+        key=lambda part: -part.bytes,
+    )

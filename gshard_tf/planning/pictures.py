@@ -1,0 +1,321 @@
+"""Pictures of a plan as SVG: a weight on the mesh, the mesh's axes, the chips."""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Sequence
+from html import escape
+
+from gshard_tf.planning import units
+from gshard_tf.planning.plan import Plan
+
+# More cells than this along an axis cannot be told apart: several share one.
+MAX_COLUMNS = 64
+MAX_ROWS = 32
+# Up to so many cells, each says what it is when pointed at.
+_TITLED = 256
+
+# A scale whose lightness grows evenly, and which the colour-blind can read
+# (matplotlib's viridis at a few points, without its darkest end).
+_SCALE = [(68, 58, 131), (49, 104, 142), (33, 145, 140), (53, 183, 121),
+          (144, 215, 67), (253, 231, 37)]  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """One dimension of a weight over axes of the mesh."""
+
+    size: int
+    axes: tuple[str, ...]
+    parts: int
+
+    def range_of(self, part: int) -> str:
+        """The indices of a part, as a slice."""
+        if self.parts == 1:
+            return ":"
+        length = math.ceil(self.size / self.parts)
+        return f"{part * length}:{min((part + 1) * length, self.size)}"
+
+
+def splits(
+    shape: Sequence[int], layout: Sequence[str | None], mesh: dict[str, int]
+) -> list[Split]:
+    """How each dimension of a weight is split."""
+    found = []
+    for length, axis in zip(shape, layout, strict=True):
+        axes = tuple(name for name in (axis or "").split("+") if name in mesh)
+        found.append(Split(length, axes, math.prod(mesh[name] for name in axes)))
+    return found
+
+
+def weight_map(
+    shape: Sequence[int], layout: Sequence[str | None], mesh: dict[str, int]
+) -> str:
+    """Which part of a weight each core holds: its dimensions, then the mesh.
+
+    Parts of the first dimension that is split differ in hue, those of the second in
+    lightness; cores of one colour hold the same.
+    """
+    dimensions = splits(shape, layout, mesh)
+    return _dimension_bars(dimensions) + _mesh_grid(dimensions, mesh)
+
+
+def colour(first: float, second: float | None = None) -> str:
+    """Of a part: `first` and `second`, 0 to 1, say where in its dimensions it is."""
+    place = min(max(first, 0.0), 1.0) * (len(_SCALE) - 1)
+    low = min(int(place), len(_SCALE) - 2)
+    rgb = [
+        a + (place - low) * (b - a)
+        for a, b in zip(_SCALE[low], _SCALE[low + 1], strict=True)
+    ]
+    if second is not None:
+        towards = 255 if second < 0.5 else 0
+        share = abs(second - 0.5) * (1.3 if second < 0.5 else 0.9)
+        rgb = [value + share * (towards - value) for value in rgb]
+    return "#" + "".join(f"{round(value):02x}" for value in rgb)
+
+
+def _part_colour(dimensions: Sequence[Split], parts: Sequence[int]) -> str | None:
+    """The colour of what a core holds; None when it is all of the weight."""
+    places = [
+        part / max(split.parts - 1, 1)
+        for split, part in zip(dimensions, parts, strict=True)
+        if split.parts > 1
+    ]
+    return colour(*places[:2]) if places else None
+
+
+def _dimension_bars(dimensions: Sequence[Split]) -> str:
+    if not dimensions:
+        return '<p class="quiet">A scalar: every core holds it.</p>'
+    width, height, gap, left, right = 530, 22, 10, 120, 210
+    total = len(dimensions) * (height + gap)
+    # "in use": which of the split dimensions it is, for its colours.
+    out = [
+        f'<svg class="dims" viewBox="0 0 {left + width + right} {total}" role="img" '
+        f'aria-label="{escape(_dimensions_in_words(dimensions))}">'
+    ]
+    split_before = 0
+    for i, split in enumerate(dimensions):
+        y = i * (height + gap) + gap / 2
+        out.append(
+            f'<text x="{left - 10}" y="{y + 16}" text-anchor="end">'
+            f"dim {i}: {split.size:,}</text>"
+        )
+        shown = min(split.parts, MAX_COLUMNS)
+        step = width / shown
+        for n in range(shown):
+            fill = "var(--whole)"
+            if split.parts > 1:
+                place = n / max(shown - 1, 1)
+                fill = (
+                    colour(place)
+                    if split_before == 0
+                    else f"hsl(0 0% {88 - 64 * place:.0f}%)"
+                )
+            out.append(
+                f'<rect x="{left + n * step:.2f}" y="{y}" width="{step:.2f}" '
+                f'height="{height}" fill="{fill}" class="cell"/>'
+            )
+        split_before += split.parts > 1
+        text = "whole"
+        if split.parts > 1:
+            text = f"{split.parts:,} parts over {'+'.join(split.axes)}"
+        out.append(f'<text x="{left + width + 10}" y="{y + 16}">{escape(text)}</text>')
+    out.append("</svg>")
+    return "".join(out)
+
+
+def _dimensions_in_words(dimensions: Sequence[Split]) -> str:
+    return "; ".join(
+        f"dimension {i} of {split.size:,}: "
+        + (
+            f"{split.parts:,} parts over {'+'.join(split.axes)}"
+            if split.parts > 1
+            else "whole"
+        )
+        for i, split in enumerate(dimensions)
+    )
+
+
+def _mesh_grid(dimensions: Sequence[Split], mesh: dict[str, int]) -> str:
+    """The mesh's cores: its last axis from left to right, the others downwards."""
+    *outer, last = mesh
+    columns, rows = mesh[last], math.prod(mesh[name] for name in outer)
+    per_column = math.ceil(columns / MAX_COLUMNS)
+    per_row = math.ceil(rows / MAX_ROWS)
+    shown_columns = math.ceil(columns / per_column)
+    shown_rows = math.ceil(rows / per_row)
+    cell = min(56, 704 / shown_columns)
+    cell_height = min(cell, 40) if rows > 1 else max(min(cell, 40), 34)
+    left, top = 120, 26
+    width, height = shown_columns * cell, shown_rows * cell_height
+    named = shown_columns * shown_rows <= _TITLED
+    out = [
+        f'<svg class="grid" viewBox="0 0 {left + 704 + 36} {top + height + 6:.0f}" '
+        f'role="img" aria-label="{escape(_grid_in_words(dimensions, mesh))}">',
+        f'<text x="{left}" y="16">{escape(last)} 0 to {columns - 1:,} &#8594;</text>',
+    ]
+    for r in range(shown_rows):
+        row = r * per_row
+        place = dict(zip(outer, _unravel(row, [mesh[n] for n in outer]), strict=True))
+        y = top + r * cell_height
+        if outer and (shown_rows <= 16 or r % 4 == 0):
+            label = ", ".join(f"{name} {n}" for name, n in place.items())
+            out.append(
+                f'<text x="{left - 8}" y="{y + cell_height / 2 + 4:.1f}" '
+                f'text-anchor="end">{escape(label)}</text>'
+            )
+        for c in range(shown_columns):
+            column = c * per_column
+            place[last] = column
+            parts = [_part(split, place, mesh) for split in dimensions]
+            fill = _part_colour(dimensions, parts) or "var(--whole)"
+            x = left + c * cell
+            shape = (
+                f'<rect class="cell" x="{x:.2f}" y="{y:.2f}" width="{cell:.2f}" '
+                f'height="{cell_height:.2f}" fill="{fill}"'
+            )
+            if not named:
+                out.append(f"{shape}/>")
+                continue
+            where = ", ".join(f"{name} {n}" for name, n in place.items())
+            held = ", ".join(
+                split.range_of(part)
+                for split, part in zip(dimensions, parts, strict=True)
+            )
+            out.append(f"{shape}><title>{escape(where)}: [{held}]</title></rect>")
+    out.append(
+        f'<rect class="frame" x="{left}" y="{top}" width="{width:.2f}" '
+        f'height="{height:.2f}"/></svg>'
+    )
+    cores = per_column * per_row
+    even = columns % per_column == 0 and rows % per_row == 0
+    each = f"{'' if even else 'up to '}{cores} neighbouring cores"
+    says = f"A cell is {'one core' if cores == 1 else each}."
+    split = sum(dimension.parts > 1 for dimension in dimensions)
+    if split:
+        says += " Cores of one colour hold the same part."
+    if split > 1:
+        says += (
+            " The hue is the part of the first dimension that is split, the lightness "
+            "that of the second."
+        )
+    return "".join(out) + f'<p class="quiet">{says}</p>'
+
+
+def _grid_in_words(dimensions: Sequence[Split], mesh: dict[str, int]) -> str:
+    parts = math.prod(split.parts for split in dimensions)
+    cores = math.prod(mesh.values())
+    axes = " by ".join(f"{name} {size:,}" for name, size in mesh.items())
+    return (
+        f"The mesh, {axes}: {parts:,} different parts, each on {cores // parts:,} of "
+        f"{cores:,} cores"
+    )
+
+
+def _part(split: Split, place: dict[str, int], mesh: dict[str, int]) -> int:
+    part = 0
+    for axis in split.axes:
+        part = part * mesh[axis] + place[axis]
+    return part
+
+
+def _unravel(index: int, sizes: Sequence[int]) -> list[int]:
+    found = []
+    for size in reversed(sizes):
+        index, n = divmod(index, size)
+        found.append(n)
+    return found[::-1]
+
+
+def chips(plan: Plan, wraps_at: int | None) -> str:
+    """The chips of a slice, their cores and links; of a CPU its virtual devices."""
+    if plan.chip is None:
+        return _loose_devices(plan.cores)
+    shape = plan.slice_shape
+    *layers, rows, columns = (1, 1, *shape)
+    panels = math.prod(layers)
+    step = max(8.0, min(56.0, 640 / max(columns * min(panels, 4), rows)))
+    box, margin = step * 0.66, step * 0.7
+    across = min(panels, max(1, int(1100 // (columns * step + 2 * margin))))
+    panel_width = columns * step + 2 * margin
+    panel_height = rows * step + 2 * margin + (18 if panels > 1 else 0)
+    rings = [
+        wraps_at is not None and n > 2 and n % wraps_at == 0 for n in (rows, columns)
+    ]
+    links, squares, cores, labels = [], [], [], []
+    per_chip = plan.chip["devices"]
+    for panel in range(panels):
+        left = (panel % across) * panel_width + margin
+        top = (panel // across) * panel_height + margin
+        if panels > 1:
+            top += 18
+            labels.append(
+                f'<text x="{left:.0f}" y="{top - 8 - margin * 0.4:.0f}">'
+                f"{escape(_panel_name(panel, layers, len(shape)))}</text>"
+            )
+        for r, c in itertools.product(range(rows), range(columns)):
+            x, y = left + c * step, top + r * step
+            squares.append(f"M{x:.1f} {y:.1f}h{box:.1f}v{box:.1f}h-{box:.1f}z")
+            cores.append(_cores(x, y, box, per_chip))
+            middle_x, middle_y = x + box / 2, y + box / 2
+            if c + 1 < columns:
+                links.append(f"M{x + box:.1f} {middle_y:.1f}h{step - box:.1f}")
+            if r + 1 < rows:
+                links.append(f"M{middle_x:.1f} {y + box:.1f}v{step - box:.1f}")
+            stub = margin * 0.5
+            if rings[1] and c == 0:
+                links.append(f"M{x:.1f} {middle_y:.1f}h-{stub:.1f}")
+            if rings[1] and c == columns - 1:
+                links.append(f"M{x + box:.1f} {middle_y:.1f}h{stub:.1f}")
+            if rings[0] and r == 0:
+                links.append(f"M{middle_x:.1f} {y:.1f}v-{stub:.1f}")
+            if rings[0] and r == rows - 1:
+                links.append(f"M{middle_x:.1f} {y + box:.1f}v{stub:.1f}")
+    width = across * panel_width
+    height = math.ceil(panels / across) * panel_height
+    words = (
+        f"{math.prod(shape):,} chips in a grid of {units.dims(shape)}, "
+        f"{per_chip} programmable cores each"
+    )
+    return (
+        f'<svg class="chips" viewBox="0 0 {width:.0f} {height:.0f}" '
+        f'style="max-width:{width:.0f}px" role="img" aria-label="{escape(words)}">'
+        f'<path class="links" d="{"".join(links)}"/>'
+        f'<path class="chip" d="{"".join(squares)}"/>'
+        f'<path class="core" d="{"".join(cores)}"/>{"".join(labels)}</svg>'
+    )
+
+
+def _panel_name(panel: int, layers: Sequence[int], dimensions: int) -> str:
+    place = _unravel(panel, layers)[-(dimensions - 2) :]
+    return ", ".join(f"dimension {i} = {n}" for i, n in enumerate(place))
+
+
+def _cores(x: float, y: float, box: float, count: int) -> str:
+    gap = box * 0.12
+    width = (box - gap * (count + 1)) / count
+    height = box - 2 * gap
+    return "".join(
+        f"M{x + gap + n * (width + gap):.1f} {y + gap:.1f}h{width:.1f}v{height:.1f}"
+        f"h-{width:.1f}z"
+        for n in range(count)
+    )
+
+
+def _loose_devices(count: int) -> str:
+    shown = min(count, 256)
+    columns = min(shown, 16)
+    rows = math.ceil(shown / columns)
+    boxes = "".join(
+        f"M{6 + 34 * (n % columns)} {6 + 34 * (n // columns)}h26v26h-26z"
+        for n in range(shown)
+    )
+    width = 34 * columns + 6
+    return (
+        f'<svg class="chips" viewBox="0 0 {width} {34 * rows + 6}" '
+        f'style="max-width:{width}px" role="img" '
+        f'aria-label="{count:,} virtual CPU devices">'
+        f'<path class="core" d="{boxes}"/></svg>'
+    )
