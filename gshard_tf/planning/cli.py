@@ -14,6 +14,7 @@ import keras
 import tensorflow as tf
 
 import gshard_tf
+from gshard_tf.planning import planner
 from gshard_tf.planning.abstract import AbstractStrategy
 from gshard_tf.planning.compare import compare
 from gshard_tf.planning.page import page
@@ -79,8 +80,10 @@ def _plan(options: argparse.Namespace) -> int:
     plans = []
     for name in options.topology:
         _say(f"planning for {name} ...")
+        # So that layers are called the same in every plan, whatever was built before.
+        keras.backend.clear_session()
         begun = time.perf_counter()
-        made = gshard_tf.plan(
+        made = planner.plan(
             build,
             name,
             mesh=options.mesh,
@@ -174,7 +177,6 @@ def _returned_batch(function: Callable[[], Any], options: argparse.Namespace) ->
         )
     with AbstractStrategy(mesh, _rules(options)).scope():
         _, batch = _split(_call(function, options.target))
-    keras.backend.clear_session()  # so that names begin anew for the plan
     if batch is None:
         raise ValueError(
             f"A plan needs the batch of a step. Give it by --batch, or return (model, "

@@ -1,6 +1,7 @@
 """What a page shows of a plan beyond its fields: alike things together, and parts."""
 
 import dataclasses
+import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
@@ -46,14 +47,18 @@ def alike(
 
 def _pattern(names: Sequence[str]) -> str:
     """`a_1/b` and `a_2/b` -> `a_*/b`."""
-    if len(set(names)) == 1:
-        return names[0]
-    parts = [re.split(r"/", name) for name in names]
-    shown = []
-    for column in zip(*parts, strict=True):
-        stem = max(column, key=lambda part: len(_NUMBER.findall(part)))
-        shown.append(stem if len(set(column)) == 1 else _NUMBER.sub("_*", stem))
-    return "/".join(shown)
+    parts = [name.split("/") for name in names]
+    return "/".join(_part(column) for column in zip(*parts, strict=True))
+
+
+def _part(column: Sequence[str]) -> str:
+    if len(set(column)) == 1:
+        return column[0]
+    head = os.path.commonprefix(column)
+    tails = [part[len(head) :][::-1] for part in column]
+    tail = os.path.commonprefix(tails)[::-1]
+    # A number is left out as a whole: `encoder_1` and `encoder_10` begin alike.
+    return f"{re.sub('[0-9]+$', '', head)}*{re.sub('^[0-9]+', '', tail)}"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -219,6 +219,11 @@ def _memory(plan: Plan) -> str:
             f'<div class="limit{side}" style="left:{place:.2f}%">'
             f"<b>a core has {units.size(capacity)}</b></div>"
         )
+    closer = ""
+    if total < 0.1 * scale:
+        closer = (
+            f'<p class="quiet">Only what is used:</p>{_bar(parts, total or 1, "tall")}'
+        )
     lines = "".join(
         f'<tr><th scope="row"><span class="key" style="--c:var(--{key})"></span>'
         f'{escape(label)}</th><td class="n">{units.size(value)}</td>'
@@ -227,7 +232,7 @@ def _memory(plan: Plan) -> str:
     )
     return (
         '<section class="card"><h3>Memory of a core</h3>'
-        f'<div class="memory">{_bar(parts, scale, "tall")}{limit}</div>'
+        f'<div class="memory">{_bar(parts, scale, "tall")}{limit}</div>{closer}'
         f'<table style="margin-top:14px"><tbody>{lines}</tbody><tfoot><tr>'
         f'<th scope="row">sum</th><td class="n">{units.size(total)}</td>'
         f'<td class="n">{units.percent(total, capacity or scale)}</td></tr></tfoot>'
@@ -236,17 +241,13 @@ def _memory(plan: Plan) -> str:
 
 
 def _time(plan: Plan) -> str:
-    out = (
-        '<section class="card"><h3>Time of a step: an estimate, not a measurement</h3>'
-    )
+    if not plan.fits:
+        return ""
+    out = '<section class="card"><h3>Time of a step: an estimate, not a measurement'
     t = plan.time
     if t is None:
-        why = (
-            "None: it does not fit."
-            if not plan.fits
-            else "None for a CPU, whose cores are virtual."
-        )
-        return f'{out}<p class="quiet">{why}</p></section>'
+        why = "None for a CPU, whose cores are virtual."
+        return f'{out}</h3><p class="quiet">{why}</p></section>'
     values = [
         ("products at the chip's peak", t.compute, "work"),
         ("memory accesses", t.hbm, "temporary"),
@@ -265,7 +266,7 @@ def _time(plan: Plan) -> str:
     )
     assumed = "".join(f"<li>{escape(text)}</li>" for text in t.assumptions)
     return (
-        f"{out}<table><tbody>{lines}</tbody></table>"
+        f"{out}</h3><table><tbody>{lines}</tbody></table>"
         f'<h4>It assumes</h4><ul class="quiet">{assumed}</ul></section>'
     )
 
@@ -506,13 +507,21 @@ def _devices(plan: Plan) -> str:
             f"{units.size(chip['hbm_bandwidth'])}/s, links of "
             f"{units.size(chip['link_bandwidth'])}/s in each direction"
             + (f"; its {per} cores share them" if per > 1 else "")
-            + ". Lines between chips are links; where they go on beyond the edge, the "
-            "ends are joined to a ring.</p>"
+            + f". {_links_in_words(plan, wraps_at)}</p>"
         )
     return (
         f'<section class="card"><h3>Devices: {escape(hardware(plan))}</h3>'
         f"{pictures.chips(plan, wraps_at)}{facts}</section>"
     )
+
+
+def _links_in_words(plan: Plan, wraps_at: int | None) -> str:
+    says = "Lines between chips are links"
+    if any(pictures.is_ring(n, wraps_at) for n in plan.slice_shape):
+        says += "; where they go on beyond the edge, the ends are joined to a ring"
+    if len(plan.slice_shape) > 2:
+        says += "; chips in the same place of neighbouring panels are linked too"
+    return f"{says}."
 
 
 def _made(plan: Plan) -> str:

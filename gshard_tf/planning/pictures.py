@@ -229,6 +229,11 @@ def _unravel(index: int, sizes: Sequence[int]) -> list[int]:
     return found[::-1]
 
 
+def is_ring(size: int, wraps_at: int | None) -> bool:
+    """Whether the ends of a dimension of a slice are linked; see `Chip.wraps_at`."""
+    return wraps_at is not None and size > 2 and size % wraps_at == 0
+
+
 def chips(plan: Plan, wraps_at: int | None) -> str:
     """The chips of a slice, their cores and links; of a CPU its virtual devices."""
     if plan.chip is None:
@@ -241,9 +246,7 @@ def chips(plan: Plan, wraps_at: int | None) -> str:
     across = min(panels, max(1, int(1100 // (columns * step + 2 * margin))))
     panel_width = columns * step + 2 * margin
     panel_height = rows * step + 2 * margin + (18 if panels > 1 else 0)
-    rings = [
-        wraps_at is not None and n > 2 and n % wraps_at == 0 for n in (rows, columns)
-    ]
+    rings = [is_ring(n, wraps_at) for n in (rows, columns)]
     links, squares, cores, labels = [], [], [], []
     per_chip = plan.chip["devices"]
     for panel in range(panels):

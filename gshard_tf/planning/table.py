@@ -27,6 +27,8 @@ def table(plan: Plan) -> str:
     lines += _work(plan)
     for text in plan.complaints[:_NOTES]:
         lines += _wrapped(text, "! ")
+    if len(plan.complaints) > _NOTES:
+        lines.append(f"! and {len(plan.complaints) - _NOTES} more complaints")
     for text in plan.advice:
         lines += _wrapped(text, "> ")
     lines += _made_by(plan)

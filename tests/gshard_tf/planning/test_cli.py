@@ -3,6 +3,7 @@
 import json
 import pathlib
 import re
+import shlex
 import subprocess
 import sys
 import textwrap
@@ -16,6 +17,7 @@ from processes import ROOT, run_python
 
 import gshard_plan
 import gshard_tf
+from gshard_tf.planning import planner
 from gshard_tf.planning.abstract import AbstractStrategy
 from gshard_tf.planning.plan import Plan
 
@@ -52,7 +54,7 @@ def model_file(tmp_path):
 
 @pytest.fixture
 def asked(monkeypatch):
-    """Replaces `gshard_tf.plan`; what it was asked for. A v5e has too little memory."""
+    """Replaces `plan`; what it was asked for. A v5e has too little memory."""
     calls = []
 
     def plan(model, topology, **arguments):
@@ -65,7 +67,7 @@ def asked(monkeypatch):
             return plan_samples.out_of_memory()
         return plan_samples.moe(topology=topology)
 
-    monkeypatch.setattr(gshard_tf, "plan", plan, raising=False)
+    monkeypatch.setattr(planner, "plan", plan)
     return calls
 
 
@@ -171,6 +173,22 @@ def test_what_plan_is_asked(model_file, asked, capsys):
     assert "planning for v3:8x8" in err
 
 
+def test_every_plan_has_the_same_names(model_file, asked, capsys):
+    command(
+        capsys,
+        f"{model_file}:with_batch",
+        "--topology",
+        "v3:8x8",
+        "--topology",
+        "v4:2x2x2",
+    )
+    first, second = ([w.path for w in call["model"].weights] for call in asked)
+    assert first == second == [
+        "small/dense/kernel", "small/dense/bias", "small/dense_1/kernel",
+        "small/dense_1/bias",
+    ]  # fmt: skip
+
+
 def test_defaults_and_the_batch_of_the_function(model_file, asked, capsys):
     status, _, _ = command(capsys, f"{model_file}:with_batch", "--topology", "v3:8x8")
     assert status == 0
@@ -266,7 +284,7 @@ def test_errors_of_the_compiler_keep_their_traceback(
     def plan(*arguments, **named):
         raise CompilerError("INTERNAL")
 
-    monkeypatch.setattr(gshard_tf, "plan", plan)
+    monkeypatch.setattr(planner, "plan", plan)
     with pytest.raises(CompilerError):
         command(capsys, f"{model_file}:build", "--batch", BATCH, "--topology", "v3:8x8")
 
@@ -313,3 +331,18 @@ def test_the_entry_point():
     text = pathlib.Path(ROOT, "setup.py").read_text()
     assert '"gshard-plan=gshard_plan:main"' in text
     assert 'py_modules=["gshard_plan"]' in text
+
+
+def test_the_documented_command(tmp_path, asked, capsys, monkeypatch):
+    text = pathlib.Path(ROOT, "docs", "planning.md").read_text()
+    section = text[text.index("## The command") : text.index("## The page")]
+    [source] = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
+    [line] = re.findall(r"```bash\n(.*?)```", section, flags=re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    pathlib.Path("model.py").write_text(source)
+    program, *arguments = shlex.split(line.replace("\\\n", " "))
+    status, _, err = command(capsys, *arguments)
+    assert (program, status) == ("gshard-plan", 0), err
+    assert asked[0]["rules"].rules == {"batch": "data"}
+    assert pathlib.Path("plan.json").is_file() and pathlib.Path("plan.html").is_file()

@@ -80,6 +80,16 @@ def test_cpu():
     assert "estimate" not in text
 
 
+def test_what_is_left_out_is_counted():
+    plan = dataclasses.replace(
+        plan_samples.cpu(), complaints=[f"no {i}" for i in range(9)]
+    )
+    text = table(plan)
+    line_with(text, "! no 3")
+    assert "no 4" not in text
+    line_with(text, "! and 5 more complaints")
+
+
 def test_nothing_to_tell():
     plan = dataclasses.replace(
         plan_samples.cpu(), weights=[], communication=[], reshards=[], rules={},
@@ -108,10 +118,18 @@ def test_alike():
     names = ["a/moe/wi", "a/moe_1/wi", "a/moe_12/wi", "a/dense/wi", "b3_kernel"]
     found = {g.name: g.items for g in grouping.alike(names, lambda n: n)}
     assert found == {
-        "a/moe_*/wi": names[:3],
+        "a/moe*/wi": names[:3],
         "a/dense/wi": ["a/dense/wi"],
         "b3_kernel": ["b3_kernel"],
     }
+    for several, pattern in (
+        (["top_2_router", "top_2_router_1"], "top_2_router*"),
+        (["encoder_1/wi", "encoder_10/wi", "encoder_11/wi"], "encoder_*/wi"),
+        (["adam/e_1_wi_m", "adam/e_12_wi_m"], "adam/e_*_wi_m"),
+        (["a_1", "a_1_1"], "a_*"),
+    ):
+        [group] = grouping.alike(several, lambda n: n)
+        assert (group.name, group.items) == (pattern, several)
     by_size = grouping.alike(names[:2], lambda n: n, len)
     assert [g.name for g in by_size] == names[:2]
 
