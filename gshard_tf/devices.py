@@ -69,6 +69,13 @@ def mesh_devices(mesh: dtensor.Mesh) -> list[Any]:
     return devices[: mesh.size]
 
 
+def cpu_devices(count: int) -> list[Any]:
+    """The first `count` CPU devices of jax, which `request_cpu_devices` made."""
+    import jax
+
+    return jax.devices("cpu")[:count]
+
+
 def topology_devices(name: str) -> list[Any]:
     """The devices of a TPU slice, for compiling; nothing can run on them.
 

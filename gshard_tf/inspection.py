@@ -4,23 +4,18 @@ import dataclasses
 import math
 import re
 
+import numpy as np
+
+from gshard_tf import hlo_text
 from gshard_tf.program import SpmdProgram
 
-_KINDS = (
+KINDS = (
     "all-to-all",
     "all-gather",
     "all-reduce",
     "reduce-scatter",
     "collective-permute",
 )
-# %name = f32[2,8]{1,0} all-gather(...) or a tuple of shapes; a `-start` of an
-# asynchronous pair counts, its `-done` does not.
-_COLLECTIVE = re.compile(
-    rf"%?(?P<name>[\w.\-]+) = (?P<shape>\([^)]*\)|\S+) "
-    rf"(?P<kind>{'|'.join(_KINDS)})(?:-start)?\("
-)
-_ARRAY = re.compile(r"(?P<dtype>[a-z]+\d*\w*)\[(?P<dims>[\d,]*)\]")
-_WORD_BITS = re.compile(r"\d+")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,48 +27,105 @@ class Collective:
         shapes: The arrays that each device receives, `(dtype, dimensions)` each.
         bytes: Their size in bytes, per device.
         op_name: The operation that it stems from, if the program says.
+        times: How often it runs: more than once in a loop.
+        groups: The devices that communicate with each other, one row per group;
+            None for a permutation.
+        pairs: Of a permutation, `[number, 2]` sources and targets; else None.
+        dimension: The dimension that an all-gather puts together, else None.
     """
 
     kind: str
     shapes: tuple[tuple[str, tuple[int, ...]], ...]
     bytes: int
     op_name: str
+    times: int = 1
+    groups: np.ndarray | None = dataclasses.field(default=None, compare=False)
+    pairs: np.ndarray | None = dataclasses.field(default=None, compare=False)
+    dimension: int | None = None
 
 
 def collectives(program: SpmdProgram) -> list[Collective]:
     """The communication of a compiled program, in program order."""
-    return parse_collectives(program.compiled.as_text())
+    return collectives_of(hlo_text.parse(program.compiled.as_text()))
 
 
-def parse_collectives(hlo_text: str) -> list[Collective]:
-    """The same, from the text of an optimized HLO module."""
+def collectives_of(module: hlo_text.Module) -> list[Collective]:
+    """The same, of a module that has been read already."""
     found = []
-    for line in hlo_text.splitlines():
-        match = _COLLECTIVE.search(line)
-        if match is None:
+    for instruction, _, times in module.executed():
+        # Of an asynchronous pair the start counts, not the end.
+        kind = instruction.opcode.removesuffix("-start")
+        if kind not in KINDS:
             continue
-        shapes = tuple(
-            (array["dtype"], tuple(int(d) for d in array["dims"].split(",") if d))
-            for array in _ARRAY.finditer(re.sub(r"\{[^}]*\}", "", match["shape"]))
-        )
-        op_name = re.search(r'op_name="([^"]*)"', line)
+        arrays = instruction.arrays
+        if instruction.opcode != kind and len(arrays) > 1:
+            # (operands, results, what else the pair needs)
+            count = len(instruction.operands)
+            arrays = arrays[count : 2 * count]
+        dimension = re.search(r"dimensions=\{(\d+)\}", instruction.attributes)
         found.append(
             Collective(
-                kind=match["kind"],
-                shapes=shapes,
-                bytes=sum(_bytes(dtype) * math.prod(dims) for dtype, dims in shapes),
-                op_name=op_name[1] if op_name else "",
+                kind=kind,
+                shapes=tuple((a.dtype, a.dims) for a in arrays),
+                bytes=sum(a.bytes for a in arrays),
+                op_name=instruction.op_name,
+                times=times,
+                groups=_groups(instruction.attributes),
+                pairs=_pairs(instruction.attributes),
+                dimension=int(dimension[1]) if dimension else None,
             )
         )
     return found
 
 
-def _bytes(dtype: str) -> int:
-    if dtype == "pred":
-        return 1
-    # f32 -> 4, bf16 -> 2, s64 -> 8, f8e4m3fn -> 1
-    bits = _WORD_BITS.search(dtype)
-    return max(1, int(bits[0]) // 8) if bits else 0
+def _groups(attributes: str) -> np.ndarray | None:
+    # {{0,1},{2,3}}, or [2,4]<=[8], or [4,2]<=[2,4]T(1,0), or mesh['a'=2,'b'=4] {'b'}
+    axes = re.search(r"replica_groups=mesh\[([^\]]*)\] *\{([^}]*)\}", attributes)
+    if axes:
+        return _groups_of_axes(axes[1], axes[2])
+    listed = re.search(r"replica_groups=\{(\{[\d,{} ]*\})\}", attributes)
+    if listed:
+        rows = re.findall(r"\{([\d, ]*)\}", listed[1])
+        return np.array([[int(i) for i in row.split(",") if i] for row in rows])
+    made = re.search(
+        r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes
+    )
+    if made is None:
+        return None
+    shape, source = (tuple(map(int, made[i].split(","))) for i in (1, 2))
+    devices = np.arange(math.prod(source)).reshape(source)
+    if made[3]:
+        devices = devices.transpose([int(d) for d in made[3].split(",")])
+    return devices.reshape(shape)
+
+
+def _groups_of_axes(mesh: str, axes: str) -> np.ndarray:
+    """The groups along some axes of XLA's own mesh, or parts `'a':(2)4` of axes."""
+    sizes = {name: int(n) for name, n in re.findall(r"'(\w+)'=(\d+)", mesh)}
+    devices = np.arange(math.prod(sizes.values())).reshape(list(sizes.values()))
+    names = list(sizes)
+    chosen = []
+    for name, before, size in re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", axes):
+        at = names.index(name)
+        if size:  # the part of an axis with `before` in front of it
+            parts = [int(before), int(size), -1]
+            shape = devices.shape
+            devices = devices.reshape([*shape[:at], *parts, *shape[at + 1 :]])
+            names[at : at + 1] = [f"{name}:before", f"{name}:{before}", name]
+            name = f"{name}:{before}"
+        chosen.append(name)
+    order = [i for i, name in enumerate(names) if name not in chosen]
+    order += [names.index(name) for name in chosen]
+    size = math.prod(devices.shape[names.index(name)] for name in chosen)
+    return devices.transpose(order).reshape(-1, size)
+
+
+def _pairs(attributes: str) -> np.ndarray | None:
+    listed = re.search(r"source_target_pairs=\{(\{[\d,{} ]*\})\}", attributes)
+    if listed is None:
+        return None
+    rows = re.findall(r"\{(\d+),(\d+)\}", listed[1])
+    return np.array(rows, np.int64).reshape(-1, 2)
 
 
 def argument_bytes(program: SpmdProgram) -> list[tuple[str, int, int]]:

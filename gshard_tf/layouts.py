@@ -12,8 +12,8 @@ import tensorflow as tf
 from tensorflow.experimental import dtensor
 
 from gshard_tf.annotations import named_axes
+from gshard_tf.placed import PlacedVariable
 from gshard_tf.rules import AxisRules
-from gshard_tf.variables import MeshVariable
 
 # A weight of more bytes than this that no rule mentions is worth a warning.
 LARGE_BYTES = 1 << 20
@@ -44,19 +44,19 @@ class Layouts:
         self._large: dict[str, int] = {}
         self._warned: set[str] = set()
 
-    def note_created(self, variable: MeshVariable, reference: Any) -> None:
+    def note_created(self, variable: PlacedVariable, reference: Any) -> None:
         """Notes whose variable this is: a Keras layer's, or a slot of a weight."""
-        keras_variable = _keras_variable_being_made()
+        keras_variable = keras_variable_being_made()
         if keras_variable is not None:
             variable.keras_variable = weakref.ref(keras_variable)
-        if isinstance(reference, MeshVariable):
+        if isinstance(reference, PlacedVariable):
             variable.reference = reference
             variable.reference_dims = tuple(range(reference.shape.rank))
             self._adopt_factors(reference, _scope(variable))
         else:
             self._loose.append(weakref.ref(variable))
 
-    def _adopt_factors(self, reference: MeshVariable, scope: str | None) -> None:
+    def _adopt_factors(self, reference: PlacedVariable, scope: str | None) -> None:
         # Keras's Adafactor makes a weight's row and column factors just before the
         # slot that names the weight, and gives them nothing else to go by than the
         # optimizer's own name scope.
@@ -73,13 +73,13 @@ class Layouts:
                     break
         self._loose.clear()
 
-    def of(self, variable: MeshVariable) -> Decision:
+    def of(self, variable: PlacedVariable) -> Decision:
         """The layout of a variable, and why."""
         if variable.decision is None:
             variable.decision = self._decide(variable)
         return variable.decision
 
-    def _decide(self, variable: MeshVariable) -> Decision:
+    def _decide(self, variable: PlacedVariable) -> Decision:
         keras_variable = variable.keras_variable and variable.keras_variable()
         name = variable.path
         shape = tuple(variable.shape)
@@ -180,13 +180,14 @@ def _names(axes: tuple[str | None, ...]) -> str:
     return "(" + ", ".join("-" if axis is None else axis for axis in axes) + ")"
 
 
-def _scope(variable: MeshVariable) -> str | None:
+def _scope(variable: PlacedVariable) -> str | None:
     """The name scope that a Keras variable was made in, such as an optimizer's."""
     keras_variable = variable.keras_variable and variable.keras_variable()
     return None if keras_variable is None else keras_variable.path.rpartition("/")[0]
 
 
-def _keras_variable_being_made() -> keras.Variable | None:
+def keras_variable_being_made() -> keras.Variable | None:
+    """The Keras variable for which TensorFlow is making one now, or None."""
     # Keras gives `tf.Variable` neither the path of the variable nor itself, so look
     # up the stack for the `keras.Variable` whose value is being made. (A few frames:
     # TensorFlow's chain of creators lies between.)

@@ -59,6 +59,17 @@ class _ByIdentity:
         self.value = value
 
 
+def hlo_as_text(hlo: bytes) -> str:
+    """The text of a serialised HLO module."""
+    # Private API: jaxlib's own printer of its modules, which has no public name.
+    from jaxlib import _hlo
+
+    options = _hlo.HloPrintOptions()
+    options.print_metadata = True  # which operation each instruction stems from
+    module = _hlo.HloModule.from_serialized_hlo_module_proto(hlo)
+    return module.to_string(options)
+
+
 def named_sharding(layout: dtensor.Layout, mesh: Any) -> Any:
     """A DTensor layout as jax's `NamedSharding` on `mesh`."""
     from jax.sharding import NamedSharding, PartitionSpec

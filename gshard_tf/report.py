@@ -8,7 +8,7 @@ import numpy as np
 from tensorflow.experimental import dtensor
 
 from gshard_tf.layouts import Layouts
-from gshard_tf.variables import MeshVariable
+from gshard_tf.placed import PlacedVariable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Description:
 def describe(
     model: keras.Model,
     layouts: Layouts,
-    ours: Callable[[keras.Variable], MeshVariable],
+    ours: Callable[[keras.Variable], PlacedVariable],
 ) -> Description:
     """The description of a built model; see `SpmdStrategy.describe`.
 

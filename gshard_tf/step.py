@@ -11,6 +11,7 @@ from tensorflow.experimental import dtensor
 
 from gshard_tf import lowering
 from gshard_tf.keras_threads import keras_state, use_keras_state
+from gshard_tf.placed import PlacedVariable
 from gshard_tf.program import Placement, SpmdProgram
 from gshard_tf.variables import MeshVariable
 
@@ -212,7 +213,7 @@ def compile_step(
     """
     layouts = []
     for value in step.captures:
-        if isinstance(value, MeshVariable):
+        if isinstance(value, PlacedVariable):
             layouts.append(extended.layouts.of(value).layout)
         else:
             layouts.append(dtensor.Layout.replicated(extended.mesh, value.shape.rank))

@@ -10,16 +10,10 @@ import keras
 import tensorflow as tf
 from tensorflow.experimental import dtensor
 
-# Private API: the extended half of OneDeviceStrategy, which feeds one global batch to
-# one replica, as we do. On an upgrade, check `_create_variable` and
-# `_call_for_each_replica`.
-from tensorflow.python.distribute import one_device_strategy
-
 # Private API: whether a graph is going to be compiled by TensorFlow itself.
 from tensorflow.python.ops import control_flow_util
 
-from gshard_tf.layouts import Layouts
-from gshard_tf.mesh import use_mesh
+from gshard_tf.mesh_extended import MeshExtended
 from gshard_tf.program import Placement, SpmdProgram
 from gshard_tf.report import Description, describe
 from gshard_tf.rules import AxisRules
@@ -75,10 +69,6 @@ class SpmdStrategy(tf.distribute.Strategy):
                 "SpmdStrategy runs on CPU and GPU devices; on TPUs, TensorFlow's own "
                 "TPUStrategy partitions. Received: mesh of TPU devices"
             )
-        rules = AxisRules.default(mesh) if rules is None else rules
-        if not isinstance(rules, AxisRules):
-            raise ValueError(f"rules is an AxisRules. Received: {rules!r}")
-        rules.check(mesh)
         super().__init__(SpmdExtended(self, mesh, rules, check_numerics))
 
     @property
@@ -116,19 +106,17 @@ class SpmdStrategy(tf.distribute.Strategy):
         return describe(model, self.extended.layouts, self.extended.ours)
 
 
-class SpmdExtended(one_device_strategy.OneDeviceExtended):
-    """What `tf.distribute` asks of a strategy behind its public face."""
+class SpmdExtended(MeshExtended):
+    """What `tf.distribute` asks of `SpmdStrategy` behind its public face."""
 
     def __init__(
         self,
         container: SpmdStrategy,
         mesh: dtensor.Mesh,
-        rules: AxisRules,
+        rules: AxisRules | None,
         check_numerics: bool,
     ):
-        super().__init__(container, "/cpu:0")
-        self.mesh = mesh
-        self.layouts = Layouts(mesh, rules)
+        super().__init__(container, mesh, rules)
         self.placement = Placement(mesh)
         self.check_numerics = check_numerics
         self.residence = _Residence(self.placement)
@@ -136,33 +124,14 @@ class SpmdExtended(one_device_strategy.OneDeviceExtended):
         self.steps_run: collections.Counter[str] = collections.Counter()
         self.last_error: Exception | None = None
         self._graph_functions = weakref.WeakKeyDictionary()
-        self._tracing = _Tracing()
 
-    def _create_variable(self, next_creator: Callable, **kwargs: Any) -> tf.Variable:
-        del next_creator  # it would make a plain variable
-        reference = kwargs.pop("colocate_with", None)
-        for unused in ("use_resource", "experimental_batch_initialization"):
-            kwargs.pop(unused, None)
-        with tf.device(self._device):
-            variable = MeshVariable(**kwargs)
-        self.layouts.note_created(variable, reference)
+    def make_variable(self, **kwargs: Any) -> MeshVariable:
+        variable = MeshVariable(**kwargs)
         variable.residence = self.residence
         return variable
 
-    def ours(self, variable: tf.Variable | keras.Variable) -> MeshVariable:
-        """The variable itself; raises `ValueError` for one that is not ours."""
-        value = variable.value if isinstance(variable, keras.Variable) else variable
-        if getattr(value, "residence", None) is not self.residence:
-            name = getattr(variable, "path", getattr(variable, "name", variable))
-            raise ValueError(
-                f"The variable {name!r} was not made inside this SpmdStrategy's "
-                "scope, so it does not live on its mesh. Make the model, and compile "
-                "it, inside `with strategy.scope():`."
-            )
-        return value
-
-    def _validate_colocate_with_variable(self, colocate_with_variable: Any) -> None:
-        self.ours(colocate_with_variable)
+    def is_ours(self, value: Any) -> bool:
+        return getattr(value, "residence", None) is self.residence
 
     def _experimental_distribute_dataset(self, dataset: Any, options: Any) -> Any:
         # One replica takes the global batch, and the program cuts it up; a
@@ -177,7 +146,7 @@ class SpmdExtended(one_device_strategy.OneDeviceExtended):
         return dataset_fn(tf.distribute.InputContext())
 
     def _call_for_each_replica(self, fn: Callable, args: tuple, kwargs: dict) -> Any:
-        if self._tracing.depth:
+        if self.is_tracing:
             # The step calls for itself again, as Keras's LossScaleOptimizer does.
             return super()._call_for_each_replica(fn, args, kwargs)
         if not tf.executing_eagerly():
@@ -201,21 +170,6 @@ class SpmdExtended(one_device_strategy.OneDeviceExtended):
 
             self._graph_functions[fn] = run
         return self._graph_functions[fn]
-
-    def call_fn(self, fn: Callable, args: tuple, kwargs: dict) -> Any:
-        """Calls `fn` as the step of the only replica, with annotations switched on."""
-        self._tracing.depth += 1
-        try:
-            with use_mesh(self.mesh, self.layouts.rules):
-                return super()._call_for_each_replica(fn, args, kwargs)
-        finally:
-            self._tracing.depth -= 1
-
-
-class _Tracing(threading.local):
-    """How many steps this thread is tracing, one inside the other."""
-
-    depth = 0
 
 
 class _Residence:

@@ -27,6 +27,8 @@ from keras.src.backend.common.symbolic_scope import in_symbolic_scope
 from tensorflow.python.eager import context
 from tensorflow.python.ops import gen_resource_variable_ops, resource_variable_ops
 
+from gshard_tf.placed import PlacedVariable
+
 
 class _Raw(threading.local):
     depth = 0
@@ -53,31 +55,14 @@ class Residence(Protocol):
     def to_host(self, device_value: Any) -> np.ndarray: ...
 
 
-class MeshVariable(resource_variable_ops.ResourceVariable):
-    """A `tf.Variable` that a strategy keeps on its mesh.
-
-    Attributes:
-        keras_variable: Weak reference to the `keras.Variable` that holds it, or None.
-        reference: The weight that this optimizer slot belongs to, or None.
-        reference_dims: Which dimensions of `reference` its own are.
-        decision: Its layout and the reason for it, once decided.
-    """
+class MeshVariable(PlacedVariable, resource_variable_ops.ResourceVariable):
+    """A `tf.Variable` that a strategy keeps on its mesh."""
 
     residence: Residence | None = None
-    keras_variable: weakref.ref | None = None
-    reference: "MeshVariable | None" = None
-    reference_dims: tuple[int, ...] | None = None
-    decision: Any = None
     _device_value: Any = None
     _host_is_fresh: bool = True
     _foreign_graphs: weakref.WeakSet | None = None
     _resource: tf.Tensor
-
-    @property
-    def path(self) -> str:
-        """Keras's path of the weight where it is Keras's, else TensorFlow's name."""
-        keras_variable = self.keras_variable and self.keras_variable()
-        return self.name if keras_variable is None else keras_variable.path
 
     # -- the two homes ---------------------------------------------------------
 

@@ -168,7 +168,10 @@ class Router(keras.layers.Layer):
         if training and self.jitter:
             noise = self.uniform(inputs, 3)  # [G, S, M]
             inputs = inputs * (1.0 + self.jitter * (2.0 * noise - 1.0))
-        logits = tf.einsum("GSM,ME->GSE", inputs, self.kernel)
+        # Annotated where it is used, as in the paper: the partitioner would split its
+        # gradient by experts, and gather the new weights.
+        kernel = annotate(self.kernel, ("embed", None))
+        logits = tf.einsum("GSM,ME->GSE", inputs, kernel)
         logits = annotate(logits, ("group", None, None))
         if self.logit_cap is not None:
             logits = self.logit_cap * tf.tanh(logits / self.logit_cap)

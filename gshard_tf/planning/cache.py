@@ -1,0 +1,82 @@
+"""Plans on disk, found by what they are made from."""
+
+import hashlib
+import json
+import os
+import pathlib
+import re
+import tempfile
+from collections.abc import Sequence
+
+from tensorflow.experimental import dtensor
+
+from gshard_tf.lowering import LoweredStep
+from gshard_tf.planning.plan import FORMAT, Plan, Weight
+from gshard_tf.program import hlo_as_text
+
+
+def content_key(
+    step: LoweredStep,
+    weights: Sequence[Weight],
+    topology: str,
+    mesh: dtensor.Mesh,
+    mode: str,
+    versions: dict[str, str],
+) -> str:
+    """A hash of everything that a plan depends on."""
+    # Where the model's source lies does not matter to its plan.
+    text = re.sub(
+        r'(source_file="[^"]*"|source_(end_)?(line|column)=\d+|stack_frame_id=\d+)',
+        "",
+        hlo_as_text(step.hlo),
+    )
+    # The first lines list source files.
+    text = text[text.find("\n%") :]
+    rest = {
+        "format": FORMAT,
+        "weights": [[w.path, w.role, w.rule, w.layout] for w in weights],
+        "topology": topology,
+        "mesh": list(zip(mesh.dim_names, mesh.shape(), strict=True)),
+        "mode": mode,
+        "versions": versions,
+    }
+    digest = hashlib.sha256(text.encode())
+    digest.update(json.dumps(rest, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+class Cache:
+    """A folder of plans, one file each; without a folder it holds nothing."""
+
+    def __init__(self, folder: pathlib.Path | None):
+        self.folder = folder
+
+    @classmethod
+    def of(cls, cache: bool | str | os.PathLike) -> "Cache":
+        """The cache that `plan` was asked to use."""
+        if cache is False:
+            return cls(None)
+        if cache is True:
+            base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+            return cls(pathlib.Path(base).expanduser() / "gshard_tf" / "plans")
+        return cls(pathlib.Path(cache))
+
+    def load(self, key: str) -> Plan | None:
+        """The plan of a key, or None."""
+        if self.folder is None:
+            return None
+        path = self.folder / f"{key}.json"
+        if not path.is_file():
+            return None
+        return Plan.from_json(path.read_text())
+
+    def save(self, plan: Plan) -> None:
+        """Keeps a plan; a reader never sees half of one."""
+        if self.folder is None:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(
+            "w", dir=self.folder, suffix=".part", delete=False
+        ) as file:
+            file.write(plan.to_json())
+        os.replace(file.name, self.folder / f"{plan.key}.json")

@@ -1,0 +1,138 @@
+"""The chips that can be planned for, and what their makers say of them.
+
+Figures per chip are Google's own (cloud.google.com/tpu/docs, the page of each
+version; memory and bandwidths in decimal bytes). The interconnect of a link is the
+stated bandwidth of the chip over its ports and both directions. The pages of v3 and v4
+give none: v3 has 656 Gbit/s a link and direction (Jouppi et al., "A Domain-Specific
+Supercomputer for Training Deep Neural Networks", CACM 2020), v4 50 GB/s (Jouppi et al.,
+"TPU v4", ISCA 2023).
+"""
+
+import dataclasses
+import difflib
+import itertools
+import math
+import re
+from typing import Any
+
+from gshard_tf.devices import cpu_devices, request_cpu_devices, topology_devices
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What one chip is, as its maker states it.
+
+    Attributes:
+        name: As the TPU compiler calls it.
+        devices: How many devices jax sees on it: 2 where the two cores are
+            programmed apart (v3), 1 where they act as one.
+        flops: Products in bfloat16 with float32 sums, per second.
+        hbm_bytes: Memory.
+        hbm_bandwidth: Bytes per second to and from it.
+        link_bandwidth: Bytes per second of one link in one direction.
+        dimensions: Of the torus that the links make.
+        wraps_at: A dimension of a slice is a ring if its size is a multiple of this,
+            else a line.
+        slices: The slices that are tried when looking for a name's neighbours.
+    """
+
+    name: str
+    devices: int
+    flops: float
+    hbm_bytes: float
+    hbm_bandwidth: float
+    link_bandwidth: float
+    dimensions: int
+    wraps_at: int
+    slices: tuple[str, ...]
+
+
+def _square(*sizes: int) -> tuple[str, ...]:
+    return tuple(f"{n}x{m}" for n in sizes for m in (n, 2 * n))
+
+
+def _cubes(*sizes: int) -> tuple[str, ...]:
+    return tuple(
+        "x".join(map(str, s)) for s in itertools.combinations_with_replacement(sizes, 3)
+    )
+
+
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        Chip("v3", 2, 123e12, 32 * 2**30, 900e9, 82e9, 2, 32, _square(2, 4, 8, 16, 32)),
+        Chip("v4", 2, 275e12, 32 * 2**30, 1228e9, 50e9, 3, 4, _cubes(2, 4, 8, 16)),
+        Chip("v5e", 1, 197e12, 16e9, 819e9, 50e9, 2, 16, ("1x1", "2x2", "2x4", "4x4",
+             "4x8", "8x8", "8x16", "16x16")),
+        Chip("v5p", 1, 459e12, 95e9, 2765e9, 100e9, 3, 4, _cubes(2, 4, 8, 16)),
+        Chip("v6e", 1, 918e12, 32e9, 1638e9, 100e9, 2, 16, ("1x1", "2x2", "2x4", "4x4",
+             "4x8", "8x8", "8x16", "16x16")),
+    )
+}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """A slice of chips, or N virtual CPU devices (`chip` is None then).
+
+    Attributes:
+        name: As it was asked for.
+        devices: jax devices in their order; for a CPU they exist.
+        chip: What each chip is.
+        shape: Chips along each dimension of the slice.
+    """
+
+    name: str
+    devices: list[Any]
+    chip: Chip | None
+    shape: tuple[int, ...]
+
+    @property
+    def hbm_bytes(self) -> float | None:
+        """Memory that a device has; None where it is the host's."""
+        return self.chip and self.chip.hbm_bytes / self.chip.devices
+
+
+def find_topology(name: str) -> Topology:
+    """The topology of a name, `"v3:8x8"` or `"cpu:8"`.
+
+    Raises:
+        ValueError: for a name that the compiler does not know; it says which ones
+            near it are known.
+        ImportError: when the TPU compiler is not installed.
+        RuntimeError: when jax has already started with fewer CPU devices.
+    """
+    found = re.fullmatch(r"cpu:(\d+)", name)
+    if found and int(found[1]) > 0:
+        count = int(found[1])
+        request_cpu_devices(count)
+        return Topology(name, cpu_devices(count), None, (count,))
+    kind, _, shape = name.partition(":")
+    if kind not in CHIPS or not re.fullmatch(r"\d+(x\d+)*", shape):
+        raise ValueError(_unknown(name))
+    try:
+        devices = topology_devices(name)
+    except ValueError as error:
+        raise ValueError(_unknown(name)) from error
+    return Topology(name, devices, CHIPS[kind], tuple(int(n) for n in shape.split("x")))
+
+
+def _unknown(name: str) -> str:
+    kind, _, shape = name.partition(":")
+    said = (
+        f"Received: topology={name!r}. A topology is a chip and its slice, such as "
+        "'v3:8x8' (64 chips, 128 cores), or 'cpu:8'"
+    )
+    if kind not in CHIPS:
+        near = difflib.get_close_matches(kind, [*CHIPS, "cpu"], n=2, cutoff=0.4)
+        return f"{said}. Chips: {', '.join(near or [*CHIPS, 'cpu'])}."
+    wanted = math.prod(int(n) for n in re.findall(r"\d+", shape)) or 1
+
+    def distance(candidate: str) -> float:
+        size = math.prod(int(n) for n in candidate.split("x"))
+        return abs(math.log(size / wanted))
+
+    near = sorted(CHIPS[kind].slices, key=distance)[:4]
+    return f"{said}. The nearest that the compiler knows: " + ", ".join(
+        f"{kind}:{n}" for n in near
+    )

@@ -1,0 +1,107 @@
+"""Memory per core: of a program that fits, and of one that does not."""
+
+import re
+from collections.abc import Sequence
+
+from tensorflow.experimental import dtensor
+
+from gshard_tf.planning import names
+from gshard_tf.planning.plan import Buffer, Memory, OutOfMemory, Weight
+from gshard_tf.program import SpmdProgram
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def memory_of(program: SpmdProgram, capacity: float | None) -> Memory:
+    """What the compiled program says that it needs per core."""
+    found = program.compiled.memory_analysis()
+    return Memory(
+        arguments=found.argument_size_in_bytes,
+        # What takes the place of a donated argument needs no room of its own.
+        outputs=found.output_size_in_bytes - found.alias_size_in_bytes,
+        temporaries=found.temp_size_in_bytes,
+        code=found.generated_code_size_in_bytes,
+        capacity=capacity,
+    )
+
+
+def out_of_memory(
+    message: str, capacity: float | None, tree: names.Tree
+) -> OutOfMemory | None:
+    """What the compiler says when a program does not fit; None if it says other."""
+    used = re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", message)
+    if used:
+        needed, available = _size(used[1], used[2]), _size(used[3], used[4])
+    else:
+        lone = re.search(
+            r"\(([\d.]+)([KMGT]?)\) exceeds available HBM \(([\d.]+)([KMGT]?)\)",
+            message,
+        )
+        if lone is None:
+            return None
+        needed, available = _size(lone[1], lone[2]), _size(lone[3], lone[4])
+    buffers = []
+    for block in re.split(r"\n\s*\d+\. Size: ", message)[1:]:
+        size = re.match(r"([\d.]+)([KMGT]?)", block)
+        shape = re.search(r"Shape: (\S+?)(?:\{|\s|$)", block)
+        op_name = re.search(r'op_name="([^"]*)"', block)
+        name = op_name[1] if op_name else ""
+        buffers.append(
+            Buffer(
+                bytes=int(_size(size[1], size[2])),
+                shape=shape[1] if shape else "",
+                layer=names.layer_of(name, tree),
+                operation=names.operation_of(name),
+            )
+        )
+    return OutOfMemory(needed, available or capacity or 0.0, buffers, message)
+
+
+def _size(number: str, unit: str) -> float:
+    return float(number) * _UNITS[unit]
+
+
+def advice_for(
+    weights: Sequence[Weight],
+    memory: Memory | None,
+    oom: OutOfMemory | None,
+    capacity: float | None,
+    mesh: dtensor.Mesh,
+) -> list[str]:
+    """What to try where a step does not fit, or only just."""
+    if capacity is None or (memory is not None and memory.total < 0.9 * capacity):
+        return []
+    state = sum(w.bytes_per_core for w in weights)
+    whole = [w for w in weights if w.bytes_per_core == w.bytes and w.bytes > 2**20]
+    whole.sort(key=lambda w: -w.bytes)
+    axes = ", ".join(mesh.dim_names)
+    found = []
+    if state > 0.4 * capacity:
+        found.append(
+            f"The state alone takes {state / 1e9:.1f} of {capacity / 1e9:.1f} GB a "
+            "core."
+        )
+        if whole:
+            listed = ", ".join(w.path for w in whole[:3])
+            found.append(
+                f"Every core holds all of {len(whole)} large variables ({listed}): "
+                f"split them over an axis of the mesh ({axes}) by AxisRules, or all "
+                "at once by AxisRules(..., fsdp='axis')."
+            )
+        else:
+            found.append(
+                "All large variables are split already: take more cores, and make the "
+                "axis longer that splits them."
+            )
+    needed = memory.total if memory is not None else oom.needed
+    if needed - state > 0.3 * capacity:
+        found += [
+            "Activations take most of the rest: compute them again in the backward "
+            "pass (remat=True of Transformer and its blocks).",
+            "Halve them by bfloat16: keras.config.set_dtype_policy('mixed_bfloat16') "
+            "keeps the weights in float32.",
+            "Take more cores on the axis that splits the batch, or a smaller batch.",
+            "With dispatcher='einsum', or if the largest buffers are of a router: "
+            "smaller groups (group_size of MoELayer), or dispatcher='index'.",
+        ]
+    return found

@@ -1,0 +1,48 @@
+"""From the names of operations in a program to the layers they belong to."""
+
+import re
+from typing import Any
+
+import keras
+
+# A tree of names: a layer's name -> the tree of the layers in it.
+Tree = dict[str, "Tree"]
+
+_NUMBER = re.compile(r"_\d+$")
+
+
+def layer_tree(model: keras.Model) -> Tree:
+    """The names of a model's layers, and of its optimizer, nested as they are."""
+    tree: Tree = {model.name: _children(model)}
+    optimizer = getattr(model, "optimizer", None)
+    if optimizer is not None:
+        tree[optimizer.name] = {}
+    return tree
+
+
+def _children(layer: Any) -> Tree:
+    return {
+        child.name: _children(child)
+        for child in layer._flatten_layers(include_self=False, recursive=False)
+    }
+
+
+def layer_of(op_name: str, tree: Tree) -> str:
+    """The path of the innermost layer that an operation was made in, or "".
+
+    An operation is called after the scopes around it, `.../encoder_2/moe_1/einsum`,
+    where TensorFlow adds a number to a scope that it enters again.
+    """
+    path = []
+    for part in op_name.split("/"):
+        for name in (part, _NUMBER.sub("", part)):
+            if name in tree:
+                path.append(name)
+                tree = tree[name]
+                break
+    return "/".join(path)
+
+
+def operation_of(op_name: str) -> str:
+    """The last part of an operation's name, such as `einsum`."""
+    return _NUMBER.sub("", op_name.rstrip("/").rpartition("/")[2])

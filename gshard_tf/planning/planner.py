@@ -1,0 +1,386 @@
+"""`plan()`: a Keras step, compiled for hardware that is not there."""
+
+import importlib.metadata
+import os
+import resource
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+from tensorflow.experimental import dtensor
+
+from gshard_tf import hlo_text, inspection
+from gshard_tf.layouts import Layouts
+from gshard_tf.lowering import LoweredStep
+from gshard_tf.mesh import create_mesh
+from gshard_tf.placed import PlacedVariable
+from gshard_tf.planning import names
+from gshard_tf.planning.abstract import AbstractStrategy, is_abstract
+from gshard_tf.planning.abstract_step import lower_abstract
+from gshard_tf.planning.cache import Cache, content_key
+from gshard_tf.planning.chips import Topology, find_topology
+from gshard_tf.planning.memory import advice_for, memory_of, out_of_memory
+from gshard_tf.planning.plan import OutOfMemory, Plan, StepTime, Weight
+from gshard_tf.planning.reshards import Judge, annotations, summarise
+from gshard_tf.planning.roofline import Interconnect, step_time
+from gshard_tf.program import Placement, SpmdProgram, hlo_as_text
+from gshard_tf.rules import AxisRules
+from gshard_tf.step import compile_step
+
+MODES = {"train": "train_step", "evaluate": "test_step", "predict": "predict_step"}
+
+
+def plan(
+    model: keras.Model | Callable[[], keras.Model],
+    topology: str,
+    mesh: dtensor.Mesh | Mapping[str, int] | None = None,
+    rules: AxisRules | None = None,
+    batch: Any = None,
+    mode: str = "train",
+    cache: bool | str | os.PathLike = True,
+) -> Plan:
+    """What a step of a model needs and does on hardware that one does not have.
+
+    The model is built without allocating its weights, its own `train_step` is traced,
+    partitioned over the mesh and compiled by the compiler of the topology: so memory,
+    FLOPs and communication are those of the program that would run there. Step times
+    are estimates.
+
+    ```python
+    def build():
+        model = keras_layers.Transformer(...)
+        model.compile("adafactor", loss)
+        return model
+
+    ids = tf.TensorSpec([128, 1024], tf.int32)
+    print(gshard_tf.plan(build, "v3:8x8", batch=((ids, ids), ids)))
+    ```
+
+    Args:
+        model: A function that makes the model and compiles it; or a model, which is
+            made anew from its configuration.
+        topology: A slice as its compiler calls it: `"v5e:2x4"` has 8 chips, `"v3:8x8"`
+            64 chips with 128 cores (needs libtpu: `pip install 'gshard-tf[aot]'`).
+            `"cpu:8"`: 8 virtual CPU devices, with what is installed.
+        mesh: Axes and sizes, such as `{"data": 4, "model": 2}`, all cores together;
+            or a mesh. None: `{"expert": number of cores}`.
+        rules: An `AxisRules`; None: `AxisRules.default(mesh)`.
+        batch: What `fit` passes to a step: `(x, y)` or `(x, y, sample_weight)`, or `x`
+            alone, each a nest of `tf.TensorSpec`, `keras.KerasTensor` or arrays of
+            which only shape and dtype are looked at. The *global* batch.
+        mode: `"train"`, `"evaluate"` or `"predict"`.
+        cache: Whether a plan of the same program for the same topology is taken from
+            disk if there is one, or the folder of such plans. True: a folder
+            `gshard_tf/plans` in the user's cache (`XDG_CACHE_HOME`, `~/.cache`).
+
+    Returns:
+        A `Plan`; `print` it, or look at its attributes.
+
+    Raises:
+        ValueError: for an unknown topology or mode, a mesh of another size, a batch
+            without static shapes, or a model that cannot be planned, with the reason.
+        ImportError: when a TPU is asked for and libtpu is not installed.
+    """
+    if mode not in MODES:
+        raise ValueError(f"mode is one of {tuple(MODES)}. Received: mode={mode!r}")
+    specs = batch_specs(batch)
+    found = find_topology(topology)
+    mesh = _mesh_for(found, mesh)
+    strategy = AbstractStrategy(mesh, rules)
+    layouts: Layouts = strategy.extended.layouts
+
+    begun = time.perf_counter()
+    with strategy.scope():
+        built = _build(model)
+        _complete(built, specs, mode)
+        step = lower_abstract(strategy.extended, getattr(built, MODES[mode]), (specs,))
+    trace_seconds = time.perf_counter() - begun
+    weights = _weights(built, step, layouts)
+    tree = names.layer_tree(built)
+
+    versions = _versions()
+    key = content_key(step, weights, found.name, mesh, mode, versions)
+    store = Cache.of(cache)
+    known = store.load(key)
+    if known is not None:
+        return known
+
+    begun = time.perf_counter()
+    program, oom = _compile(strategy, step, Placement(mesh, found.devices), found, tree)
+    compile_seconds = time.perf_counter() - begun
+    written_module = hlo_text.parse(hlo_as_text(step.hlo))
+    judge = Judge(annotations(written_module, tree), weights, mesh, layouts.rules)
+    facts = _program_facts(program, found, tree, judge)
+    written = _flops(written_module, facts.pop("loops"))
+    memory = None if program is None else memory_of(program, found.hbm_bytes)
+    made = Plan(
+        model=built.name,
+        mode=mode,
+        topology=found.name,
+        chip=None if found.chip is None else _fields(found.chip),
+        slice_shape=found.shape,
+        mesh=dict(zip(mesh.dim_names, mesh.shape(), strict=True)),
+        rules=dict(layouts.rules.rules),
+        inputs=[
+            f"{spec.dtype.name}[{','.join(map(str, spec.shape))}]"
+            for spec in tf.nest.flatten(specs)
+        ],
+        weights=weights,
+        memory=memory,
+        out_of_memory=oom,
+        flops_as_written=sum(written.values()) / mesh.size,
+        complaints=layouts.complaints(),
+        advice=advice_for(weights, memory, oom, found.hbm_bytes, mesh),
+        trace_seconds=trace_seconds,
+        compile_seconds=compile_seconds,
+        host_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        versions=versions,
+        key=key,
+        **facts,
+    )
+    store.save(made)
+    return made
+
+
+def batch_specs(batch: Any) -> Any:
+    """A nest of static `tf.TensorSpec` from specs, Keras tensors or arrays."""
+    if batch is None:
+        raise ValueError(
+            "A plan needs the batch of a step: batch=(x, y), each a nest of "
+            "tf.TensorSpec with the shapes of the global batch. Received: batch=None"
+        )
+
+    def spec(leaf: Any) -> tf.TensorSpec:
+        if leaf is None:
+            return None
+        if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
+            raise ValueError(
+                "The batch is a nest of tf.TensorSpec, keras.KerasTensor or arrays. "
+                f"Received: {leaf!r}"
+            )
+        shape = tf.TensorShape(leaf.shape)
+        if not shape.is_fully_defined():
+            raise ValueError(
+                "A plan is for one shape: every dimension of the batch must be known. "
+                f"Received: {leaf!r}"
+            )
+        return tf.TensorSpec(shape, tf.as_dtype(leaf.dtype))
+
+    return tf.nest.map_structure(spec, batch)
+
+
+def _mesh_for(
+    topology: Topology, mesh: dtensor.Mesh | Mapping[str, int] | None
+) -> dtensor.Mesh:
+    cores = len(topology.devices)
+    if mesh is None:
+        mesh = {"expert": cores}
+    if not isinstance(mesh, dtensor.Mesh):
+        mesh = create_mesh(mesh, "CPU" if topology.chip is None else "TPU")
+    if mesh.size != cores:
+        sizes = dict(zip(mesh.dim_names, mesh.shape(), strict=True))
+        raise ValueError(
+            f"The mesh must have as many devices as the topology has cores: "
+            f"{topology.name} has {cores}. Received: mesh={sizes} with {mesh.size}"
+        )
+    return mesh
+
+
+def _build(model: keras.Model | Callable[[], keras.Model]) -> keras.Model:
+    if isinstance(model, keras.Model):
+        if is_abstract(model):
+            raise ValueError(
+                "This model was built for another plan. Pass the function that makes "
+                "it."
+            )
+        compiled = model.get_compile_config() if model.compiled else None
+        try:
+            built = type(model).from_config(model.get_config())
+        except (NotImplementedError, TypeError) as error:
+            raise ValueError(
+                "The model cannot be made anew from its configuration. Pass a "
+                f"function that makes and compiles it. Keras says: {error}"
+            ) from error
+        if compiled is not None:
+            built.compile_from_config(compiled)
+        return built
+    if not callable(model):
+        raise ValueError(
+            f"model is a keras.Model or a function that makes one. Received: {model!r}"
+        )
+    built = model()
+    if not isinstance(built, keras.Model):
+        raise ValueError(
+            "The function must return the keras.Model that it makes. "
+            f"Received: {built!r}"
+        )
+    if built.variables and not is_abstract(built):
+        raise ValueError(
+            "The function must make the model when it is called, so that no weight "
+            "is allocated. Received: a model that was made before"
+        )
+    return built
+
+
+def _complete(model: keras.Model, specs: Any, mode: str) -> None:
+    """Makes all variables of a model, as the first step of `fit` would."""
+    if mode != "predict" and not model.compiled:
+        raise ValueError(
+            f"mode={mode!r} needs a compiled model: call model.compile in the function "
+            "that makes it."
+        )
+    symbolic = tf.nest.map_structure(
+        lambda spec: spec and keras.KerasTensor(spec.shape, spec.dtype.name), specs
+    )
+    x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(symbolic)
+    if mode == "predict":
+        if not model.built:
+            keras.backend.compute_output_spec(model, x, training=False)
+        return
+    # Private API: what `fit` calls before it traces a step; a model's own train_step
+    # does not. On an upgrade, check that it still builds model, loss and metrics.
+    model._symbolic_build(data_batch=(x, y, sample_weight))
+    if mode == "train" and not model.optimizer.built:
+        model.optimizer.build(model.trainable_variables)
+
+
+def _weights(model: keras.Model, step: LoweredStep, layouts: Layouts) -> list[Weight]:
+    roles = {id(v.value): "weight" for v in model.trainable_variables}
+    roles |= {
+        id(v.value): "frozen"
+        for v in model.non_trainable_variables
+        if v.dtype.startswith(("float", "bfloat"))
+        and "metrics" not in v.path
+        and "seed" not in v.path
+    }
+    metrics = {id(v.value) for v in model.metrics_variables}
+    roles = {key: role for key, role in roles.items() if key not in metrics}
+    optimizer = getattr(model, "optimizer", None)
+    if optimizer is not None:
+        roles |= {id(v.value): "optimizer" for v in optimizer.variables}
+    found = []
+    for value in step.captures:
+        if not isinstance(value, PlacedVariable):
+            continue
+        decision = layouts.of(value)
+        shape = tuple(value.shape)
+        size = int(np.prod(shape)) * value.dtype.size
+        shards = int(
+            np.prod([decision.layout.num_shards(d) for d in range(len(shape))])
+        )
+        found.append(
+            Weight(
+                path=value.path,
+                role=roles.get(id(value), "other"),
+                shape=shape,
+                dtype=value.dtype.name,
+                layout=tuple(
+                    None if s == dtensor.UNSHARDED else s
+                    for s in decision.layout.sharding_specs
+                ),
+                bytes=size,
+                bytes_per_core=size // shards,
+                rule=decision.rule,
+            )
+        )
+    return found
+
+
+def _compile(
+    strategy: AbstractStrategy,
+    step: LoweredStep,
+    placement: Placement,
+    topology: Topology,
+    tree: names.Tree,
+) -> tuple[SpmdProgram | None, OutOfMemory | None]:
+    try:
+        return compile_step(strategy.extended, step, placement), None
+    except RuntimeError as error:  # jaxlib's errors are all of this class
+        found = out_of_memory(str(error), topology.hbm_bytes, tree)
+        if found is None:
+            raise
+        return None, found
+
+
+def _program_facts(
+    program: SpmdProgram | None,
+    topology: Topology,
+    tree: names.Tree,
+    judge: Judge,
+) -> dict[str, Any]:
+    """What is read off the compiled program; nothing without one."""
+    if program is None:
+        return {
+            "flops": None,
+            "flops_by_layer": {},
+            "bytes_accessed": None,
+            "communication": [],
+            "reshards": [],
+            "time": None,
+            "loops": {},
+        }
+    module = hlo_text.parse(program.compiled.as_text())
+    by_layer: dict[str, float] = {}
+    for op_name, flops in _flops(module).items():
+        layer = names.layer_of(op_name, tree)
+        by_layer[layer] = by_layer.get(layer, 0.0) + flops
+    total = sum(by_layer.values())
+    cost = program.compiled.cost_analysis() or {}
+    collectives = inspection.collectives_of(module)
+    seconds: Sequence[float] = [0.0] * len(collectives)
+    time_: StepTime | None = None
+    if topology.chip is not None:
+        links = Interconnect(topology, topology.chip)
+        seconds = [links.seconds(c) for c in collectives]
+        time_ = step_time(
+            topology,
+            topology.chip,
+            total,
+            cost.get("bytes accessed", 0.0),
+            collectives,
+            cost.get("optimal_seconds"),
+        )
+    communication, reshards = summarise(collectives, tree, judge, seconds)
+    return {
+        "flops": total,
+        "flops_by_layer": by_layer,
+        "bytes_accessed": cost.get("bytes accessed"),
+        "communication": communication,
+        "reshards": reshards,
+        "time": time_,
+        "loops": module.loops(),
+    }
+
+
+def _flops(
+    module: hlo_text.Module, loops: Mapping[str, int] | None = None
+) -> dict[str, float]:
+    """FLOPs of the products of a module, by the name of their operation."""
+    found: dict[str, float] = {}
+    for instruction, computation, times in module.executed(loops):
+        flops = hlo_text.product_flops(instruction, computation)
+        if flops:
+            name = instruction.op_name
+            found[name] = found.get(name, 0.0) + times * flops
+    return found
+
+
+def _fields(chip: Any) -> dict[str, Any]:
+    return {
+        name: getattr(chip, name)
+        for name in ("name", "devices", "flops", "hbm_bytes", "hbm_bandwidth",
+                     "link_bandwidth")
+    }  # fmt: skip
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in ("tensorflow", "keras", "jaxlib", "libtpu"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
