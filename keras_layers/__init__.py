@@ -23,6 +23,7 @@ from keras_layers.routing import (
     record_routing,
     replay_routing,
 )
+from keras_layers.stacked import stack_weights, unstack_weights
 from keras_layers.transformer import Transformer
 from keras_layers.upcycling import upcycle
 
@@ -53,5 +54,7 @@ __all__ = [
     "greedy_decode",
     "record_routing",
     "replay_routing",
+    "stack_weights",
+    "unstack_weights",
     "upcycle",
 ]

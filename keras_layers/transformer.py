@@ -1,6 +1,6 @@
 """The sequence-to-sequence Transformer of the paper."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import keras
@@ -11,6 +11,7 @@ from keras_layers.blocks import DecoderBlock, EncoderBlock
 from keras_layers.checks import check_int, check_rate
 from keras_layers.dropout import Dropout
 from keras_layers.embedding import TokenEmbedding, VocabularyProjection, sinusoids
+from keras_layers.stacked import Stacked
 
 DecodingState = dict[str, Any]
 
@@ -48,6 +49,18 @@ class Transformer(keras.Model):
         remat: Whether each block's activations are computed again for the gradient
             instead of being kept for it (see `EncoderBlock`). Choose it when
             training does not fit.
+        stacked: Whether encoder and decoder are loops over stacked weights (`Stacked`),
+            so that the time to trace and compile does not grow with depth: for deep
+            models. What is repeated are `moe_every` blocks (one without experts), which
+            the numbers of layers must be multiples of. Use `remat` with it: without, a
+            copy of all weights of the blocks is kept for the gradient as well.
+            `stack_weights` and `unstack_weights` go from one form to the other.
+
+    Attributes:
+        encoder_blocks: The encoder's blocks, if it is not stacked.
+        decoder_blocks: The decoder's.
+        encoder_stack: The encoder's `Stacked` layer, if it is stacked.
+        decoder_stack: The decoder's.
 
     Raises:
         ValueError: for an argument out of its range.
@@ -73,6 +86,7 @@ class Transformer(keras.Model):
         pad_id: int = 0,
         seed: int | None = None,
         remat: bool = False,
+        stacked: bool = False,
         **kwargs: Any,
     ):
         check_int("num_encoder_layers", num_encoder_layers, 1)
@@ -95,6 +109,14 @@ class Transformer(keras.Model):
                 "share_embeddings needs vocabularies of one size. Received: "
                 f"source_vocab_size={source_vocab_size}, "
                 f"target_vocab_size={target_vocab_size}"
+            )
+        unit = moe_every if num_experts else 1
+        if stacked and (num_encoder_layers % unit or num_decoder_layers % unit):
+            raise ValueError(
+                f"A stacked model repeats units of moe_every={moe_every} blocks, so "
+                "its numbers of layers must be multiples of that. Received: "
+                f"num_encoder_layers={num_encoder_layers}, "
+                f"num_decoder_layers={num_decoder_layers}"
             )
         if key_dim is None:
             if model_dim % num_heads:
@@ -136,6 +158,7 @@ class Transformer(keras.Model):
         self.pad_id = pad_id
         self.seed = seed
         self.remat = bool(remat)
+        self.stacked = bool(stacked)
 
         policy = self.dtype_policy
         self.source_embedding = TokenEmbedding(
@@ -151,14 +174,18 @@ class Transformer(keras.Model):
             self.projection = VocabularyProjection(
                 target_vocab_size, dtype=policy, name="projection"
             )
-        self.encoder_blocks = [
-            EncoderBlock(**self._block_arguments("encoder", i))
-            for i in range(1, num_encoder_layers + 1)
-        ]
-        self.decoder_blocks = [
-            DecoderBlock(**self._block_arguments("decoder", i))
-            for i in range(1, num_decoder_layers + 1)
-        ]
+        if stacked:
+            self.encoder_stack = self._stack("encoder", num_encoder_layers // unit)
+            self.decoder_stack = self._stack("decoder", num_decoder_layers // unit)
+        else:
+            self.encoder_blocks = [
+                EncoderBlock(remat=self.remat, **self._block_arguments("encoder", i))
+                for i in range(1, num_encoder_layers + 1)
+            ]
+            self.decoder_blocks = [
+                DecoderBlock(remat=self.remat, **self._block_arguments("decoder", i))
+                for i in range(1, num_decoder_layers + 1)
+            ]
         self.encoder_norm = keras.layers.LayerNormalization(
             epsilon=1e-6, dtype=policy, name="encoder_norm"
         )
@@ -182,10 +209,29 @@ class Transformer(keras.Model):
             "dropout": self.dropout,
             "moe_options": options if has_experts else None,
             "seed": self.seed,
-            "remat": self.remat,
             "dtype": self.dtype_policy,
             "name": f"{side}_{number}",
         }
+
+    def _stack(self, side: str, count: int) -> Stacked:
+        unit = self.moe_every if self.num_experts else 1
+        hidden = (None, None, self.model_dim)
+
+        def make_blocks(repetition: int) -> list[EncoderBlock | DecoderBlock]:
+            made = []
+            for i in range(1, unit + 1):
+                arguments = self._block_arguments(side, repetition * unit + i)
+                if side == "encoder":
+                    made.append(EncoderBlock(**arguments))
+                    made[-1].build(hidden)
+                else:
+                    made.append(DecoderBlock(**arguments))
+                    made[-1].build(hidden, hidden)
+            return made
+
+        return Stacked(
+            make_blocks, count, self.remat, dtype=self.dtype_policy, name=side
+        )
 
     def build(self, input_shape: Any = None) -> None:
         # Lengths and batch size do not matter to any weight.
@@ -193,10 +239,14 @@ class Transformer(keras.Model):
         self.source_embedding.build()
         if not self.share_embeddings:
             self.target_embedding.build()
-        for block in self.encoder_blocks:
-            block.build(hidden)
-        for block in self.decoder_blocks:
-            block.build(hidden, hidden)
+        if self.stacked:
+            self.encoder_stack.build(hidden)
+            self.decoder_stack.build(hidden, hidden)
+        else:
+            for block in self.encoder_blocks:
+                block.build(hidden)
+            for block in self.decoder_blocks:
+                block.build(hidden, hidden)
         self.encoder_norm.build(hidden)
         self.decoder_norm.build(hidden)
         if self.projection is not None:
@@ -218,8 +268,8 @@ class Transformer(keras.Model):
         memory, memory_mask = self.encode(source_ids, training=training)
         mask = self._mask(target_ids)
         x = self._embed(self.target_embedding, target_ids, training)  # [B, T, M]
-        for block in self.decoder_blocks:
-            x = block(
+        for layer in [self.decoder_stack] if self.stacked else self.decoder_blocks:
+            x = layer(
                 x,
                 memory,
                 mask=mask,
@@ -242,8 +292,8 @@ class Transformer(keras.Model):
         """
         mask = self._mask(source_ids)
         x = self._embed(self.source_embedding, source_ids, training)
-        for block in self.encoder_blocks:
-            x = block(
+        for layer in [self.encoder_stack] if self.stacked else self.encoder_blocks:
+            x = layer(
                 x,
                 mask=mask,
                 training=training,
@@ -263,7 +313,8 @@ class Transformer(keras.Model):
         return {
             "memory_mask": memory_mask,
             "blocks": [
-                block.init_cache(memory, max_length) for block in self.decoder_blocks
+                block.init_cache(memory, max_length)
+                for block in self._each_decoder_block()
             ],
         }
 
@@ -287,13 +338,17 @@ class Transformer(keras.Model):
             self.target_embedding, target_ids[:, None], False, position
         )  # [B, 1, M]
         caches = []
-        for block, cache in zip(self.decoder_blocks, state["blocks"], strict=True):
+        blocks = self._each_decoder_block()
+        for block, cache in zip(blocks, state["blocks"], strict=True):
             x, cache = block.decode(
                 x, cache, index, state["memory_mask"], target_ids[:, None]
             )
             caches.append(cache)
         logits = self._logits(x)[:, 0]  # [B, V]
         return logits, {"memory_mask": state["memory_mask"], "blocks": caches}
+
+    def _each_decoder_block(self) -> Iterable[DecoderBlock]:
+        return self.decoder_stack.blocks() if self.stacked else self.decoder_blocks
 
     def _mask(self, ids: tf.Tensor) -> tf.Tensor:
         # Keras's operation, because Keras asks for the mask of symbolic inputs too.
@@ -356,6 +411,7 @@ class Transformer(keras.Model):
             pad_id=self.pad_id,
             seed=self.seed,
             remat=self.remat,
+            stacked=self.stacked,
         )
         return config
 
