@@ -12,6 +12,9 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+# Private API: as in `remat`.
+from keras.src.backend import AutocastScope
+
 from gshard_tf import name_axes
 from gshard_tf.annotations import named_axes
 from keras_layers.checks import check_int
@@ -53,7 +56,7 @@ class Stacked(keras.layers.Layer):
         super().__init__(**kwargs)
         self.count = count
         self.remat = bool(remat)
-        with tf.variable_creator_scope(_stand_in):
+        with tf.variable_creator_scope(_stand_in), AutocastScope(None):
             units = [list(make_blocks(i)) for i in range(count)]
         variables = [_variables(blocks) for blocks in units]
         _check_alike(variables)
@@ -63,6 +66,8 @@ class Stacked(keras.layers.Layer):
         self._repeated = _Untracked(variables)
         weights, seeds, _ = _kinds(units[0])
         self._num_weights = len(weights)
+        # Only what is no weight to train is assigned in a call.
+        self._carried = [i for i, v in enumerate(variables[0]) if not v.trainable]
         columns = list(zip(*variables, strict=True))[len(weights) :]
         self._seeds = [_Seeds(column) for column in columns[: len(seeds)]]
         self._stacked_metrics = [
@@ -74,9 +79,11 @@ class Stacked(keras.layers.Layer):
     def build(self, inputs_shape: Any = None, memory_shape: Any = None) -> None:
         del inputs_shape, memory_shape  # the blocks are built
         columns = list(zip(*self._repeated.value, strict=True))
-        self._stacked_weights = [
-            self._stacked_weight(column) for column in columns[: self._num_weights]
-        ]
+        # A layer around this one may be reading its variables in another dtype.
+        with AutocastScope(None):
+            self._stacked_weights = [
+                self._stacked_weight(column) for column in columns[: self._num_weights]
+            ]
 
     def _stacked_weight(self, each: Sequence[keras.Variable]) -> keras.Variable:
         like = each[0]
@@ -131,7 +138,8 @@ class Stacked(keras.layers.Layer):
         }
         names = [name for name, x in tensors.items() if x is not None]
         options = {"training": training, **({"decoding": True} if decoding else {})}
-        stacked = read(self.stacked_variables())
+        sources = self.stacked_variables()
+        stacked = read(sources)
 
         def repetition(x, number, *values):
             given = dict(zip(names, values[: len(names)], strict=True))
@@ -151,6 +159,7 @@ class Stacked(keras.layers.Layer):
             has_losses[:] = [bool(losses)]
             loss = tf.add_n([loss, *(tf.cast(y, loss.dtype) for y in losses)])
             state = list(state)
+            # Each repetition assigns its own slice.
             for i, value in zip(updated, new, strict=True):
                 state[carried.index(i)] = tf.tensor_scatter_nd_update(
                     state[carried.index(i)], [[number]], value[None]
@@ -158,9 +167,7 @@ class Stacked(keras.layers.Layer):
             x.set_shape(inputs.shape)
             return number + 1, x, loss, state
 
-        # Only what is no weight is assigned in a call; each repetition its own slice.
-        sources = self.stacked_variables()
-        carried = [i for i, v in enumerate(sources) if not v.trainable]
+        carried = list(self._carried)
         has_losses = [False]
         values = (tf.constant(0), inputs, tf.zeros([]), [stacked[i] for i in carried])
         if tf.executing_eagerly():
@@ -183,6 +190,10 @@ class Stacked(keras.layers.Layer):
     def _run(
         self, x: tf.Tensor, values: list[tf.Tensor], arguments: dict[str, Any]
     ) -> Effects:
+        for block in self._blocks.value:
+            # Private to Keras, which does it for the layers that it can see.
+            block._clear_losses()
+
         def blocks():
             outputs = x
             for block in self._blocks.value:
@@ -200,7 +211,9 @@ class Stacked(keras.layers.Layer):
         for number in range(self.count):
             values = [value[number] for value in stacked]
             pairs = list(zip(self._repeated.value[0], values, strict=True))
-            with keras.StatelessScope(pairs):
+            with AutocastScope(None):
+                scope = keras.StatelessScope(pairs)
+            with scope:
                 yield from self._blocks.value
 
     def stack(self, blocks: Blocks) -> None:
@@ -257,9 +270,11 @@ def _stand_in(next_creator: Callable, **kwargs: Any) -> _StandIn:
 def _stack_of(each: Sequence[keras.Variable]) -> Callable:
     """The initial values that the variables would have had, stacked."""
 
+    stand_ins = [v.value for v in each]
+
     def initializer(shape: Sequence[int], dtype: Any = None) -> tf.Tensor:
         del shape
-        return tf.stack([tf.cast(v._value.initial_value(), dtype) for v in each])
+        return tf.stack([tf.cast(x.initial_value(), dtype) for x in stand_ins])
 
     return initializer
 

@@ -237,6 +237,18 @@ def test_mixed_precision_keeps_master_weights():
         assert np.any(new != old) and np.any(new != new.astype("bfloat16")), weight.path
 
 
+def test_weights_do_not_take_the_dtype_of_a_layer_around():
+    def make(repetition):
+        block = EncoderBlock(2, 4, 8)
+        block.build((None, None, 8))
+        return [block]
+
+    stack = Stacked(make, 2)
+    with keras.src.backend.AutocastScope("bfloat16"):
+        stack.build()
+    assert {w.dtype for w in stack.weights} == {"float32"}
+
+
 def test_decoding_is_that_of_the_unrolled_model():
     model = transformer(compiled=False, stacked=True)
     other = unrolled(model)
