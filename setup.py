@@ -38,6 +38,8 @@ BENCHMARKS = [
     "mesh-tensorflow==0.1.21",
     "matplotlib>=3.10,<4",
 ]
+# The TPU compiler, for planning; no TPU is needed.
+AOT = ["libtpu==0.0.52"]
 TEST = ["pytest>=9,<10", "pytest-xdist>=3.8,<4", "hypothesis>=6,<7", "ruff==0.17.*"]
 
 setup(
@@ -59,8 +61,8 @@ setup(
     extras_require={
         "translation": TRANSLATION,
         "benchmarks": BENCHMARKS,
-        "aot": ["libtpu==0.0.52"],
-        "test": TRANSLATION + TEST,
+        "aot": AOT,
+        "test": TRANSLATION + AOT + TEST,
     },
     entry_points={
         "console_scripts": [

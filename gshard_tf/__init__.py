@@ -19,6 +19,8 @@ from gshard_tf.annotations import (  # noqa: E402
 )
 from gshard_tf.devices import request_cpu_devices  # noqa: E402
 from gshard_tf.mesh import active_mesh, create_mesh, use_mesh  # noqa: E402
+from gshard_tf.planning.plan import Plan  # noqa: E402
+from gshard_tf.planning.planner import plan  # noqa: E402
 from gshard_tf.rules import AxisRules  # noqa: E402
 from gshard_tf.strategy import SpmdStrategy  # noqa: E402
 
@@ -26,6 +28,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AxisRules",
+    "Plan",
     "SpmdStrategy",
     "active_mesh",
     "annotate",
@@ -33,6 +36,7 @@ __all__ = [
     "create_mesh",
     "name_axes",
     "named_axes",
+    "plan",
     "replicate",
     "request_cpu_devices",
     "shard",

@@ -23,10 +23,17 @@ NO_RULE = "no rule: replicated"
 
 @dataclasses.dataclass(frozen=True)
 class Decision:
-    """A layout and the reason for it."""
+    """How a variable is stored, and the reason for it.
+
+    Attributes:
+        layout: How it is stored.
+        rule: Why.
+        use: How a step uses it, if it is gathered for that; None: as it is stored.
+    """
 
     layout: dtensor.Layout
     rule: str
+    use: dtensor.Layout | None = None
 
 
 class Layouts:
@@ -76,8 +83,36 @@ class Layouts:
     def of(self, variable: PlacedVariable) -> Decision:
         """The layout of a variable, and why."""
         if variable.decision is None:
-            variable.decision = self._decide(variable)
+            variable.decision = self._spread(variable, self._decide(variable))
         return variable.decision
+
+    def _spread(self, variable: PlacedVariable, decision: Decision) -> Decision:
+        """`decision`, split over the axis of `fsdp` or `zero` too if that is asked."""
+        is_slot = variable.reference is not None
+        axis = self.rules.fsdp or (self.rules.zero if is_slot else None)
+        specs = list(decision.layout.sharding_specs)
+        shape = tuple(variable.shape)
+        size = int(np.prod(shape)) * variable.dtype.size
+        if axis is None or axis in specs or size < self.rules.fsdp_min_bytes:
+            return decision
+        count = self.mesh.dim_size(axis)
+        fitting = [
+            d
+            for d, spec in enumerate(specs)
+            if spec == dtensor.UNSHARDED and shape[d] % count == 0
+        ]
+        if not fitting:
+            return decision
+        specs[max(fitting, key=lambda d: shape[d])] = axis
+        keras_variable = variable.keras_variable and variable.keras_variable()
+        names = None if keras_variable is None else named_axes(keras_variable)
+        # What a loop over layers uses one by one must not be gathered as a whole.
+        in_loop = bool(names) and names[0] == "layer"
+        return Decision(
+            dtensor.Layout(specs, self.mesh),
+            f"{'fsdp' if self.rules.fsdp else 'zero'} over {axis!r}; {decision.rule}",
+            use=None if is_slot or in_loop else decision.layout,
+        )
 
     def _decide(self, variable: PlacedVariable) -> Decision:
         keras_variable = variable.keras_variable and variable.keras_variable()

@@ -123,6 +123,8 @@ class SpmdProgram:
         output_layouts: The layout of each output.
         capture_layouts: The layout of each captured variable or constant; a new
             value is laid out as the old one.
+        use_layouts: The layout that the step uses each of them in, where it is not the
+            one that they are stored in; else None.
         donate: Whether the memory of updated variables is reused for their new
             values, so that the old ones are gone.
     """
@@ -134,6 +136,7 @@ class SpmdProgram:
         input_layouts: Sequence[dtensor.Layout],
         output_layouts: Sequence[dtensor.Layout],
         capture_layouts: Sequence[dtensor.Layout],
+        use_layouts: Sequence[dtensor.Layout | None] | None = None,
         donate: bool = True,
     ):
         import jax
@@ -163,7 +166,18 @@ class SpmdProgram:
                 ]
             )
 
+            used = [None] * len(captures) if use_layouts is None else use_layouts
+            used = [None] * num_inputs + [
+                None if x is None else named_sharding(x, mesh) for x in used
+            ]
+
             def gshard_step(*args):
+                args = [
+                    arg
+                    if sharding is None
+                    else jax.lax.with_sharding_constraint(arg, sharding)
+                    for arg, sharding in zip(args, used, strict=True)
+                ]
                 return _step_primitive().bind(*args, hlo=hlo, out_avals=out_avals)
 
             jitted = jax.jit(

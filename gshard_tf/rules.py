@@ -33,6 +33,15 @@ class AxisRules:
             match the whole of the weight's Keras `path`, and one logical axis (or
             None) per dimension. Patterns win over the names that a layer gives. A
             weight that two patterns match is an error.
+        fsdp: A mesh axis over which every large weight is stored split too, along its
+            largest dimension that no other rule splits and that divides (ZeRO stage
+            3, "fully sharded data parallel"). It is gathered where it is used, so
+            that its use stays as the other rules say; gradients are summed into the
+            parts. For models whose dense weights and slots do not fit: memory for
+            communication. None: no.
+        zero: The same for optimizer slots alone, whose weights stay as they are (ZeRO
+            stage 1). Costs a gather of the new weights in each step.
+        fsdp_min_bytes: Weights and slots of fewer bytes stay whole.
 
     Example:
 
@@ -48,6 +57,9 @@ class AxisRules:
         self,
         rules: Mapping[str, str | None],
         paths: Sequence[tuple[str, Sequence[str | None]]] = (),
+        fsdp: str | None = None,
+        zero: str | None = None,
+        fsdp_min_bytes: int = 1 << 16,
     ):
         for logical, axis in rules.items():
             if not isinstance(logical, str) or not isinstance(axis, str | None):
@@ -55,7 +67,15 @@ class AxisRules:
                     "A rule is a logical axis name and a mesh axis name (or None), "
                     f"such as 'expert': 'data'. Received: {logical!r}: {axis!r}"
                 )
+        if fsdp is not None and zero is not None:
+            raise ValueError(
+                "fsdp splits the slots as well, so zero has nothing left to split: "
+                f"give one of them. Received: fsdp={fsdp!r}, zero={zero!r}"
+            )
         self.rules = dict(rules)
+        self.fsdp = fsdp
+        self.zero = zero
+        self.fsdp_min_bytes = fsdp_min_bytes
         self._is_default = False
         self._used: set[str] = set()
         self.paths = []
@@ -87,6 +107,12 @@ class AxisRules:
 
     def check(self, mesh: dtensor.Mesh) -> None:
         """Raises `ValueError` for a rule whose mesh axis `mesh` does not have."""
+        for name, axis in (("fsdp", self.fsdp), ("zero", self.zero)):
+            if axis is not None and axis not in mesh.dim_names:
+                raise ValueError(
+                    f"{name} names an axis of the mesh, which has "
+                    f"{list(mesh.dim_names)}. Received: {name}={axis!r}"
+                )
         for logical, axis in self.rules.items():
             if axis is not None and axis not in mesh.dim_names:
                 raise ValueError(
@@ -139,4 +165,9 @@ class AxisRules:
 
     def __repr__(self) -> str:
         paths = [(pattern.pattern, axes) for pattern, axes in self.paths]
-        return f"AxisRules({self.rules}, paths={paths})"
+        more = "".join(
+            f", {name}={axis!r}"
+            for name, axis in (("fsdp", self.fsdp), ("zero", self.zero))
+            if axis is not None
+        )
+        return f"AxisRules({self.rules}, paths={paths}{more})"

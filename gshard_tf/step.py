@@ -211,17 +211,20 @@ def compile_step(
 
     They need not be the strategy's own, nor exist.
     """
-    layouts = []
+    layouts, uses = [], []
     for value in step.captures:
         if isinstance(value, PlacedVariable):
-            layouts.append(extended.layouts.of(value).layout)
+            decision = extended.layouts.of(value)
+            layouts.append(decision.layout)
+            uses.append(decision.use)
         else:
             layouts.append(dtensor.Layout.replicated(extended.mesh, value.shape.rank))
+            uses.append(None)
     batches = [
         [extended.layouts.of_batch(spec.shape) for spec in specs]
         for specs in (step.inputs, step.results[: step.num_outputs])
     ]
-    return SpmdProgram(step, placement, *batches, layouts, donate=donate)
+    return SpmdProgram(step, placement, *batches, layouts, uses, donate=donate)
 
 
 def _key(specs: list[tf.TensorSpec]) -> tuple:

@@ -7,6 +7,8 @@ in a process of its own: see `processes.py`.
 import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+# Nothing here runs on a TPU, and libtpu complains loudly where it finds none.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # The tests compile much and compute little: without the optimizer of LLVM a program
 # compiles in a third of the time.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")

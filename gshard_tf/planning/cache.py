@@ -6,6 +6,7 @@ import os
 import pathlib
 import re
 import tempfile
+import warnings
 from collections.abc import Sequence
 
 from tensorflow.experimental import dtensor
@@ -24,9 +25,11 @@ def content_key(
     versions: dict[str, str],
 ) -> str:
     """A hash of everything that a plan depends on."""
-    # Where the model's source lies does not matter to its plan.
+    # Neither where the model's source lies nor how many functions TensorFlow has
+    # traced before matters to a plan.
     text = re.sub(
-        r'(source_file="[^"]*"|source_(end_)?(line|column)=\d+|stack_frame_id=\d+)',
+        r'source_file="[^"]*"|source_(end_)?(line|column)=\d+|stack_frame_id=\d+'
+        r"|_inference_\w+",
         "",
         hlo_as_text(step.hlo),
     )
@@ -68,7 +71,11 @@ class Cache:
         path = self.folder / f"{key}.json"
         if not path.is_file():
             return None
-        return Plan.from_json(path.read_text())
+        try:
+            return Plan.from_json(path.read_text())
+        except (ValueError, KeyError, TypeError) as error:
+            warnings.warn(f"Made anew, because {path} is broken: {error}", stacklevel=3)
+            return None
 
     def save(self, plan: Plan) -> None:
         """Keeps a plan; a reader never sees half of one."""

@@ -1,7 +1,7 @@
 """The chips that can be planned for, and what their makers say of them.
 
 Figures per chip are Google's own (cloud.google.com/tpu/docs, the page of each
-version; memory and bandwidths in decimal bytes). The interconnect of a link is the
+version; bandwidths in decimal bytes). The interconnect of a link is the
 stated bandwidth of the chip over its ports and both directions. The pages of v3 and v4
 give none: v3 has 656 Gbit/s a link and direction (Jouppi et al., "A Domain-Specific
 Supercomputer for Training Deep Neural Networks", CACM 2020), v4 50 GB/s (Jouppi et al.,
@@ -57,16 +57,16 @@ def _cubes(*sizes: int) -> tuple[str, ...]:
     )
 
 
+_V5E = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+
 CHIPS = {
     chip.name: chip
     for chip in (
         Chip("v3", 2, 123e12, 32 * 2**30, 900e9, 82e9, 2, 32, _square(2, 4, 8, 16, 32)),
         Chip("v4", 2, 275e12, 32 * 2**30, 1228e9, 50e9, 3, 4, _cubes(2, 4, 8, 16)),
-        Chip("v5e", 1, 197e12, 16e9, 819e9, 50e9, 2, 16, ("1x1", "2x2", "2x4", "4x4",
-             "4x8", "8x8", "8x16", "16x16")),
-        Chip("v5p", 1, 459e12, 95e9, 2765e9, 100e9, 3, 4, _cubes(2, 4, 8, 16)),
-        Chip("v6e", 1, 918e12, 32e9, 1638e9, 100e9, 2, 16, ("1x1", "2x2", "2x4", "4x4",
-             "4x8", "8x8", "8x16", "16x16")),
+        Chip("v5e", 1, 197e12, 16 * 2**30, 819e9, 50e9, 2, 16, _V5E),
+        Chip("v5p", 1, 459e12, 95 * 2**30, 2765e9, 100e9, 3, 4, _cubes(2, 4, 8, 16)),
+        Chip("v6e", 1, 918e12, 32 * 2**30, 1638e9, 100e9, 2, 16, _V5E),
     )
 }  # fmt: skip
 

@@ -21,6 +21,8 @@ def layer_tree(model: keras.Model) -> Tree:
 
 
 def _children(layer: Any) -> Tree:
+    # Private API: layers have no public list of those in them. On an upgrade, check
+    # that it still gives the direct ones only.
     return {
         child.name: _children(child)
         for child in layer._flatten_layers(include_self=False, recursive=False)
@@ -35,7 +37,9 @@ def layer_of(op_name: str, tree: Tree) -> str:
     """
     path = []
     for part in op_name.split("/"):
-        for name in (part, _NUMBER.sub("", part)):
+        # Keras enters a layer's scope twice, the second time to call it, so a number
+        # is TensorFlow's rather than the layer's own.
+        for name in (_NUMBER.sub("", part), part):
             if name in tree:
                 path.append(name)
                 tree = tree[name]

@@ -372,7 +372,7 @@ def _fields(chip: Any) -> dict[str, Any]:
     return {
         name: getattr(chip, name)
         for name in ("name", "devices", "flops", "hbm_bytes", "hbm_bandwidth",
-                     "link_bandwidth")
+                     "link_bandwidth", "wraps_at")
     }  # fmt: skip
 
 

@@ -84,7 +84,9 @@ class Judge:
         self.mesh, self.rules = mesh, rules
         self.annotated = annotated
         self.gathered = {
-            int(np.prod(w.shape)) for w in weights if w.rule.startswith("fsdp")
+            int(np.prod(w.shape))
+            for w in weights
+            if w.rule.startswith(("fsdp", "zero"))
         }
 
     def asked(self, collective: Collective, layer: str) -> bool:

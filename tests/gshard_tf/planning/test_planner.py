@@ -1,0 +1,292 @@
+"""`plan()` against the programs that `SpmdStrategy` really runs."""
+
+import collections
+import resource
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import gshard_tf
+from gshard_tf import inspection
+from gshard_tf.planning import planner
+from keras_layers import MoELayer, Transformer
+
+DIM, LENGTH, CORES = 16, 8, 8
+
+
+def moe_model():
+    inputs = keras.Input((LENGTH, DIM))
+    x = inputs + MoELayer(CORES, 32, seed=0, name="moe")(inputs)
+    model = keras.Model(inputs, keras.layers.Dense(4, name="head")(x), name="tiny")
+    model.compile("adam", "mse", metrics=["mae"])
+    return model
+
+
+def batch(rows=CORES):
+    x = tf.TensorSpec([rows, LENGTH, DIM], tf.float32)
+    return x, tf.TensorSpec([rows, LENGTH, 4], tf.float32)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A plan, the folder that it is cached in, and the program that really runs."""
+    folder = tmp_path_factory.mktemp("plans")
+    keras.backend.clear_session()
+    planned = gshard_tf.plan(moe_model, "cpu:8", batch=batch(), cache=folder)
+    strategy = gshard_tf.SpmdStrategy(gshard_tf.create_mesh({"expert": CORES}))
+    keras.backend.clear_session()
+    with strategy.scope():
+        model = moe_model()
+    x, y = (np.zeros(spec.shape, np.float32) for spec in batch())
+    model.fit(x, y, batch_size=CORES, verbose=0)
+    return planned, folder, strategy.programs[-1]
+
+
+def test_a_plan_is_of_the_program_that_runs(made):
+    planned, _, program = made
+    real = dict((path, (all_, local)) for path, all_, local in
+                inspection.argument_bytes(program))  # fmt: skip
+    found = {w.path: (w.bytes, w.bytes_per_core) for w in planned.weights}
+    for path, sizes in real.items():
+        if path != "constant":
+            assert found[path] == sizes
+    kinds = collections.Counter()
+    for c in planned.communication:
+        kinds[c.kind] += c.count
+    assert kinds == collections.Counter(c.kind for c in inspection.collectives(program))
+    memory = program.compiled.memory_analysis()
+    # `fit` hands over two more scalars of its own.
+    assert planned.memory.arguments == pytest.approx(
+        memory.argument_size_in_bytes, abs=64
+    )
+    assert planned.memory.temporaries == pytest.approx(
+        memory.temp_size_in_bytes, rel=0.02
+    )
+
+
+def test_what_a_plan_says(made):
+    planned, _, _ = made
+    assert planned.model == "tiny" and planned.mode == "train"
+    assert planned.cores == CORES and planned.fits and planned.memory.capacity is None
+    weights = 16 * 8 + CORES * 2 * 16 * 32 + 16 * 4 + 4
+    assert planned.parameters == weights
+    assert planned.state_bytes("weight") == 4 * weights
+    # Adam's two slots, its step and its learning rate.
+    assert planned.state_bytes("optimizer") == 2 * 4 * weights + 8 + 4
+    experts = [w for w in planned.weights if "experts" in w.path]
+    assert len(experts) == 6
+    for weight in experts:
+        assert weight.bytes == CORES * weight.bytes_per_core
+        assert weight.layout[0] == "expert"
+    # Two forward and one backward: nothing before the layer wants a gradient.
+    assert planned.count("all-to-all", "tiny/moe") == 3
+    assert planned.count("all-to-all") == 3 and planned.count("all-gather") == 0
+    assert planned.reshards == []
+    assert planned.flops_over_written == pytest.approx(1, abs=0.01)
+    # Forward and both gradients of two products of [C, M] x [M, H] in each group.
+    capacity = 2 * LENGTH // CORES
+    analytic = 3 * 2 * 2 * CORES * capacity * DIM * 32
+    assert planned.flops_by_layer["tiny/moe/experts"] == analytic
+    assert planned.time is None  # a CPU has no roofline here
+    assert planned.inputs == ["float32[8,8,16]", "float32[8,8,4]"]
+
+
+def test_a_plan_survives_json(made):
+    planned, _, _ = made
+    assert gshard_tf.Plan.from_json(planned.to_json()) == planned
+    with pytest.raises(ValueError, match="no plan"):
+        gshard_tf.Plan.from_json("{}")
+
+
+def test_a_plan_of_the_same_program_is_not_made_again(made, monkeypatch):
+    planned, folder, _ = made
+
+    def compile_step(*args, **kwargs):
+        raise AssertionError("compiled again")
+
+    monkeypatch.setattr(planner, "compile_step", compile_step)
+    keras.backend.clear_session()
+    again = gshard_tf.plan(moe_model, "cpu:8", batch=batch(), cache=folder)
+    assert again == planned
+    with pytest.raises(AssertionError, match="compiled again"):
+        gshard_tf.plan(moe_model, "cpu:8", batch=batch(16), cache=folder)
+    # A broken file is no plan, and is made anew.
+    (folder / f"{planned.key}.json").write_text("{")
+    keras.backend.clear_session()
+    with (
+        pytest.warns(UserWarning, match="is broken"),
+        pytest.raises(AssertionError, match="compiled again"),
+    ):
+        gshard_tf.plan(moe_model, "cpu:8", batch=batch(), cache=folder)
+
+
+def test_a_model_is_planned_like_the_function_that_makes_it(made):
+    planned, _, _ = made
+    keras.backend.clear_session()
+    model = moe_model()
+    before = [np.array(w) for w in model.get_weights()]
+    again = gshard_tf.plan(model, "cpu:8", batch=batch(), cache=False)
+    assert again.communication == planned.communication
+    # A layer built on its own calls its weights' slots otherwise.
+    assert sorted(
+        (w.role, w.rule, w.shape, w.bytes_per_core) for w in again.weights
+    ) == sorted((w.role, w.rule, w.shape, w.bytes_per_core) for w in planned.weights)
+    for old, new in zip(before, model.get_weights(), strict=True):
+        np.testing.assert_array_equal(old, new)
+
+
+def test_nothing_is_allocated():
+    def build():
+        model = Transformer(
+            1000, 1000, 2, 2, 4096, 65536, 32, num_experts=512, dropout=0.0
+        )
+        model.compile("adam", keras.losses.SparseCategoricalCrossentropy(True))
+        return model
+
+    ids = tf.TensorSpec([8, 16], tf.int32)
+    planned = gshard_tf.plan(build, "cpu:8", batch=((ids, ids), ids), cache=False)
+    assert planned.parameters > 500e9
+    assert planned.state_bytes() > 6e12
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 < 16e9
+
+
+@pytest.mark.parametrize("mode", ["evaluate", "predict"])
+def test_steps_that_do_not_train(mode):
+    inputs = batch() if mode == "evaluate" else (batch()[0],)
+    planned = gshard_tf.plan(moe_model, "cpu:8", batch=inputs, mode=mode, cache=False)
+    assert planned.mode == mode
+    assert planned.count("all-to-all") == 2
+    assert all(w.role != "optimizer" or w.bytes <= 8 for w in planned.weights) or (
+        planned.state_bytes("optimizer") > 0
+    )
+
+
+def test_the_users_own_train_step_is_planned():
+    class Twice(keras.Model):
+        def __init__(self):
+            super().__init__(name="twice")
+            self.dense = keras.layers.Dense(8)
+
+        def call(self, x):
+            return self.dense(x)
+
+        def train_step(self, data):
+            x, y = data
+            with tf.GradientTape() as tape:
+                loss = tf.reduce_mean(tf.square(self(x) + self(2 * x) - y))
+            variables = self.trainable_variables
+            self.optimizer.apply(tape.gradient(loss, variables), variables)
+            return {"loss": loss}
+
+    def build():
+        model = Twice()
+        model.compile("sgd", "mse")
+        return model
+
+    x = tf.TensorSpec([16, 8], tf.float32)
+    planned = gshard_tf.plan(build, "cpu:2", batch=(x, x), cache=False)
+    # Two forward products, and their gradients with respect to the weights.
+    assert planned.flops_as_written * 2 == 4 * 2 * 16 * 8 * 8
+
+
+def test_a_reshard_that_nobody_asked_for_is_named():
+    class Shuffle(keras.layers.Layer):
+        def call(self, x):
+            return tf.sort(x, axis=0)  # needs all examples on every device
+
+    def build():
+        model = keras.Sequential([keras.layers.Dense(4), Shuffle(name="shuffle")])
+        model.compile("sgd", "mse")
+        return model
+
+    x = tf.TensorSpec([64, 4], tf.float32)
+    planned = gshard_tf.plan(build, "cpu:4", batch=(x, x), cache=False)
+    assert planned.reshards
+    found = planned.reshards[0]
+    assert found.axis == "expert" and found.bytes > 0
+    assert "annotate" in found.advice
+    assert any("shuffle" in r.layer for r in planned.reshards)
+
+
+def test_weights_spread_over_the_data_axis():
+    def build():
+        model = keras.Sequential([keras.layers.Dense(256), keras.layers.Dense(8)])
+        model.compile("adam", "mse")
+        return model
+
+    x = tf.TensorSpec([16, 64], tf.float32)
+    y = tf.TensorSpec([16, 8], tf.float32)
+    found = {}
+    for name in (None, "zero", "fsdp"):
+        rules = gshard_tf.AxisRules(
+            {"batch": "data"}, fsdp_min_bytes=4096, **({name: "data"} if name else {})
+        )
+        planned = gshard_tf.plan(
+            build, "cpu:4", {"data": 4}, rules, (x, y), cache=False
+        )
+        assert planned.reshards == []
+        found[name] = (
+            planned.state_bytes("weight", per_core=True),
+            planned.state_bytes("optimizer", per_core=True),
+            planned.count("all-gather"),
+        )
+    whole = 4 * (64 * 256 + 256 * 8)
+    small = 4 * (256 + 8)
+    assert found[None] == (whole + small, 2 * (whole + small) + 12, 0)
+    assert found["zero"] == (whole + small, 2 * (whole // 4 + small) + 12, 2)
+    assert found["fsdp"] == (whole // 4 + small, 2 * (whole // 4 + small) + 12, 2)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"gradient_accumulation_steps": 2},
+        {"use_ema": True, "ema_overwrite_frequency": 2},
+    ],
+)
+def test_what_assigns_in_a_condition_is_refused(arguments):
+    def build():
+        model = keras.Sequential([keras.layers.Dense(2)])
+        model.compile(keras.optimizers.SGD(**arguments), "mse")
+        return model
+
+    x = tf.TensorSpec([8, 2], tf.float32)
+    with pytest.raises(ValueError, match=r"inside tf\.cond"):
+        gshard_tf.plan(build, "cpu:2", batch=(x, x), cache=False)
+
+
+def test_bad_arguments_say_what_would_be_right():
+    x, y = batch()
+
+    def planned(build=moe_model, topology="cpu:8", **arguments):
+        return gshard_tf.plan(
+            build, topology, **{"batch": (x, y), "cache": False, **arguments}
+        )
+
+    with pytest.raises(ValueError, match="mode is one of"):
+        planned(mode="fit")
+    with pytest.raises(ValueError, match="needs the batch"):
+        planned(batch=None)
+    with pytest.raises(ValueError, match="every dimension"):
+        planned(batch=(tf.TensorSpec([None, 4]), y))
+    with pytest.raises(ValueError, match="cpu:8 has 8"):
+        planned(mesh={"data": 3})
+    with pytest.raises(ValueError, match="Chips: v5p, v5e"):
+        planned(topology="v5:2x2")
+    with pytest.raises(ValueError, match="topology='cpu:none'"):
+        planned(topology="cpu:none")
+    with pytest.raises(ValueError, match="function that makes one"):
+        planned(build="model")
+    with pytest.raises(ValueError, match="must return the keras.Model"):
+        planned(build=lambda: 3)
+    with pytest.raises(ValueError, match="made before"):
+        made = moe_model()
+        planned(build=lambda: made)
+
+    def uncompiled():
+        return keras.Sequential([keras.Input((LENGTH, DIM)), keras.layers.Dense(4)])
+
+    with pytest.raises(ValueError, match="needs a compiled model"):
+        planned(build=uncompiled)
