@@ -90,9 +90,9 @@ class Module:
         One without a name of its own is given that of what it is applied to, or else
         its caller's: the compiler names little of what it makes itself.
 
-        A loop counts as often as XLA knows it to turn (only an optimized module says
-        so), or as `loops` says for its `op_name`; else once. Of the branches of a
-        conditional, all count.
+        Of the branches of a conditional, all count. A loop counts as often as the
+        module says that it turns, or as `loops` says, from `Module.loops` of the
+        module that this one was compiled from; else once.
         """
         yield from self._run(self.entry, 1, loops or {}, "")
 
@@ -109,25 +109,50 @@ class Module:
                 continue
             inner = times
             if instruction.opcode == "while":
-                inner *= trips(instruction) or loops.get(instruction.op_name, 1)
+                inner *= self._trips(instruction) or _trips_of(instruction, loops)
             for called in _called(instruction):
                 if called in self.computations:
                     yield from self._run(called, inner, loops, instruction.op_name)
 
     def loops(self) -> dict[str, int]:
-        """How often each loop turns, by `op_name`, where XLA knows it."""
-        return {
-            instruction.op_name: trips(instruction)
-            for computation in self.computations.values()
-            for instruction in computation.values()
-            if instruction.opcode == "while" and trips(instruction)
-        }
+        """How often each loop turns, by `op_name`, where the module says so."""
+        found = {}
+        for computation in self.computations.values():
+            for instruction in computation.values():
+                if instruction.opcode == "while":
+                    count = self._trips(instruction)
+                    if count:
+                        found[instruction.op_name] = count
+        return found
+
+    def _trips(self, instruction: Instruction) -> int:
+        """How often a loop turns; 0 where the module does not say."""
+        known = _TRIPS.search(instruction.attributes)
+        if known:
+            return int(known[1])
+        # TensorFlow counts from 0 while the counter is below a constant.
+        condition = re.search(r"condition=%?([\w.\-]+)", instruction.attributes)
+        computation = self.computations.get(condition[1], {}) if condition else {}
+        bounds = [
+            int(operand.operands[0])
+            for each in computation.values()
+            if each.opcode == "compare" and "direction=LT" in each.attributes
+            for operand in [computation.get(each.operands[-1])]
+            if operand is not None
+            and operand.opcode == "constant"
+            and operand.operands[0].isdigit()
+        ]
+        return min(bounds, default=0)
 
 
-def trips(instruction: Instruction) -> int:
-    """How often a loop turns; 0 where the module does not say."""
-    found = _TRIPS.search(instruction.attributes)
-    return int(found[1]) if found else 0
+def _trips_of(instruction: Instruction, loops: Mapping[str, int]) -> int:
+    """How often a loop turns, as known of the module before it was compiled.
+
+    Names are longer afterwards. The loop of a gradient is called after the loop that
+    it is the gradient of, and turns as often.
+    """
+    name = instruction.op_name.removesuffix("_grad")
+    return next((n for known, n in loops.items() if name.endswith(known)), 1)
 
 
 def _nearest_name(

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import re
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -49,10 +50,12 @@ def collectives(program: SpmdProgram) -> list[Collective]:
     return collectives_of(hlo_text.parse(program.compiled.as_text()))
 
 
-def collectives_of(module: hlo_text.Module) -> list[Collective]:
-    """The same, of a module that has been read already."""
+def collectives_of(
+    module: hlo_text.Module, loops: Mapping[str, int] | None = None
+) -> list[Collective]:
+    """The same, of a module that has been read; `loops`: see `Module.executed`."""
     found = []
-    for instruction, _, times in module.executed():
+    for instruction, _, times in module.executed(loops):
         # Of an asynchronous pair the start counts, not the end.
         kind = instruction.opcode.removesuffix("-start")
         if kind not in KINDS:

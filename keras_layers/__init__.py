@@ -1,5 +1,6 @@
 """Keras layers of GShard: mixture of experts, sharded attention, Transformer."""
 
+from keras_layers.adafactor import Adafactor
 from keras_layers.attention import MultiHeadAttention
 from keras_layers.blocks import DecoderBlock, EncoderBlock
 from keras_layers.decoding import greedy_decode
@@ -28,6 +29,7 @@ from keras_layers.transformer import Transformer
 from keras_layers.upcycling import upcycle
 
 __all__ = [
+    "Adafactor",
     "DecoderBlock",
     "Dropout",
     "EinsumDispatcher",

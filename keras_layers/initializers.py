@@ -12,6 +12,16 @@ import keras
 import tensorflow as tf
 
 
+def fresh(initializer: Callable) -> Callable:
+    """A copy for one weight.
+
+    Keras's initializers return the same values whenever they are called, so weights of
+    one shape that share an initializer would start equal; unseeded copies do not. (One
+    with a seed that somebody chose gives the same values everywhere, as in Keras.)
+    """
+    return initializer.clone() if hasattr(initializer, "clone") else initializer
+
+
 def per_expert(initializer: keras.initializers.Initializer) -> Callable:
     """`initializer` with its fan counted within one expert, for `[E, ...]` weights.
 
@@ -20,7 +30,9 @@ def per_expert(initializer: keras.initializers.Initializer) -> Callable:
     Initializers that do not scale by a fan are returned as they are.
     """
     if not isinstance(initializer, keras.initializers.VarianceScaling):
-        return initializer
+        return fresh(initializer)
+
+    initializer = fresh(initializer)
 
     def scaled(shape: Sequence[int], dtype: Any = None) -> tf.Tensor:
         return initializer(shape, dtype=dtype) * shape[0] ** 0.5
@@ -32,6 +44,8 @@ def as_matrix(
     initializer: keras.initializers.Initializer, rows: int, columns: int
 ) -> Callable:
     """`initializer` of a `[rows, columns]` matrix, reshaped to the weight's shape."""
+
+    initializer = fresh(initializer)
 
     def reshaped(shape: Sequence[int], dtype: Any = None) -> tf.Tensor:
         return tf.reshape(initializer((rows, columns), dtype=dtype), shape)

@@ -62,20 +62,19 @@ class Experts(keras.layers.Layer):
 
     def build(self, input_shape: Any) -> None:
         model_dim = input_shape[-1]
-        initializer = per_expert(self.kernel_initializer)
         inward = ["wi", "wi_gate"] if self.gated else ["wi"]
         for name in inward:
             weight = self.add_weight(
                 name=name,
                 shape=(self.num_experts, model_dim, self.hidden_dim),
-                initializer=initializer,
+                initializer=per_expert(self.kernel_initializer),
             )
             setattr(self, name, name_axes(weight, ("expert", "embed", "mlp")))
         self.wo = name_axes(
             self.add_weight(
                 name="wo",
                 shape=(self.num_experts, self.hidden_dim, model_dim),
-                initializer=initializer,
+                initializer=per_expert(self.kernel_initializer),
             ),
             ("expert", "mlp", "embed"),
         )

@@ -23,10 +23,10 @@ def layer_tree(model: keras.Model) -> Tree:
 def _children(layer: Any) -> Tree:
     # Private API: layers have no public list of those in them. On an upgrade, check
     # that it still gives the direct ones only.
-    return {
-        child.name: _children(child)
-        for child in layer._flatten_layers(include_self=False, recursive=False)
-    }
+    found = list(layer._flatten_layers(include_self=False, recursive=False))
+    # What a layer runs without owning it, such as the blocks of a stack.
+    found += getattr(layer, "inner_layers", [])
+    return {child.name: _children(child) for child in found}
 
 
 def layer_of(op_name: str, tree: Tree) -> str:
@@ -36,7 +36,8 @@ def layer_of(op_name: str, tree: Tree) -> str:
     where TensorFlow adds a number to a scope that it enters again.
     """
     path = []
-    for part in op_name.split("/"):
+    # Within a loop or a recomputation, gradients are called anew from the outermost.
+    for part in op_name.rpartition("gradients/")[2].split("/"):
         # Keras enters a layer's scope twice, the second time to call it, so a number
         # is TensorFlow's rather than the layer's own.
         for name in (_NUMBER.sub("", part), part):

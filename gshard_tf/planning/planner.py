@@ -113,8 +113,9 @@ def plan(
     compile_seconds = time.perf_counter() - begun
     written_module = hlo_text.parse(hlo_as_text(step.hlo))
     judge = Judge(annotations(written_module, tree), weights, mesh, layouts.rules)
-    facts = _program_facts(program, found, tree, judge)
-    written = _flops(written_module, facts.pop("loops"))
+    loops = written_module.loops()
+    facts = _program_facts(program, found, tree, judge, loops)
+    written = _flops(written_module, loops)
     memory = None if program is None else memory_of(program, found.hbm_bytes)
     made = Plan(
         model=built.name,
@@ -310,6 +311,7 @@ def _program_facts(
     topology: Topology,
     tree: names.Tree,
     judge: Judge,
+    loops: Mapping[str, int],
 ) -> dict[str, Any]:
     """What is read off the compiled program; nothing without one."""
     if program is None:
@@ -320,16 +322,15 @@ def _program_facts(
             "communication": [],
             "reshards": [],
             "time": None,
-            "loops": {},
         }
     module = hlo_text.parse(program.compiled.as_text())
     by_layer: dict[str, float] = {}
-    for op_name, flops in _flops(module).items():
+    for op_name, flops in _flops(module, loops).items():
         layer = names.layer_of(op_name, tree)
         by_layer[layer] = by_layer.get(layer, 0.0) + flops
     total = sum(by_layer.values())
     cost = program.compiled.cost_analysis() or {}
-    collectives = inspection.collectives_of(module)
+    collectives = inspection.collectives_of(module, loops)
     seconds: Sequence[float] = [0.0] * len(collectives)
     time_: StepTime | None = None
     if topology.chip is not None:
@@ -351,7 +352,6 @@ def _program_facts(
         "communication": communication,
         "reshards": reshards,
         "time": time_,
-        "loops": module.loops(),
     }
 
 

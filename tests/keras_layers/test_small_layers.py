@@ -5,7 +5,14 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_layers import Dropout, FeedForward, TokenEmbedding, VocabularyProjection
+from keras_layers import (
+    Dropout,
+    Experts,
+    FeedForward,
+    MultiHeadAttention,
+    TokenEmbedding,
+    VocabularyProjection,
+)
 from keras_layers.embedding import sinusoids
 
 
@@ -101,3 +108,21 @@ def test_sinusoids():
     np.testing.assert_allclose(encoding[:, 0], np.sin(np.arange(50)), atol=1e-5)
     np.testing.assert_allclose(encoding[:, 7], np.cos(np.arange(50) / 1e4), atol=1e-5)
     np.testing.assert_allclose(sinusoids(tf.constant([7]), 9)[0], encoding[7])
+
+
+def test_weights_that_share_an_initializer_do_not_start_equal():
+    attention = MultiHeadAttention(2, 4)
+    attention.build((None, None, 8))
+    gated = FeedForward(8, gated=True)
+    gated.build((None, None, 8))
+    experts = Experts(2, 8, gated=True)
+    experts.build((2, None, None, 8))
+    for weights in (
+        [attention.query_kernel, attention.key_kernel, attention.value_kernel],
+        [gated.wi, gated.wi_gate, gated.wo],
+        [experts.wi, experts.wi_gate, experts.wo],
+    ):
+        values = [np.array(weight) for weight in weights]
+        for i, one in enumerate(values):
+            for other in values[:i]:
+                assert abs(np.corrcoef(one.ravel(), other.ravel())[0, 1]) < 0.5
