@@ -1,0 +1,74 @@
+"""Plans by the real TPU compiler."""
+
+import importlib.util
+
+import pytest
+from processes import run_python
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="needs libtpu: the extra aot"
+)
+
+
+def test_a_model_on_slices_that_are_not_there():
+    # One process: libtpu stays once it is loaded.
+    printed = run_python(
+        """
+        import keras, tensorflow as tf
+        import gshard_tf
+        from gshard_tf.planning.chips import CHIPS, find_topology
+        from keras_layers import MoELayer
+
+        for name in ("v5:2x2", "v5e:3x5", "v3:7x7"):
+            try:
+                find_topology(name)
+            except ValueError as error:
+                print(str(error).rpartition(": ")[2])
+        for chip in CHIPS.values():
+            for shape in chip.slices:
+                find_topology(f"{chip.name}:{shape}")
+        print("all slices known")
+
+        def moe(hidden):
+            def build():
+                inputs = keras.Input((64, 128))
+                x = keras.layers.Dense(128)(inputs)
+                x = x + MoELayer(8, hidden, seed=0, name="moe")(x)
+                model = keras.Model(inputs, x, name="model")
+                model.compile("adam", "mse")
+                return model
+            return build
+
+        x = tf.TensorSpec([8, 64, 128], tf.float32)
+        plan = gshard_tf.plan(moe(256), "v5e:2x4", batch=(x, x), cache=False)
+        print(plan.fits, plan.count("all-to-all"))
+        print(plan.count("all-to-all", "model/moe"))
+        print(plan.count("all-gather"), plan.reshards, plan.flops_over_written < 1.05)
+        print(plan.memory.capacity, plan.time.roofline > 0)
+
+        def wide():
+            model = keras.Sequential([keras.layers.Dense(65536, use_bias=False)])
+            model.compile("adam", "mse")
+            return model
+
+        x = tf.TensorSpec([8, 65536], tf.float32)
+        plan = gshard_tf.plan(wide, "v5e:2x4", batch=(x, x), cache=False)
+        print(plan.fits, plan.memory, plan.out_of_memory.needed > 3 * 65536**2 * 4)
+        print(any("fsdp" in advice for advice in plan.advice))
+        rules = gshard_tf.AxisRules({"batch": "expert"}, fsdp="expert")
+        plan = gshard_tf.plan(wide, "v5e:2x4", None, rules, (x, x), cache=False)
+        print(plan.state_bytes(per_core=True) < 7e9, plan.fits)
+        """
+    )
+    lines = printed.strip().split("\n")
+    assert lines[0].startswith("v5")  # chips of a like name
+    assert lines[1].startswith("v5e:4x4, v5e:")
+    assert lines[2].startswith("v3:8x8, v3:")
+    assert lines[3] == "all slices known"
+    assert lines[4:6] == ["True 4", "4"]
+    assert lines[6] == "0 [] True"
+    assert lines[7] == f"{16.0 * 2**30} True"
+    assert lines[8] == "False None True"
+    assert lines[9] == "True"
+    # Spread over the axis, the same model fits.
+    assert lines[10] == "True True"
