@@ -95,6 +95,9 @@ def recompute(
     # for bools, and XLA may see that it is 0.
     autocast = get_autocast_scope()
     count = 0
+    # `custom_gradient` hands over copies. In the body of a loop a copy of what no turn
+    # changes, all layers' weights say, is kept once per turn; the thing itself is not.
+    kept = list(tensors)
 
     @tf.custom_gradient
     def forward(*tensors):
@@ -104,7 +107,7 @@ def recompute(
         count = len(outputs)
 
         def gradient(*d_results):
-            later, d_outputs = _after(tensors, d_results[:count])
+            later, d_outputs = _after(kept, d_results[:count])
             floats = [x for x in later if x.dtype.is_floating]
             with tf.GradientTape() as tape:
                 tape.watch(floats)
@@ -117,6 +120,102 @@ def recompute(
 
     results = forward(*tensors)
     return results[:count], results[count:]
+
+
+def recompute_units(
+    forward: Callable[..., tuple[tf.Tensor, tf.Tensor, tf.Tensor, list[tf.Tensor]]],
+    unit: Callable[..., tuple[tf.Tensor, tf.Tensor]],
+    inputs: tf.Tensor,
+    shared: Sequence[tf.Tensor],
+    stacked: Sequence[tf.Tensor],
+    trained: Sequence[int],
+) -> tuple[tf.Tensor, tf.Tensor, list[tf.Tensor]]:
+    """A loop of like units, for whose gradient only each unit's input is kept.
+
+    The gradient is a loop of its own, from the last unit to the first, rather than
+    what TensorFlow makes of a loop. That one would add each unit's gradient of its
+    slice, with zeros around it, to the gradient of all slices: a pass over all weights
+    in every turn. And TensorFlow looks for constants among what goes into a loop and
+    does not change there, so zeros of the size of all weights would have to fit into
+    the memory of the machine that only lowers the program.
+
+    Args:
+        forward: The loop, `(inputs, shared, stacked) -> (inputs of all units
+            [count, ...], outputs, loss, state)`. It reads no variable.
+        unit: What a turn of it does, `(inputs, shared, slices) -> (outputs, loss)`.
+            Outputs are of the shape of inputs, and the sum of all losses is `loss`.
+        inputs: Of the first unit.
+        shared: Tensors that all units read. Those of floats have a gradient.
+        stacked: Tensors `[count, ...]`; each unit reads its own slices.
+        trained: Places in `stacked` of those that have a gradient.
+
+    Returns:
+        Outputs, loss and state. State has no gradient.
+    """
+    autocast = get_autocast_scope()
+    first = 1 + len(shared)
+    # In what a unit reads: its input, what is shared, its slices.
+    floats = [i for i, x in enumerate(shared, 1) if x.dtype.is_floating]
+    places = [0, *floats, *(first + i for i in trained)]
+
+    @tf.custom_gradient
+    def whole(inputs, *tensors):
+        shared, stacked = tensors[: first - 1], tensors[first - 1 :]
+        with record.stop_recording():
+            kept, outputs, loss, state = forward(inputs, shared, stacked)
+        count = kept.shape[0]
+
+        def gradient(d_outputs, d_loss, *_):
+            def body(turn, d_x, d_shared, d_slices):
+                number = count - 1 - turn
+                values = [kept[number], *shared, *(w[number] for w in stacked)]
+                # Both loops in one, that is a single turn each, are found to be so.
+                values, d_results = _after(values, [d_x, tf.identity(d_loss)])
+                sources = [values[i] for i in places]
+                with tf.GradientTape() as tape:
+                    tape.watch(sources)
+                    with AutocastScope(autocast and autocast.dtype):
+                        results = unit(values[0], values[1:first], values[first:])
+                d_x, *found = (
+                    tf.convert_to_tensor(d)
+                    for d in tape.gradient(
+                        results,
+                        sources,
+                        d_results,
+                        unconnected_gradients=tf.UnconnectedGradients.ZERO,
+                    )
+                )
+                d_x.set_shape(inputs.shape)
+                sums = [a + b for a, b in zip(d_shared, found, strict=False)]
+                arrays = [
+                    array.write(number, d)
+                    for array, d in zip(d_slices, found[len(floats) :], strict=True)
+                ]
+                return turn + 1, d_x, sums, arrays
+
+            d_outputs.set_shape(inputs.shape)
+            zeros = [tf.zeros_like(shared[i - 1]) for i in floats]
+            arrays = [_array_like(stacked[i]) for i in trained]
+            _, d_inputs, sums, arrays = tf.while_loop(
+                lambda turn, *_: turn < count,
+                body,
+                (tf.constant(0), d_outputs, zeros, arrays),
+            )
+            found = {i - 1: d for i, d in zip(floats, sums, strict=True)}
+            for i, array in zip(trained, arrays, strict=True):
+                found[first - 1 + i] = array.stack()
+            return [d_inputs, *(found.get(i) for i in range(len(tensors)))]
+
+        return [outputs, loss, *state], gradient
+
+    outputs, loss, *state = whole(inputs, *shared, *stacked)
+    return outputs, loss, state
+
+
+def _array_like(stacked: tf.Tensor) -> tf.TensorArray:
+    return tf.TensorArray(
+        stacked.dtype, stacked.shape[0], element_shape=stacked.shape[1:]
+    )
 
 
 def _after(

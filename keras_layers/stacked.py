@@ -22,7 +22,7 @@ from keras_layers.remat import (
     Effects,
     pure_call,
     read,
-    recompute,
+    recompute_units,
     routing_is_watched,
 )
 
@@ -104,6 +104,12 @@ class Stacked(keras.layers.Layer):
         axes = named_axes(like)
         return weight if axes is None else name_axes(weight, ("layer", *axes))
 
+    @property
+    def inner_layers(self) -> Iterator[keras.layers.Layer]:
+        """The blocks that stand for all, for those who name what a program does."""
+        # Not a list, which Keras would look through for something to save.
+        return iter(self._blocks.value)
+
     def stacked_variables(self) -> list[keras.Variable]:
         """The stacked variables, in the order of those of the blocks."""
         metrics = [v for metric in self._stacked_metrics for v in metric.variables]
@@ -140,47 +146,58 @@ class Stacked(keras.layers.Layer):
         options = {"training": training, **({"decoding": True} if decoding else {})}
         sources = self.stacked_variables()
         stacked = read(sources)
+        shared = [tensors[name] for name in names]
+        carried = list(self._carried)
+        updated: list[int] = []
+        has_losses = [False]
 
-        def repetition(x, number, *values):
-            given = dict(zip(names, values[: len(names)], strict=True))
+        def unit(x, shared, values):
             effects = self._run(
-                x, [w[number] for w in values[len(names) :]], {**given, **options}
+                x, values, {**dict(zip(names, shared, strict=True)), **options}
             )
             updated[:] = effects.updates
-            return [effects.outputs, *effects.losses], list(effects.updates.values())
+            has_losses[:] = [bool(effects.losses)]
+            loss = tf.add_n(
+                [tf.zeros([]), *(tf.cast(y, tf.float32) for y in effects.losses)]
+            )
+            effects.outputs.set_shape(inputs.shape)
+            return effects.outputs, loss, list(effects.updates.values())
 
-        updated: list[int] = []
-        arguments = [*(tensors[name] for name in names), *stacked]
-        again = self.remat and training and not watched
+        def loop(inputs, shared, stacked, kept=()):
+            def body(number, x, loss, state, kept):
+                kept = [array.write(number, x) for array in kept]
+                x, more, new = unit(x, shared, [w[number] for w in stacked])
+                state = list(state)
+                # Each repetition assigns its own slice.
+                for i, value in zip(updated, new, strict=True):
+                    state[carried.index(i)] = tf.tensor_scatter_nd_update(
+                        state[carried.index(i)], [[number]], value[None]
+                    )
+                return number + 1, x, loss + more, state, kept
 
-        def body(number, x, loss, state):
-            call = recompute if again else lambda f, values: f(*values)
-            (x, *losses), new = call(repetition, [x, number, *arguments])
-            has_losses[:] = [bool(losses)]
-            loss = tf.add_n([loss, *(tf.cast(y, loss.dtype) for y in losses)])
-            state = list(state)
-            # Each repetition assigns its own slice.
-            for i, value in zip(updated, new, strict=True):
-                state[carried.index(i)] = tf.tensor_scatter_nd_update(
-                    state[carried.index(i)], [[number]], value[None]
-                )
-            x.set_shape(inputs.shape)
-            return number + 1, x, loss, state
-
-        carried = list(self._carried)
-        has_losses = [False]
-        values = (tf.constant(0), inputs, tf.zeros([]), [stacked[i] for i in carried])
-        if tf.executing_eagerly():
-            for _ in range(self.count):
-                values = body(*values)
-        else:
-            values = tf.while_loop(
+            state = [stacked[i] for i in carried]
+            return tf.while_loop(
                 lambda number, *_: number < self.count,
                 body,
-                values,
-                maximum_iterations=self.count,
+                (tf.constant(0), inputs, tf.zeros([]), state, list(kept)),
+                # XLA must know it to allot what the gradient needs.
+                maximum_iterations=None if kept else self.count,
+            )[1:]
+
+        def keeping(inputs, shared, stacked):
+            array = tf.TensorArray(inputs.dtype, self.count, element_shape=inputs.shape)
+            outputs, loss, state, (array,) = loop(inputs, shared, stacked, [array])
+            kept = array.stack()
+            kept.set_shape([self.count, *inputs.shape])
+            return kept, outputs, loss, state
+
+        if self.remat and training and not watched:
+            trained = [i for i, w in enumerate(self._stacked_weights) if w.trainable]
+            outputs, loss, state = recompute_units(
+                keeping, lambda *args: unit(*args)[:2], inputs, shared, stacked, trained
             )
-        _, outputs, loss, state = values
+        else:
+            outputs, loss, state, _ = loop(inputs, shared, stacked)
         if has_losses[0]:
             self.add_loss(loss)
         for i in updated:

@@ -53,7 +53,7 @@ def transformer(remat, **compile_options):
 
 
 def fit(model):
-    return model.fit(*data(), batch_size=8, epochs=3, verbose=0, shuffle=False).history
+    return model.fit(*data(), batch_size=8, epochs=2, verbose=0, shuffle=False).history
 
 
 def blocks(remat, dense=0, **compile_options):
@@ -73,20 +73,19 @@ def blocks(remat, dense=0, **compile_options):
 def fit_blocks(model):
     x = np.random.default_rng(0).normal(size=(8, 32, 16)).astype("float32")
     x[:3, 20:] = 0.0
-    return model.fit(x, x, batch_size=8, epochs=3, verbose=0, shuffle=False).history
+    return model.fit(x, x, batch_size=8, epochs=2, verbose=0, shuffle=False).history
 
 
 @pytest.mark.parametrize(
     ("make", "use", "options", "policy"),
     [
         (transformer, fit, {"run_eagerly": True}, "float32"),
-        (blocks, fit_blocks, {"jit_compile": False}, "float32"),
-        (blocks, fit_blocks, {"jit_compile": True}, "mixed_bfloat16"),
+        (blocks, fit_blocks, {"jit_compile": False}, "mixed_bfloat16"),
     ],
 )
 def test_training_is_the_same(make, use, options, policy):
     keras.config.set_dtype_policy(policy)
-    plain = run_plain(lambda: make(False, **options), use)
+    plain = run_plain(lambda: make(False, run_eagerly=True), use)
     again = run_plain(lambda: make(True, **options), use)
     # Rounding differs by the order that a compiler chooses.
     rtol = 1e-5 if policy == "float32" else 0.02
@@ -101,7 +100,7 @@ def runs_on_mesh():
     """Without and with: the run, its program, its collectives."""
     found = []
     for remat in (False, True):
-        run = run_on_mesh(lambda remat=remat: blocks(remat, dense=2), fit_blocks)
+        run = run_on_mesh(lambda remat=remat: blocks(remat, dense=1), fit_blocks)
         (program,) = run.strategy.programs
         found.append((run, program, collectives(program)))
     return found
@@ -148,14 +147,13 @@ def test_without_training_nothing_is_computed_again():
 
 
 def test_losses_are_added_once_and_have_gradients():
-    keras.utils.set_random_seed(0)
     x = tf.random.normal([2, 6, 8])
     results = []
     for remat in (False, True):
+        keras.utils.set_random_seed(0)
         block = EncoderBlock(
             2, 4, 8, num_experts=4, dropout=0.0, seed=1, remat=remat, moe_options=MOE
         )
-        keras.utils.set_random_seed(0)
         block.build(x.shape)
         with tf.GradientTape() as tape:
             block(x, training=True)
@@ -187,16 +185,14 @@ def test_routing_is_recorded_and_replayed_once():
 def test_a_plan_without_memory_can_be_traced():
     mesh = gshard_tf.create_mesh({"expert": 8})
     strategy = AbstractStrategy(mesh)
+    x = np.zeros([8, 8, 16], "float32")
     with strategy.scope():
-        model = transformer(True)
-        model.build()
+        model = blocks(True)
+        model.build(x.shape)
         model.optimizer.build(model.trainable_variables)
-        (source, target), labels = data()
-        model._symbolic_build(data_batch=((source, target), labels))
-    spec = tf.TensorSpec(source.shape, tf.int64)
-    step = lower_abstract(
-        strategy.extended, model.train_step, ((((spec, spec), spec)),)
-    )
+        model._symbolic_build(data_batch=(x, x))
+    spec = tf.TensorSpec(x.shape, tf.float32)
+    step = lower_abstract(strategy.extended, model.train_step, ((spec, spec),))
     updated = {step.captures[i].path for i in step.updates}
     trained = {v.path for v in model.trainable_variables}
     assert trained <= updated

