@@ -9,10 +9,11 @@ Adafactor) for the TPU v3 slice that the paper trained it on, planned by
 core. Needs libtpu (`pip install 'gshard-tf[aot]'`), no TPU.
 
 Models: 128E12L, 512E12L, 2048E12L, 128E36L, 512E36L, 2048E36L, 2048E60L and T96L
-(dense); with `:bf16` behind, activations are in bfloat16. Without `--models`: the
-12-layer ones. `--quick`: those with one dense and one MoE block in encoder and decoder
-each. Models of more than 12 layers run as loops over stacked blocks that compute
-their activations again (`stacked` and `remat` of `Transformer`).
+(dense); with `:bf16` behind, activations are in bfloat16; with `:fsdp` behind that,
+dense weights and their slots are spread over all cores (`AxisRules.fsdp`). Without
+`--models`: the 12-layer ones. `--quick`: those with one dense and one MoE block in
+encoder and decoder each. Models of more than 12 layers run as loops over stacked blocks
+that compute their activations again (`stacked` and `remat` of `Transformer`).
 
 One JSON object per row. `hbm_gb` is what the compiled program needs per core,
 `paper_hbm_gb` what the paper measured (Figure 7, read off the picture).
@@ -52,13 +53,15 @@ PAPER = {
 DEFAULT = ["128E12L", "512E12L", "2048E12L"]
 
 
-def parse(name: str) -> tuple[int, int, bool]:
-    """Experts, layers, and whether activations are in bfloat16."""
-    found = re.fullmatch(r"(?:(\d+)E(\d+)L|T(\d+)L)(:bf16)?", name)
+def parse(name: str) -> tuple[int, int, bool, bool]:
+    """Experts, layers, whether in bfloat16, and whether dense weights are spread."""
+    found = re.fullmatch(r"(?:(\d+)E(\d+)L|T(\d+)L)(:bf16)?(:fsdp)?", name)
     if found is None or ((int(found[1] or 0), int(found[2] or found[3])) not in PAPER):
         names = ", ".join(f"{e}E{n}L" if e else f"T{n}L" for e, n in PAPER)
-        raise SystemExit(f"Models are {names}, or one with :bf16. Received: {name!r}")
-    return int(found[1] or 0), int(found[2] or found[3]), bool(found[4])
+        raise SystemExit(
+            f"Models are {names}, or one with :bf16, :fsdp. Received: {name!r}"
+        )
+    return int(found[1] or 0), int(found[2] or found[3]), bool(found[4]), bool(found[5])
 
 
 def analytic_flops(experts: int, blocks: int, remat: bool) -> float:
@@ -87,7 +90,7 @@ def run(name: str, quick: bool) -> dict[str, Any]:
     import gshard_tf
     from keras_layers import Adafactor, Transformer
 
-    experts, layers, low = parse(name)
+    experts, layers, low, spread = parse(name)
     blocks = 2 if quick else layers // 2
     deep = layers > 12 and not quick
     cores = experts or 2048
@@ -117,8 +120,10 @@ def run(name: str, quick: bool) -> dict[str, Any]:
         return model
 
     ids = tf.TensorSpec([cores, LENGTH], tf.int32)
+    paper = dict.fromkeys(("batch", "group", "expert"), "expert")
+    rules = gshard_tf.AxisRules(paper, fsdp="expert" if spread else None)
     plan = gshard_tf.plan(
-        build, TOPOLOGIES[cores], {"expert": cores}, batch=((ids, ids), ids)
+        build, TOPOLOGIES[cores], {"expert": cores}, rules, ((ids, ids), ids)
     )
     moe_layers = 2 * (blocks // 2) if experts else 0
     analytic = analytic_flops(experts, blocks, deep)

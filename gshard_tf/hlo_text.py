@@ -132,17 +132,21 @@ class Module:
             return int(known[1])
         # TensorFlow counts from 0 while the counter is below a constant.
         condition = re.search(r"condition=%?([\w.\-]+)", instruction.attributes)
-        computation = self.computations.get(condition[1], {}) if condition else {}
-        bounds = [
-            int(operand.operands[0])
-            for each in computation.values()
-            if each.opcode == "compare" and "direction=LT" in each.attributes
-            for operand in [computation.get(each.operands[-1])]
-            if operand is not None
-            and operand.opcode == "constant"
-            and operand.operands[0].isdigit()
-        ]
-        return min(bounds, default=0)
+        return min(self._bounds(condition[1]), default=0) if condition else 0
+
+    def _bounds(self, name: str) -> Iterator[int]:
+        """The constants that a condition compares with, by "less than"."""
+        computation = self.computations.get(name, {})
+        for each in computation.values():
+            if each.opcode == "call":
+                for called in _called(each):
+                    yield from self._bounds(called)
+            if each.opcode != "compare" or "direction=LT" not in each.attributes:
+                continue
+            bound = computation.get(each.operands[-1])
+            if bound is not None and bound.opcode == "constant":
+                if bound.operands[0].isdigit():
+                    yield int(bound.operands[0])
 
 
 def _trips_of(instruction: Instruction, loops: Mapping[str, int]) -> int:

@@ -35,7 +35,8 @@ def layer_of(op_name: str, tree: Tree) -> str:
     An operation is called after the scopes around it, `.../encoder_2/moe_1/einsum`,
     where TensorFlow adds a number to a scope that it enters again.
     """
-    path = []
+    path: list[str] = []
+    nowhere = _by_name(tree)
     # Within a loop or a recomputation, gradients are called anew from the outermost.
     for part in op_name.rpartition("gradients/")[2].split("/"):
         # Keras enters a layer's scope twice, the second time to call it, so a number
@@ -45,7 +46,26 @@ def layer_of(op_name: str, tree: Tree) -> str:
                 path.append(name)
                 tree = tree[name]
                 break
+            if not path and name in nowhere:
+                path, tree = list(nowhere[name][0]), nowhere[name][1]
+                break
     return "/".join(path)
+
+
+def _by_name(tree: Tree) -> dict[str, tuple[tuple[str, ...], Tree]]:
+    """Layers by their own name, where no other has it: name -> path and tree.
+
+    What a loop computes for a gradient is called after its innermost layers alone.
+    """
+    found: dict[str, list] = {}
+
+    def visit(tree: Tree, path: tuple[str, ...]) -> None:
+        for name, inner in tree.items():
+            found.setdefault(name, []).append(((*path, name), inner))
+            visit(inner, (*path, name))
+
+    visit(tree, ())
+    return {name: each[0] for name, each in found.items() if len(each) == 1}
 
 
 def operation_of(op_name: str) -> str:

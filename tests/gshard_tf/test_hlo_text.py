@@ -71,6 +71,11 @@ cond.1 {
   ROOT less.1 = pred[] compare(i.1, n.1), direction=LT
 }
 
+wrapper.1 {
+  p.4 = (s32[], f32[4,4]{1,0}) parameter(0)
+  ROOT c.4 = pred[] call(p.4), to_apply=cond.1
+}
+
 body.1 {
   p.2 = (s32[], f32[4,4]{1,0}) parameter(0)
   x.2 = f32[4,4]{1,0} get-tuple-element(p.2), index=1
@@ -81,7 +86,7 @@ body.1 {
 
 ENTRY main.1 {
   t.3 = (s32[], f32[4,4]{1,0}) parameter(0)
-  ROOT w.3 = (s32[], f32[4,4]{1,0}) while(t.3), condition=cond.1, body=body.1, metadata={op_name="a/while"}
+  ROOT w.3 = (s32[], f32[4,4]{1,0}) while(t.3), condition=wrapper.1, body=body.1, metadata={op_name="a/while"}
 }
 """  # noqa: E501
 
