@@ -158,10 +158,15 @@ def _maps(routing: Routing) -> tuple[tf.Tensor, tf.Tensor]:
     number = tf.range(1, tokens * choices + 1)
     expert_hot = tf.one_hot(expert, num_experts, dtype=tf.float32)  # [G, S*K, E]
     slot_hot = tf.one_hot(slot, capacity, dtype=tf.float32)  # [G, S*K, C]
+    # The digits go to the shorter of the two, so that the longer is made once.
+    by_slot = isinstance(capacity, int) and capacity < num_experts
     inverse = tf.zeros([], tf.int32)
     for digit in reversed(range(digits)):
-        value = tf.cast((number // 256**digit) % 256, tf.float32)
-        placed = tf.einsum("GTE,GTC->GEC", expert_hot * value[None, :, None], slot_hot)
+        value = tf.cast((number // 256**digit) % 256, tf.float32)[None, :, None]
+        if by_slot:
+            placed = tf.einsum("GTE,GTC->GEC", expert_hot, slot_hot * value)
+        else:
+            placed = tf.einsum("GTE,GTC->GEC", expert_hot * value, slot_hot)
         inverse = inverse * 256 + tf.cast(placed, tf.int32)
     inverse = tf.reshape(inverse, [groups, num_experts * capacity]) - 1
     return inverse, slot_of_choice
