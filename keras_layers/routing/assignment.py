@@ -106,15 +106,15 @@ def _positions(
     expert_index: tf.Tensor, counted: tf.Tensor, num_experts: int
 ) -> tf.Tensor:
     """How many counted choices of the same expert come before each: `[G, S, K]`."""
-    _, tokens, choices = sizes(expert_index)
+    groups, tokens, choices = sizes(expert_index)
     # The order of Algorithm 1: token after token, one choice after the other.
     expert = tf.transpose(expert_index, [0, 2, 1])  # [G, K, S]
-    expert = tf.reshape(expert, [-1, choices * tokens])  # [G, T], T = K*S
-    counted = tf.reshape(tf.transpose(counted, [0, 2, 1]), [-1, choices * tokens])
+    expert = tf.reshape(expert, [groups, choices * tokens])  # [G, T], T = K*S
+    counted = tf.reshape(tf.transpose(counted, [0, 2, 1]), [groups, choices * tokens])
     length = choices * tokens
     missing = -length % _BLOCK
     padding = [[0, 0], [0, missing]]
-    shape = [-1, (length + missing) // _BLOCK, _BLOCK]
+    shape = [groups, (length + missing) // _BLOCK, _BLOCK]
     expert = tf.reshape(tf.pad(expert, padding), shape)  # [G, T / block, block]
     counted = tf.reshape(tf.pad(counted, padding), shape)
     same = tf.equal(expert[..., :, None], expert[..., None, :])
@@ -125,6 +125,6 @@ def _positions(
     taken = tf.cast(taken & counted[..., None], tf.int32)
     before = tf.cumsum(tf.reduce_sum(taken, axis=2), axis=1, exclusive=True)
     position = within + tf.gather(before, expert, batch_dims=2)
-    position = tf.reshape(position, [-1, length + missing])[:, :length]
-    position = tf.reshape(position, [-1, choices, tokens])  # [G, K, S]
+    position = tf.reshape(position, [groups, length + missing])[:, :length]
+    position = tf.reshape(position, [groups, choices, tokens])  # [G, K, S]
     return tf.transpose(position, [0, 2, 1])  # [G, S, K]
