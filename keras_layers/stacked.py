@@ -15,8 +15,7 @@ import tensorflow as tf
 # Private API: as in `remat`.
 from keras.src.backend import AutocastScope
 
-from gshard_tf import name_axes
-from gshard_tf.annotations import named_axes
+from gshard_tf import name_axes, named_axes
 from keras_layers.checks import check_int
 from keras_layers.remat import (
     Effects,
