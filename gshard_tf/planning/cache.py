@@ -11,27 +11,25 @@ from collections.abc import Sequence
 
 from tensorflow.experimental import dtensor
 
-from gshard_tf.lowering import LoweredStep
 from gshard_tf.planning.plan import FORMAT, Plan, Weight
-from gshard_tf.program import hlo_as_text
 
 
 def content_key(
-    step: LoweredStep,
+    hlo: str,
     weights: Sequence[Weight],
     topology: str,
     mesh: dtensor.Mesh,
     mode: str,
     versions: dict[str, str],
 ) -> str:
-    """A hash of everything that a plan depends on."""
+    """A hash of everything that a plan depends on; `hlo` is the text of its module."""
     # Neither where the model's source lies nor how many functions TensorFlow has
     # traced before matters to a plan.
     text = re.sub(
         r'source_file="[^"]*"|source_(end_)?(line|column)=\d+|stack_frame_id=\d+'
         r"|_inference_\w+",
         "",
-        hlo_as_text(step.hlo),
+        hlo,
     )
     # The first lines list source files.
     text = text[text.find("\n%") :]

@@ -71,6 +71,11 @@ CHIPS = {
 }  # fmt: skip
 
 
+def is_ring(size: int, wraps_at: int | None) -> bool:
+    """Whether the ends of a dimension of a slice are linked; see `Chip.wraps_at`."""
+    return wraps_at is not None and size > 2 and size % wraps_at == 0
+
+
 @dataclasses.dataclass(frozen=True)
 class Topology:
     """A slice of chips, or N virtual CPU devices (`chip` is None then).

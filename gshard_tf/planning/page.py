@@ -5,6 +5,7 @@ import itertools
 from collections.abc import Iterable, Sequence
 from html import escape
 
+from gshard_tf.inspection import KINDS
 from gshard_tf.planning import compare, grouping, pictures, units
 from gshard_tf.planning.chips import CHIPS
 from gshard_tf.planning.plan import Communication, Plan, Weight
@@ -12,13 +13,6 @@ from gshard_tf.planning.table import hardware, verdict
 
 # Nothing may be loaded from anywhere, whatever a name in a plan holds.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
-_KINDS = (
-    "all-to-all",
-    "all-gather",
-    "all-reduce",
-    "reduce-scatter",
-    "collective-permute",
-)
 
 
 def page(plans: Sequence[Plan]) -> str:
@@ -281,7 +275,7 @@ def _communication(plan: Plan) -> str:
     kinds = grouping.by_kind(plan.communication)
     legend = "".join(
         f'<li><span class="key" style="--c:var(--{kind})"></span>{kind}</li>'
-        for kind in _KINDS
+        for kind in KINDS
         if any(part.kind == kind for part in kinds)
     )
     if any(not part.asked for part in kinds):
@@ -573,7 +567,7 @@ def _bar(parts: Iterable[Part], scale: float, css: str = "", shown=units.size) -
 
 
 def _collective_part(part: Communication) -> Part:
-    key = part.kind if part.kind in _KINDS else "other"
+    key = part.kind if part.kind in KINDS else "other"
     label = f"{part.count:,} {part.kind} over {part.axis or '-'}"
     return (key, label, part.bytes) if part.asked else (f"{key}!", label, part.bytes)
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from html import escape
 
 from gshard_tf.planning import units
+from gshard_tf.planning.chips import is_ring
 from gshard_tf.planning.plan import Plan
 
 # More cells than this along an axis cannot be told apart: several share one.
@@ -227,11 +228,6 @@ def _unravel(index: int, sizes: Sequence[int]) -> list[int]:
         index, n = divmod(index, size)
         found.append(n)
     return found[::-1]
-
-
-def is_ring(size: int, wraps_at: int | None) -> bool:
-    """Whether the ends of a dimension of a slice are linked; see `Chip.wraps_at`."""
-    return wraps_at is not None and size > 2 and size % wraps_at == 0
 
 
 def chips(plan: Plan, wraps_at: int | None) -> str:

@@ -102,7 +102,8 @@ def plan(
     tree = names.layer_tree(built)
 
     versions = _versions()
-    key = content_key(step, weights, found.name, mesh, mode, versions)
+    written_text = hlo_as_text(step.hlo)
+    key = content_key(written_text, weights, found.name, mesh, mode, versions)
     store = Cache.of(cache)
     known = store.load(key)
     if known is not None:
@@ -111,7 +112,7 @@ def plan(
     begun = time.perf_counter()
     program, oom = _compile(strategy, step, Placement(mesh, found.devices), found, tree)
     compile_seconds = time.perf_counter() - begun
-    written_module = hlo_text.parse(hlo_as_text(step.hlo))
+    written_module = hlo_text.parse(written_text)
     judge = Judge(annotations(written_module, tree), weights, mesh, layouts.rules)
     loops = written_module.loops()
     facts = _program_facts(program, found, tree, judge, loops)
@@ -341,7 +342,7 @@ def _program_facts(
             topology.chip,
             total,
             cost.get("bytes accessed", 0.0),
-            collectives,
+            sum(c.times * s for c, s in zip(collectives, seconds, strict=True)),
             cost.get("optimal_seconds"),
         )
     communication, reshards = summarise(collectives, tree, judge, seconds)

@@ -1,12 +1,11 @@
 """How long a step takes at least: by products, by memory, by communication."""
 
 import math
-from collections.abc import Sequence
 
 import numpy as np
 
 from gshard_tf.inspection import Collective
-from gshard_tf.planning.chips import Chip, Topology
+from gshard_tf.planning.chips import Chip, Topology, is_ring
 from gshard_tf.planning.plan import StepTime
 
 
@@ -69,7 +68,7 @@ class Interconnect:
 
     def _is_ring(self, dimension: int, length: int) -> bool:
         whole = self.shape[dimension]
-        return length == whole and whole > 2 and whole % self.chip.wraps_at == 0
+        return length == whole and is_ring(whole, self.chip.wraps_at)
 
 
 def step_time(
@@ -77,21 +76,24 @@ def step_time(
     chip: Chip,
     flops: float,
     bytes_accessed: float,
-    collectives: Sequence[Collective],
+    interconnect: float,
     compiler_seconds: float | None,
 ) -> StepTime:
-    """The estimate of a step, with what it assumes."""
-    links = Interconnect(topology, chip)
+    """The estimate of a step, with what it assumes.
+
+    `interconnect` is what its collectives take (`Interconnect.seconds`), each as often
+    as it runs.
+    """
     compute = flops / (chip.flops / chip.devices)
     if compiler_seconds is not None and not (
         math.isfinite(compiler_seconds) and compiler_seconds >= compute / 2
     ):
         compiler_seconds = None  # it comes back negative, or below what is possible
-    rings = [n for n in topology.shape if n > 2 and n % chip.wraps_at == 0]
+    rings = [n for n in topology.shape if is_ring(n, chip.wraps_at)]
     return StepTime(
         compute=compute,
         hbm=bytes_accessed / (chip.hbm_bandwidth / chip.devices),
-        interconnect=sum(c.times * links.seconds(c) for c in collectives),
+        interconnect=interconnect,
         compiler=compiler_seconds,
         assumptions=[
             f"Products at the chip's peak of {chip.flops / 1e12:.0f} TFLOP/s in "

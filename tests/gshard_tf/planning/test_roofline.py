@@ -88,7 +88,7 @@ def test_a_permutation_costs_a_hop():
 @pytest.mark.parametrize("said, kept", [(-3.0, None), (1e-9, None), (0.5, 0.5)])
 def test_the_compilers_own_estimate_is_kept_if_it_can_be_true(said, kept):
     topology = slice_of(V3, 2, 2)
-    found = step_time(topology, V3, 61.5e9, 450e6, [], said)
+    found = step_time(topology, V3, 61.5e9, 450e6, 0.0, said)
     assert found.compute == pytest.approx(1e-3)
     assert found.hbm == pytest.approx(1e-3)
     assert found.roofline == pytest.approx(1e-3)
