@@ -12,8 +12,8 @@ from pathlib import Path
 # Before TensorFlow loads: its C++ half logs a page of advice otherwise.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-from examples.translation.publishing import AlreadyRunningError  # noqa: E402
 from examples.translation.settings import Settings  # noqa: E402
+from gshard_files import AlreadyRunningError  # noqa: E402
 
 COMMANDS = {
     "run": "everything: prepare, train, evaluate, export (the default)",

@@ -19,9 +19,9 @@ from typing import NamedTuple
 from examples.translation.cleaning import clean_pair
 from examples.translation.files import sha256_of
 from examples.translation.languages import base_language, is_tag, normalise_language
-from examples.translation.publishing import new_folder, write_synced
 from examples.translation.sources import NAME_DOMAINS, Source, corpus_sources
 from examples.translation.splitting import SPLITS, assign_splits, message_key
+from gshard_files import new_folder, write_synced
 
 log = logging.getLogger(__name__)
 

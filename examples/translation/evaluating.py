@@ -15,10 +15,10 @@ from examples.translation.baselines import (
     translate_with_apertium,
 )
 from examples.translation.corpus import Corpus, Pair
-from examples.translation.publishing import write_file
 from examples.translation.report import plot_scores
 from examples.translation.scoring import format_table, score, write_scores
 from examples.translation.translating import Translator
+from gshard_files import write_file
 
 
 def choose(

@@ -25,9 +25,9 @@ import numpy as np
 import tensorflow as tf
 
 from examples.translation.corpus import Corpus, Pair
-from examples.translation.publishing import write_file
 from examples.translation.vocabulary import BOS, EOS, PAD, Vocabulary
 from examples.translation.vocabulary_training import temperature_shares
+from gshard_files import write_file
 
 log = logging.getLogger(__name__)
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from examples.translation.files import missing_packages
-from examples.translation.publishing import write_file
 from examples.translation.scoring import GROUPINGS
+from gshard_files import write_file
 
 
 def plot_scores(

@@ -19,7 +19,7 @@ from examples.translation.languages import (
     resource_level,
     script_of,
 )
-from examples.translation.publishing import write_file
+from gshard_files import write_file
 
 #: Groupings, in the order of the table.
 GROUPINGS = ("domain", "resources", "family", "script", "language")

@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from examples.translation.publishing import write_file
+from gshard_files import write_file
 
 
 def _flag(default: Any, text: str, choices: tuple | None = None) -> Any:

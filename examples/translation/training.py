@@ -24,9 +24,9 @@ from examples.translation.baselines import unigram_cross_entropy
 from examples.translation.corpus import Corpus, Pair
 from examples.translation.model import make_model, make_strategy, scope
 from examples.translation.pipeline import Batches, tokenize_pairs, tokenize_split
-from examples.translation.publishing import write_file
 from examples.translation.settings import Settings
 from examples.translation.vocabulary import Vocabulary
+from gshard_files import write_file
 
 log = logging.getLogger(__name__)
 

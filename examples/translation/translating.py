@@ -9,8 +9,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from examples.translation.publishing import new_folder
 from examples.translation.vocabulary import BOS, EOS, PAD, Vocabulary
+from gshard_files import new_folder
 from keras_layers import greedy_decode
 
 #: What the SavedModel says of a language tag that it does not know.

@@ -20,7 +20,7 @@ import numpy as np
 
 from examples.translation.corpus import Corpus, Pair
 from examples.translation.files import missing_packages
-from examples.translation.publishing import write_file
+from gshard_files import write_file
 
 PAD, UNK, BOS, EOS = 0, 1, 2, 3
 _SPECIAL_NAMES = ("pad", "unk", "s", "/s")

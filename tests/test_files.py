@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from examples.translation import publishing
+import gshard_files as publishing
 
 
 def hidden(folder):
