@@ -3,7 +3,13 @@
 from keras_layers.adafactor import Adafactor
 from keras_layers.attention import MultiHeadAttention
 from keras_layers.blocks import DecoderBlock, EncoderBlock
-from keras_layers.decoding import greedy_decode
+from keras_layers.decoding import (
+    Hypotheses,
+    beam_search,
+    greedy_decode,
+    length_limits,
+    sample_decode,
+)
 from keras_layers.dispatch import EinsumDispatcher, IndexDispatcher
 from keras_layers.dropout import Dropout
 from keras_layers.embedding import TokenEmbedding, VocabularyProjection
@@ -38,6 +44,7 @@ __all__ = [
     "Experts",
     "FeedForward",
     "HashRouter",
+    "Hypotheses",
     "IndexDispatcher",
     "LoadPicture",
     "MoELayer",
@@ -52,10 +59,13 @@ __all__ = [
     "TopKRouter",
     "Transformer",
     "VocabularyProjection",
+    "beam_search",
     "expert_capacity",
     "greedy_decode",
+    "length_limits",
     "record_routing",
     "replay_routing",
+    "sample_decode",
     "stack_weights",
     "unstack_weights",
     "upcycle",

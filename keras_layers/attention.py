@@ -9,6 +9,7 @@ from gshard_tf import annotate, name_axes
 from keras_layers.checks import check_int
 from keras_layers.dropout import Dropout
 from keras_layers.initializers import as_matrix
+from keras_layers.shapes import sizes
 
 KeysAndValues = dict[str, tf.Tensor]
 
@@ -133,35 +134,53 @@ class MultiHeadAttention(keras.layers.Layer):
             visible = tf.cast(memory_mask, tf.bool)[:, None, None, :]
         return self._attend(inputs, projected, visible, training=False)
 
-    def init_cache(self, batch_size: int | tf.Tensor, max_length: int) -> KeysAndValues:
-        """An empty cache of static length, `[B, max_length, N, D]` twice."""
-        shape = [batch_size, max_length, self.num_heads, self.key_dim]
+    def init_cache(
+        self, batch_size: int | tf.Tensor, max_length: int, rows: int = 1
+    ) -> KeysAndValues:
+        """An empty cache of static length, `[B, max_length, rows, N, D]` twice.
+
+        Args:
+            batch_size: B.
+            max_length: Positions.
+            rows: Tokens per position: hypotheses that share one cache.
+        """
+        shape = [batch_size, max_length, rows, self.num_heads, self.key_dim]
         zeros = tf.zeros(shape, self.compute_dtype)
-        zeros = annotate(zeros, ("batch", "length", "heads", "kv"))
+        zeros = annotate(zeros, ("batch", "length", None, "heads", "kv"))
         return {"key": zeros, "value": zeros}
 
     def decode(
-        self, inputs: tf.Tensor, cache: KeysAndValues, index: int | tf.Tensor
+        self,
+        inputs: tf.Tensor,
+        cache: KeysAndValues,
+        index: int | tf.Tensor,
+        visible: tf.Tensor | None = None,
     ) -> tuple[tf.Tensor, KeysAndValues]:
         """One position of causal self-attention.
 
         Args:
-            inputs: `[B, 1, M]`, position `index`.
+            inputs: `[B, rows, M]`, the tokens at position `index`.
             cache: Keys and values of the positions before it.
             index: Int or scalar int32 tensor in `[0, max_length)`.
+            visible: `[B, rows, max_length * rows]` bool, which of the cached tokens
+                each token sees, itself included. None, for one row: all so far.
 
         Returns:
-            `[B, 1, M]`, and the cache with position `index` written.
+            `[B, rows, M]`, and the cache with position `index` written.
         """
-        length = tf.shape(cache["key"])[1]
+        batch, length, rows, heads, size = sizes(cache["key"])
         position = tf.range(length)
         # Written by selection, not by a slice update: it stays elementwise over
         # whatever dimension is split, and attention reads the whole cache anyway.
-        here = (position == index)[None, :, None, None]  # [1, L, 1, 1]
-        new = self.project(inputs)  # [B, 1, N, D]
-        cache = {name: tf.where(here, new[name], cache[name]) for name in cache}
-        visible = (position <= index)[None, None, None, :]
-        return self._attend(inputs, cache, visible, training=False), cache
+        here = (position == index)[None, :, None, None, None]  # [1, T, 1, 1, 1]
+        new = self.project(inputs)  # [B, rows, N, D]
+        cache = {name: tf.where(here, new[name][:, None], cache[name]) for name in new}
+        if visible is None:
+            visible = (position <= index)[None, None, :]
+        flat = [batch, length * rows, heads, size]
+        past = {name: tf.reshape(cache[name], flat) for name in cache}
+        attended = self._attend(inputs, past, visible[:, None], training=False)
+        return attended, cache
 
     def _attend(
         self,

@@ -13,6 +13,7 @@ from keras_layers.dropout import Dropout
 from keras_layers.feed_forward import FeedForward
 from keras_layers.moe import MoELayer
 from keras_layers.remat import rematerialize
+from keras_layers.shapes import sizes
 
 
 class _Block(keras.layers.Layer):
@@ -232,6 +233,7 @@ class DecoderBlock(_Block):
         memory_mask: tf.Tensor | None = None,
         training: bool | None = None,
         token_ids: tf.Tensor | None = None,
+        decoding: bool = False,
     ) -> tf.Tensor:
         """`inputs` `[B, T, M]` attends to `memory` `[B, L, M]`, the encoder's output.
 
@@ -242,6 +244,7 @@ class DecoderBlock(_Block):
             memory_mask: `[B, L]` bool, False for padding.
             training: Whether to drop out.
             token_ids: `[B, T]`, for the experts (see `MoELayer.call`).
+            decoding: For the experts too.
         """
 
         def block(inputs, memory, mask, memory_mask, token_ids):
@@ -253,16 +256,26 @@ class DecoderBlock(_Block):
                 self.cross_norm(x), memory, memory_mask=memory_mask, training=training
             )
             x = self._residual(x, attended, training)
-            return self._feed(x, mask, training, token_ids=token_ids)
+            return self._feed(x, mask, training, decoding, token_ids)
 
         return self._run(block, training, inputs, memory, mask, memory_mask, token_ids)
 
     def init_cache(
-        self, memory: tf.Tensor, max_length: int
+        self, memory: tf.Tensor, max_length: int, hypotheses: int = 1, flat: bool = True
     ) -> dict[str, dict[str, tf.Tensor]]:
-        """An empty cache of its own positions, and the memory's keys and values."""
+        """An empty cache of its own positions, and the memory's keys and values.
+
+        Args:
+            memory: `[B, L, M]`.
+            max_length: Positions.
+            hypotheses: K, sequences that grow from each row of `memory`.
+            flat: Whether the hypotheses of a row share one cache (see `decode`), or
+                each has its own.
+        """
+        batch = sizes(memory)[0]
+        rows, batch = (hypotheses, batch) if flat else (1, batch * hypotheses)
         return {
-            "self": self.self_attention.init_cache(tf.shape(memory)[0], max_length),
+            "self": self.self_attention.init_cache(batch, max_length, rows),
             "cross": self.cross_attention.project(memory),
         }
 
@@ -273,12 +286,29 @@ class DecoderBlock(_Block):
         index: int | tf.Tensor,
         memory_mask: tf.Tensor | None = None,
         token_ids: tf.Tensor | None = None,
+        visible: tf.Tensor | None = None,
     ) -> tuple[tf.Tensor, dict[str, dict[str, tf.Tensor]]]:
-        """One position: `inputs` `[B, 1, M]` -> `[B, 1, M]` and the updated cache."""
+        """One position: `inputs` `[B, K, M]` -> `[B, K, M]` and the updated cache.
+
+        The K hypotheses of a row are positions to the attention to the encoder, whose
+        keys and values they share.
+
+        Args:
+            inputs: `[B, K, M]`.
+            cache: From `init_cache`, or the step before.
+            index: Int or scalar int32 tensor.
+            memory_mask: `[B, L]` bool, False for padding.
+            token_ids: `[B, K]`, for the experts.
+            visible: See `MultiHeadAttention.decode`; for a shared cache.
+        """
+        normed = self.attention_norm(inputs)
+        shape = sizes(inputs)
+        # Without a shared cache each hypothesis is a row of its own.
+        rows = cache["self"]["key"].shape[2]
         attended, own = self.self_attention.decode(
-            self.attention_norm(inputs), cache["self"], index
+            tf.reshape(normed, [-1, rows, shape[-1]]), cache["self"], index, visible
         )
-        x = inputs + attended
+        x = inputs + tf.reshape(attended, shape)
         x = x + self.cross_attention.attend(
             self.cross_norm(x), cache["cross"], memory_mask
         )

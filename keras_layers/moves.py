@@ -151,23 +151,23 @@ def _maps(routing: Routing) -> tuple[tf.Tensor, tf.Tensor]:
     # The inverse as a product of one-hots: number i + 1 lands at (expert, slot), and
     # 0 stays where nothing lands. A scatter would do, but partitioners and TPUs treat
     # a batched scatter badly; this is a batched product of width S*K, below a
-    # thousandth of the experts' FLOPs. Numbers go digit by digit in base 256, which
-    # is exact even where products round their operands to bfloat16.
+    # thousandth of the experts' FLOPs. Numbers go by their digits (D) in base 256,
+    # which is exact even where products round their operands to bfloat16.
     total = routing.slot.shape[1]
     digits = 3 if total is None else max(1, _digits(total * choices))
+    base = 256 ** tf.range(digits)
     number = tf.range(1, tokens * choices + 1)
+    digit = tf.cast((number[:, None] // base) % 256, tf.float32)[..., None]  # [S*K,D,1]
     expert_hot = tf.one_hot(expert, num_experts, dtype=tf.float32)  # [G, S*K, E]
     slot_hot = tf.one_hot(slot, capacity, dtype=tf.float32)  # [G, S*K, C]
     # The digits go to the shorter of the two, so that the longer is made once.
-    by_slot = isinstance(capacity, int) and capacity < num_experts
-    inverse = tf.zeros([], tf.int32)
-    for digit in reversed(range(digits)):
-        value = tf.cast((number // 256**digit) % 256, tf.float32)[None, :, None]
-        if by_slot:
-            placed = tf.einsum("GTE,GTC->GEC", expert_hot, slot_hot * value)
-        else:
-            placed = tf.einsum("GTE,GTC->GEC", expert_hot * value, slot_hot)
-        inverse = inverse * 256 + tf.cast(placed, tf.int32)
+    if isinstance(capacity, int) and capacity < num_experts:
+        placed = tf.einsum("GTDC,GTE->GDCE", slot_hot[:, :, None] * digit, expert_hot)
+        placed = tf.transpose(placed, [0, 1, 3, 2])
+    else:
+        placed = tf.einsum("GTDE,GTC->GDEC", expert_hot[:, :, None] * digit, slot_hot)
+    placed = tf.cast(placed, tf.int32) * base[:, None, None]  # [G, D, E, C]
+    inverse = tf.reduce_sum(placed, axis=1)
     inverse = tf.reshape(inverse, [groups, num_experts * capacity]) - 1
     return inverse, slot_of_choice
 

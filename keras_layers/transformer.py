@@ -11,6 +11,7 @@ from keras_layers.blocks import DecoderBlock, EncoderBlock
 from keras_layers.checks import check_int, check_rate
 from keras_layers.dropout import Dropout
 from keras_layers.embedding import TokenEmbedding, VocabularyProjection, sinusoids
+from keras_layers.shapes import sizes
 from keras_layers.stacked import Stacked
 
 DecodingState = dict[str, Any]
@@ -256,16 +257,20 @@ class Transformer(keras.Model):
     def build_from_config(self, config: dict[str, Any]) -> None:
         self.build()
 
-    def call(self, inputs: Any, training: bool | None = None) -> tf.Tensor:
+    def call(
+        self, inputs: Any, training: bool | None = None, decoding: bool = False
+    ) -> tf.Tensor:
         """Logits `[B, T, V]` in float32.
 
         Args:
             inputs: A pair `(source_ids [B, L], target_ids [B, T])`, or a dict with
                 the keys "source" and "target".
             training: Whether to drop out and to route at random.
+            decoding: Whether no token may be dropped, so that the logits are those
+                of `decode_step`, fed one token after the other (`MoELayer.call`).
         """
         source_ids, target_ids = _source_and_target(inputs)
-        memory, memory_mask = self.encode(source_ids, training=training)
+        memory, memory_mask = self.encode(source_ids, training, decoding)
         mask = self._mask(target_ids)
         x = self._embed(self.target_embedding, target_ids, training)  # [B, T, M]
         for layer in [self.decoder_stack] if self.stacked else self.decoder_blocks:
@@ -276,6 +281,7 @@ class Transformer(keras.Model):
                 memory_mask=memory_mask,
                 training=training,
                 token_ids=target_ids,
+                decoding=decoding,
             )
         return self._logits(x)
 
@@ -302,50 +308,102 @@ class Transformer(keras.Model):
             )
         return self.encoder_norm(x), mask
 
-    def start_decoding(self, source_ids: tf.Tensor, max_length: int) -> DecodingState:
+    def start_decoding(
+        self,
+        source_ids: tf.Tensor,
+        max_length: int,
+        hypotheses: int = 1,
+        flat: bool = False,
+    ) -> DecodingState:
         """Encodes the source and makes empty caches for `max_length` target tokens.
+
+        Args:
+            source_ids: `[B, L]`.
+            max_length: T, the most tokens that will be fed.
+            hypotheses: K, how many sequences grow from each source. The encoder's
+                keys and values are made once for all of them.
+            flat: Whether those of one source share a cache that is never reordered
+                (the paper's flat beam search, appendix A.1).
 
         Returns:
             The state for `decode_step`: a nest of tensors of static length, each with
-            the batch as its first dimension.
+            the batch (or the batch times K) as its first dimension.
         """
         memory, memory_mask = self.encode(source_ids, training=False, decoding=True)
-        return {
+        state = {
             "memory_mask": memory_mask,
             "blocks": [
-                block.init_cache(memory, max_length)
+                block.init_cache(memory, max_length, hypotheses, flat)
                 for block in self._each_decoder_block()
             ],
         }
+        if flat:
+            shape = [sizes(memory)[0], hypotheses, max_length, hypotheses]
+            state["visible"] = annotate(
+                tf.zeros(shape, tf.bool), ("batch", None, None, None)
+            )
+        return state
 
     def decode_step(
         self, target_ids: tf.Tensor, state: DecodingState, index: int | tf.Tensor
     ) -> tuple[tf.Tensor, DecodingState]:
-        """Feeds one target token and predicts the next.
+        """Feeds one target token of each sequence and predicts the next.
 
         No token is dropped here, whatever the capacity (see `MoELayer.call`).
 
         Args:
-            target_ids: `[B]`, the token at position `index` (BOS at 0).
+            target_ids: `[B, K]`, the tokens at position `index` (BOS at 0); or `[B]`
+                for one hypothesis.
             state: From `start_decoding` or the step before.
             index: Int or scalar int32 tensor.
 
         Returns:
-            Logits `[B, V]` in float32 of position `index + 1`, and the new state.
+            Logits `[B, K, V]` (or `[B, V]`) in float32 of position `index + 1`, and
+            the new state.
         """
+        single = len(target_ids.shape) == 1
+        if single:
+            target_ids = target_ids[:, None]
+        state, seen = dict(state), None
+        if "visible" in state:
+            state["visible"], seen = _see_itself(state["visible"], index)
         position = tf.reshape(tf.convert_to_tensor(index), [1])
-        x = self._embed(
-            self.target_embedding, target_ids[:, None], False, position
-        )  # [B, 1, M]
+        x = self._embed(self.target_embedding, target_ids, False, position)  # [B, K, M]
         caches = []
         blocks = self._each_decoder_block()
         for block, cache in zip(blocks, state["blocks"], strict=True):
             x, cache = block.decode(
-                x, cache, index, state["memory_mask"], target_ids[:, None]
+                x, cache, index, state["memory_mask"], target_ids, seen
             )
             caches.append(cache)
-        logits = self._logits(x)[:, 0]  # [B, V]
-        return logits, {"memory_mask": state["memory_mask"], "blocks": caches}
+        logits = self._logits(x)  # [B, K, V]
+        return logits[:, 0] if single else logits, {**state, "blocks": caches}
+
+    def reorder_decoding(
+        self, state: DecodingState, parents: tf.Tensor
+    ) -> DecodingState:
+        """The state in which hypothesis k goes on from what was `parents[:, k]`.
+
+        Args:
+            state: From `decode_step`.
+            parents: `[B, K]` ints in `[0, K)`.
+        """
+        if "visible" in state:
+            visible = tf.gather(state["visible"], parents, batch_dims=1)
+            return {**state, "visible": visible}
+        shape = sizes(parents)
+
+        def reorder(cache: tf.Tensor) -> tf.Tensor:
+            rest = cache.shape[1:].as_list()
+            cache = tf.reshape(cache, [*shape, *rest])  # [B, K, T, 1, N, D]
+            cache = tf.gather(cache, parents, batch_dims=1)
+            return tf.reshape(cache, [-1, *rest])
+
+        blocks = [
+            {**cache, "self": tf.nest.map_structure(reorder, cache["self"])}
+            for cache in state["blocks"]
+        ]
+        return {**state, "blocks": blocks}
 
     def _each_decoder_block(self) -> Iterable[DecoderBlock]:
         return self.decoder_stack.blocks() if self.stacked else self.decoder_blocks
@@ -382,7 +440,7 @@ class Transformer(keras.Model):
         return (*target, self.target_vocab_size)
 
     def compute_output_spec(
-        self, inputs: Any, training: bool | None = None
+        self, inputs: Any, training: bool | None = None, decoding: bool = False
     ) -> keras.KerasTensor:
         target = _source_and_target(inputs)[1]
         # Logits are float32 whatever the policy computes in.
@@ -423,6 +481,21 @@ class Transformer(keras.Model):
                 config.get(name), custom_objects=custom_objects
             )
         return cls(**config)
+
+
+def _see_itself(
+    visible: tf.Tensor, index: int | tf.Tensor
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Adds to the mask `[B, K, T, K]` that hypothesis k sees its token at `index`.
+
+    Returns:
+        The mask, and the same as `[B, K, T * K]`.
+    """
+    batch, hypotheses, length, _ = sizes(visible)
+    here = (tf.range(length) == index)[None, None, :, None]
+    itself = tf.eye(hypotheses, dtype=tf.bool)[None, :, None, :]
+    visible = tf.where(here, itself, visible)
+    return visible, tf.reshape(visible, [batch, hypotheses, length * hypotheses])
 
 
 def _source_and_target(inputs: Any) -> tuple[Any, Any]:

@@ -5,13 +5,9 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from keras_layers.routing.counting import BLOCK, in_blocks, running_counts
 from keras_layers.routing.plans import Routing
 from keras_layers.shapes import sizes
-
-# Choices are counted in blocks: within one by comparing each choice with those before
-# it, over blocks by a running sum of [G, T / block, E]. XLA lowers a running sum to
-# windows as long as the axis: one of [G, T, E] took 17 times as long with 256 experts.
-_BLOCK = 32
 
 
 def assign(
@@ -58,12 +54,6 @@ def assign(
     )
 
 
-def choices_of_real(expert_index: tf.Tensor, mask: tf.Tensor | None) -> tf.Tensor:
-    """True for all choices of real tokens, False for padding's: `[G, S, K]` bool."""
-    real = tf.ones_like(expert_index, tf.bool)
-    return real if mask is None else real & tf.cast(mask, tf.bool)[..., None]
-
-
 def top_choices(scores: tf.Tensor, choices: int) -> tf.Tensor:
     """The K experts with the largest scores, `[G, S, E]` -> `[G, S, K]` int32.
 
@@ -81,14 +71,25 @@ def top_choices(scores: tf.Tensor, choices: int) -> tf.Tensor:
 def read_out(values: tf.Tensor, index: tf.Tensor) -> tf.Tensor:
     """`values` `[G, S, E]` at `index` `[G, S, K]` -> `[G, S, K]`.
 
-    By one-hot: a maximum would split its gradient between equal gates, a gather has a
-    scatter for gradient.
+    The gradient goes by one-hot: a maximum would split it between equal gates, and
+    that of a gather is a scatter.
     """
-    columns = []
-    for k in range(index.shape[-1]):
-        hot = tf.one_hot(index[..., k], values.shape[-1], dtype=values.dtype)
-        columns.append(tf.reduce_sum(values * hot, axis=-1))
-    return tf.stack(columns, axis=-1)
+
+    @tf.custom_gradient
+    def read(values):
+        def gradient(d_found):
+            size = values.shape[-1]
+            return tf.add_n(
+                [
+                    tf.one_hot(index[..., k], size, dtype=values.dtype)
+                    * d_found[..., k : k + 1]
+                    for k in range(index.shape[-1])
+                ]
+            )  # [G, S, E]
+
+        return tf.gather(values, index, batch_dims=2), gradient
+
+    return read(values)
 
 
 def argmax(x: tf.Tensor) -> tf.Tensor:
@@ -105,26 +106,19 @@ def argmax(x: tf.Tensor) -> tf.Tensor:
 def _positions(
     expert_index: tf.Tensor, counted: tf.Tensor, num_experts: int
 ) -> tf.Tensor:
-    """How many counted choices of the same expert come before each: `[G, S, K]`."""
+    """How many counted choices of the same expert come before each: `[G, S, K]`.
+
+    Within a block by comparing each choice with those before it.
+    """
     groups, tokens, choices = sizes(expert_index)
-    # The order of Algorithm 1: token after token, one choice after the other.
-    expert = tf.transpose(expert_index, [0, 2, 1])  # [G, K, S]
-    expert = tf.reshape(expert, [groups, choices * tokens])  # [G, T], T = K*S
-    counted = tf.reshape(tf.transpose(counted, [0, 2, 1]), [groups, choices * tokens])
-    length = choices * tokens
-    missing = -length % _BLOCK
-    padding = [[0, 0], [0, missing]]
-    shape = [groups, (length + missing) // _BLOCK, _BLOCK]
-    expert = tf.reshape(tf.pad(expert, padding), shape)  # [G, T / block, block]
-    counted = tf.reshape(tf.pad(counted, padding), shape)
+    expert, counted = in_blocks(expert_index), in_blocks(counted)
     same = tf.equal(expert[..., :, None], expert[..., None, :])
-    earlier = np.tril(np.ones([_BLOCK, _BLOCK], bool), -1)
+    earlier = np.tril(np.ones([BLOCK, BLOCK], bool), -1)
     within = same & earlier & counted[..., None, :]  # [G, T / block, block, block]
     within = tf.reduce_sum(tf.cast(within, tf.int32), axis=-1)
-    taken = tf.one_hot(expert, num_experts, on_value=True, off_value=False)
-    taken = tf.cast(taken & counted[..., None], tf.int32)
-    before = tf.cumsum(tf.reduce_sum(taken, axis=2), axis=1, exclusive=True)
+    running = running_counts(expert, counted, num_experts)  # [G, T / block, E]
+    before = tf.pad(running, [[0, 0], [1, 0], [0, 0]])[:, :-1]
     position = within + tf.gather(before, expert, batch_dims=2)
-    position = tf.reshape(position, [groups, length + missing])[:, :length]
+    position = tf.reshape(position, [groups, -1])[:, : choices * tokens]
     position = tf.reshape(position, [groups, choices, tokens])  # [G, K, S]
     return tf.transpose(position, [0, 2, 1])  # [G, S, K]

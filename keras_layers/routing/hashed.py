@@ -5,7 +5,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_layers.routing.assignment import assign, choices_of_real
+from keras_layers.routing.assignment import assign
+from keras_layers.routing.counting import choices_of_real
 from keras_layers.routing.plans import Routing
 from keras_layers.routing.router import Router, RouterReport
 from keras_layers.shapes import sizes

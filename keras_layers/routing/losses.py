@@ -2,6 +2,8 @@
 
 import tensorflow as tf
 
+from keras_layers.routing.counting import choices_of_real, count_choices
+
 
 def load_balancing_loss(
     gates: tf.Tensor, choices: tf.Tensor, mask: tf.Tensor | None = None
@@ -23,18 +25,17 @@ def load_balancing_loss(
         A float32 scalar.
     """
     num_experts = gates.shape[-1]
-    chosen = tf.one_hot(choices, num_experts)  # [G, S, E] or [G, S, K, E]
-    if chosen.shape.rank == 4:
-        chosen = tf.reduce_mean(chosen, axis=2)
+    if choices.shape.rank == 2:
+        choices = choices[..., None]
     if mask is None:
         real = tf.ones_like(gates[..., 0])
     else:
         mask = tf.cast(mask, tf.bool)
         real = tf.cast(mask, tf.float32)
-        chosen = chosen * real[..., None]
         gates = tf.where(mask[..., None], gates, 0.0)
     size = tf.reduce_sum(real, axis=1)  # [G]
-    count = tf.reduce_sum(chosen, axis=1)  # [G, E]
+    counted = choices_of_real(choices, mask)
+    count = count_choices(choices, counted, num_experts) / choices.shape[-1]  # [G, E]
     gate_sum = tf.reduce_sum(gates, axis=1)  # [G, E]
     per_group = tf.reduce_sum(count * gate_sum, axis=-1) / num_experts  # [G]
     per_group = per_group / tf.square(tf.maximum(size, 1.0))

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from gshard_tf import annotate
+from keras_layers.routing.counting import choices_of_real, count_choices
 from keras_layers.shapes import sizes
 
 
@@ -41,13 +42,12 @@ class Routing(NamedTuple):
 
     def load(self, mask: tf.Tensor | None) -> tf.Tensor:
         """How many tokens asked for each expert, room or no room: `[E]` float32."""
-        chosen = tf.one_hot(self.expert_index, self.num_experts)  # [G, S, K, E]
-        if mask is not None:
-            chosen = chosen * tf.cast(mask, tf.float32)[..., None, None]
+        counted = choices_of_real(self.expert_index, mask)
+        count = count_choices(self.expert_index, counted, self.num_experts)
         # Counted where the groups are, then added up. Left to itself, the partitioner
         # may split the count over experts and gather all groups' choices for it.
-        chosen = annotate(chosen, ("group", None, None, None))
-        return annotate(tf.reduce_sum(chosen, axis=[0, 1, 2]), (None,))
+        count = annotate(count, ("group", None))
+        return annotate(tf.reduce_sum(count, axis=0), (None,))
 
     def slots_filled(self) -> tf.Tensor:
         """Number of slots that hold a token: a float32 scalar."""

@@ -8,10 +8,10 @@ import tensorflow as tf
 from keras_layers.checks import check_choice, check_coefficient, check_int
 from keras_layers.routing.assignment import (
     assign,
-    choices_of_real,
     read_out,
     top_choices,
 )
+from keras_layers.routing.counting import choices_of_real
 from keras_layers.routing.losses import load_balancing_loss
 from keras_layers.routing.plans import Routing
 from keras_layers.routing.router import Router

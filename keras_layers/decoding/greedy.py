@@ -1,19 +1,25 @@
-"""Generating target sequences with a cached decoder."""
+"""One token after the other: the most probable one, or whichever is chosen."""
 
-from typing import Any
+from collections.abc import Callable
 
 import tensorflow as tf
 
-from keras_layers.checks import check_int
+from keras_layers.decoding.common import (
+    Decodable,
+    check_ids,
+    log_probabilities,
+    row_limits,
+)
 from keras_layers.shapes import sizes
 
 
 def greedy_decode(
-    model: Any,
+    model: Decodable,
     source_ids: tf.Tensor,
     max_length: int,
     bos_id: int,
     eos_id: int,
+    limits: tf.Tensor | None = None,
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """Takes the most probable next token until EOS.
 
@@ -29,6 +35,8 @@ def greedy_decode(
         max_length: Length of the outputs, EOS included.
         bos_id: First input of the decoder; not part of the outputs.
         eos_id: Ends a sequence; what follows is padding.
+        limits: `[B]` ints, the most tokens of each row (see `length_limits`), where
+            that is less than `max_length`.
 
     Returns:
         Ids `[B, max_length]` of the dtype of `source_ids`, and the sum of the
@@ -37,11 +45,32 @@ def greedy_decode(
     Raises:
         ValueError: for a length below 1 or a negative id.
     """
-    check_int("max_length", max_length, 1)
-    check_int("bos_id", bos_id, 0)
-    check_int("eos_id", eos_id, 0)
+
+    def most_probable(log_probs: tf.Tensor, step: tf.Tensor) -> tf.Tensor:
+        return tf.argmax(log_probs, axis=-1, output_type=tf.int32)
+
+    return generate(
+        model, source_ids, max_length, bos_id, eos_id, limits, most_probable
+    )
+
+
+def generate(
+    model: Decodable,
+    source_ids: tf.Tensor,
+    max_length: int,
+    bos_id: int,
+    eos_id: int,
+    limits: tf.Tensor | None,
+    choose: Callable[[tf.Tensor, tf.Tensor], tf.Tensor],
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """What `greedy_decode` does, with any choice of the next token.
+
+    Args:
+        choose: `(log_probs [B, V], step) -> [B]` int32 ids.
+    """
+    check_ids(max_length, bos_id, eos_id)
     source_ids = tf.convert_to_tensor(source_ids)
-    state = model.start_decoding(source_ids, max_length)
+    limits = row_limits(source_ids, max_length, limits)
     batch = sizes(source_ids)[0]
     position = tf.range(max_length)
 
@@ -50,29 +79,26 @@ def greedy_decode(
 
     def next_token(step, tokens, ids, done, log_prob, state):
         logits, state = model.decode_step(tokens, state, step)  # [B, V]
-        log_probs = tf.nn.log_softmax(logits)
-        log_probs = tf.where(
-            tf.range(logits.shape[-1]) == model.pad_id, -1e30, log_probs
-        )
-        best = tf.argmax(log_probs, axis=-1, output_type=ids.dtype)  # [B]
-        gain = tf.reduce_max(log_probs, axis=-1)
+        log_probs = log_probabilities(logits, model.pad_id)
+        chosen = choose(log_probs, step)  # [B]
+        gain = tf.gather(log_probs, chosen, batch_dims=1)
         log_prob = log_prob + tf.where(done, 0.0, gain)
-        best = tf.where(done, tf.cast(model.pad_id, ids.dtype), best)
-        ids = tf.where((position == step)[None, :], best[:, None], ids)
-        done = tf.logical_or(done, best == eos_id)
-        return step + 1, best, ids, done, log_prob, state
+        chosen = tf.where(done, model.pad_id, chosen)
+        ids = tf.where((position == step)[None, :], chosen[:, None], ids)
+        done = done | (chosen == eos_id) | (step + 1 >= limits)
+        return step + 1, chosen, ids, done, log_prob, state
 
     _, _, ids, _, log_prob, _ = tf.while_loop(
         unfinished,
         next_token,
         (
             tf.constant(0),
-            tf.fill([batch], tf.cast(bos_id, source_ids.dtype)),
-            tf.fill([batch, max_length], tf.cast(model.pad_id, source_ids.dtype)),
+            tf.fill([batch], bos_id),
+            tf.fill([batch, max_length], model.pad_id),
             tf.zeros([batch], tf.bool),
             tf.zeros([batch], tf.float32),
-            state,
+            model.start_decoding(source_ids, max_length),
         ),
         maximum_iterations=max_length,
     )
-    return ids, log_prob
+    return tf.cast(ids, source_ids.dtype), log_prob
