@@ -27,6 +27,14 @@ TRANSLATION = [
     "gramps==6.0.8",
     "pycountry==26.2.16",
 ]
+# The server, and the messages of TensorFlow Serving.
+SERVE = [
+    "tensorflow-text==2.20.1",
+    "starlette==1.10.0",
+    "uvicorn==0.54.0",
+    "prometheus-client==0.26.0",
+    "tensorflow-serving-api==2.20.0",
+]
 # What benchmarks.moe_peers measures beside our layer.
 BENCHMARKS = [
     "torch==2.13.0",
@@ -56,13 +64,17 @@ setup(
     ),
     # Outside the package, whose import starts TensorFlow: its --help is quick.
     py_modules=["gshard_files", "gshard_plan"],
-    package_data={"gshard_tf.planning": ["page.css", "page.js"]},
+    package_data={
+        "gshard_tf.planning": ["page.css", "page.js"],
+        "examples.serving": ["page/*"],
+    },
     install_requires=CORE,
     extras_require={
         "translation": TRANSLATION,
+        "serve": SERVE,
         "benchmarks": BENCHMARKS,
         "aot": AOT,
-        "test": TRANSLATION + AOT + TEST,
+        "test": TRANSLATION + SERVE + AOT + TEST,
     },
     entry_points={
         "console_scripts": [

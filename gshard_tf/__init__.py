@@ -1,34 +1,41 @@
-"""GShard (arXiv 2006.16668) for Keras 3 on TensorFlow."""
+"""GShard (arXiv 2006.16668) for Keras 3 on TensorFlow.
 
-from gshard_tf.versions import check_backend, check_versions
+Names are imported when they are first used, so that `gshard_tf.portable` and
+`python -m gshard_tf.runner` work where there is no TensorFlow.
+"""
 
-check_versions()
+import importlib
+from typing import TYPE_CHECKING, Any
 
-import keras  # noqa: E402
-
-check_backend(keras.backend.backend())
-
-from gshard_tf import counter_rng  # noqa: E402
-from gshard_tf.annotations import (  # noqa: E402
-    annotate,
-    name_axes,
-    named_axes,
-    replicate,
-    shard,
-    split,
-)
-from gshard_tf.devices import request_cpu_devices  # noqa: E402
-from gshard_tf.mesh import active_mesh, create_mesh, use_mesh  # noqa: E402
-from gshard_tf.planning.plan import Plan  # noqa: E402
-from gshard_tf.planning.planner import plan  # noqa: E402
-from gshard_tf.rules import AxisRules  # noqa: E402
-from gshard_tf.strategy import SpmdStrategy  # noqa: E402
+if TYPE_CHECKING:
+    from gshard_tf import counter_rng, portable
+    from gshard_tf.annotations import (
+        annotate,
+        name_axes,
+        named_axes,
+        replicate,
+        shard,
+        split,
+    )
+    from gshard_tf.checkpoints.callback import SaveCheckpoints
+    from gshard_tf.checkpoints.data import ResumableData
+    from gshard_tf.checkpoints.manager import Checkpoints
+    from gshard_tf.checkpoints.state import state_of
+    from gshard_tf.devices import request_cpu_devices
+    from gshard_tf.mesh import active_mesh, create_mesh, use_mesh
+    from gshard_tf.planning.plan import Plan
+    from gshard_tf.planning.planner import plan
+    from gshard_tf.rules import AxisRules
+    from gshard_tf.strategy import SpmdStrategy
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AxisRules",
+    "Checkpoints",
     "Plan",
+    "ResumableData",
+    "SaveCheckpoints",
     "SpmdStrategy",
     "active_mesh",
     "annotate",
@@ -37,9 +44,56 @@ __all__ = [
     "name_axes",
     "named_axes",
     "plan",
+    "portable",
     "replicate",
     "request_cpu_devices",
     "shard",
     "split",
+    "state_of",
     "use_mesh",
 ]
+
+# Where each name is; None: it is a module of this package.
+_HOME = {
+    "AxisRules": "rules",
+    "Checkpoints": "checkpoints.manager",
+    "Plan": "planning.plan",
+    "ResumableData": "checkpoints.data",
+    "SaveCheckpoints": "checkpoints.callback",
+    "SpmdStrategy": "strategy",
+    "active_mesh": "mesh",
+    "annotate": "annotations",
+    "counter_rng": None,
+    "create_mesh": "mesh",
+    "name_axes": "annotations",
+    "named_axes": "annotations",
+    "plan": "planning.planner",
+    "portable": None,
+    "replicate": "annotations",
+    "request_cpu_devices": "devices",
+    "shard": "annotations",
+    "split": "annotations",
+    "state_of": "checkpoints.state",
+    "use_mesh": "mesh",
+}
+# They need neither TensorFlow nor the versions that it is tested with.
+_ALONE = ("portable",)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _ALONE:
+        from gshard_tf.versions import check
+
+        check()
+    home = _HOME[name]
+    if home is None:
+        return importlib.import_module(f"{__name__}.{name}")
+    value = getattr(importlib.import_module(f"{__name__}.{home}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

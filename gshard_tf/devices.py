@@ -1,10 +1,13 @@
 """The devices of XLA's runtime that a mesh stands for."""
 
+from __future__ import annotations
+
 import importlib.util
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tensorflow.experimental import dtensor
+if TYPE_CHECKING:  # the runner has no TensorFlow
+    from tensorflow.experimental import dtensor
 
 
 def request_cpu_devices(count: int) -> None:

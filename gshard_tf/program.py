@@ -1,8 +1,8 @@
 """HLO + a mesh -> a compiled, partitioned program.
 
-jaxlib is XLA's runtime on PyPI. Only this file and `devices.py` know jax, and they
-import it when they are first used: on a TPU VM, importing jax takes the TPU's lock
-away from TensorFlow.
+jaxlib is XLA's runtime on PyPI. Only this file, `devices.py` and `portable/` know jax,
+and they import it when they are first used: on a TPU VM, importing jax takes the TPU's
+lock away from TensorFlow.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from tensorflow.experimental import dtensor
 
 from gshard_tf.devices import mesh_devices
 from gshard_tf.lowering import LoweredStep
+from gshard_tf.processes import together
+from gshard_tf.shards import assemble, cut
 
 
 @functools.cache
@@ -101,24 +103,48 @@ class Placement:
         """A copy of `value` on the devices, laid out as `layout` says."""
         import jax
 
+        sharding = named_sharding(layout, self.jax_mesh)
+        if not sharding.is_fully_addressable:
+            # Every process has the value, and puts its own pieces.
+            return assemble(value.shape, sharding, lambda region: cut(value, region))
         with jax.enable_x64(True):
-            return jax.device_put(
-                value, named_sharding(layout, self.jax_mesh), may_alias=False
-            )
+            return jax.device_put(value, sharding, may_alias=False)
 
     def get(self, value: Any) -> np.ndarray:
         """The whole of a value on the devices, as an array of its own."""
+        if not value.is_fully_addressable and not value.is_fully_replicated:
+            value = self._gathered(value)
         # A copy: on CPU devices a plain view would share memory with a buffer that
         # the next step is going to reuse.
         return np.array(value, copy=True)
 
+    def _gathered(self, value: Any) -> Any:
+        """A copy of all of it on every device; all processes take part."""
+        import jax
+        from jax.sharding import NamedSharding, PartitionSpec
 
-class SpmdProgram:
-    """One compiled step.
+        whole = NamedSharding(self.jax_mesh, PartitionSpec())
+        with together("reading a split variable"), jax.enable_x64(True):
+            return jax.block_until_ready(
+                jax.jit(lambda x: x, out_shardings=whole)(value)
+            )
+
+
+def jit_step(
+    step: LoweredStep,
+    mesh: Any,
+    input_layouts: Sequence[dtensor.Layout],
+    output_layouts: Sequence[dtensor.Layout],
+    capture_layouts: Sequence[dtensor.Layout],
+    use_layouts: Sequence[dtensor.Layout | None] | None = None,
+    donate: bool = True,
+    keep_finite: bool = False,
+) -> tuple[Any, list[Any]]:
+    """A step as a function of jax, neither traced nor compiled yet.
 
     Args:
         step: The lowered step.
-        placement: Where it runs.
+        mesh: A `jax.sharding.Mesh`, or an `AbstractMesh` to export it for.
         input_layouts: The layout of each argument.
         output_layouts: The layout of each output.
         capture_layouts: The layout of each captured variable or constant; a new
@@ -127,6 +153,83 @@ class SpmdProgram:
             one that they are stored in; else None.
         donate: Whether the memory of updated variables is reused for their new
             values, so that the old ones are gone.
+        keep_finite: Whether a step that makes NaN or infinity of a finite number leaves
+            every variable as it is. A last result then says which it would have made
+            not finite: one truth value for each of `step.updates`.
+
+    Returns:
+        The `jax.jit` function, and the `jax.ShapeDtypeStruct`s of its arguments. Lower
+        it with 64-bit types enabled.
+    """
+    import jax
+
+    num_inputs = len(step.inputs)
+    captures = [named_sharding(x, mesh) for x in capture_layouts]
+    # Outputs need a layout too: what XLA would choose by itself may have unequal
+    # parts or be no layout of this mesh, and jax takes neither.
+    outputs = [named_sharding(x, mesh) for x in output_layouts]
+    outputs += [captures[i] for i in step.updates]
+    hlo = _ByIdentity(step.hlo)
+    out_avals = _ByIdentity(
+        [jax.core.ShapedArray(s.shape, s.dtype) for s in map(_aval, step.results)]
+    )
+    used = [None] * len(captures) if use_layouts is None else use_layouts
+    used = [None] * num_inputs + [
+        None if x is None else named_sharding(x, mesh) for x in used
+    ]
+
+    def gshard_step(*args):
+        args = [
+            arg if sharding is None else jax.lax.with_sharding_constraint(arg, sharding)
+            for arg, sharding in zip(args, used, strict=True)
+        ]
+        results = _step_primitive().bind(*args, hlo=hlo, out_avals=out_avals)
+        if keep_finite:
+            old = [args[num_inputs + i] for i in step.updates]
+            results[step.num_outputs :] = _kept_finite(old, results[step.num_outputs :])
+        return results
+
+    if keep_finite:
+        from jax.sharding import NamedSharding, PartitionSpec
+
+        outputs.append(NamedSharding(mesh, PartitionSpec()))
+    jitted = jax.jit(
+        gshard_step,
+        in_shardings=[named_sharding(x, mesh) for x in input_layouts] + captures,
+        out_shardings=outputs,
+        donate_argnums=(tuple(num_inputs + i for i in step.updates) if donate else ()),
+        keep_unused=True,
+    )
+    return jitted, [_aval(spec) for spec in step.inputs + step.captures]
+
+
+def _kept_finite(old: list[Any], new: list[Any]) -> list[Any]:
+    """The new values, or all the old ones if any became not finite; and which did."""
+    from jax import numpy as jnp
+
+    broken = [
+        # What was not finite before (a metric that begins at infinity) may stay so.
+        jnp.any(~jnp.isfinite(after) & jnp.isfinite(before))
+        if jnp.issubdtype(after.dtype, jnp.inexact)
+        else jnp.bool_(False)
+        for before, after in zip(old, new, strict=True)
+    ]
+    broken = jnp.stack(broken) if broken else jnp.zeros([0], bool)
+    stays = jnp.any(broken)
+    kept = [
+        jnp.where(stays, before, after) for before, after in zip(old, new, strict=True)
+    ]
+    return [*kept, broken]
+
+
+class SpmdProgram:
+    """One compiled step.
+
+    Args:
+        step: The lowered step.
+        placement: Where it runs.
+        input_layouts, output_layouts, capture_layouts, use_layouts, donate,
+            keep_finite: See `jit_step`.
     """
 
     def __init__(
@@ -138,63 +241,46 @@ class SpmdProgram:
         capture_layouts: Sequence[dtensor.Layout],
         use_layouts: Sequence[dtensor.Layout | None] | None = None,
         donate: bool = True,
+        keep_finite: bool = False,
     ):
         import jax
 
         self.step = step
         self.placement = placement
-        num_inputs = len(step.inputs)
+        self.keep_finite = keep_finite
         mesh = placement.jax_mesh
         self.capture_layouts = list(capture_layouts)
         self.input_shardings = [named_sharding(x, mesh) for x in input_layouts]
-        captures = [named_sharding(x, mesh) for x in capture_layouts]
-        # Outputs need a layout too: what XLA would choose by itself may have unequal
-        # parts or be no layout of this mesh, and jax takes neither.
-        outputs = [named_sharding(x, mesh) for x in output_layouts]
-        outputs += [captures[i] for i in step.updates]
-
         with jax.enable_x64(True), warnings.catch_warnings():
             # The module carries GSPMD annotations; jax says on each compilation
             # that it hands them to GSPMD's propagation, which is what we ask for.
             warnings.filterwarnings("ignore", message=".*GSPMD.*")
-            shapes = [_aval(spec) for spec in step.inputs + step.captures]
-            hlo = _ByIdentity(step.hlo)
-            out_avals = _ByIdentity(
-                [
-                    jax.core.ShapedArray(s.shape, s.dtype)
-                    for s in map(_aval, step.results)
-                ]
-            )
-
-            used = [None] * len(captures) if use_layouts is None else use_layouts
-            used = [None] * num_inputs + [
-                None if x is None else named_sharding(x, mesh) for x in used
-            ]
-
-            def gshard_step(*args):
-                args = [
-                    arg
-                    if sharding is None
-                    else jax.lax.with_sharding_constraint(arg, sharding)
-                    for arg, sharding in zip(args, used, strict=True)
-                ]
-                return _step_primitive().bind(*args, hlo=hlo, out_avals=out_avals)
-
-            jitted = jax.jit(
-                gshard_step,
-                in_shardings=self.input_shardings + captures,
-                out_shardings=outputs,
-                donate_argnums=(
-                    tuple(num_inputs + i for i in step.updates) if donate else ()
-                ),
-                keep_unused=True,
+            jitted, shapes = jit_step(
+                step,
+                mesh,
+                input_layouts,
+                output_layouts,
+                capture_layouts,
+                use_layouts,
+                donate,
+                keep_finite,
             )
             self.compiled = jitted.lower(*shapes).compile()
 
     def put_inputs(self, arrays: Sequence[np.ndarray]) -> list[Any]:
-        """The arguments of a call, on the devices."""
+        """The arguments of a call, on the devices.
+
+        With several processes: all rows of each, or the rows of this process.
+        """
         import jax
 
+        if not all(x.is_fully_addressable for x in self.input_shardings):
+            shapes = [tuple(spec.shape) for spec in self.step.inputs]
+            with jax.enable_x64(True):
+                return [
+                    _from_processes(*each)
+                    for each in zip(arrays, shapes, self.input_shardings, strict=True)
+                ]
         with jax.enable_x64(True):
             return jax.device_put(list(arrays), self.input_shardings)
 
@@ -219,3 +305,12 @@ def _aval(value: Any) -> Any:
     import jax
 
     return jax.ShapeDtypeStruct(tuple(value.shape), value.dtype.as_numpy_dtype)
+
+
+def _from_processes(array: np.ndarray, shape: tuple[int, ...], sharding: Any) -> Any:
+    """An argument of `shape` that every process has, or has its rows of."""
+    import jax
+
+    if array.shape == shape:
+        return assemble(shape, sharding, lambda region: cut(array, region))
+    return jax.make_array_from_process_local_data(sharding, array, shape)

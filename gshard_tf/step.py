@@ -1,6 +1,9 @@
 """One function that Keras runs as a step, and its programs, one per set of shapes."""
 
+import dataclasses
+import json
 import weakref
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,7 +14,9 @@ from tensorflow.experimental import dtensor
 
 from gshard_tf import lowering
 from gshard_tf.keras_threads import keras_state, use_keras_state
+from gshard_tf.layouts import Layouts
 from gshard_tf.placed import PlacedVariable
+from gshard_tf.processes import agree, group, together
 from gshard_tf.program import Placement, SpmdProgram
 from gshard_tf.variables import MeshVariable
 
@@ -63,7 +68,7 @@ class Step:
 
     def emit(self) -> Any:
         """Puts a call of the program into the graph that is being traced."""
-        specs = [tf.TensorSpec(x.shape, x.dtype) for x in self.tensors]
+        specs = self.extended.global_specs(self.tensors)
         function, structure = self.trace(specs)
         for value in lowering.captured(function):
             if isinstance(value, tf.Variable):
@@ -96,7 +101,7 @@ class Step:
             raise
 
     def _executable(self, arrays: Sequence[np.ndarray]) -> "_Executable":
-        specs = [tf.TensorSpec(x.shape, x.dtype) for x in arrays]
+        specs = self.extended.global_specs(arrays)
         if _key(specs) not in self.executables:
             # A shape that was unknown when the graph was traced: the length of this
             # batch, say. This thread has no strategy, so enter it.
@@ -107,7 +112,9 @@ class Step:
 
     def _add(self, specs: list[tf.TensorSpec], function: Any, structure: Any) -> None:
         step = lowering.lower(function, structure)
-        self.executables[_key(specs)] = _Executable(self.extended, step, self.name)
+        self.executables[_key(specs)] = _Executable(
+            self.extended, step, self.name, self.arguments
+        )
 
 
 class _Call:
@@ -133,20 +140,47 @@ def _keep_with_graph(step: Step) -> None:
         graph = graph.outer_graph
 
 
+@dataclasses.dataclass(frozen=True)
+class SkippedStep:
+    """A step that changed nothing, since it would have made NaN or infinity.
+
+    Attributes:
+        number: Which call of the step it was, from 1.
+        arrays: Its arguments, flat.
+        arguments: Their structure, with `lowering.LEAF` for each.
+        broken: The variables that would not have been finite.
+    """
+
+    number: int
+    arrays: list[np.ndarray]
+    arguments: Any
+    broken: list[MeshVariable]
+
+    def call_arguments(self) -> tuple[tuple, dict]:
+        """What the step was called with, `(args, kwargs)`."""
+        values = iter(self.arrays)
+        return tf.nest.map_structure(
+            lambda leaf: next(values) if leaf is _ARGUMENT else leaf, self.arguments
+        )
+
+
 class _Executable:
     """A program and the variables that it runs on; compiled when first called."""
 
-    def __init__(self, extended: Any, step: lowering.LoweredStep, name: str):
+    def __init__(
+        self, extended: Any, step: lowering.LoweredStep, name: str, arguments: Any
+    ):
         self.extended = extended
         self.step = step
         self.name = name
+        self.arguments = arguments
         self.program: SpmdProgram | None = None
         self.constants: dict[int, Any] = {}
 
     def __call__(self, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
         extended, step = self.extended, self.step
         with extended.residence.lock:
-            if self.program is None:
+            if self.program is None or self.program.keep_finite != extended.keep_finite:
                 self._compile()
             program, layouts = self.program, self.program.capture_layouts
             extended.steps_run[self.name] += 1
@@ -162,7 +196,14 @@ class _Executable:
                     zip(step.captures, layouts, strict=True)
                 )
             ]
-            outputs, updated = program(program.put_inputs(arrays), captures)
+            inputs = program.put_inputs(arrays)
+            count = extended.steps_run[self.name]
+            with together(f"step {count} of {self.name}"):
+                outputs, updated = program(inputs, captures)
+                # Until all devices are done, they may read the arguments' memory.
+                program.wait([*updated, *outputs])
+            if program.keep_finite:
+                *updated, broken = updated
             if extended.check_numerics:
                 self._check_finite(outputs, lambda i: f"result {i}")
                 self._check_finite(
@@ -174,9 +215,24 @@ class _Executable:
             # At once: the old values are gone, their memory is reused.
             for i, value in zip(step.updates, updated, strict=True):
                 step.captures[i].set_device_value(value)
-            # Until all devices are done, they may read the memory of the arguments.
-            program.wait([*updated, *outputs])
+            if program.keep_finite and np.any(broken):
+                self._note_skipped(np.asarray(broken), arrays)
             return [np.asarray(output) for output in outputs]
+
+    def _note_skipped(self, broken: np.ndarray, arrays: Sequence[np.ndarray]) -> None:
+        step, extended = self.step, self.extended
+        broken_variables = [
+            step.captures[i] for i, bad in zip(step.updates, broken, strict=True) if bad
+        ]
+        extended.skipped_steps.append(
+            SkippedStep(
+                extended.steps_run[self.name],
+                # Copies: the arguments' memory is TensorFlow's.
+                [np.array(array) for array in arrays],
+                self.arguments,
+                broken_variables,
+            )
+        )
 
     def _check_finite(self, values: Any, name: Callable[[int], str]) -> None:
         for i, value in enumerate(values):
@@ -190,8 +246,14 @@ class _Executable:
 
     def _compile(self) -> None:
         extended = self.extended
+        if group().count > 1:
+            check_processes_agree(self.step, self.name)
         self.program = compile_step(
-            extended, self.step, extended.placement, donate=not extended.check_numerics
+            extended,
+            self.step,
+            extended.placement,
+            donate=not extended.check_numerics,
+            keep_finite=extended.keep_finite,
         )
         extended.layouts.warn_once()
         self.constants = {
@@ -204,27 +266,102 @@ class _Executable:
         extended.programs.append(weakref.ref(self.program))
 
 
+@dataclasses.dataclass(frozen=True)
+class StepLayouts:
+    """How everything that enters and leaves a step is laid out.
+
+    Attributes:
+        inputs: Of each argument.
+        outputs: Of each output.
+        captures: Of each captured variable or constant, as it is stored.
+        uses: As the step uses it, where that differs; else None.
+    """
+
+    inputs: list[dtensor.Layout]
+    outputs: list[dtensor.Layout]
+    captures: list[dtensor.Layout]
+    uses: list[dtensor.Layout | None]
+
+
+def check_processes_agree(step: lowering.LoweredStep, name: str) -> None:
+    """Compares what the processes of a run are about to run, and on which values.
+
+    Raises:
+        ValueError: in all of them, when it is not the same.
+    """
+    mine = {"shapes": [str(spec) for spec in step.inputs], "values": {}}
+    for i, value in enumerate(step.captures):
+        path = f"{i} {getattr(value, 'path', 'constant')}"
+        if not isinstance(value, MeshVariable) or value.device_value is None:
+            mine["values"][path] = zlib.crc32(np.ascontiguousarray(value.numpy()))
+    said = [json.loads(text) for text in agree("step", json.dumps(mine))]
+    for i, theirs in enumerate(said):
+        if theirs["shapes"] != said[0]["shapes"]:
+            raise ValueError(
+                f"The processes do not run the same {name}: process 0 has batches "
+                f"{said[0]['shapes']}. Received: process {i} has {theirs['shapes']}"
+            )
+        ours, others = said[0]["values"], theirs["values"]
+        differing = [
+            path for path in {**ours, **others} if ours.get(path) != others.get(path)
+        ]
+        if differing:
+            raise ValueError(
+                "The processes began with other values; call "
+                "keras.utils.set_random_seed in all of them before the model is made, "
+                f"and restore the same checkpoint. Received: process {i} differs from "
+                f"process 0 in {len(differing)} variables: {differing[:5]}"
+            )
+
+
+def step_layouts(layouts: Layouts, step: lowering.LoweredStep) -> StepLayouts:
+    """The layouts that the rules of a strategy give to a step."""
+    captures, uses = [], []
+    for value in step.captures:
+        if isinstance(value, PlacedVariable):
+            decision = layouts.of(value)
+            captures.append(decision.layout)
+            uses.append(decision.use)
+        else:
+            captures.append(dtensor.Layout.replicated(layouts.mesh, value.shape.rank))
+            uses.append(None)
+    outputs = [spec.shape for spec in step.results[: step.num_outputs]]
+    return StepLayouts(
+        [layouts.of_batch(spec.shape) for spec in step.inputs],
+        [
+            # Every process is given all of what comes out.
+            dtensor.Layout.replicated(layouts.mesh, shape.rank)
+            if group().count > 1
+            else layouts.of_batch(shape)
+            for shape in outputs
+        ],
+        captures,
+        uses,
+    )
+
+
 def compile_step(
-    extended: Any, step: lowering.LoweredStep, placement: Placement, donate: bool = True
+    extended: Any,
+    step: lowering.LoweredStep,
+    placement: Placement,
+    donate: bool = True,
+    keep_finite: bool = False,
 ) -> SpmdProgram:
     """Compiles a step with the layouts of its strategy, for the devices of `placement`.
 
     They need not be the strategy's own, nor exist.
     """
-    layouts, uses = [], []
-    for value in step.captures:
-        if isinstance(value, PlacedVariable):
-            decision = extended.layouts.of(value)
-            layouts.append(decision.layout)
-            uses.append(decision.use)
-        else:
-            layouts.append(dtensor.Layout.replicated(extended.mesh, value.shape.rank))
-            uses.append(None)
-    batches = [
-        [extended.layouts.of_batch(spec.shape) for spec in specs]
-        for specs in (step.inputs, step.results[: step.num_outputs])
-    ]
-    return SpmdProgram(step, placement, *batches, layouts, uses, donate=donate)
+    found = step_layouts(extended.layouts, step)
+    return SpmdProgram(
+        step,
+        placement,
+        found.inputs,
+        found.outputs,
+        found.captures,
+        found.uses,
+        donate=donate,
+        keep_finite=keep_finite,
+    )
 
 
 def _key(specs: list[tf.TensorSpec]) -> tuple:

@@ -1,23 +1,29 @@
 """`SpmdStrategy`: a `tf.distribute.Strategy` whose step is one partitioned program."""
 
 import collections
+import os
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 from tensorflow.experimental import dtensor
 
 # Private API: whether a graph is going to be compiled by TensorFlow itself.
 from tensorflow.python.ops import control_flow_util
 
+from gshard_tf.layouts import Layouts
 from gshard_tf.mesh_extended import MeshExtended
-from gshard_tf.program import Placement, SpmdProgram
+from gshard_tf.portable import saving
+from gshard_tf.processes import group
+from gshard_tf.program import Placement, SpmdProgram, named_sharding
 from gshard_tf.report import Description, describe
 from gshard_tf.rules import AxisRules
-from gshard_tf.step import Step
+from gshard_tf.shards import Region, assemble
+from gshard_tf.step import SkippedStep, Step
 from gshard_tf.variables import MeshVariable
 
 
@@ -47,6 +53,10 @@ class SpmdStrategy(tf.distribute.Strategy):
             raises `tf.errors.InvalidArgumentError`, which names the step and what it
             was found in. It costs a second copy of the state, and a look at all of
             it at every step. Defaults to False.
+        own_rows: With several processes (`join_processes`): whether each of them feeds
+            its own rows of every batch, in their order, rather than all rows. Defaults
+            to False: the same input pipeline everywhere, of which each process keeps
+            its part.
 
     Raises:
         ValueError: when the mesh does not fit the devices, or a rule does not fit
@@ -58,6 +68,7 @@ class SpmdStrategy(tf.distribute.Strategy):
         mesh: dtensor.Mesh,
         rules: AxisRules | None = None,
         check_numerics: bool = False,
+        own_rows: bool = False,
     ):
         if not isinstance(mesh, dtensor.Mesh):
             raise ValueError(
@@ -69,7 +80,7 @@ class SpmdStrategy(tf.distribute.Strategy):
                 "SpmdStrategy runs on CPU and GPU devices; on TPUs, TensorFlow's own "
                 "TPUStrategy partitions. Received: mesh of TPU devices"
             )
-        super().__init__(SpmdExtended(self, mesh, rules, check_numerics))
+        super().__init__(SpmdExtended(self, mesh, rules, check_numerics, own_rows))
 
     @property
     def mesh(self) -> dtensor.Mesh:
@@ -105,6 +116,63 @@ class SpmdStrategy(tf.distribute.Strategy):
         """
         return describe(model, self.extended.layouts, self.extended.ours)
 
+    def program(
+        self, model: keras.Model, mode: str = "train", batch: Any = None
+    ) -> saving.StepProgram:
+        """A step of a model as a program that can be saved and run without TensorFlow.
+
+        ```python
+        strategy.save_state(model, "run/state.npz")
+        program = strategy.program(model, "train", batch=(x[:64], y[:64]))
+        program.save("run/train.gshard", initial_state="state.npz")
+        ```
+
+        and, where there is jax and nothing else, `python -m gshard_tf.runner`.
+
+        Args:
+            model: A model of this strategy; compiled, unless it is only to predict.
+            mode: "train", "evaluate" or "predict".
+            batch: What `fit` passes to a step: `(x, y)` or `(x, y, sample_weight)`,
+                or `x` alone, each a nest of arrays, `tf.TensorSpec` or
+                `keras.KerasTensor`. The *global* batch; a program is for one shape.
+
+        Returns:
+            What can be saved; nothing is compiled.
+
+        Raises:
+            ValueError: for an unknown mode, a batch without static shapes, or a model
+                that is not compiled or not of this strategy.
+        """
+        return saving.StepProgram(self, model, mode, batch)
+
+    def save_state(
+        self, model: keras.Model, path: str | os.PathLike, step: int = 0
+    ) -> None:
+        """Writes the variables of a model, its metrics and its optimizer to a file.
+
+        Args:
+            model: A model that is built and compiled, as the first step leaves it.
+            path: An `.npz` file; one that is there is replaced.
+            step: How many steps the model has been trained, for the runner to go on
+                with.
+        """
+        saving.save_state(model, path, step)
+
+    def load_state(self, model: keras.Model, path: str | os.PathLike) -> dict[str, Any]:
+        """Gives a model the state of a file that `save_state` or the runner wrote.
+
+        Args:
+            model: The model that it is the state of, or one made by the same code.
+            path: The file.
+
+        Returns:
+            What the file says besides: `step`, the number of steps done.
+
+        Raises:
+            ValueError: when the file does not fit the model; nothing is changed then.
+        """
+        return saving.load_state(model, path)
+
 
 class SpmdExtended(MeshExtended):
     """What `tf.distribute` asks of `SpmdStrategy` behind its public face."""
@@ -115,15 +183,35 @@ class SpmdExtended(MeshExtended):
         mesh: dtensor.Mesh,
         rules: AxisRules | None,
         check_numerics: bool,
+        own_rows: bool,
     ):
         super().__init__(container, mesh, rules)
         self.placement = Placement(mesh)
         self.check_numerics = check_numerics
-        self.residence = _Residence(self.placement)
+        self._own_rows = own_rows
+        self.residence = _Residence(self.placement, self.layouts)
         self.programs: list[weakref.ref] = []
         self.steps_run: collections.Counter[str] = collections.Counter()
+        # Set by `GuardNumbers`.
+        self.keep_finite = False
+        self.skipped_steps: list[SkippedStep] = []
         self.last_error: Exception | None = None
         self._graph_functions = weakref.WeakKeyDictionary()
+
+    def global_specs(self, values: Sequence[Any]) -> list[tf.TensorSpec]:
+        """The specs of the arguments of a step over all processes.
+
+        Args:
+            values: What this process feeds.
+        """
+        share = group().count if self._own_rows else 1
+        specs = []
+        for value in values:
+            shape = tf.TensorShape(value.shape)
+            if share > 1 and shape.rank and shape[0] is not None:
+                shape = tf.TensorShape([shape[0] * share, *shape[1:]])
+            specs.append(tf.TensorSpec(shape, value.dtype))
+        return specs
 
     def make_variable(self, **kwargs: Any) -> MeshVariable:
         variable = MeshVariable(**kwargs)
@@ -173,11 +261,23 @@ class SpmdExtended(MeshExtended):
 
 
 class _Residence:
-    """Brings variables back to the host, one user at a time."""
+    """Moves variables between the mesh and elsewhere, one user at a time."""
 
-    def __init__(self, placement: Placement):
+    def __init__(self, placement: Placement, layouts: Layouts):
         self.lock = threading.RLock()
+        self.mesh = placement.mesh
         self.to_host = placement.get
+        self._placement = placement
+        self._layouts = layouts
+
+    def layout(self, variable: MeshVariable) -> dtensor.Layout:
+        return self._layouts.of(variable).layout
+
+    def assemble(
+        self, variable: MeshVariable, read: Callable[[Region], np.ndarray]
+    ) -> Any:
+        sharding = named_sharding(self.layout(variable), self._placement.jax_mesh)
+        return assemble(tuple(variable.shape), sharding, read)
 
 
 def _check_not_compiled() -> None:

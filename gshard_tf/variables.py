@@ -10,7 +10,7 @@ function of the user's own) ever sees an old value.
 import contextlib
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import numpy as np
@@ -28,6 +28,7 @@ from tensorflow.python.eager import context
 from tensorflow.python.ops import gen_resource_variable_ops, resource_variable_ops
 
 from gshard_tf.placed import PlacedVariable
+from gshard_tf.shards import Region, aligned_copy, own_pieces, splits
 
 
 class _Raw(threading.local):
@@ -53,6 +54,10 @@ class Residence(Protocol):
     lock: Any
 
     def to_host(self, device_value: Any) -> np.ndarray: ...
+
+    def layout(self, variable: Any) -> tf.experimental.dtensor.Layout: ...
+
+    def assemble(self, variable: Any, read: Callable[[Region], np.ndarray]) -> Any: ...
 
 
 class MeshVariable(PlacedVariable, resource_variable_ops.ResourceVariable):
@@ -115,6 +120,37 @@ class MeshVariable(PlacedVariable, resource_variable_ops.ResourceVariable):
     def device_value(self) -> Any:
         """The value on the devices, or None if it is not there."""
         return self._device_value
+
+    def own_pieces(self) -> list[tuple[Region, np.ndarray]]:
+        """Copies of the pieces on the devices that this process is to write."""
+        with self.residence.lock:
+            self._check_not_lost()
+            return [
+                (region, aligned_copy(piece))
+                for region, piece in own_pieces(self._device_value)
+            ]
+
+    def load(self, read: Callable[[Region], np.ndarray]) -> Callable[[], None]:
+        """Puts pieces onto the devices; they are the value once the result is called.
+
+        Nothing of it passes through the host's copy, which is stale from then on.
+        """
+        value = self.residence.assemble(self, read)
+
+        def become() -> None:
+            with self.residence.lock:
+                self.set_device_value(value)
+
+        return become
+
+    def splits(self) -> list[str | None]:
+        """The mesh axis that each dimension is stored split over; None: it is whole."""
+        return splits(self.residence.layout(self))
+
+    @property
+    def mesh(self) -> tf.experimental.dtensor.Mesh:
+        """The mesh that it lives on."""
+        return self.residence.mesh
 
     def _refresh_host(self) -> None:
         if not self._host_is_fresh:

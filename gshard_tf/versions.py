@@ -1,5 +1,6 @@
-"""The versions that this package was tested with, checked when it is imported."""
+"""The versions that this package was tested with, checked when it is first used."""
 
+import functools
 import importlib.metadata
 
 # Minor versions: each brings changes to private APIs that `lowering.py`,
@@ -43,3 +44,16 @@ def check_backend(backend: str) -> None:
             "KERAS_BACKEND=tensorflow before keras is imported. "
             f"Received: keras.backend.backend()={backend!r}"
         )
+
+
+@functools.cache
+def check() -> None:
+    """Checks the versions and Keras's backend, once.
+
+    Raises:
+        ImportError: something is missing, of another version, or set otherwise.
+    """
+    check_versions()
+    import keras
+
+    check_backend(keras.backend.backend())

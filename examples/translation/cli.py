@@ -76,9 +76,30 @@ def parser() -> argparse.ArgumentParser:
     made["translate"].add_argument(
         "--batch-size", type=int, default=64, help="lines per batch"
     )
+    for name in ("run", "evaluate", "translate", "export"):
+        group = made[name].add_argument_group("decoding")
+        group.add_argument(
+            "--beam-size", type=int, default=4, help="hypotheses; 1 is greedy"
+        )
+        group.add_argument(
+            "--alpha", type=float, default=0.8, help="of the length penalty"
+        )
     for name in ("run", "export"):
-        made[name].add_argument(
+        group = made[name].add_argument_group("SavedModel")
+        group.add_argument(
             "--saved-model", type=Path, help="its folder; by default in the run's"
+        )
+        group.add_argument(
+            "--weights",
+            default="float32",
+            choices=("float32", "bfloat16", "float16"),
+            help="how matrices are stored",
+        )
+        group.add_argument(
+            "--warm-up",
+            metavar="NAME",
+            help="with requests for TensorFlow Serving to warm up a model of this name "
+            "(extra: serve)",
         )
     return main
 
@@ -182,7 +203,8 @@ def _evaluate(options: argparse.Namespace) -> None:
     )
     out = options.run / f"evaluation-{name}"
     title = f"{name}: {len(pairs)} pairs"
-    evaluate(Translator(model, vocabulary), corpus, pairs, out, title, print)
+    translator = Translator(model, vocabulary, **_search(options))
+    evaluate(translator, corpus, pairs, out, title, print)
     print((out / "scores.txt").read_text("utf-8"))
     print(f"Plot and translations: {out}")
 
@@ -193,7 +215,7 @@ def _translate(options: argparse.Namespace) -> None:
 
     _, vocabulary, model = load_model(options.run)
     vocabulary.check_languages([options.language])
-    translator = Translator(model, vocabulary)
+    translator = Translator(model, vocabulary, **_search(options))
     lines = [line.decode("utf-8", "replace").rstrip("\n") for line in sys.stdin.buffer]
     for text in translator.translate(
         [options.language] * len(lines), lines, options.batch_size
@@ -201,13 +223,21 @@ def _translate(options: argparse.Namespace) -> None:
         print(text)
 
 
+def _search(options: argparse.Namespace) -> dict:
+    return {"beam_size": options.beam_size, "alpha": options.alpha}
+
+
 def _export(options: argparse.Namespace) -> None:
+    from examples.translation.exporting import export
     from examples.translation.training import load_model
-    from examples.translation.translating import Translator, export
+    from examples.translation.translating import Translator
 
     _, vocabulary, model = load_model(options.run)
     folder = options.saved_model or options.run / "saved_model"
-    export(Translator(model, vocabulary), folder, replace=True)
+    translator = Translator(
+        model, vocabulary, weights=options.weights, **_search(options)
+    )
+    export(translator, folder, replace=True, warm_up_as=options.warm_up)
     print(f"SavedModel: {folder}")
 
 

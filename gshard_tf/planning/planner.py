@@ -13,6 +13,7 @@ import tensorflow as tf
 from tensorflow.experimental import dtensor
 
 from gshard_tf import hlo_text, inspection
+from gshard_tf.keras_steps import MODES, batch_specs, check_mode, complete
 from gshard_tf.layouts import Layouts
 from gshard_tf.lowering import LoweredStep
 from gshard_tf.mesh import create_mesh
@@ -29,8 +30,6 @@ from gshard_tf.planning.roofline import Interconnect, step_time
 from gshard_tf.program import Placement, SpmdProgram, hlo_as_text
 from gshard_tf.rules import AxisRules
 from gshard_tf.step import compile_step
-
-MODES = {"train": "train_step", "evaluate": "test_step", "predict": "predict_step"}
 
 
 def plan(
@@ -84,8 +83,7 @@ def plan(
             without static shapes, or a model that cannot be planned, with the reason.
         ImportError: when a TPU is asked for and libtpu is not installed.
     """
-    if mode not in MODES:
-        raise ValueError(f"mode is one of {tuple(MODES)}. Received: mode={mode!r}")
+    check_mode(mode)
     specs = batch_specs(batch)
     found = find_topology(topology)
     mesh = _mesh_for(found, mesh)
@@ -95,7 +93,7 @@ def plan(
     begun = time.perf_counter()
     with strategy.scope():
         built = _build(model)
-        _complete(built, specs, mode)
+        complete(built, specs, mode)
         step = lower_abstract(strategy.extended, getattr(built, MODES[mode]), (specs,))
     trace_seconds = time.perf_counter() - begun
     weights = _weights(built, step, layouts)
@@ -145,33 +143,6 @@ def plan(
     )
     store.save(made)
     return made
-
-
-def batch_specs(batch: Any) -> Any:
-    """A nest of static `tf.TensorSpec` from specs, Keras tensors or arrays."""
-    if batch is None:
-        raise ValueError(
-            "A plan needs the batch of a step: batch=(x, y), each a nest of "
-            "tf.TensorSpec with the shapes of the global batch. Received: batch=None"
-        )
-
-    def spec(leaf: Any) -> tf.TensorSpec:
-        if leaf is None:
-            return None
-        if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
-            raise ValueError(
-                "The batch is a nest of tf.TensorSpec, keras.KerasTensor or arrays. "
-                f"Received: {leaf!r}"
-            )
-        shape = tf.TensorShape(leaf.shape)
-        if not shape.is_fully_defined():
-            raise ValueError(
-                "A plan is for one shape: every dimension of the batch must be known. "
-                f"Received: {leaf!r}"
-            )
-        return tf.TensorSpec(shape, tf.as_dtype(leaf.dtype))
-
-    return tf.nest.map_structure(spec, batch)
 
 
 def _mesh_for(
@@ -225,28 +196,6 @@ def _build(model: keras.Model | Callable[[], keras.Model]) -> keras.Model:
             "is allocated. Received: a model that was made before"
         )
     return built
-
-
-def _complete(model: keras.Model, specs: Any, mode: str) -> None:
-    """Makes all variables of a model, as the first step of `fit` would."""
-    if mode != "predict" and not model.compiled:
-        raise ValueError(
-            f"mode={mode!r} needs a compiled model: call model.compile in the function "
-            "that makes it."
-        )
-    symbolic = tf.nest.map_structure(
-        lambda spec: spec and keras.KerasTensor(spec.shape, spec.dtype.name), specs
-    )
-    x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(symbolic)
-    if mode == "predict":
-        if not model.built:
-            keras.backend.compute_output_spec(model, x, training=False)
-        return
-    # Private API: what `fit` calls before it traces a step; a model's own train_step
-    # does not. On an upgrade, check that it still builds model, loss and metrics.
-    model._symbolic_build(data_batch=(x, y, sample_weight))
-    if mode == "train" and not model.optimizer.built:
-        model.optimizer.build(model.trainable_variables)
 
 
 def _weights(model: keras.Model, step: LoweredStep, layouts: Layouts) -> list[Weight]:

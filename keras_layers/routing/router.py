@@ -171,7 +171,12 @@ class Router(keras.layers.Layer):
         # Annotated where it is used, as in the paper: the partitioner would split its
         # gradient by experts, and gather the new weights.
         kernel = annotate(self.kernel, ("embed", None))
-        logits = tf.einsum("GSM,ME->GSE", inputs, kernel)
+        groups, tokens, width = sizes(inputs)
+        # With all tokens (T) in one dimension: for the kernel's gradient XLA's CPU
+        # compiler copies [G, S, M] and [G, S, E] into another order, but not these.
+        flat = tf.reshape(inputs, [groups * tokens, width])
+        logits = tf.einsum("TM,ME->TE", flat, kernel)
+        logits = tf.reshape(logits, [groups, tokens, self.num_experts])
         logits = annotate(logits, ("group", None, None))
         if self.logit_cap is not None:
             logits = self.logit_cap * tf.tanh(logits / self.logit_cap)

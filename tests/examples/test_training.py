@@ -15,7 +15,7 @@ import pytest
 import tensorflow as tf
 from processes import ROOT, run_python
 
-from examples.translation import cli, evaluating, training, translating
+from examples.translation import cli, evaluating, exporting, training, translating
 from examples.translation.baselines import ApertiumResult
 from examples.translation.settings import Settings
 
@@ -204,7 +204,7 @@ def saved_model(run, tmp_path_factory):
     _, vocabulary, model = training.load_model(run)
     translator = translating.Translator(model, vocabulary)
     folder = tmp_path_factory.mktemp("export") / "saved_model"
-    return translating.export(translator, folder), translator
+    return exporting.export(translator, folder), translator
 
 
 TEXTS = ["appleo basketo candleo", "", "x " * 25_000, "gardenen hammeren"]
