@@ -1,0 +1,88 @@
+"""Keras's steps by name, what they are called with, and whose variables they touch."""
+
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+MODES = {"train": "train_step", "evaluate": "test_step", "predict": "predict_step"}
+
+
+def check_mode(mode: str) -> None:
+    """Raises `ValueError` unless `mode` is one of `MODES`."""
+    if mode not in MODES:
+        raise ValueError(f"mode is one of {tuple(MODES)}. Received: mode={mode!r}")
+
+
+def batch_specs(batch: Any) -> Any:
+    """A nest of static `tf.TensorSpec` from specs, Keras tensors or arrays."""
+    if batch is None:
+        raise ValueError(
+            "A step needs the batch that it is for: batch=(x, y), each a nest of "
+            "tf.TensorSpec with the shapes of the global batch. Received: batch=None"
+        )
+
+    def spec(leaf: Any) -> tf.TensorSpec:
+        if leaf is None:
+            return None
+        if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
+            raise ValueError(
+                "The batch is a nest of tf.TensorSpec, keras.KerasTensor or arrays. "
+                f"Received: {leaf!r}"
+            )
+        shape = tf.TensorShape(leaf.shape)
+        if not shape.is_fully_defined():
+            raise ValueError(
+                "A program is for one shape: every dimension of the batch must be "
+                f"known. Received: {leaf!r}"
+            )
+        return tf.TensorSpec(shape, tf.as_dtype(leaf.dtype))
+
+    return tf.nest.map_structure(spec, batch)
+
+
+def complete(model: keras.Model, specs: Any, mode: str) -> None:
+    """Makes all variables of a model, as the first step of `fit` would.
+
+    Args:
+        model: The model; compiled, unless it is only to predict.
+        specs: Of the batch, from `batch_specs`.
+        mode: One of `MODES`.
+
+    Raises:
+        ValueError: when the model is not compiled.
+    """
+    if mode != "predict" and not model.compiled:
+        raise ValueError(
+            f"mode={mode!r} needs a compiled model: call model.compile in the function "
+            "that makes it."
+        )
+    symbolic = tf.nest.map_structure(
+        lambda spec: spec and keras.KerasTensor(spec.shape, spec.dtype.name), specs
+    )
+    x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(symbolic)
+    if mode == "predict":
+        if not model.built:
+            keras.backend.compute_output_spec(model, x, training=False)
+        return
+    # Private API: what `fit` calls before it traces a step; a model's own train_step
+    # does not. On an upgrade, check that it still builds model, loss and metrics.
+    model._symbolic_build(data_batch=(x, y, sample_weight))
+    if mode == "train" and not model.optimizer.built:
+        model.optimizer.build(model.trainable_variables)
+
+
+def roles_of(model: keras.Model) -> dict[int, str]:
+    """What each variable of a model is for, by the `id` of its `value`.
+
+    "weight" (trainable), "metric" (what Keras resets at each epoch, in layers too),
+    "optimizer", or "other" (frozen weights, statistics, seeds).
+    """
+    optimizer = getattr(model, "optimizer", None)
+    kinds = {
+        "other": model.variables,
+        "optimizer": [] if optimizer is None else optimizer.variables,
+        "weight": model.trainable_variables,
+        "metric": model.metrics_variables,
+    }
+    return {id(v.value): role for role, those in kinds.items() for v in those}
