@@ -1,0 +1,238 @@
+"""The SavedModel's signatures, and what TensorFlow Serving expects of it."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from examples.translation import exporting, translating
+from examples.translation.model import make_model
+from examples.translation.settings import Settings
+from examples.translation.vocabulary import BOS, EOS, PAD
+from keras_layers import beam_search, greedy_decode, length_limits
+
+TEXTS = ["appleo basketo candleo", "", "x " * 25_000, "gardenen hammeren", "мир"]
+TAGS = ["fr", "de", "ru", "de", "ru"]
+OPTIONS = {"max_source": 24, "max_target": 12, "beam_size": 3}
+
+
+@pytest.fixture(scope="module")
+def model(toy_vocabulary):
+    """Untrained, but not evenly so: some translations end, some do not."""
+    settings = Settings(
+        encoder_layers=2,
+        decoder_layers=2,
+        model_dim=32,
+        hidden_dim=48,
+        heads=2,
+        experts=4,
+        capacity_factor=0.5,
+        partitions=0,
+    )
+    made = make_model(settings, toy_vocabulary)
+    table = made.target_embedding.table
+    table.assign(tf.tensor_scatter_nd_update(table, [[EOS]], [table[EOS] * 4.0]))
+    return made
+
+
+@pytest.fixture(scope="module")
+def translator(model, toy_vocabulary):
+    return translating.Translator(model, toy_vocabulary, **OPTIONS)
+
+
+@pytest.fixture(scope="module")
+def saved(translator, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exporting") / "saved_model"
+    return exporting.export(translator, folder)
+
+
+@pytest.fixture(scope="module")
+def signatures(saved):
+    loaded = tf.saved_model.load(str(saved))
+    return loaded, loaded.signatures
+
+
+def ask(signatures, name, **inputs):
+    strings = {key: tf.constant(value, tf.string) for key, value in inputs.items()}
+    return {key: v.numpy() for key, v in signatures[1][name](**strings).items()}
+
+
+def read_sources(vocabulary, texts, tags):
+    ids = vocabulary.encode_source(tags, texts, max_length=OPTIONS["max_source"])
+    return tf.cast(ids.to_tensor(PAD), tf.int32)
+
+
+def test_translate_is_beam_search_between_two_tokenizers(
+    signatures, model, toy_vocabulary
+):
+    found = ask(signatures, "translate", texts=TEXTS, languages=TAGS)
+    source = read_sources(toy_vocabulary, TEXTS, TAGS)
+    expected = beam_search(
+        model,
+        source,
+        OPTIONS["max_target"],
+        BOS,
+        EOS,
+        OPTIONS["beam_size"],
+        num_results=3,
+        limits=length_limits(source, PAD, 2.0, 10),
+    )
+    for i in range(3):
+        texts = toy_vocabulary.decode(expected.ids[:, i]).numpy()
+        texts[1] = b""  # there is nothing to translate
+        assert list(found["n_best"][:, i]) == list(texts)
+    np.testing.assert_array_equal(found["translations"], found["n_best"][:, 0])
+    np.testing.assert_allclose(found["n_best_scores"], expected.scores, atol=1e-4)
+    np.testing.assert_array_equal(found["scores"], found["n_best_scores"][:, 0])
+    np.testing.assert_array_equal(found["truncated"], [0, 0, 1, 0, 0])
+    ended = np.any(expected.ids[:, 0] == EOS, axis=1)
+    np.testing.assert_array_equal(found["unfinished"], ~ended)
+
+
+def test_a_row_is_the_same_in_any_batch(signatures):
+    # More than are decoded at a time.
+    count = translating.CHUNK + 7
+    texts, tags = (TEXTS[:1] * count), (TAGS[:1] * count)
+    texts[-1], tags[-1] = TEXTS[3], TAGS[3]
+    found = ask(signatures, "translate", texts=texts, languages=tags)
+    for i in (0, count - 1):
+        alone = ask(
+            signatures, "translate", texts=texts[i : i + 1], languages=tags[i : i + 1]
+        )
+        assert alone["translations"][0] == found["translations"][i]
+        np.testing.assert_allclose(alone["scores"][0], found["scores"][i], atol=1e-4)
+
+
+def test_score_is_the_log_probability_of_what_was_generated(
+    signatures, model, toy_vocabulary
+):
+    # A greedy translation whose text is tokenized into the same ids again.
+    texts, tags = [f"{w}o {v}o" for w in "abcdef" for v in "ghi"], ["fr"] * 18
+    source = read_sources(toy_vocabulary, texts, tags)
+    ids, log_probs = greedy_decode(model, source, 11, BOS, EOS)
+    said = toy_vocabulary.decode(ids)
+    again = toy_vocabulary.encode_target(said).to_tensor(PAD, shape=[None, 12])
+    same = np.all(again[:, 1:].numpy() == ids.numpy(), axis=1)
+    found = ask(
+        signatures, "score", texts=texts, languages=tags, translations=said.numpy()
+    )
+    if not np.any(same):
+        pytest.fail("no translation of this model can be tokenized back")
+    np.testing.assert_allclose(
+        found["log_probs"][same], log_probs.numpy()[same], atol=1e-4
+    )
+    tokens = np.count_nonzero(ids, axis=1)
+    np.testing.assert_array_equal(found["tokens"][same], tokens[same])
+    penalty = ((5 + found["tokens"]) / 6) ** 0.8
+    np.testing.assert_allclose(found["scores"], found["log_probs"] / penalty, rtol=1e-5)
+    assert not np.any(found["truncated"])
+    long = ask(
+        signatures, "score", texts=["a"], languages=["de"], translations=["y " * 99]
+    )
+    assert long["truncated"][0] and long["tokens"][0] == OPTIONS["max_target"]
+
+
+def test_tokenize_and_encode(signatures, model, toy_vocabulary):
+    source = read_sources(toy_vocabulary, TEXTS, TAGS)
+    found = ask(signatures, "tokenize", texts=TEXTS, languages=TAGS)
+    np.testing.assert_array_equal(found["ids"], source)
+    np.testing.assert_array_equal(found["lengths"], np.count_nonzero(source, axis=1))
+    np.testing.assert_array_equal(found["truncated"], [0, 0, 1, 0, 0])
+    encoded, mask = model.encode(source, decoding=True)
+    found = ask(signatures, "encode", texts=TEXTS, languages=TAGS)
+    np.testing.assert_allclose(found["encoded"], encoded, atol=1e-5)
+    np.testing.assert_array_equal(found["mask"], mask)
+    languages = ask(signatures, "languages")["languages"]
+    assert [tag.decode() for tag in languages] == list(toy_vocabulary.languages)
+
+
+def test_exactly_as_long_as_fits_is_not_truncated(signatures, toy_vocabulary):
+    for words in range(1, 30):
+        text = "apple " * words
+        whole = toy_vocabulary.encode_source(["de"], [text]).row_lengths()[0]
+        found = ask(signatures, "tokenize", texts=[text], languages=["de"])
+        assert found["truncated"][0] == (whole > OPTIONS["max_source"])
+
+
+@pytest.mark.parametrize("name", ["translate", "encode", "score", "tokenize"])
+def test_bad_requests_are_refused_with_a_sentence(signatures, name):
+    def request(texts, tags):
+        more = {"translations": texts} if name == "score" else {}
+        return ask(signatures, name, texts=texts, languages=tags, **more)
+
+    assert all(len(value) == 0 for value in request([], []).values())
+    with pytest.raises(tf.errors.InvalidArgumentError, match="unknown language tag"):
+        request(["a"], ["nowhere"])
+    with pytest.raises(tf.errors.InvalidArgumentError, match="one language tag"):
+        request(["a", "b"], ["de"])
+    request([b"\xff\xfe abc", "a" * 1_000_000], ["de", "de"])
+    with pytest.raises(tf.errors.InvalidArgumentError, match="one translation"):
+        ask(signatures, "score", texts=["a"], languages=["de"], translations=[])
+    with pytest.raises(Exception, match="dtype|type|int32"):
+        signatures[1][name](texts=tf.constant([1]), languages=tf.constant(["de"]))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_shorter_weights(dtype, model, toy_vocabulary, signatures, saved, tmp_path):
+    short = translating.Translator(model, toy_vocabulary, weights=dtype, **OPTIONS)
+    folder = exporting.export(short, tmp_path / "short")
+
+    def weight_bytes(path):
+        files = (path / "variables").glob("*.data*")
+        return sum(file.stat().st_size for file in files)
+
+    assert weight_bytes(folder) < 0.6 * weight_bytes(saved)
+    loaded = tf.saved_model.load(str(folder))
+    both = {"texts": TEXTS[:1], "languages": TAGS[:1]}
+    whole = ask(signatures, "encode", **both)["encoded"]
+    found = ask((loaded, loaded.signatures), "encode", **both)["encoded"]
+    assert 1e-6 < np.max(np.abs(found - whole)) < 0.1
+    # What was exported is what the translator says in Python.
+    said = ask((loaded, loaded.signatures), "translate", **both)["translations"]
+    assert [text.decode() for text in said] == short.translate(TAGS[:1], TEXTS[:1])
+    with pytest.raises(ValueError, match="weights='int4'"):
+        translating.Translator(model, toy_vocabulary, weights="int4")
+
+
+def test_the_requests_to_warm_up_with(translator, saved, tmp_path):
+    """TFRecords of official messages, which the signatures take as they are."""
+    pytest.importorskip("tensorflow_serving")
+    from tensorflow_serving.apis import predict_pb2, prediction_log_pb2
+
+    folder = exporting.export(translator, tmp_path / "warm", warm_up_as="translator")
+    path = folder / "assets.extra" / "tf_serving_warmup_requests"
+    loaded = tf.saved_model.load(str(folder))
+    seen = set()
+    for record in tf.data.TFRecordDataset(str(path)).as_numpy_iterator():
+        log = prediction_log_pb2.PredictionLog.FromString(record)
+        request = log.predict_log.request
+        assert request.model_spec.name == "translator"
+        signature = loaded.signatures[request.model_spec.signature_name]
+        wanted = signature.structured_input_signature[1]
+        assert set(request.inputs) == set(wanted)
+        inputs = {
+            key: tf.constant(tf.make_ndarray(value))
+            for key, value in request.inputs.items()
+        }
+        for key, value in inputs.items():
+            assert wanted[key].is_compatible_with(value)
+        if (request.model_spec.signature_name, len(value)) not in seen:
+            response = predict_pb2.PredictResponse()
+            for key, value in signature(**inputs).items():
+                response.outputs[key].CopyFrom(tf.make_tensor_proto(value.numpy()))
+            assert len(response.SerializeToString()) > 0
+        seen.add((request.model_spec.signature_name, len(value)))
+    assert {name for name, _ in seen} == {
+        "translate",
+        "serving_default",
+        "encode",
+        "score",
+        "tokenize",
+    }
+    assert not (saved / "assets.extra" / "tf_serving_warmup_requests").exists()
+
+
+def test_without_the_package_it_says_what_to_install(translator, tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "tensorflow_serving.apis", None)
+    with pytest.raises(ImportError, match=r"gshard-tf\[serve\]"):
+        exporting.export(translator, tmp_path / "x", warm_up_as="translator")
+    assert not (tmp_path / "x").exists()
