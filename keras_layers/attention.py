@@ -9,6 +9,7 @@ from gshard_tf import annotate, name_axes
 from keras_layers.checks import check_int
 from keras_layers.dropout import Dropout
 from keras_layers.initializers import as_matrix
+from keras_layers.remat import rematerialize
 from keras_layers.shapes import sizes
 
 KeysAndValues = dict[str, tf.Tensor]
@@ -28,6 +29,10 @@ class MultiHeadAttention(keras.layers.Layer):
         dropout: Rate on the attention weights, during training.
         kernel_initializer: Of each weight, its fan counted over `M` or `N * D`.
         seed: Seed of the dropout.
+        remat: Whether training keeps queries, keys and values only, and computes the
+            attention weights `[B, N, T, L]` again for the gradient (as in arXiv
+            2205.05198, section 5): the largest tensors of a Transformer without
+            remat, for one product of attention more.
 
     Raises:
         ValueError: for an argument out of its range.
@@ -40,6 +45,7 @@ class MultiHeadAttention(keras.layers.Layer):
         dropout: float = 0.0,
         kernel_initializer: Any = "glorot_uniform",
         seed: int | None = None,
+        remat: bool = False,
         **kwargs: Any,
     ):
         check_int("num_heads", num_heads, 1)
@@ -49,6 +55,7 @@ class MultiHeadAttention(keras.layers.Layer):
         self.key_dim = key_dim
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.seed = seed
+        self.remat = bool(remat)
         self.dropout = Dropout(dropout, seed=seed, dtype=self.dtype_policy)
         self.supports_masking = True
 
@@ -193,14 +200,22 @@ class MultiHeadAttention(keras.layers.Layer):
         query = tf.einsum("BTM,MND->BTND", inputs, self._weight(self.query_kernel))
         query = annotate(query, ("batch", "length", "heads", "kv"))
         query = query * tf.cast(self.key_dim**-0.5, query.dtype)
-        scores = tf.einsum("BTND,BLND->BNTL", query, projected["key"])
-        scores = tf.cast(scores, tf.float32)
-        if visible is not None:
-            # Finite, so that a row without any visible position gives no NaN.
-            scores = tf.where(visible, scores, -1e30)
-        weights = tf.cast(tf.nn.softmax(scores, axis=-1), query.dtype)
-        weights = self.dropout(weights, training=training)
-        heads = tf.einsum("BNTL,BLND->BTND", weights, projected["value"])
+
+        def look_up(query, key, value, visible):
+            scores = tf.einsum("BTND,BLND->BNTL", query, key)
+            scores = tf.cast(scores, tf.float32)
+            if visible is not None:
+                # Finite, so that a row without any visible position gives no NaN.
+                scores = tf.where(visible, scores, -1e30)
+            weights = tf.cast(tf.nn.softmax(scores, axis=-1), query.dtype)
+            weights = self.dropout(weights, training=training)
+            return tf.einsum("BNTL,BLND->BTND", weights, value)
+
+        tensors = (query, projected["key"], projected["value"], visible)
+        if self.remat and training:
+            heads = rematerialize(self.dropout, look_up, *tensors)
+        else:
+            heads = look_up(*tensors)
         heads = annotate(heads, ("batch", "length", "heads", "kv"))
         outputs = tf.einsum("BTND,NDM->BTM", heads, self._weight(self.output_kernel))
         return annotate(outputs, ("batch", "length", "embed"))
@@ -224,5 +239,6 @@ class MultiHeadAttention(keras.layers.Layer):
             dropout=self.dropout.rate,
             kernel_initializer=keras.initializers.serialize(self.kernel_initializer),
             seed=self.seed,
+            remat=self.remat,
         )
         return config

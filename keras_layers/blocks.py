@@ -8,12 +8,14 @@ import tensorflow as tf
 
 from gshard_tf import annotate
 from keras_layers.attention import MultiHeadAttention
-from keras_layers.checks import check_rate
+from keras_layers.checks import check_choice, check_rate
 from keras_layers.dropout import Dropout
 from keras_layers.feed_forward import FeedForward
 from keras_layers.moe import MoELayer
 from keras_layers.remat import rematerialize
 from keras_layers.shapes import sizes
+
+REMAT = (False, "attention", True)
 
 
 class _Block(keras.layers.Layer):
@@ -29,10 +31,12 @@ class _Block(keras.layers.Layer):
             feed-forward, and on each sublayer's output before the residual.
         moe_options: Further arguments of `MoELayer`.
         seed: Seed of all random numbers of the block; None: from the global seed.
-        remat: Whether training keeps only the block's inputs and computes everything
-            within it again for the gradient: memory of one block instead of all, for
-            about a third more computation and, with experts, the forward pass's
-            all-to-alls once more.
+        remat: What training computes again for the gradient instead of keeping it.
+            False: nothing. "attention": the attention weights, the largest tensors of
+            a long sequence, for a few percent more computation. True: everything but
+            the block's inputs, so memory of one block instead of all, for about a
+            third more computation and, with experts, the forward pass's all-to-alls
+            once more.
     """
 
     def __init__(
@@ -44,10 +48,11 @@ class _Block(keras.layers.Layer):
         dropout: float = 0.1,
         moe_options: Mapping[str, Any] | None = None,
         seed: int | None = None,
-        remat: bool = False,
+        remat: bool | str = False,
         **kwargs: Any,
     ):
         check_rate("dropout", dropout)
+        check_choice("remat", remat, REMAT)
         if moe_options and not num_experts:
             raise ValueError(
                 "moe_options are for a block with experts. Received: "
@@ -61,7 +66,7 @@ class _Block(keras.layers.Layer):
         self.dropout = dropout
         self.moe_options = dict(moe_options or {})
         self.seed = seed
-        self.remat = bool(remat)
+        self.remat = remat
         self.self_attention = self._attention("self_attention")
         if num_experts:
             options = {"seed": seed, "name": f"{self.name}_moe", **self.moe_options}
@@ -87,6 +92,7 @@ class _Block(keras.layers.Layer):
             self.key_dim,
             dropout=self.dropout,
             seed=self.seed,
+            remat=self.remat == "attention",
             dtype=self.dtype_policy,
             name=name,
         )
@@ -121,7 +127,7 @@ class _Block(keras.layers.Layer):
     def _run(
         self, block: Callable[..., tf.Tensor], training: bool | None, *tensors: Any
     ) -> tf.Tensor:
-        if self.remat and training:
+        if self.remat is True and training:
             return rematerialize(self, block, *tensors)
         return block(*tensors)
 

@@ -47,9 +47,9 @@ class Transformer(keras.Model):
         decoder_moe_options: The same for the decoder's; None: `moe_options`.
         pad_id: Id of padding.
         seed: Seed of dropout and routing.
-        remat: Whether each block's activations are computed again for the gradient
-            instead of being kept for it (see `EncoderBlock`). Choose it when
-            training does not fit.
+        remat: What is computed again for the gradient instead of being kept for it:
+            False (nothing), "attention" or True (see `EncoderBlock`). Where training
+            does not fit, try "attention", then True.
         stacked: Whether encoder and decoder are loops over stacked weights (`Stacked`),
             so that the time to trace and compile does not grow with depth: for deep
             models. What is repeated are `moe_every` blocks (one without experts), which
@@ -86,7 +86,7 @@ class Transformer(keras.Model):
         decoder_moe_options: Mapping[str, Any] | None = None,
         pad_id: int = 0,
         seed: int | None = None,
-        remat: bool = False,
+        remat: bool | str = False,
         stacked: bool = False,
         **kwargs: Any,
     ):
@@ -158,7 +158,7 @@ class Transformer(keras.Model):
         )
         self.pad_id = pad_id
         self.seed = seed
-        self.remat = bool(remat)
+        self.remat = remat
         self.stacked = bool(stacked)
 
         policy = self.dtype_policy
@@ -180,11 +180,11 @@ class Transformer(keras.Model):
             self.decoder_stack = self._stack("decoder", num_decoder_layers // unit)
         else:
             self.encoder_blocks = [
-                EncoderBlock(remat=self.remat, **self._block_arguments("encoder", i))
+                EncoderBlock(**self._block_arguments("encoder", i))
                 for i in range(1, num_encoder_layers + 1)
             ]
             self.decoder_blocks = [
-                DecoderBlock(remat=self.remat, **self._block_arguments("decoder", i))
+                DecoderBlock(**self._block_arguments("decoder", i))
                 for i in range(1, num_decoder_layers + 1)
             ]
         self.encoder_norm = keras.layers.LayerNormalization(
@@ -210,6 +210,8 @@ class Transformer(keras.Model):
             "dropout": self.dropout,
             "moe_options": options if has_experts else None,
             "seed": self.seed,
+            # A stack computes whole repetitions again by itself.
+            "remat": False if self.stacked and self.remat is True else self.remat,
             "dtype": self.dtype_policy,
             "name": f"{side}_{number}",
         }
@@ -231,7 +233,7 @@ class Transformer(keras.Model):
             return made
 
         return Stacked(
-            make_blocks, count, self.remat, dtype=self.dtype_policy, name=side
+            make_blocks, count, self.remat is True, dtype=self.dtype_policy, name=side
         )
 
     def build(self, input_shape: Any = None) -> None:

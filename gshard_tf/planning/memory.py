@@ -97,7 +97,7 @@ def advice_for(
     if needed - state > 0.3 * capacity:
         found += [
             "Activations take most of the rest: compute them again in the backward "
-            "pass (remat=True of Transformer and its blocks).",
+            "pass (remat='attention' or remat=True of Transformer and its blocks).",
             "Halve them by bfloat16: keras.config.set_dtype_policy('mixed_bfloat16') "
             "keeps the weights in float32.",
             "Take more cores on the axis that splits the batch, or a smaller batch.",

@@ -12,7 +12,13 @@ import gshard_tf
 from gshard_tf.inspection import collectives
 from gshard_tf.planning.abstract import AbstractStrategy
 from gshard_tf.planning.abstract_step import lower_abstract
-from keras_layers import EncoderBlock, Transformer, record_routing, replay_routing
+from keras_layers import (
+    EncoderBlock,
+    MultiHeadAttention,
+    Transformer,
+    record_routing,
+    replay_routing,
+)
 
 # All that has state, draws random numbers or adds a loss.
 ROUTER = {
@@ -138,12 +144,12 @@ def test_memory_falls_and_only_the_forward_pass_is_communicated_again(runs_on_me
 def test_without_training_nothing_is_computed_again():
     x = tf.random.normal([2, 6, 8])
     counts = []
-    for remat in (False, True):
+    for remat in (False, True, "attention"):
         block = EncoderBlock(2, 4, 8, num_experts=4, remat=remat)
         block.build(x.shape)
         graph = tf.function(block).get_concrete_function(x).graph
         counts.append(collections.Counter(op.type for op in graph.get_operations()))
-    assert counts[0] == counts[1]
+    assert counts[0] == counts[1] == counts[2]
 
 
 def test_losses_are_added_once_and_have_gradients():
@@ -204,3 +210,71 @@ def test_config():
     model = transformer(True)
     copy = Transformer.from_config(model.get_config())
     assert copy.remat and all(block.remat for block in copy.encoder_blocks)
+    block = EncoderBlock(2, 4, 8, remat="attention")
+    copy = EncoderBlock.from_config(block.get_config())
+    assert copy.remat == "attention" and copy.self_attention.remat
+    with pytest.raises(ValueError, match="remat must be one of.*'no'"):
+        EncoderBlock(2, 4, 8, remat="no")
+
+
+def attention_step(remat):
+    """A function of inputs `[B, T, M]` and its gradients, and the layer."""
+    layer = MultiHeadAttention(2, 4, dropout=0.3, seed=1, remat=remat)
+    layer.build((None, None, 8))
+
+    def step(x, mask):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = layer(x, mask=mask, causal=True, training=True)
+            loss = tf.reduce_sum(tf.sin(y))
+        return y, tape.gradient(loss, [x, *(w.value for w in layer.weights)])
+
+    return layer, step
+
+
+@pytest.mark.parametrize("jit", [None, False, True])
+def test_attention_weights_computed_again_are_the_same(jit):
+    x = tf.random.stateless_normal([3, 16, 8], [1, 2])
+    mask = tf.range(16) < tf.constant([16, 9, 3])[:, None]
+    results, states = [], []
+    kernels = None
+    for remat in (False, True):
+        layer, step = attention_step(remat)
+        kernels = kernels or layer.get_weights()
+        layer.set_weights(kernels)
+        if jit is not None:
+            step = tf.function(step, jit_compile=jit, autograph=False)
+        # Twice: another dropout mask the second time.
+        results.append([tf.nest.flatten(step(x, mask)) for _ in range(2)])
+        states.append(layer.dropout.seed_generator.state.numpy())
+    np.testing.assert_array_equal(*states)
+    for plain, again in zip(*results, strict=True):
+        for a, b in zip(plain, again, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    assert np.abs(results[1][0][0] - results[1][1][0]).max() > 1e-3
+
+
+def test_attention_weights_are_not_kept():
+    """The compiled program keeps no `[B, N, T, L]` of each of several attentions."""
+    temporary = []
+    for remat in (False, True):
+        layers = [attention_step(remat)[0] for _ in range(4)]
+
+        @tf.function(autograph=False)
+        def step(x, layers=layers):
+            with tf.GradientTape() as tape:
+                y = x
+                for layer in layers:
+                    y = y + layer(y, training=True)
+                loss = tf.reduce_sum(tf.square(y))
+            return tape.gradient(loss, [w.value for la in layers for w in la.weights])
+
+        strategy = gshard_tf.SpmdStrategy(gshard_tf.create_mesh({"expert": 1}))
+        with strategy.scope():
+            layers[:] = [attention_step(remat)[0] for _ in range(4)]
+            strategy.run(step, (np.ones([2, 256, 8], "float32"),))
+        (program,) = strategy.programs
+        temporary.append(program.compiled.memory_analysis().temp_size_in_bytes)
+    weights = 4 * 2 * 2 * 256 * 256  # bytes of one attention's
+    assert temporary[0] > 4 * weights
+    assert temporary[1] < temporary[0] - 2 * weights
