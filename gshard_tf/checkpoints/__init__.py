@@ -1,0 +1,1 @@
+"""Sharded checkpoints: written piece by piece, restored onto any mesh."""

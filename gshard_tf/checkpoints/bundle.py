@@ -1,0 +1,125 @@
+"""Pieces of named arrays in TensorFlow's own checkpoint format, and back.
+
+The format ("tensor bundle") stores slices of a tensor as they come, with a CRC-32C of
+each, and gives any other slice back. `tf.train.load_checkpoint` reads it too, with
+no help of ours.
+"""
+
+import dataclasses
+import glob
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import tensorflow as tf
+
+from gshard_tf.checkpoints.errors import DamagedError
+from gshard_tf.shards import Region, whole
+
+
+@dataclasses.dataclass
+class Piece:
+    """A part of an array.
+
+    Attributes:
+        name: The array's.
+        shape: The whole array's.
+        region: Which part.
+        value: Its values: an array, or a tensor that numpy does not know.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    region: Region
+    value: np.ndarray | tf.Tensor
+
+
+def write(prefix: Path, pieces: Sequence[Piece]) -> None:
+    """Writes pieces to `PREFIX.index` and `PREFIX.data-*`.
+
+    Raises:
+        OSError: the disk is full, or the like.
+    """
+    with tf.device("/cpu:0"):
+        try:
+            tf.raw_ops.SaveV2(
+                prefix=str(prefix),
+                tensor_names=[piece.name for piece in pieces],
+                shape_and_slices=[_slice_spec(p.shape, p.region) for p in pieces],
+                tensors=[tf.convert_to_tensor(piece.value) for piece in pieces],
+            )
+        except tf.errors.OpError as error:
+            raise OSError(f"could not write {prefix} ({error.message})") from error
+
+
+def merge(parts: Sequence[Path], prefix: Path) -> None:
+    """Makes one bundle of those that several processes wrote."""
+    with tf.device("/cpu:0"):
+        tf.raw_ops.MergeV2Checkpoints(
+            checkpoint_prefixes=[str(part) for part in parts],
+            destination_prefix=str(prefix),
+            delete_old_dirs=False,
+        )
+
+
+def position_name(process: int) -> str:
+    """The name under which a process's position in its input is kept."""
+    return f"data/{process}"
+
+
+def files(prefix: Path) -> list[Path]:
+    """The files of a bundle."""
+    return sorted(Path(name) for name in glob.glob(f"{glob.escape(str(prefix))}.*"))
+
+
+def read(
+    prefix: Path,
+    name: str,
+    shape: tuple[int, ...],
+    region: Region,
+    dtype: tf.DType,
+) -> tf.Tensor:
+    """Reads a region of an array, checking the checksum of every piece it needs.
+
+    Raises:
+        DamagedError: when they do not match, or a file is missing or short.
+    """
+    spec = "" if region == whole(shape) else _slice_spec(shape, region)
+    with tf.device("/cpu:0"):
+        try:
+            [value] = tf.raw_ops.RestoreV2(
+                prefix=str(prefix),
+                tensor_names=[name],
+                shape_and_slices=[spec],
+                dtypes=[dtype],
+            )
+        except (
+            tf.errors.DataLossError,
+            tf.errors.NotFoundError,
+            tf.errors.OutOfRangeError,
+            tf.errors.InvalidArgumentError,
+            tf.errors.InternalError,
+        ) as error:
+            raise DamagedError(
+                f"{prefix.parent} is damaged: {name!r} cannot be read ({error.message})"
+            ) from error
+    return value
+
+
+def sync(paths: Sequence[Path]) -> None:
+    """Waits until files are on the disk."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _slice_spec(shape: tuple[int, ...], region: Region) -> str:
+    """TensorFlow's text for a slice: `"8 4 0,2:0,4"` is the first quarter of [8, 4]."""
+    if region == whole(shape):
+        return ""
+    sizes = " ".join(str(size) for size in shape)
+    return f"{sizes} " + ":".join(f"{start},{size}" for start, size in region)

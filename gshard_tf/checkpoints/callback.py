@@ -1,0 +1,193 @@
+"""`model.fit` that can be stopped anywhere and goes on where it was."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import keras
+
+from gshard_tf.checkpoints.data import ResumableData
+from gshard_tf.checkpoints.manager import Checkpoints, Restored, array_reader
+from gshard_tf.checkpoints.state import Variable, section, state_of
+from gshard_tf.checkpoints.transfer import load
+
+
+class SaveCheckpoints(keras.callbacks.Callback):
+    """Saves checkpoints while `fit` runs, and goes on from the newest one.
+
+    Give the same command again after a stop: it restores weights, optimizer, seeds,
+    metrics and the position in the data, and trains the steps that are left. On the
+    same mesh the losses are those of a run that was never stopped, to the bit.
+
+    ```python
+    data = gshard_tf.ResumableData(dataset.repeat())
+    model.fit(data.dataset, epochs=10, steps_per_epoch=1000,
+              callbacks=[gshard_tf.SaveCheckpoints("run", every=200, data=data)])
+    ```
+
+    Put it first among the callbacks: the others then see the restored model.
+
+    Args:
+        folder: Where the checkpoints are; or a `Checkpoints`.
+        every: How many steps lie between two of them; None: only at the ends of
+            epochs, which are saved in any case.
+        data: What `fit` trains on. Without it, an epoch that was under way goes on
+            with whatever `fit` is given; that is exact where you start the data at
+            step `Checkpoints(folder).steps()[-1]` yourself, or where you save only at
+            the ends of epochs and the data does not depend on the epoch.
+        keep: How many of the newest are kept; None: all.
+        best: A metric, such as `"val_loss"`, by which the best one is kept too.
+        mode: `"min"` or `"max"`: which value of `best` is good.
+        config: Your own configuration, of JSON's types; restoring a run that was begun
+            with another one is an error.
+        extra: Variables and optimizers that the model does not know of, by name.
+        resume: Whether to go on from the newest checkpoint; else to begin anew is an
+            error where there are any.
+        background: See `Checkpoints`.
+
+    Attributes:
+        step: How many steps were done.
+        restored: What was restored at the beginning, or None.
+
+    Raises:
+        ValueError: when `every` is no positive number.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path | Checkpoints,
+        every: int | None = None,
+        data: ResumableData | None = None,
+        keep: int | None = 3,
+        best: str | None = None,
+        mode: str = "min",
+        config: Any = None,
+        extra: Mapping[str, Variable | keras.optimizers.Optimizer] | None = None,
+        resume: bool = True,
+        background: bool = True,
+    ):
+        super().__init__()
+        if every is not None and (isinstance(every, bool) or every < 1):
+            raise ValueError(f"every is at least 1, or None. Received: {every!r}")
+        if not isinstance(folder, Checkpoints):
+            folder = Checkpoints(folder, keep, best, mode, background)
+        self.checkpoints = folder
+        self.every = every
+        self.data = data
+        self.config = config
+        self.extra = extra
+        self.resume = resume
+        self.step = 0
+        self.restored: Restored | None = None
+        self._epoch = 0
+        # Steps done in this epoch, and those of them that another process did.
+        self._epoch_step = 0
+        self._done_before = 0
+        self._cut_short = False
+
+    def _state(self) -> dict[str, Variable]:
+        return state_of(self.model, self.extra)
+
+    # -- restoring ----------------------------------------------------------------
+
+    def on_train_begin(self, logs: dict | None = None) -> None:
+        self.checkpoints.claim()
+        if not self.resume and self.checkpoints.steps():
+            raise ValueError(
+                f"There are checkpoints in {self.checkpoints.folder}, and resume=False "
+                "asks for a new run. Name another folder."
+            )
+        self.restored = self.checkpoints.restore(self._state(), data=self.data)
+        if self.restored is None:
+            if self.data is not None:
+                # Keras has looked at a batch, to build the metrics.
+                self.data.restore(0, None)
+            return
+        found = self.restored.manifest
+        if found.config != self.config:
+            raise ValueError(
+                f"The run in {self.checkpoints.folder} was begun with config="
+                f"{found.config!r}. Received: config={self.config!r}"
+            )
+        self.step = found.step
+        self._done_before = found.epoch_step
+        # Private API, of Keras's own BackupAndRestore: where `fit` begins. On an
+        # upgrade, check that `fit` reads it after `on_train_begin`.
+        self.model._initial_epoch = found.epoch
+
+    def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
+        self._epoch, self._epoch_step = epoch, self._done_before
+        self._last_batch = -1
+        if self._done_before:
+            # Keras has just reset the metrics; half of this epoch is in them.
+            self._restore_metrics()
+        self.model._initial_epoch = None
+
+    def _restore_metrics(self) -> None:
+        folder, manifest = self.restored.folder, self.restored.manifest
+        for name, variable in self._state().items():
+            if section(name) == "metrics" and name in manifest.arrays:
+                load(variable, array_reader(folder, manifest, name))()
+
+    def roll_back(self) -> int:
+        """Restores the newest checkpoint, but not the position; returns its step.
+
+        Raises:
+            ValueError: when there is none.
+        """
+        state = {n: v for n, v in self._state().items() if section(n) != "metrics"}
+        restored = self.checkpoints.restore(state)
+        if restored is None:
+            raise ValueError(
+                f"There is no checkpoint in {self.checkpoints.folder} to roll back to."
+            )
+        return restored.manifest.step
+
+    # -- saving -----------------------------------------------------------------------
+
+    def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
+        # `batch` is the last one of an execution, which may have several steps.
+        steps = batch - self._last_batch
+        self._last_batch = batch
+        self._epoch_step += steps
+        self.step += steps
+        length = self.params.get("steps")
+        if self._done_before and self._epoch_step == length:
+            # The steps before the stop count: this epoch ends here, and only it.
+            self.model.stop_training = self._cut_short = True
+        crossed = self.every and self.step // self.every > (
+            (self.step - steps) // self.every
+        )
+        # The last step of an epoch is saved after its validation.
+        if crossed and self._epoch_step != length:
+            self._save(self._epoch, self._epoch_step, logs)
+
+    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
+        if self._cut_short:
+            self.model.stop_training = self._cut_short = False
+        self._done_before = 0
+        self._save(epoch + 1, 0, logs)
+
+    def on_train_end(self, logs: dict | None = None) -> None:
+        self.checkpoints.close()
+
+    def _save(self, epoch: int, epoch_step: int, logs: dict | None) -> None:
+        self.checkpoints.save(
+            self._state(),
+            step=self.step,
+            epoch=epoch,
+            epoch_step=epoch_step,
+            logs=logs,
+            data=self.data,
+            config=self.config,
+            model=_description(self.model),
+        )
+
+
+def _description(model: keras.Model) -> Any:
+    """What Keras would make the model from again, or None."""
+    try:
+        return keras.saving.serialize_keras_object(model)
+    except (NotImplementedError, TypeError, ValueError):
+        # A subclassed model without a `get_config`.
+        return None

@@ -1,0 +1,91 @@
+"""`gshard-checkpoints`: what checkpoints a run has, and whether they are sound."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from gshard_tf.checkpoints import folders
+from gshard_tf.checkpoints.errors import DamagedError
+from gshard_tf.checkpoints.manifest import Manifest
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns 0, or 1 when a checkpoint is damaged."""
+    parser = argparse.ArgumentParser(prog="gshard-checkpoints", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    listing = commands.add_parser("list", help="a line for each checkpoint")
+    showing = commands.add_parser("show", help="the arrays of one checkpoint")
+    verifying = commands.add_parser("verify", help="read every byte and check it")
+    for command in (listing, showing, verifying):
+        command.add_argument("folder", type=Path, help="the run's folder")
+        command.add_argument(
+            "--step", type=int, help="which one; else all, or the last"
+        )
+        command.add_argument("--json", action="store_true", help="for other programs")
+    given = parser.parse_args(arguments)
+    found = folders.steps(given.folder) if given.step is None else [given.step]
+    if not found:
+        print(f"{given.folder} has no checkpoints", file=sys.stderr)
+        return 1
+    rows = [
+        _row(given.folder, step, given.command == "verify")
+        for step in (found[-1:] if given.command == "show" else found)
+    ]
+    if given.json:
+        print(json.dumps(rows, indent=1))
+    elif given.command == "show":
+        _print_arrays(rows[0])
+    else:
+        _print_rows(rows)
+    return int(any(row["problem"] for row in rows))
+
+
+def _row(folder: Path, step: int, read_all: bool) -> dict:
+    path = folders.path_of(folder, step)
+    row = {"step": step, "folder": str(path), "problem": ""}
+    try:
+        manifest = Manifest.read(path)
+        row |= {
+            "epoch": manifest.epoch,
+            "bytes": manifest.bytes,
+            "processes": manifest.processes,
+            "mesh": manifest.mesh,
+            "logs": manifest.logs,
+            "arrays": {
+                name: {"shape": array.shape, "dtype": array.dtype, "split": array.split}
+                for name, array in manifest.arrays.items()
+            },
+        }
+        if read_all:
+            # TensorFlow takes seconds to start, and a listing does not need it.
+            from gshard_tf.checkpoints.verifying import verify
+
+            verify(path, manifest)
+    except (DamagedError, FileNotFoundError) as error:
+        row["problem"] = str(error)
+    return row
+
+
+def _print_rows(rows: list[dict]) -> None:
+    for row in rows:
+        if row["problem"]:
+            print(f"step {row['step']:>10}  DAMAGED: {row['problem']}")
+            continue
+        logs = " ".join(f"{name}={value:.4g}" for name, value in row["logs"].items())
+        print(
+            f"step {row['step']:>10}  epoch {row['epoch']:>4}  "
+            f"{row['bytes'] / 1e9:.3f} GB  mesh {row['mesh']}  {logs}"
+        )
+
+
+def _print_arrays(row: dict) -> None:
+    _print_rows([row])
+    for name, array in row.get("arrays", {}).items():
+        split = ",".join("-" if axis is None else axis for axis in array["split"])
+        print(f"  {name}  {list(array['shape'])}  {array['dtype']}  {split}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

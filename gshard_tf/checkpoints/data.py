@@ -1,0 +1,121 @@
+"""Input whose position can be saved and found again."""
+
+from typing import Any
+
+import tensorflow as tf
+
+POSITIONS = ("iterator", "count")
+
+
+class ResumableData:
+    """A `tf.data` dataset that a run can go on with where it was.
+
+    ```python
+    data = ResumableData(dataset.shuffle(1000, seed=1).repeat().batch(64))
+    model.fit(data.dataset, steps_per_epoch=100, epochs=10,
+              callbacks=[SaveCheckpoints("run", data=data)])
+    ```
+
+    Args:
+        dataset: Batches without end: `.repeat()` it. For a restart to be exact, its
+            random operations need seeds.
+        position: How the position is saved. `"iterator"`: TensorFlow's own state of
+            the pipeline, with what shuffling and prefetching hold; a restart is
+            immediate. `"count"`: the number of batches, which a restart reads and
+            drops; for pipelines that TensorFlow cannot save (Python generators), and
+            for restarts on another number of processes.
+
+    Attributes:
+        dataset: What to give to `fit`. There is one position: every iterator over it
+            goes on where the last one stopped.
+
+    Raises:
+        ValueError: when the dataset ends.
+    """
+
+    def __init__(self, dataset: tf.data.Dataset, position: str = "iterator"):
+        if position not in POSITIONS:
+            raise ValueError(f"position is one of {POSITIONS}. Received: {position!r}")
+        if int(dataset.cardinality()) >= 0:
+            raise ValueError(
+                "The dataset ends after an epoch; give one without end, "
+                "dataset.repeat(), and fit(steps_per_epoch=...). Received: a dataset "
+                f"of {int(dataset.cardinality())} batches"
+            )
+        self.position = position
+        self._all = dataset
+        self._source = iter(dataset)
+        self._batches_taken = tf.Variable(0, dtype=tf.int64, trainable=False)
+
+        def take(_):
+            self._batches_taken.assign_add(1)
+            return self._source.get_next()
+
+        options = tf.data.Options()
+        # Nothing may be read ahead of the step that uses it.
+        options.experimental_optimization.inject_prefetch = False
+        options.experimental_distribute.auto_shard_policy = (
+            tf.data.experimental.AutoShardPolicy.OFF
+        )
+        self.dataset = tf.data.Dataset.counter().map(take).with_options(options)
+
+    @property
+    def batches_taken(self) -> int:
+        """How many batches were read."""
+        return int(self._batches_taken)
+
+    def state(self) -> dict[str, Any]:
+        """The position, for a checkpoint: a count, and a tensor or None.
+
+        Raises:
+            ValueError: when TensorFlow cannot save this pipeline.
+        """
+        saved = None
+        if self.position == "iterator":
+            try:
+                # Public operations; only the iterator's handle has no public name.
+                saved = tf.raw_ops.SerializeIterator(
+                    resource_handle=self._source._iterator_resource,
+                    external_state_policy=2,  # fail rather than forget something
+                )
+            except tf.errors.OpError as error:
+                raise ValueError(
+                    "TensorFlow cannot save the position in this dataset; use "
+                    f"ResumableData(..., position='count'). It says: {error.message}"
+                ) from error
+        return {"batches": self.batches_taken, "iterator": saved}
+
+    def restore(self, batches: int, iterator: tf.Tensor | None) -> None:
+        """Goes to a position that was saved.
+
+        Args:
+            batches: How many batches had been read.
+            iterator: TensorFlow's state; None: read and drop that many.
+
+        Raises:
+            ValueError: when the state is that of another dataset.
+        """
+        if iterator is not None:
+            try:
+                tf.raw_ops.DeserializeIterator(
+                    resource_handle=self._source._iterator_resource,
+                    serialized=iterator,
+                )
+            except tf.errors.OpError as error:
+                raise ValueError(
+                    "The checkpoint was written with another input pipeline. "
+                    f"TensorFlow says: {error.message}"
+                ) from error
+        else:
+            if batches < self.batches_taken:
+                self._rewind()
+            for _ in range(batches - self.batches_taken):
+                next(self._source)
+        self._batches_taken.assign(batches)
+
+    def _rewind(self) -> None:
+        tf.raw_ops.MakeIterator(
+            dataset=tf.data.experimental.to_variant(self._all),
+            iterator=self._source._iterator_resource,
+        )
+        self._batches_taken.assign(0)

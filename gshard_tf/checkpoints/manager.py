@@ -1,0 +1,444 @@
+"""The checkpoints of a run: written in the background, kept by rules, restored."""
+
+import dataclasses
+import fcntl
+import itertools
+import json
+import os
+import shutil
+import threading
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tensorflow as tf
+
+from gshard_files import AlreadyRunningError, new_folder, sync_folder
+from gshard_tf.checkpoints import bundle, folders
+from gshard_tf.checkpoints.data import ResumableData
+from gshard_tf.checkpoints.errors import DamagedError
+from gshard_tf.checkpoints.manifest import Manifest, sha256
+from gshard_tf.checkpoints.matching import Match, match
+from gshard_tf.checkpoints.state import Variable, array_of
+from gshard_tf.checkpoints.transfer import describe, load, repeated, snapshot
+from gshard_tf.processes import group
+
+# How long one process waits for the others to write their parts.
+_PATIENCE_SECONDS = 3600
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """What a restore did.
+
+    Attributes:
+        folder: The checkpoint.
+        manifest: What it says of itself.
+        match: Which array went where; what was missing and what was left over.
+    """
+
+    folder: Path
+    manifest: Manifest
+    match: Match
+
+
+class Checkpoints:
+    """The checkpoints of one run, in one folder.
+
+    Each is a folder `step-NNNNNNNNNN` that appears under its name only when it is
+    complete and on the disk. A process that dies at any moment leaves at most a hidden
+    folder, which the next one removes.
+
+    Args:
+        folder: Where they are. With several processes: on a disk that all of them see.
+        keep: How many of the newest are kept; None: all.
+        best: A metric of `logs` by which the best one is kept as well.
+        mode: `"min"` or `"max"`: which value of `best` is good.
+        background: Whether `save` returns once the values are copied, and a thread
+            writes them at the lowest priority while training goes on. What goes wrong
+            there is raised by the next `save` or `wait`.
+
+    Raises:
+        ValueError: when an argument is none of these.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        keep: int | None = 3,
+        best: str | None = None,
+        mode: str = "min",
+        background: bool = True,
+    ):
+        if keep is not None and (isinstance(keep, bool) or keep < 1):
+            raise ValueError(f"keep is at least 1, or None. Received: {keep!r}")
+        if mode not in ("min", "max"):
+            raise ValueError(f"mode is 'min' or 'max'. Received: {mode!r}")
+        self.folder = Path(folder).absolute()
+        self.keep = keep
+        self.best_metric = best
+        self.mode = mode
+        self.background = background
+        self._lock: int | None = None
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self._damaged: set[int] = set()
+        self._rounds = itertools.count()
+
+    # -- what there is -----------------------------------------------------------
+
+    def steps(self) -> list[int]:
+        """The steps that have a complete checkpoint, oldest first."""
+        return folders.steps(self.folder)
+
+    def path(self, step: int) -> Path:
+        """The folder of a step's checkpoint."""
+        return folders.path_of(self.folder, step)
+
+    def manifest(self, step: int) -> Manifest:
+        """What a checkpoint says of itself, if it is not damaged (`DamagedError`)."""
+        return Manifest.read(self.path(step))
+
+    def best(self) -> int | None:
+        """The step of the best checkpoint, by the metric; None when none has it."""
+        scores = {}
+        for step in self.steps():
+            try:
+                score = self.manifest(step).logs.get(self.best_metric)
+            except DamagedError:
+                continue
+            if score is not None and score == score:  # not NaN
+                scores[step] = score
+        if not scores:
+            return None
+        # Of equals the older.
+        return (min if self.mode == "min" else max)(scores, key=scores.get)
+
+    # -- saving ---------------------------------------------------------------------
+
+    def claim(self) -> None:
+        """Makes the folder this process's own until it ends, or `close`.
+
+        Raises:
+            AlreadyRunningError: when another run writes there.
+            OSError: when it cannot be written to.
+        """
+        if self._lock is not None or not group().is_chief:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(descriptor)
+            raise AlreadyRunningError(
+                f"Another run is writing its checkpoints to {self.folder}. Give each "
+                "run a folder of its own, or stop the other one."
+            ) from error
+        self._lock = descriptor
+        # What a run that was killed left half-written. The lock says that it is gone.
+        for leftover in self.folder.glob(".step-*.partial"):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+    def close(self) -> None:
+        """Waits for the checkpoint under way, and lets others write to the folder."""
+        try:
+            self.wait()
+        finally:
+            if self._lock is not None:
+                os.close(self._lock)
+                self._lock = None
+
+    def save(
+        self,
+        state: Mapping[str, Variable],
+        step: int,
+        epoch: int = 0,
+        epoch_step: int = 0,
+        logs: Mapping[str, float] | None = None,
+        data: ResumableData | None = None,
+        config: Any = None,
+        model: Any = None,
+    ) -> None:
+        """Writes a checkpoint; see `state_of` for `state`.
+
+        With several processes, each of them calls this at the same step.
+
+        Raises:
+            OSError: when this one or the one before could not be written. Earlier
+                checkpoints are as they were.
+        """
+        self.wait()
+        self.claim()
+        processes = group()
+        position = None if data is None else data.state()
+        pieces = snapshot(state, processes.is_chief)
+        if position is not None and position["iterator"] is not None:
+            saved = position.pop("iterator")
+            name = bundle.position_name(processes.index)
+            pieces.append(bundle.Piece(name, (), (), saved))
+        manifest = Manifest(
+            step=step,
+            epoch=epoch,
+            epoch_step=epoch_step,
+            processes=processes.count,
+            mesh=_mesh_of(state),
+            arrays=describe(state),
+            files={},
+            digests={},
+            logs={name: float(value) for name, value in (logs or {}).items()},
+            data={
+                "batches": None if position is None else position["batches"],
+                "position": None if data is None else data.position,
+            },
+            config=config,
+            model=model,
+        )
+        turn = next(self._rounds)
+        if self.background:
+            self._thread = threading.Thread(
+                target=self._write_in_background, args=(manifest, pieces, turn)
+            )
+            self._thread.start()
+        else:
+            self._write(manifest, pieces, turn)
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether a checkpoint is being written in the background."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def wait(self) -> None:
+        """Returns when no checkpoint is being written; raises what went wrong."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def _write_in_background(self, *args: Any) -> None:
+        try:
+            if hasattr(os, "setpriority"):
+                # On Linux, of this thread alone: training goes first.
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+            self._write(*args)
+        except BaseException as error:  # handed to whoever calls `wait`
+            self._error = error
+
+    def _write(
+        self, manifest: Manifest, pieces: Sequence[bundle.Piece], turn: int
+    ) -> None:
+        if group().count == 1:
+            with new_folder(self.path(manifest.step), replace=True) as partial:
+                bundle.write(partial / "state", pieces)
+                _finish(manifest, partial)
+        else:
+            _write_together(self.path(manifest.step), manifest, pieces, turn)
+        if group().is_chief:
+            self._prune()
+
+    def _prune(self) -> None:
+        sound = [step for step in self.steps() if step not in self._damaged]
+        kept = set(sound if self.keep is None else sound[-self.keep :])
+        if self.best_metric is not None:
+            kept.add(self.best())
+        for step in sound:
+            if step not in kept:
+                # Absent at once, whatever happens while it is being removed.
+                hidden = self.folder / f".{self.path(step).name}.partial"
+                shutil.rmtree(hidden, ignore_errors=True)
+                os.rename(self.path(step), hidden)
+                sync_folder(self.folder)
+                shutil.rmtree(hidden)
+
+    # -- restoring --------------------------------------------------------------------
+
+    def restore(
+        self,
+        state: Mapping[str, Variable],
+        step: int | None = None,
+        data: ResumableData | None = None,
+        rename: Sequence[tuple[str, str]] = (),
+        missing: Sequence[str] = (),
+        extra: Sequence[str] = (),
+    ) -> Restored | None:
+        """Restores the newest sound checkpoint, or that of `step`.
+
+        A damaged one is passed over, with a warning, unless it was asked for by its
+        step. Nothing changes before all that is needed was read and found whole.
+
+        Args:
+            state: What to restore; see `state_of`.
+            step: Which one; None: the newest.
+            data: Input that is to go on where it was.
+            rename, missing, extra: What may differ; see `matching.match`.
+
+        Returns:
+            What was done, or None when there is no checkpoint at all.
+
+        Raises:
+            DamagedError: when there is none that is sound.
+            MismatchError: when it is a checkpoint of another model.
+        """
+        self.wait()
+        wanted = self.steps()[::-1] if step is None else [step]
+        reasons = []
+        for candidate in wanted:
+            try:
+                restored, apply = self._read(
+                    candidate, state, data, rename, missing, extra
+                )
+            except DamagedError as error:
+                problem = str(error)
+            else:
+                problem = ""
+            said = group().collect(
+                f"restore/{next(self._rounds)}", problem, _PATIENCE_SECONDS
+            )
+            problem = next((text for text in said if text), "")
+            if not problem:
+                for assign in apply:
+                    assign()
+                return restored
+            reasons.append(problem)
+            self._damaged.add(candidate)
+            if step is None:
+                warnings.warn(
+                    f"{problem}. Falling back to the checkpoint before it.",
+                    stacklevel=2,
+                )
+        if reasons:
+            raise DamagedError(
+                f"No checkpoint in {self.folder} is sound: " + "; ".join(reasons)
+            )
+        return None
+
+    def _read(
+        self,
+        step: int,
+        state: Mapping[str, Variable],
+        data: ResumableData | None,
+        rename: Sequence[tuple[str, str]],
+        missing: Sequence[str],
+        extra: Sequence[str],
+    ) -> tuple[Restored, list[Any]]:
+        folder = self.path(step)
+        manifest = Manifest.read(folder)
+        targets = {
+            name: (tuple(array_of(v).shape), array_of(v).dtype.name)
+            for name, v in state.items()
+        }
+        matched = match(targets, manifest.arrays, rename, missing, extra)
+        apply = []
+        for name, source in matched.sources.items():
+            read = array_reader(folder, manifest, source)
+            if name in matched.repeated:
+                read = repeated(read)
+            apply.append(load(state[name], read))
+        if data is not None:
+            apply.append(_position(folder, manifest, data))
+        return Restored(folder, manifest, matched), apply
+
+
+def array_reader(folder: Path, manifest: Manifest, name: str) -> Any:
+    """A function that reads a region of an array of a checkpoint."""
+    array = manifest.arrays[name]
+    dtype = tf.as_dtype(array.dtype)
+
+    def read(region: Any) -> tf.Tensor:
+        return bundle.read(folder / "state", name, array.shape, region, dtype)
+
+    return read
+
+
+def _position(folder: Path, manifest: Manifest, data: ResumableData) -> Any:
+    batches = manifest.data["batches"]
+    if batches is None:
+        raise ValueError(
+            f"{folder} was saved without data=, so there is no position to go to."
+        )
+    saved = None
+    if manifest.data["position"] == "iterator":
+        if manifest.processes != group().count and data.position == "iterator":
+            raise ValueError(
+                f"{folder} was written by {manifest.processes} processes, each with "
+                f"the state of its own input; this run has {group().count}. Read the "
+                "position as a count: ResumableData(..., position='count')."
+            )
+        if data.position == "iterator":
+            saved = bundle.read(
+                folder / "state",
+                bundle.position_name(group().index),
+                (),
+                (),
+                tf.variant,
+            )
+    return lambda: data.restore(batches, saved)
+
+
+def _mesh_of(state: Mapping[str, Variable]) -> dict[str, int] | None:
+    for variable in state.values():
+        mesh = getattr(array_of(variable), "mesh", None)
+        if mesh is not None:
+            return dict(zip(mesh.dim_names, mesh.shape(), strict=True))
+    return None
+
+
+def _finish(manifest: Manifest, partial: Path) -> None:
+    """Puts everything on the disk, and the manifest last."""
+    paths = bundle.files(partial / "state")
+    bundle.sync(paths)
+    sizes = {path.name: path.stat().st_size for path in paths}
+    # The index has checksums of its blocks, but not of where they are.
+    digests = {path.name: sha256(path) for path in paths if path.suffix == ".index"}
+    dataclasses.replace(manifest, files=sizes, digests=digests).write(partial)
+
+
+def _write_together(
+    path: Path, manifest: Manifest, pieces: Sequence[bundle.Piece], turn: int
+) -> None:
+    """Each process writes its part; the chief merges and publishes them."""
+    processes = group()
+    key = f"checkpoint/{turn}"
+    partial = path.with_name(f".{path.name}.partial")
+
+    def write_part() -> None:
+        part = partial / f"part-{processes.index:05d}"
+        bundle.write(part, pieces)
+        bundle.sync(bundle.files(part))
+
+    if not processes.is_chief:
+        said = json.loads(processes.hear(f"{key}/open", _PATIENCE_SECONDS))
+        try:
+            if not said["error"]:
+                write_part()
+        except OSError as error:
+            processes.tell(f"{key}/part/{processes.index}", str(error))
+            raise
+        processes.tell(f"{key}/part/{processes.index}", "")
+        said = json.loads(processes.hear(f"{key}/done", _PATIENCE_SECONDS))
+        if said["error"]:
+            raise OSError(f"the checkpoint could not be written: {said['error']}")
+        return
+    problem, opened = "", False
+    try:
+        with new_folder(path, replace=True) as partial:
+            opened = True
+            processes.tell(f"{key}/open", json.dumps({"error": ""}))
+            write_part()
+            for i in range(1, processes.count):
+                said = processes.hear(f"{key}/part/{i}", _PATIENCE_SECONDS)
+                if said:
+                    raise OSError(f"process {i} could not write its part: {said}")
+            parts = [partial / f"part-{i:05d}" for i in range(processes.count)]
+            bundle.merge(parts, partial / "state")
+            _finish(manifest, partial)
+    except BaseException as error:
+        problem = str(error) or repr(error)
+        raise
+    finally:
+        if not opened:
+            processes.tell(f"{key}/open", json.dumps({"error": problem}))
+        processes.tell(f"{key}/done", json.dumps({"error": problem}))

@@ -1,0 +1,119 @@
+"""The variables of a run, under names that are the same in every process.
+
+Keras numbers layers by a counter of the process (`dense`, `dense_1`, ...), so its
+paths differ from one process to the next, and they need not be unique. Here every
+layer is numbered by the order within its model instead.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+
+import keras
+import tensorflow as tf
+
+Variable = keras.Variable | tf.Variable
+
+
+def state_of(
+    model: keras.Model,
+    extra: Mapping[str, Variable | keras.optimizers.Optimizer] | None = None,
+) -> dict[str, Variable]:
+    """Every variable that a run of `model` has, by name.
+
+    Names begin with `model/` (weights, statistics and seeds), `optimizer/` (slots,
+    iterations, the learning rate, the loss scale) or `metrics/`. A slot is named like
+    its weight: `optimizer/dense/kernel/momentum`.
+
+    Args:
+        model: A built model.
+        extra: What the model does not know of: other optimizers (built), variables of
+            your own, by a name for each.
+
+    Raises:
+        ValueError: when the model is not built.
+    """
+    if not model.built:
+        raise ValueError(
+            "A model has its variables only once it is built: call it on a batch, or "
+            f"model.build(shape), first. Received: {model.name!r}, which is not built"
+        )
+    numbers = _Numbers()
+    names: dict[int, str] = {}
+    found: dict[str, Variable] = {}
+    for variable in model.variables:
+        names[id(variable)] = numbers.path(variable.path)
+        _add(found, f"model/{names[id(variable)]}", variable)
+    weights = [
+        (v.path.replace("/", "_"), names[id(v)]) for v in model.trainable_variables
+    ]
+    optimizer = getattr(model, "optimizer", None)
+    if optimizer is not None:
+        if not optimizer.built:
+            with model.distribute_strategy.scope():
+                optimizer.build(model.trainable_variables)
+        _add_optimizer(found, "optimizer", optimizer, weights)
+    saved = {id(v) for v in found.values()}
+    for variable in model.metrics_variables:
+        if id(variable) not in saved:
+            _add(found, f"metrics/{numbers.path(variable.path)}", variable)
+    for name, value in (extra or {}).items():
+        if isinstance(value, keras.optimizers.Optimizer):
+            _add_optimizer(found, f"extra/{name}", value, weights)
+        else:
+            _add(found, f"extra/{name}", value)
+    return found
+
+
+def section(name: str) -> str:
+    """`model`, `optimizer`, `metrics` or `extra`."""
+    return name.partition("/")[0]
+
+
+def array_of(variable: Variable) -> tf.Variable:
+    """The TensorFlow variable that holds the values."""
+    return variable.value if isinstance(variable, keras.Variable) else variable
+
+
+class _Numbers:
+    """Numbers the parts of paths by their order of appearance."""
+
+    def __init__(self):
+        self.given: dict[str, str] = {}
+        self.counts: Counter[str] = Counter()
+
+    def path(self, path: str) -> str:
+        *layers, leaf = path.split("/")
+        return "/".join([*map(self._part, layers), leaf])
+
+    def _part(self, part: str) -> str:
+        if part not in self.given:
+            base = re.fullmatch(r"(.*?)(_\d+)?", part).group(1)
+            count = self.counts[base]
+            self.counts[base] += 1
+            self.given[part] = f"{base}_{count}" if count else base
+        return self.given[part]
+
+
+def _add_optimizer(
+    found: dict[str, Variable],
+    prefix: str,
+    optimizer: keras.optimizers.Optimizer,
+    weights: Iterable[tuple[str, str]],
+) -> None:
+    longest_first = sorted(weights, key=lambda pair: -len(pair[0]))
+    for variable in optimizer.variables:
+        leaf = variable.path.split("/")[-1]
+        for flat, name in longest_first:
+            if leaf.startswith(f"{flat}_"):
+                leaf = f"{name}/{leaf[len(flat) + 1 :]}"
+                break
+        _add(found, f"{prefix}/{leaf}", variable)
+
+
+def _add(found: dict[str, Variable], name: str, variable: Variable) -> None:
+    unique, count = name, 1
+    while unique in found:
+        count += 1
+        unique = f"{name}#{count}"
+    found[unique] = variable

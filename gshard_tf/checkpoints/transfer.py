@@ -1,0 +1,75 @@
+"""Values out of variables, piece by piece, and back into them."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from gshard_tf.checkpoints.bundle import Piece
+from gshard_tf.checkpoints.manifest import Array
+from gshard_tf.checkpoints.state import Variable, array_of
+from gshard_tf.shards import Region, aligned_copy, whole
+from gshard_tf.variables import MeshVariable
+
+
+def describe(state: Mapping[str, Variable]) -> dict[str, Array]:
+    """Shape, type and layout of each variable."""
+    found = {}
+    for name, variable in state.items():
+        value = array_of(variable)
+        shape = tuple(value.shape)
+        split: tuple[str | None, ...] = (None,) * len(shape)
+        if isinstance(value, MeshVariable):
+            split = tuple(value.splits())
+        path = getattr(variable, "path", value.name)
+        found[name] = Array(shape, value.dtype.name, path, split)
+    return found
+
+
+def snapshot(state: Mapping[str, Variable], is_chief: bool) -> list[Piece]:
+    """Copies of the pieces that this process is to write.
+
+    Args:
+        state: The variables.
+        is_chief: Whether this process writes what every process has: variables that
+            are not on the mesh.
+    """
+    pieces = []
+    for name, variable in state.items():
+        value = array_of(variable)
+        shape = tuple(value.shape)
+        if isinstance(value, MeshVariable) and value.device_value is not None:
+            for region, part in value.own_pieces():
+                pieces.append(Piece(name, shape, region, part))
+        elif is_chief:
+            whole_value = aligned_copy(np.asarray(value.numpy()))
+            pieces.append(Piece(name, shape, whole(shape), whole_value))
+    return pieces
+
+
+# Reads a region of the array that belongs to a variable.
+Reader = Callable[[Region], tf.Tensor]
+
+
+def load(variable: Variable, read: Reader) -> Callable[[], None]:
+    """Brings new values to where a variable is; they become its own when called.
+
+    So everything can be read, and found to be whole, before anything changes.
+    """
+    value = array_of(variable)
+    if isinstance(value, MeshVariable):
+        return value.load(lambda region: read(region).numpy())
+    loaded: Any = read(whole(tuple(value.shape)))
+    return lambda: value.assign(loaded)
+
+
+def repeated(read: Reader) -> Reader:
+    """A reader of an array that is repeated along a new first dimension."""
+
+    def read_repeated(region: Region) -> tf.Tensor:
+        (_, count), *rest = region
+        part = read(tuple(rest))
+        return tf.broadcast_to(part, [count, *part.shape])
+
+    return read_repeated

@@ -1,0 +1,24 @@
+"""Reads all of a checkpoint, for its checksums."""
+
+from pathlib import Path
+
+import tensorflow as tf
+
+from gshard_tf.checkpoints import bundle
+from gshard_tf.checkpoints.manifest import Manifest
+from gshard_tf.shards import whole
+
+
+def verify(folder: Path, manifest: Manifest) -> None:
+    """Reads every array and position of a checkpoint.
+
+    Raises:
+        DamagedError: when a checksum differs.
+    """
+    for name, array in manifest.arrays.items():
+        dtype = tf.as_dtype(array.dtype)
+        bundle.read(folder / "state", name, array.shape, whole(array.shape), dtype)
+    if manifest.data["position"] == "iterator":
+        for process in range(manifest.processes):
+            name = bundle.position_name(process)
+            bundle.read(folder / "state", name, (), (), tf.variant)

@@ -1,0 +1,190 @@
+"""What to do when a step makes NaN or infinity, and which layer did it."""
+
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from gshard_tf.step import NonFiniteError, SkippedStep
+
+if TYPE_CHECKING:
+    from gshard_tf.checkpoints.callback import SaveCheckpoints
+
+ACTIONS = ("stop", "skip", "roll_back")
+
+
+class GuardNumbers(keras.callbacks.Callback):
+    """Keeps NaN and infinity out of a model that is trained on a mesh.
+
+    A training step that would make any weight, slot or metric not finite changes
+    nothing: no weight, counter or seed. Which layer did it is then looked for with the
+    same batch, and `action` says how to go on. The test is part of the step's program;
+    it costs a look at the new state and room for a second copy of it while the step
+    runs.
+
+    Args:
+        action: `"stop"`: raises `NonFiniteError`. `"skip"`: goes on with the next
+            batch, as loss scaling does. `"roll_back"`: restores the newest checkpoint
+            and goes on with the next batch, so that the run comes to the same place by
+            another way (PaLM, arXiv 2204.02311, section 5.1).
+        checkpoints: The run's `SaveCheckpoints`, for rolling back.
+        most: How many steps may be skipped in a row, or roll-backs be made between two
+            checkpoints, before it raises all the same.
+
+    Attributes:
+        found: A sentence for each step that was skipped.
+
+    Raises:
+        ValueError: for an unknown action, or nothing to roll back to.
+    """
+
+    def __init__(
+        self,
+        action: str = "stop",
+        checkpoints: "SaveCheckpoints | None" = None,
+        most: int = 5,
+    ):
+        super().__init__()
+        if action not in ACTIONS:
+            raise ValueError(f"action is one of {ACTIONS}. Received: {action!r}")
+        if (action == "roll_back") != (checkpoints is not None):
+            raise ValueError(
+                "To roll back takes checkpoints=SaveCheckpoints(...), and nothing else "
+                f"does. Received: action={action!r}, checkpoints={checkpoints!r}"
+            )
+        self.action = action
+        self.checkpoints = checkpoints
+        self.most = most
+        self.found: list[str] = []
+        self._in_a_row = 0
+        self._rolled_back_at: list[int] = []
+
+    def on_train_begin(self, logs: dict | None = None) -> None:
+        self._extended = self.model.distribute_strategy.extended
+        if not hasattr(self._extended, "skipped_steps"):
+            raise ValueError(
+                "GuardNumbers guards models of an SpmdStrategy; elsewhere there is "
+                "keras.callbacks.TerminateOnNaN. Received: a model of "
+                f"{type(self.model.distribute_strategy).__name__}"
+            )
+        self._extended.keep_finite = True
+        self._extended.skipped_steps.clear()
+
+    def on_train_end(self, logs: dict | None = None) -> None:
+        self._extended.keep_finite = False
+
+    def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
+        skipped, self._extended.skipped_steps[:] = self._extended.skipped_steps[:], []
+        if not skipped:
+            self._in_a_row = 0
+            return
+        self._in_a_row += len(skipped)
+        message = (
+            f"Step {skipped[0].number} would have made NaN or infinity: "
+            f"{blame(self.model, skipped[0])}"
+        )
+        self.found.append(message)
+        if self.action == "stop":
+            raise NonFiniteError(f"{message}. The model is as it was before.")
+        if self._in_a_row > self.most:
+            raise NonFiniteError(
+                f"{message}. It is the {self._in_a_row}th such step in a row; the "
+                "model is as it was before them."
+            )
+        if self.action == "skip":
+            warnings.warn(f"{message}. The step was left out.", stacklevel=2)
+            return
+        restored = self.checkpoints.roll_back()
+        self._rolled_back_at.append(restored)
+        if self._rolled_back_at.count(restored) > self.most:
+            raise NonFiniteError(
+                f"{message}. The run was rolled back to step {restored} more than "
+                f"{self.most} times."
+            )
+        warnings.warn(f"{message}. Rolled back to step {restored}.", stacklevel=2)
+
+
+def blame(model: keras.Model, skipped: SkippedStep) -> str:
+    """Says which layer made the first number that is not finite.
+
+    The batch is sent through the model once more, operation by operation, with the
+    seeds that the step had.
+    """
+    (args, _) = skipped.call_arguments()
+    x, y, weights = keras.utils.unpack_x_y_sample_weight(args[0])
+    if not all(np.all(np.isfinite(a)) for a in skipped.arrays if a.dtype.kind == "f"):
+        return "there is NaN or infinity in the batch itself"
+    before = [(v, v.numpy()) for v in model.non_trainable_variables]
+    watch = _Watch(model)
+    try:
+        with watch, model.distribute_strategy.scope():
+            y_pred = model(x, training=True)
+            culprit = watch.first_not_finite
+            if culprit is None:
+                loss = model.compute_loss(x, y, y_pred, weights, training=True)
+                if not _is_finite(loss):
+                    return f"the loss of finite outputs is {float(loss)}"
+    finally:
+        for variable, value in before:
+            variable.assign(value)
+    if culprit is not None:
+        return f"the output of layer {culprit.path!r} ({type(culprit).__name__})"
+    return _by_gradient(model, skipped, watch.order)
+
+
+def _by_gradient(
+    model: keras.Model, skipped: SkippedStep, order: list[keras.layers.Layer]
+) -> str:
+    # Gradients flow from the last layer to the first: what broke lies behind all that
+    # is broken, next to the output.
+    broken = {id(v) for v in skipped.broken}
+    for layer in reversed(order):
+        for weight in layer.trainable_variables:
+            if id(weight.value) in broken:
+                return (
+                    f"the gradient or the slots of {weight.path!r}; outputs and loss "
+                    "are finite"
+                )
+    names = ", ".join(v.path for v in skipped.broken[:3])
+    return f"the new values of {names}"
+
+
+class _Watch:
+    """Notes each layer that was called, and the first whose output is not finite."""
+
+    def __init__(self, model: keras.Model):
+        # Private API: all layers, also those within layers. On an upgrade, check that
+        # `_flatten_layers` exists and that `Layer.__call__` calls `self.call`.
+        self.layers = list(model._flatten_layers(include_self=False))
+        self.order: list[keras.layers.Layer] = []
+        self.first_not_finite: keras.layers.Layer | None = None
+
+    def __enter__(self) -> "_Watch":
+        for layer in self.layers:
+            # Of this object alone, and only while the batch passes.
+            object.__setattr__(layer, "call", self._noting(layer, layer.call))
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for layer in self.layers:
+            object.__delattr__(layer, "call")
+
+    def _noting(self, layer: keras.layers.Layer, call: Any) -> Any:
+        def noting(*args: Any, **kwargs: Any) -> Any:
+            outputs = call(*args, **kwargs)
+            self.order.append(layer)
+            if self.first_not_finite is None and not _is_finite(outputs):
+                self.first_not_finite = layer
+            return outputs
+
+        return noting
+
+
+def _is_finite(values: Any) -> bool:
+    return all(
+        bool(tf.reduce_all(tf.math.is_finite(value)))
+        for value in tf.nest.flatten(values)
+        if tf.is_tensor(value) and value.dtype.is_floating
+    )

@@ -1,0 +1,263 @@
+"""One run in several processes: joining it, and stopping together.
+
+Every host runs the same script, which calls `join_processes` first. Without it there is
+one process, and everything here is trivial. Of jax this file knows what starts and
+connects processes; arrays and programs are `program.py`'s.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from typing import Any
+
+# The exit code of a process that stopped because another one did.
+STOPPED_BY_ANOTHER = 70
+# How long the first process, which carries the messages, waits for the others to
+# have heard why the run ends.
+_FAREWELL_SECONDS = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """The processes of a run, as one of them sees it.
+
+    Attributes:
+        index: Which one this is.
+        count: How many there are.
+        client: jax's client of the coordination service; None with one process.
+    """
+
+    index: int = 0
+    count: int = 1
+    client: Any = None
+
+    @property
+    def is_chief(self) -> bool:
+        """Whether this process does what only one is to do: logs, lists of files."""
+        return self.index == 0
+
+    def tell(self, key: str, text: str) -> None:
+        """Tells something to the others."""
+        if self.client is not None:
+            self.client.key_value_set(f"gshard/{key}", text, allow_overwrite=True)
+
+    def hear(self, key: str, seconds: float) -> str:
+        """Waits for what another process tells.
+
+        Raises:
+            TimeoutError: when nothing came.
+        """
+        try:
+            return self.client.blocking_key_value_get(
+                f"gshard/{key}", int(1000 * seconds)
+            )
+        except Exception as error:  # jaxlib has no narrower class for it
+            raise TimeoutError(
+                f"No word from another process about {key!r} in {seconds:g} s: {error}"
+            ) from error
+
+    def overhear(self, folder: str) -> dict[str, str]:
+        """What was told so far under a prefix, without waiting."""
+        prefix = f"gshard/{folder}/"
+        found = self.client.key_value_dir_get(prefix)
+        return {key.removeprefix(prefix): value for key, value in found}
+
+    def collect(self, key: str, text: str, seconds: float) -> list[str]:
+        """Every process tells something and hears what all of them tell, in order."""
+        if self.count == 1:
+            return [text]
+        self.tell(f"{key}/{self.index}", text)
+        return [self.hear(f"{key}/{i}", seconds) for i in range(self.count)]
+
+
+class _Run:
+    """The group, and where this process is in its run."""
+
+    def __init__(self):
+        self.group = Group()
+        # Counts what all processes have to do together: a step of a program, say.
+        self.turn = 0
+        self.waiting_since: float | None = None
+        self.what = ""
+        self.rounds = itertools.count()
+
+
+_RUN = _Run()
+
+
+def group() -> Group:
+    """The processes of this run."""
+    return _RUN.group
+
+
+def agree(what: str, text: str, seconds: float = 600) -> list[str]:
+    """What each process says to a question that all of them ask at the same point."""
+    return _RUN.group.collect(f"agree/{what}/{next(_RUN.rounds)}", text, seconds)
+
+
+@contextlib.contextmanager
+def together(what: str) -> Iterator[None]:
+    """Around whatever needs all processes: how long it takes is being watched."""
+    if _RUN.group.count == 1:
+        yield
+        return
+    _RUN.turn += 1
+    _RUN.what = what
+    _RUN.waiting_since = time.monotonic()
+    try:
+        yield
+    finally:
+        _RUN.waiting_since = None
+
+
+def join_processes(
+    coordinator: str | None = None,
+    count: int | None = None,
+    index: int | None = None,
+    patience: float = 300,
+    heartbeat: float = 30,
+    quiet: bool = True,
+) -> Group:
+    """Joins the processes of a run; every one of them calls it first.
+
+    ```bash
+    GSHARD_COORDINATOR=host0:8476 GSHARD_PROCESSES=2 GSHARD_PROCESS=0 python train.py
+    ```
+
+    Their devices, in the order of the processes, are those of a mesh. When one process
+    fails, all end: each with the message of the one that failed.
+
+    Args:
+        coordinator: Address and port of the first process, which the others can reach.
+            Defaults to the environment's `GSHARD_COORDINATOR`.
+        count: How many processes there are. Defaults to `GSHARD_PROCESSES`; 1 when
+            neither is given, and nothing happens.
+        index: Which one this is, from 0. Defaults to `GSHARD_PROCESS`.
+        patience: After how many seconds in one step a process asks who holds it up, and
+            ends the run. Longer than the longest compilation.
+        heartbeat: After how many seconds without a sign of life a process is taken for
+            dead. (One that dies in the middle of a step is noticed at once.)
+        quiet: Whether only the first process writes to the standard output. Errors are
+            written by all.
+
+    Returns:
+        The group; its `is_chief` says who writes logs.
+
+    Raises:
+        ValueError: when the numbers do not fit each other.
+        RuntimeError: when jax has already started.
+    """
+    coordinator = coordinator or os.environ.get("GSHARD_COORDINATOR")
+    count = int(os.environ.get("GSHARD_PROCESSES", 1)) if count is None else count
+    index = int(os.environ.get("GSHARD_PROCESS", 0)) if index is None else index
+    if count < 1 or not 0 <= index < count:
+        raise ValueError(
+            "Processes are counted from 0, and there is at least one. Received: "
+            f"process {index} of {count}"
+        )
+    if count == 1:
+        return _RUN.group
+    if not coordinator:
+        raise ValueError(
+            "Processes find each other at the address of the first one: give "
+            "coordinator='host:port', or set GSHARD_COORDINATOR. Received: None"
+        )
+    import jax
+
+    # On CPUs; GPUs have NCCL.
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.distributed.initialize(
+        coordinator_address=coordinator,
+        num_processes=count,
+        process_id=index,
+        initialization_timeout=int(patience),
+        heartbeat_timeout_seconds=int(heartbeat),
+        shutdown_timeout_seconds=int(heartbeat),
+    )
+    # Private API: messages between processes have no public form. On an upgrade, check
+    # that the client still has `key_value_set`, `blocking_key_value_get` and
+    # `key_value_dir_get`.
+    from jax._src import distributed
+
+    _RUN.group = Group(index, count, distributed.global_state.client)
+    _RUN.group.tell(f"progress/{index}", "0")
+    sys.excepthook = _end_with_all
+    threading.Thread(target=_watch, args=(patience,), daemon=True).start()
+    if quiet and index:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    return _RUN.group
+
+
+def _end_with_all(kind: type, error: BaseException, trace: Any) -> None:
+    """Instead of Python's own end after an exception: the others end too."""
+    traceback.print_exception(kind, error, trace)
+    lines = traceback.format_exception_only(kind, error)
+    stop_all("".join(lines).strip())
+
+
+def stop_all(message: str) -> None:
+    """Ends all processes of the run, this one at once; each prints `message`."""
+    processes = _RUN.group
+    text = f"process {processes.index} of {processes.count} failed: {message}"
+    say_and_exit(text, 1, tell=True)
+
+
+def say_and_exit(text: str, code: int, tell: bool) -> None:
+    """Prints `text` and ends this process; the first one only once all have heard."""
+    processes = _RUN.group
+    print(f"gshard_tf: {text}", file=sys.stderr, flush=True)
+    with contextlib.suppress(Exception):  # the service may be gone with its process
+        if tell:
+            processes.tell(f"end/{processes.index}", text)
+        processes.tell(f"heard/{processes.index}", "")
+        deadline = time.monotonic() + _FAREWELL_SECONDS
+        while processes.is_chief and time.monotonic() < deadline:
+            if len(processes.overhear("heard")) == processes.count:
+                break
+            time.sleep(0.1)
+    # Without jax's own shutdown, which would wait for processes that are gone.
+    os._exit(code)
+
+
+def _watch(patience: float) -> None:
+    """Looks once a second whether another process has ended, or holds this one up."""
+    processes = _RUN.group
+    said = -1
+    while True:
+        time.sleep(1)
+        try:
+            if said != _RUN.turn:
+                said = _RUN.turn
+                processes.tell(f"progress/{processes.index}", str(said))
+            ends = processes.overhear("end")
+        except Exception as error:  # jaxlib has no narrower class for it
+            say_and_exit(
+                f"the first process, which coordinates the run, is gone ({error})",
+                STOPPED_BY_ANOTHER,
+                tell=False,
+            )
+        if ends:
+            say_and_exit(next(iter(ends.values())), STOPPED_BY_ANOTHER, tell=False)
+        since = _RUN.waiting_since
+        if since is not None and time.monotonic() - since > patience:
+            progress = processes.overhear("progress")
+            behind = [
+                i
+                for i in range(processes.count)
+                if int(progress.get(str(i), 0)) < _RUN.turn
+            ]
+            who = ", ".join(f"process {i}" for i in behind) or "no process"
+            say_and_exit(
+                f"process {processes.index} of {processes.count} has waited "
+                f"{patience:g} s in {_RUN.what}; {who} has not come there",
+                1,
+                tell=True,
+            )

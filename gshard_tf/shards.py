@@ -1,0 +1,84 @@
+"""The pieces of an array that is split over devices: out of it, and into a new one."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from tensorflow.experimental import dtensor
+
+# A piece of an array: (start, size) along each dimension.
+Region = tuple[tuple[int, int], ...]
+
+# An allocation at a multiple of this is taken by TensorFlow and by XLA as it is;
+# another one would be copied.
+_ALIGNMENT = 64
+
+
+def whole(shape: tuple[int, ...]) -> Region:
+    """The region that is all of an array."""
+    return tuple((0, size) for size in shape)
+
+
+def cut(value: np.ndarray, region: Region) -> np.ndarray:
+    """A view of a region of an array."""
+    return value[tuple(slice(start, start + size) for start, size in region)]
+
+
+def aligned_copy(value: np.ndarray) -> np.ndarray:
+    """A copy that other libraries can use without copying it again."""
+    buffer = np.empty(value.nbytes + _ALIGNMENT, np.uint8)
+    start = -buffer.ctypes.data % _ALIGNMENT
+    copy = buffer[start : start + value.nbytes].view(value.dtype).reshape(value.shape)
+    copy[...] = value
+    return copy
+
+
+def own_pieces(value: Any) -> Iterator[tuple[Region, np.ndarray]]:
+    """The pieces of a `jax.Array` that this process is to write, without a copy.
+
+    Of pieces that several devices hold, one device's is taken, so that over all
+    processes every piece comes exactly once.
+    """
+    for shard in value.addressable_shards:
+        if shard.replica_id == 0:
+            yield _region(shard.index, value.shape), np.asarray(shard.data)
+
+
+def assemble(
+    shape: tuple[int, ...],
+    sharding: Any,
+    read: Callable[[Region], np.ndarray],
+) -> Any:
+    """A `jax.Array` whose pieces on this process's devices come from `read`.
+
+    Args:
+        shape: Of the whole array.
+        sharding: A `jax.sharding.Sharding`.
+        read: Returns the values of a region; called once for each region.
+    """
+    import jax
+
+    regions: dict[Region, np.ndarray] = {}
+    arrays = []
+    with jax.enable_x64(True):
+        for device, index in sharding.addressable_devices_indices_map(shape).items():
+            region = _region(index, shape)
+            if region not in regions:
+                regions[region] = read(region)
+            arrays.append(jax.device_put(regions[region], device, may_alias=False))
+        value = jax.make_array_from_single_device_arrays(shape, sharding, arrays)
+        # The sources of the copies may go after this.
+        return jax.block_until_ready(value)
+
+
+def splits(layout: dtensor.Layout) -> list[str | None]:
+    """The mesh axis that each dimension is split over, for people to read."""
+    return [None if s == dtensor.UNSHARDED else s for s in layout.sharding_specs]
+
+
+def _region(index: tuple[slice, ...], shape: tuple[int, ...]) -> Region:
+    found = []
+    for part, size in zip(index, shape, strict=True):
+        start, stop, _ = part.indices(size)
+        found.append((start, stop - start))
+    return tuple(found)

@@ -1,0 +1,67 @@
+"""Names that do not depend on what else a process has made."""
+
+import keras
+import parity
+import pytest
+
+import gshard_tf
+
+
+def made(optimizer):
+    model = keras.Sequential(
+        [
+            keras.layers.Input([4]),
+            keras.layers.Dense(4),
+            keras.layers.Dropout(0.1),
+            keras.layers.Dense(4),
+            keras.layers.Dense(2, name="head_7"),
+        ]
+    )
+    model.compile(optimizer(), "mse", metrics=["mae"])
+    return model
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        keras.optimizers.Adam,
+        keras.optimizers.Adafactor,
+        lambda: keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(momentum=0.9)),
+    ],
+    ids=["adam", "adafactor", "loss scale"],
+)
+def test_names_are_the_same_wherever_a_model_is_made(optimizer):
+    keras.backend.clear_session()
+    first = gshard_tf.state_of(made(optimizer))
+    second = made(optimizer)
+    with parity.strategy_of(2).scope():
+        meshed = made(optimizer)
+    assert second.layers[0].path != "dense"
+    for other in (second, meshed):
+        names = gshard_tf.state_of(other)
+        assert list(names) == list(first)
+        for name, variable in names.items():
+            assert tuple(variable.shape) == tuple(first[name].shape), name
+
+
+def test_what_is_in_it():
+    model = made(keras.optimizers.Adam)
+    names = gshard_tf.state_of(model)
+    ids = {id(v) for v in names.values()}
+    for variable in [*model.variables, *model.optimizer.variables]:
+        assert id(variable) in ids
+    keras.backend.clear_session()
+    names = list(gshard_tf.state_of(made(keras.optimizers.Adam)))
+    assert names[:2] == ["model/sequential/dense/kernel", "model/sequential/dense/bias"]
+    assert "model/sequential/head/kernel" in names
+    assert "optimizer/sequential/dense_1/kernel/momentum" in names
+    assert "optimizer/iteration" in names
+    assert any("seed" in name for name in names)
+
+
+def test_extra_state():
+    model = made(keras.optimizers.Adam)
+    other = keras.optimizers.SGD(momentum=0.9)
+    other.build(model.trainable_variables)
+    names = gshard_tf.state_of(model, {"second": other})
+    assert "extra/second/iteration" in names
