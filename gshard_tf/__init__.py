@@ -22,9 +22,11 @@ if TYPE_CHECKING:
     from gshard_tf.checkpoints.manager import Checkpoints
     from gshard_tf.checkpoints.state import state_of
     from gshard_tf.devices import request_cpu_devices
+    from gshard_tf.guard import GuardNumbers
     from gshard_tf.mesh import active_mesh, create_mesh, use_mesh
     from gshard_tf.planning.plan import Plan
     from gshard_tf.planning.planner import plan
+    from gshard_tf.processes import join_processes, own_rows, stop_all
     from gshard_tf.rules import AxisRules
     from gshard_tf.strategy import SpmdStrategy
 
@@ -33,6 +35,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AxisRules",
     "Checkpoints",
+    "GuardNumbers",
     "Plan",
     "ResumableData",
     "SaveCheckpoints",
@@ -41,8 +44,10 @@ __all__ = [
     "annotate",
     "counter_rng",
     "create_mesh",
+    "join_processes",
     "name_axes",
     "named_axes",
+    "own_rows",
     "plan",
     "portable",
     "replicate",
@@ -50,6 +55,7 @@ __all__ = [
     "shard",
     "split",
     "state_of",
+    "stop_all",
     "use_mesh",
 ]
 
@@ -57,6 +63,7 @@ __all__ = [
 _HOME = {
     "AxisRules": "rules",
     "Checkpoints": "checkpoints.manager",
+    "GuardNumbers": "guard",
     "Plan": "planning.plan",
     "ResumableData": "checkpoints.data",
     "SaveCheckpoints": "checkpoints.callback",
@@ -65,8 +72,10 @@ _HOME = {
     "annotate": "annotations",
     "counter_rng": None,
     "create_mesh": "mesh",
+    "join_processes": "processes",
     "name_axes": "annotations",
     "named_axes": "annotations",
+    "own_rows": "processes",
     "plan": "planning.planner",
     "portable": None,
     "replicate": "annotations",
@@ -74,6 +83,7 @@ _HOME = {
     "shard": "annotations",
     "split": "annotations",
     "state_of": "checkpoints.state",
+    "stop_all": "processes",
     "use_mesh": "mesh",
 }
 # They need neither TensorFlow nor the versions that it is tested with.

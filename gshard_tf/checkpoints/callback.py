@@ -10,6 +10,7 @@ from gshard_tf.checkpoints.data import ResumableData
 from gshard_tf.checkpoints.manager import Checkpoints, Restored, array_reader
 from gshard_tf.checkpoints.state import Variable, section, state_of
 from gshard_tf.checkpoints.transfer import load
+from gshard_tf.keras_steps import complete
 
 
 class SaveCheckpoints(keras.callbacks.Callback):
@@ -97,6 +98,9 @@ class SaveCheckpoints(keras.callbacks.Callback):
                 f"There are checkpoints in {self.checkpoints.folder}, and resume=False "
                 "asks for a new run. Name another folder."
             )
+        if self.data is not None:
+            # Metrics too: outside a strategy, Keras makes them in the first step.
+            complete(self.model, self.data.dataset.element_spec, "train")
         self.restored = self.checkpoints.restore(self._state(), data=self.data)
         if self.restored is None:
             if self.data is not None:

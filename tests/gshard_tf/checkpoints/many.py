@@ -27,7 +27,7 @@ folder = pathlib.Path(FOLDER)
 
 x, y = parity.data(48)
 dataset = tf.data.Dataset.from_tensor_slices((x, y)).shuffle(20, seed=3).repeat()
-dataset = dataset.batch(BATCH)
+dataset = dataset.batch(BATCH, drop_remainder=True)
 own = GIVEN.get("rows") == "own"
 if own:
     dataset = dataset.map(lambda *batch: gshard_tf.own_rows(batch))

@@ -11,12 +11,12 @@ def whole(tmp_path_factory):
     return runs.run(tmp_path_factory.mktemp("whole"), every=2)
 
 
-@pytest.mark.parametrize("stop", [1, 3, 4, 5, 7, 9])
+@pytest.mark.parametrize("stop", [1, 3, 5, 8])
 def test_going_on_is_exact(whole, tmp_path, stop):
     runs.run(tmp_path, every=2, stop_after=stop)
     made, losses, saver = runs.run(tmp_path, every=2)
     # The last step of an epoch is saved when it ends: a stop in between loses it.
-    done = max([0, *(s for s in (2, 4, 5, 6, 8) if s <= stop and s != (stop == 5) * 5)])
+    done = {1: 0, 3: 2, 5: 4, 8: 8}[stop]
     assert saver.step == runs.STEPS * runs.EPOCHS
     assert losses.seen == whole[1].seen[done:]
     assert losses.epochs == whole[1].epochs[done // runs.STEPS :]
@@ -33,7 +33,7 @@ def test_a_run_that_is_done_does_nothing(tmp_path):
     assert len(more.seen) == 5
 
 
-@pytest.mark.parametrize("mesh", [2, {"data": 4, "model": 2}, None])
+@pytest.mark.parametrize("mesh", [{"data": 4, "model": 2}, None])
 def test_going_on_elsewhere_agrees(whole, tmp_path, mesh):
     runs.run(tmp_path, every=2, stop_after=7)
     _, losses, _ = runs.run(tmp_path, mesh=mesh)
