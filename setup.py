@@ -80,6 +80,7 @@ setup(
         "console_scripts": [
             "gshard-translate=examples.translation.cli:main",
             "gshard-plan=gshard_plan:main",
+            "gshard-checkpoints=gshard_tf.checkpoints.cli:main",
         ]
     },
 )

@@ -69,7 +69,13 @@ def mesh_devices(mesh: dtensor.Mesh) -> list[Any]:
             f"{mesh.size} {mesh.device_type()} devices and jax sees {len(devices)}. "
             f"{hint}"
         )
-    return devices[: mesh.size]
+    taken = devices[: mesh.size]
+    if len({device.process_index for device in taken}) < jax.process_count():
+        raise ValueError(
+            f"A mesh is over devices of all {jax.process_count()} processes. Received: "
+            f"a mesh of {mesh.size} of {len(devices)} devices"
+        )
+    return taken
 
 
 def cpu_devices(count: int) -> list[Any]:

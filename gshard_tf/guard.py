@@ -90,7 +90,7 @@ class GuardNumbers(keras.callbacks.Callback):
             raise NonFiniteError(f"{message}. The model is as it was before.")
         if self._in_a_row > self.most:
             raise NonFiniteError(
-                f"{message}. It is the {self._in_a_row}th such step in a row; the "
+                f"{message}. That makes {self._in_a_row} such steps in a row; the "
                 "model is as it was before them."
             )
         if self.action == "skip":

@@ -162,6 +162,10 @@ class SaveCheckpoints(keras.callbacks.Callback):
         crossed = self.every and self.step // self.every > (
             (self.step - steps) // self.every
         )
+        extended = getattr(self.model.distribute_strategy, "extended", None)
+        if getattr(extended, "skipped_steps", None):
+            # `GuardNumbers` has yet to look at this step: no place to come back to.
+            return
         # The last step of an epoch is saved after its validation.
         if crossed and self._epoch_step != length:
             self._save(self._epoch, self._epoch_step, logs)

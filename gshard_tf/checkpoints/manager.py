@@ -22,7 +22,7 @@ from gshard_tf.checkpoints.manifest import Manifest, sha256
 from gshard_tf.checkpoints.matching import Match, match
 from gshard_tf.checkpoints.state import Variable, array_of
 from gshard_tf.checkpoints.transfer import describe, load, repeated, snapshot
-from gshard_tf.processes import group
+from gshard_tf.processes import agree, group
 
 # How long one process waits for the others to write their parts.
 _PATIENCE_SECONDS = 3600
@@ -284,6 +284,8 @@ class Checkpoints:
         """
         self.wait()
         wanted = self.steps()[::-1] if step is None else [step]
+        # What the first process sees, which wrote them.
+        wanted = json.loads(agree("steps", json.dumps(wanted))[0])
         reasons = []
         for candidate in wanted:
             try:
@@ -294,9 +296,7 @@ class Checkpoints:
                 problem = str(error)
             else:
                 problem = ""
-            said = group().collect(
-                f"restore/{next(self._rounds)}", problem, _PATIENCE_SECONDS
-            )
+            said = agree("restore", problem, _PATIENCE_SECONDS)
             problem = next((text for text in said if text), "")
             if not problem:
                 for assign in apply:

@@ -15,8 +15,11 @@ def blocks(name):
     return re.findall(r"```python\n(.*?)```", (DOCS / name).read_text(), re.DOTALL)
 
 
-@pytest.mark.parametrize("name", ["annotations.md", "strategies.md"])
-def test_examples(name):
+@pytest.mark.parametrize(
+    "name", ["annotations.md", "checkpoints.md", "multihost.md", "strategies.md"]
+)
+def test_examples(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     keras.backend.clear_session()
     names = {"__name__": "example"}
     for block in blocks(name):

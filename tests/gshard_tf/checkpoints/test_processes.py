@@ -8,87 +8,158 @@ import subprocess
 import sys
 import time
 
+import keras
+import many_processes as many
 import numpy as np
 import pytest
 from processes import ROOT
 
-SCRIPT = pathlib.Path(__file__).with_name("many.py")
-STEPS = 8
+import gshard_tf
+from gshard_tf.processes import STOPPED_BY_ANOTHER
+
+SCRIPT = pathlib.Path(many.__file__)
+STEPS = many.STEPS_PER_EPOCH * many.EPOCHS
 
 
-def port():
+def free_port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
 
 
-def start(count, devices, folder, *arguments, patience=60):
-    """The processes of a run of `count`, `devices` in all."""
-    address = f"127.0.0.1:{port()}"
+def run(count, folder, *given, devices=4, patience=60, timeout=150):
+    """Runs `count` processes; returns exit codes, standard errors and seconds."""
     env = os.environ | {
         "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
-        "TF_CPP_MIN_LOG_LEVEL": "3",
-        "GSHARD_COORDINATOR": address,
+        "GSHARD_COORDINATOR": f"127.0.0.1:{free_port()}",
         "GSHARD_PROCESSES": str(count),
     }
-    started = []
+    command = [sys.executable, SCRIPT, devices // count, patience, folder, *given]
+    started, begun = [], time.monotonic()
     for index in range(count):
-        files = [open(folder / f"{kind}-{index}.txt", "w") for kind in ("out", "err")]
-        started.append(
-            subprocess.Popen(
-                [
-                    sys.executable,
-                    SCRIPT,
-                    str(devices // count),
-                    str(patience),
-                    str(folder),
-                    *map(str, arguments),
-                ],
-                env=env | {"GSHARD_PROCESS": str(index)},
-                stdout=files[0],
-                stderr=files[1],
-            )
+        out, err = (
+            open(folder / f"{kind}-{index}.txt", "w") for kind in ("out", "err")
         )
-    return started
-
-
-def finish(started, folder, timeout=120):
-    """Exit codes and what was written to the standard errors."""
-    deadline = time.monotonic() + timeout
+        with out, err:
+            started.append(
+                subprocess.Popen(
+                    [str(argument) for argument in command],
+                    env=env | {"GSHARD_PROCESS": str(index)},
+                    stdout=out,
+                    stderr=err,
+                )
+            )
     try:
         for process in started:
-            process.wait(max(1, deadline - time.monotonic()))
+            process.wait(max(1, begun + timeout - time.monotonic()))
     finally:
         for process in started:
             process.kill()
     codes = [process.wait() for process in started]
-    errors = [(folder / f"err-{i}.txt").read_text() for i in range(len(started))]
-    return codes, errors
+    errors = [(folder / f"err-{i}.txt").read_text() for i in range(count)]
+    return codes, errors, time.monotonic() - begun
 
 
 def losses(folder, index=0):
-    path = folder / f"losses-{index}.txt"
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return dict((row["step"], row["loss"]) for row in rows)
+    rows = (folder / f"losses-{index}.txt").read_text().splitlines()
+    return {row["step"]: row["loss"] for row in map(json.loads, rows)}
 
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
-    """The losses of one process with four devices."""
+    """The losses of one process with four devices: this one."""
     folder = tmp_path_factory.mktemp("one")
-    codes, errors = finish(start(1, 4, folder), folder)
-    assert codes == [0], errors
+    many.train(0, 4, folder, {})
     return losses(folder)
 
 
-@pytest.mark.parametrize("rows", ["all", "own"])
-def test_two_processes_are_one(one, tmp_path, rows):
-    codes, errors = finish(start(2, 4, tmp_path, f"rows={rows}"), tmp_path)
-    assert codes == [0, 0], errors
-    for index in range(2):
-        found = losses(tmp_path, index)
+def assert_same_losses(folder, count, one):
+    for index in range(count):
+        found = losses(folder, index)
         assert list(found) == list(range(1, STEPS + 1))
         np.testing.assert_allclose(list(found.values()), list(one.values()), rtol=1e-5)
+
+
+def test_two_processes_are_one(one, tmp_path):
+    codes, errors, _ = run(2, tmp_path)
+    assert codes == [0, 0], errors
+    assert_same_losses(tmp_path, 2, one)
     # Only the first one writes to the standard output.
     assert "weights" in (tmp_path / "out-0.txt").read_text()
     assert (tmp_path / "out-1.txt").read_text() == ""
+    # One process reads what two wrote.
+    state = gshard_tf.state_of(many_model())
+    found = gshard_tf.Checkpoints(tmp_path / "checkpoints").restore(state)
+    assert found.manifest.processes == 2 and found.manifest.step == STEPS
+
+
+def many_model():
+    import parity
+
+    model = parity.classifier(dropout=0.3)
+    model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    return model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("given", [(2, "rows=own"), (4,)], ids=str)
+def test_other_ways_to_be_one(one, tmp_path, given):
+    count, *options = given
+    codes, errors, _ = run(count, tmp_path, *options)
+    assert codes == [0] * count, errors
+    assert_same_losses(tmp_path, count, one)
+
+
+@pytest.mark.slow
+def test_an_error_on_one_host_stops_all(tmp_path):
+    codes, errors, _ = run(2, tmp_path, "do=raise", "step=3")
+    assert codes == [STOPPED_BY_ANOTHER, 1]
+    for error in errors:
+        assert "process 1 of 2 failed: RuntimeError: the disk of this host" in error
+
+
+@pytest.mark.slow
+def test_a_hung_host_is_noticed(tmp_path):
+    codes, errors, _ = run(2, tmp_path, "do=hang", "step=3", patience=8)
+    assert 0 not in codes
+    for error in errors:
+        assert "has waited 8 s in step 4" in error
+        assert "process 1 has not come there" in error
+
+
+@pytest.mark.slow
+def test_a_killed_process_stops_all_and_fewer_go_on(one, tmp_path):
+    codes, errors, seconds = run(4, tmp_path, "do=die", "step=5")
+    assert codes[1] == -9 and 0 not in codes
+    for index in (0, 2, 3):
+        assert "process" in errors[index].split("gshard_tf:")[-1]
+    steps = gshard_tf.Checkpoints(tmp_path / "checkpoints").steps()
+    assert steps and steps[-1] >= 4
+    codes, errors, _ = run(2, tmp_path)
+    assert codes == [0, 0], errors
+    found = losses(tmp_path)
+    np.testing.assert_allclose(list(found.values()), list(one.values()), rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_other_seeds_are_an_error(tmp_path):
+    codes, errors, _ = run(2, tmp_path, "seeds=differ")
+    assert 0 not in codes
+    assert all("began with other values" in error for error in errors)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"count": 0}, {"count": 2, "index": 2}, {"count": 2, "index": 0}],
+    ids=str,
+)
+def test_wrong_arguments(arguments):
+    with pytest.raises(ValueError, match="Received"):
+        gshard_tf.join_processes(**arguments)
+
+
+def test_one_process_joins_nobody():
+    group = gshard_tf.join_processes()
+    assert group.is_chief and group.count == 1
+    batch = gshard_tf.own_rows((np.zeros([3, 2]),))
+    assert batch[0].shape == (3, 2)

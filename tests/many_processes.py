@@ -1,0 +1,83 @@
+"""A process of a run: `many_processes.py DEVICES PATIENCE FOLDER [key=value ...]`.
+
+What may be given: `rows=own`, `seeds=differ`, and `do=raise|hang|die`, which process 1
+does after step `step=`.
+"""
+
+import json
+import os
+import pathlib
+import sys
+import time
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+
+import keras
+import numpy as np
+import parity
+import tensorflow as tf
+
+import gshard_tf
+
+STEPS_PER_EPOCH, EPOCHS, BATCH = 4, 2, 16
+
+
+class Note(keras.callbacks.Callback):
+    """Notes the losses, and does what is to go wrong."""
+
+    def __init__(self, saver, index, folder, given):
+        super().__init__()
+        self.saver = saver
+        self.path = folder / f"losses-{index}.txt"
+        self.goes_wrong = index == 1 and given.get("do")
+        self.step = int(given.get("step", 0))
+
+    def on_train_batch_end(self, batch, logs=None):
+        with open(self.path, "a") as file:
+            row = {"step": self.saver.step, "loss": float(logs["loss"])}
+            file.write(json.dumps(row) + "\n")
+        if self.saver.step == self.step:
+            if self.goes_wrong == "raise":
+                raise RuntimeError("the disk of this host is on fire")
+            if self.goes_wrong == "hang":
+                time.sleep(1000)
+            if self.goes_wrong == "die":
+                os.kill(os.getpid(), 9)
+
+
+def train(index, devices, folder, given):
+    """Trains on a mesh of `devices` in all; returns the model."""
+    keras.utils.set_random_seed(7 + index * ("seeds" in given))
+    own = given.get("rows") == "own"
+    x, y = parity.data(48)
+    dataset = tf.data.Dataset.from_tensor_slices((x, y)).shuffle(20, seed=3).repeat()
+    dataset = dataset.batch(BATCH, drop_remainder=True)
+    if own:
+        dataset = dataset.map(lambda *batch: gshard_tf.own_rows(batch))
+    data = gshard_tf.ResumableData(dataset, position="count")
+    mesh = gshard_tf.create_mesh({"expert": devices})
+    with gshard_tf.SpmdStrategy(mesh, own_rows=own).scope():
+        model = parity.classifier(dropout=0.3)
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        model.compile("adam", loss)
+    saver = gshard_tf.SaveCheckpoints(folder / "checkpoints", every=1, data=data)
+    model.fit(
+        data.dataset,
+        epochs=EPOCHS,
+        steps_per_epoch=STEPS_PER_EPOCH,
+        verbose=0,
+        callbacks=[saver, Note(saver, index, folder, given)],
+    )
+    return model
+
+
+if __name__ == "__main__":
+    local, patience, place = int(sys.argv[1]), float(sys.argv[2]), sys.argv[3]
+    options = dict(argument.split("=") for argument in sys.argv[4:])
+    gshard_tf.request_cpu_devices(local)
+    group = gshard_tf.join_processes(patience=patience, heartbeat=10)
+    found = train(group.index, local * group.count, pathlib.Path(place), options)
+    # Split weights are read by all processes together.
+    print("weights", [float(np.sum(w)) for w in found.get_weights()])
