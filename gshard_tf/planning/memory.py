@@ -26,7 +26,7 @@ def memory_of(program: SpmdProgram, capacity: float | None) -> Memory:
 
 
 def out_of_memory(
-    message: str, capacity: float | None, tree: names.Tree
+    message: str, capacity: float | None, layers: names.LayerNames
 ) -> OutOfMemory | None:
     """What the compiler says when a program does not fit; None if it says other."""
     used = re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", message)
@@ -50,7 +50,7 @@ def out_of_memory(
             Buffer(
                 bytes=int(_size(size[1], size[2])),
                 shape=shape[1] if shape else "",
-                layer=names.layer_of(name, tree),
+                layer=layers.layer_of(name),
                 operation=names.operation_of(name),
             )
         )

@@ -29,34 +29,41 @@ def _children(layer: Any) -> Tree:
     return {child.name: _children(child) for child in found}
 
 
-def layer_of(op_name: str, tree: Tree) -> str:
-    """The path of the innermost layer that an operation was made in, or "".
+class LayerNames:
+    """Finds the layers of a model in the names of a program's operations."""
 
-    An operation is called after the scopes around it, `.../encoder_2/moe_1/einsum`,
-    where TensorFlow adds a number to a scope that it enters again.
-    """
-    path: list[str] = []
-    nowhere = _by_name(tree)
-    # Within a loop or a recomputation, gradients are called anew from the outermost.
-    for part in op_name.rpartition("gradients/")[2].split("/"):
-        # Keras enters a layer's scope twice, the second time to call it, so a number
-        # is TensorFlow's rather than the layer's own.
-        for name in (_NUMBER.sub("", part), part):
-            if name in tree:
-                path.append(name)
-                tree = tree[name]
-                break
-            if not path and name in nowhere:
-                path, tree = list(nowhere[name][0]), nowhere[name][1]
-                break
-    return "/".join(path)
+    def __init__(self, tree: Tree):
+        self.tree = tree
+        # Layers by their own name, where no other has it: what a loop computes for a
+        # gradient is called after its innermost layers alone.
+        self._alone = _by_name(tree)
+
+    def layer_of(self, op_name: str) -> str:
+        """The path of the innermost layer that an operation was made in, or "".
+
+        An operation is called after the scopes around it, `.../encoder_2/moe_1/einsum`,
+        where TensorFlow adds a number to a scope that it enters again.
+        """
+        path: list[str] = []
+        tree = self.tree
+        # Within a loop or a recomputation, gradients are called anew from the
+        # outermost.
+        for part in op_name.rpartition("gradients/")[2].split("/"):
+            # Keras enters a layer's scope twice, the second time to call it, so a
+            # number is TensorFlow's rather than the layer's own.
+            for name in (_NUMBER.sub("", part), part):
+                if name in tree:
+                    path.append(name)
+                    tree = tree[name]
+                    break
+                if not path and name in self._alone:
+                    path, tree = list(self._alone[name][0]), self._alone[name][1]
+                    break
+        return "/".join(path)
 
 
 def _by_name(tree: Tree) -> dict[str, tuple[tuple[str, ...], Tree]]:
-    """Layers by their own name, where no other has it: name -> path and tree.
-
-    What a loop computes for a gradient is called after its innermost layers alone.
-    """
+    """The layers whose name no other has: name -> path and tree."""
     found: dict[str, list] = {}
 
     def visit(tree: Tree, path: tuple[str, ...]) -> None:

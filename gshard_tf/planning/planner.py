@@ -91,13 +91,25 @@ def plan(
     layouts: Layouts = strategy.extended.layouts
 
     begun = time.perf_counter()
-    with strategy.scope():
-        built = _build(model)
-        complete(built, specs, mode)
-        step = lower_abstract(strategy.extended, getattr(built, MODES[mode]), (specs,))
+    graph = tf.compat.v1.get_default_graph()  # where TensorFlow keeps the scope
+    try:
+        with strategy.scope():
+            built = _build(model)
+            complete(built, specs, mode)
+            step = lower_abstract(
+                strategy.extended, getattr(built, MODES[mode]), (specs,)
+            )
+    except IndexError as error:
+        if tf.compat.v1.get_default_graph() is graph:
+            raise
+        raise ValueError(
+            "The function that makes the model must not call "
+            "keras.backend.clear_session(): it takes the scope away in which the model "
+            "is built."
+        ) from error
     trace_seconds = time.perf_counter() - begun
     weights = _weights(built, step, layouts)
-    tree = names.layer_tree(built)
+    layers = names.LayerNames(names.layer_tree(built))
 
     versions = _versions()
     written_text = hlo_as_text(step.hlo)
@@ -108,12 +120,14 @@ def plan(
         return known
 
     begun = time.perf_counter()
-    program, oom = _compile(strategy, step, Placement(mesh, found.devices), found, tree)
+    program, oom = _compile(
+        strategy, step, Placement(mesh, found.devices), found, layers
+    )
     compile_seconds = time.perf_counter() - begun
     written_module = hlo_text.parse(written_text)
-    judge = Judge(annotations(written_module, tree), weights, mesh, layouts.rules)
+    judge = Judge(annotations(written_module, layers), weights, mesh, layouts.rules)
     loops = written_module.loops()
-    facts = _program_facts(program, found, tree, judge, loops)
+    facts = _program_facts(program, found, layers, judge, loops)
     written = _flops(written_module, loops)
     memory = None if program is None else memory_of(program, found.hbm_bytes)
     made = Plan(
@@ -245,12 +259,12 @@ def _compile(
     step: LoweredStep,
     placement: Placement,
     topology: Topology,
-    tree: names.Tree,
+    layers: names.LayerNames,
 ) -> tuple[SpmdProgram | None, OutOfMemory | None]:
     try:
         return compile_step(strategy.extended, step, placement), None
     except RuntimeError as error:  # jaxlib's errors are all of this class
-        found = out_of_memory(str(error), topology.hbm_bytes, tree)
+        found = out_of_memory(str(error), topology.hbm_bytes, layers)
         if found is None:
             raise
         return None, found
@@ -259,7 +273,7 @@ def _compile(
 def _program_facts(
     program: SpmdProgram | None,
     topology: Topology,
-    tree: names.Tree,
+    layers: names.LayerNames,
     judge: Judge,
     loops: Mapping[str, int],
 ) -> dict[str, Any]:
@@ -276,7 +290,7 @@ def _program_facts(
     module = hlo_text.parse(program.compiled.as_text())
     by_layer: dict[str, float] = {}
     for op_name, flops in _flops(module, loops).items():
-        layer = names.layer_of(op_name, tree)
+        layer = layers.layer_of(op_name)
         by_layer[layer] = by_layer.get(layer, 0.0) + flops
     total = sum(by_layer.values())
     cost = program.compiled.cost_analysis() or {}
@@ -294,7 +308,7 @@ def _program_facts(
             sum(c.times * s for c, s in zip(collectives, seconds, strict=True)),
             cost.get("optimal_seconds"),
         )
-    communication, reshards = summarise(collectives, tree, judge, seconds)
+    communication, reshards = summarise(collectives, layers, judge, seconds)
     return {
         "flops": total,
         "flops_by_layer": by_layer,

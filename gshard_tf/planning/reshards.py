@@ -26,7 +26,7 @@ class Annotation:
     tiles: int
 
 
-def annotations(module: hlo_text.Module, tree: names.Tree) -> set[Annotation]:
+def annotations(module: hlo_text.Module, layers: names.LayerNames) -> set[Annotation]:
     """The annotations of a step, from its module before it is partitioned."""
     found = set()
     for instruction, _, _ in module.executed():
@@ -41,7 +41,7 @@ def annotations(module: hlo_text.Module, tree: names.Tree) -> set[Annotation]:
             tiles = int(np.prod(dims))
         found.add(
             Annotation(
-                names.layer_of(instruction.op_name, tree),
+                layers.layer_of(instruction.op_name),
                 instruction.arrays[0].elements,
                 tiles,
             )
@@ -139,7 +139,7 @@ def _related(one: str, other: str) -> bool:
 
 def summarise(
     found: Sequence[Collective],
-    tree: names.Tree,
+    layers: names.LayerNames,
     judge: Judge,
     seconds: Sequence[float],
 ) -> tuple[list[Communication], list[Reshard]]:
@@ -147,7 +147,7 @@ def summarise(
     groups: dict[tuple, list[float]] = collections.defaultdict(lambda: [0, 0, 0.0])
     unasked: dict[tuple, list] = {}
     for collective, time in zip(found, seconds, strict=True):
-        layer = names.layer_of(collective.op_name, tree)
+        layer = layers.layer_of(collective.op_name)
         axis = axis_of(collective, judge.mesh)
         asked = judge.asked(collective, layer)
         total = groups[collective.kind, layer, axis, asked]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from gshard_tf.planning.names import layer_of, operation_of
+from gshard_tf.planning.names import LayerNames, operation_of
 
 TREE = {
     "model": {
@@ -35,7 +35,7 @@ TREE = {
     ],
 )  # fmt: skip
 def test_an_operation_belongs_to_its_innermost_layer(op_name, layer):
-    assert layer_of(op_name, TREE) == layer
+    assert LayerNames(TREE).layer_of(op_name) == layer
 
 
 def test_an_operation_has_a_short_name():

@@ -293,3 +293,12 @@ def test_bad_arguments_say_what_would_be_right():
 
     with pytest.raises(ValueError, match="needs a compiled model"):
         planned(build=uncompiled)
+
+
+def test_a_function_that_takes_the_scope_away_is_told():
+    def build():
+        keras.backend.clear_session()
+        return moe_model()
+
+    with pytest.raises(ValueError, match="must not call keras.backend.clear_session"):
+        gshard_tf.plan(build, "cpu:8", batch=batch(), cache=False)
