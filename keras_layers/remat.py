@@ -168,7 +168,8 @@ def recompute_units(
         def gradient(d_outputs, d_loss, *_):
             def body(turn, d_x, d_shared, d_slices):
                 number = count - 1 - turn
-                values = [kept[number], *shared, *(w[number] for w in stacked)]
+                slices = [slice_of(w, number) for w in stacked]
+                values = [kept[number], *shared, *slices]
                 # Both loops in one, that is a single turn each, are found to be so.
                 values, d_results = _after(values, [d_x, tf.identity(d_loss)])
                 sources = [values[i] for i in places]
@@ -210,6 +211,18 @@ def recompute_units(
 
     outputs, loss, *state = whole(inputs, *shared, *stacked)
     return outputs, loss, state
+
+
+def slice_of(stacked: tf.Tensor, number: tf.Tensor) -> tf.Tensor:
+    """`stacked[number]`, of weights that a loop only reads."""
+    found = stacked[number]
+    if found.dtype != tf.float32:
+        return found
+    # The TPU compiler sees that products round their operands to bfloat16, and would
+    # carry a bfloat16 copy of all weights through the loops, half of their memory
+    # again. It does not for what is looked at in float32 as well.
+    nan = tf.constant(float("nan"))
+    return tf.where(tf.math.is_nan(found), nan, found)
 
 
 def _array_like(stacked: tf.Tensor) -> tf.TensorArray:

@@ -6,6 +6,7 @@ more, "layer", in front, and a loop takes the block's weights from it.
 """
 
 import contextlib
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ from keras_layers.remat import (
     read,
     recompute_units,
     routing_is_watched,
+    slice_of,
 )
 
 Blocks = Sequence[keras.layers.Layer]
@@ -163,9 +165,11 @@ class Stacked(keras.layers.Layer):
             return effects.outputs, loss, list(effects.updates.values())
 
         def loop(inputs, shared, stacked, kept=()):
+            take = slice_of if kept else operator.getitem
+
             def body(number, x, loss, state, kept):
                 kept = [array.write(number, x) for array in kept]
-                x, more, new = unit(x, shared, [w[number] for w in stacked])
+                x, more, new = unit(x, shared, [take(w, number) for w in stacked])
                 state = list(state)
                 # Each repetition assigns its own slice.
                 for i, value in zip(updated, new, strict=True):
