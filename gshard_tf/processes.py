@@ -172,6 +172,11 @@ def join_processes(
         )
     import jax
 
+    if quiet and index:
+        # The file itself: gloo's connections talk, and they are no Python.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 1)
+        os.close(nowhere)
     # On CPUs; GPUs have NCCL.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(
@@ -191,8 +196,6 @@ def join_processes(
     _RUN.group.tell(f"progress/{index}", "0")
     sys.excepthook = _end_with_all
     threading.Thread(target=_watch, args=(patience,), daemon=True).start()
-    if quiet and index:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     return _RUN.group
 
 

@@ -1,6 +1,8 @@
 """The pieces of an array that is split over devices: out of it, and into a new one."""
 
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ Region = tuple[tuple[int, int], ...]
 # An allocation at a multiple of this is taken by TensorFlow and by XLA as it is;
 # another one would be copied.
 _ALIGNMENT = 64
+_CHUNK = 1 << 25
 
 
 def whole(shape: tuple[int, ...]) -> Region:
@@ -24,13 +27,24 @@ def cut(value: np.ndarray, region: Region) -> np.ndarray:
     return value[tuple(slice(start, start + size) for start, size in region)]
 
 
-def aligned_copy(value: np.ndarray) -> np.ndarray:
-    """A copy that other libraries can use without copying it again."""
-    buffer = np.empty(value.nbytes + _ALIGNMENT, np.uint8)
-    start = -buffer.ctypes.data % _ALIGNMENT
-    copy = buffer[start : start + value.nbytes].view(value.dtype).reshape(value.shape)
-    copy[...] = value
-    return copy
+def aligned_copies(values: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Copies that other libraries can use without copying them again.
+
+    Made by several threads: training waits for it.
+    """
+    copies, tasks = [], []
+    for value in values:
+        buffer = np.empty(value.nbytes + _ALIGNMENT, np.uint8)
+        start = -buffer.ctypes.data % _ALIGNMENT
+        target = buffer[start : start + value.nbytes]
+        source = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
+        copies.append(target.view(value.dtype).reshape(value.shape))
+        for at in range(0, value.nbytes, _CHUNK):
+            tasks.append((target[at : at + _CHUNK], source[at : at + _CHUNK]))
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+        # numpy lets other threads run while it copies bytes.
+        list(threads.map(lambda task: np.copyto(*task), tasks))
+    return copies
 
 
 def own_pieces(value: Any) -> Iterator[tuple[Region, np.ndarray]]:

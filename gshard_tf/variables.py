@@ -28,7 +28,7 @@ from tensorflow.python.eager import context
 from tensorflow.python.ops import gen_resource_variable_ops, resource_variable_ops
 
 from gshard_tf.placed import PlacedVariable
-from gshard_tf.shards import Region, aligned_copy, own_pieces, splits
+from gshard_tf.shards import Region, own_pieces, splits
 
 
 class _Raw(threading.local):
@@ -122,13 +122,12 @@ class MeshVariable(PlacedVariable, resource_variable_ops.ResourceVariable):
         return self._device_value
 
     def own_pieces(self) -> list[tuple[Region, np.ndarray]]:
-        """Copies of the pieces on the devices that this process is to write."""
-        with self.residence.lock:
-            self._check_not_lost()
-            return [
-                (region, aligned_copy(piece))
-                for region, piece in own_pieces(self._device_value)
-            ]
+        """The pieces on the devices that this process is to write.
+
+        They are views, which a step may write to: hold `residence.lock` meanwhile.
+        """
+        self._check_not_lost()
+        return list(own_pieces(self._device_value))
 
     def load(self, read: Callable[[Region], np.ndarray]) -> Callable[[], None]:
         """Puts pieces onto the devices; they are the value once the result is called.

@@ -8,7 +8,7 @@ import keras
 
 from gshard_tf.checkpoints.data import ResumableData
 from gshard_tf.checkpoints.manager import Checkpoints, Restored, array_reader
-from gshard_tf.checkpoints.state import Variable, section, state_of
+from gshard_tf.checkpoints.state import Variable, array_of, section, state_of
 from gshard_tf.checkpoints.transfer import load
 from gshard_tf.keras_steps import complete
 
@@ -85,6 +85,7 @@ class SaveCheckpoints(keras.callbacks.Callback):
         self._epoch_step = 0
         self._done_before = 0
         self._cut_short = False
+        self._saved_before = False
 
     def _state(self) -> dict[str, Variable]:
         return state_of(self.model, self.extra)
@@ -180,8 +181,12 @@ class SaveCheckpoints(keras.callbacks.Callback):
         self.checkpoints.close()
 
     def _save(self, epoch: int, epoch_step: int, logs: dict | None) -> None:
+        state = self._state()
+        if not self._saved_before:
+            _check_complete(self.model, state)
+            self._saved_before = True
         self.checkpoints.save(
-            self._state(),
+            state,
             step=self.step,
             epoch=epoch,
             epoch_step=epoch_step,
@@ -190,6 +195,24 @@ class SaveCheckpoints(keras.callbacks.Callback):
             config=self.config,
             model=_description(self.model),
         )
+
+
+def _check_complete(model: keras.Model, state: Mapping[str, Variable]) -> None:
+    """Raises `ValueError` when the training step changes what is not in `state`."""
+    known = {id(array_of(variable)) for variable in state.values()}
+    iterations = array_of(model.optimizer.iterations)
+    for program in getattr(model.distribute_strategy, "programs", []):
+        changed = [program.step.captures[i] for i in program.step.updates]
+        # Other models of the strategy have steps too, and evaluation.
+        if any(variable is iterations for variable in changed):
+            forgotten = [v.path for v in changed if id(v) not in known]
+            if forgotten:
+                raise ValueError(
+                    "The training step changes variables that the model does not know "
+                    "of, so a checkpoint would lack them. Give them to "
+                    "SaveCheckpoints(extra={name: variable or optimizer}). Received: "
+                    f"{forgotten}"
+                )
 
 
 def _description(model: keras.Model) -> Any:

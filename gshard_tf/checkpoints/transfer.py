@@ -1,15 +1,16 @@
 """Values out of variables, piece by piece, and back into them."""
 
+import contextlib
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
 import tensorflow as tf
 
 from gshard_tf.checkpoints.bundle import Piece
 from gshard_tf.checkpoints.manifest import Array
 from gshard_tf.checkpoints.state import Variable, array_of
-from gshard_tf.shards import Region, aligned_copy, whole
+from gshard_tf.shards import Region, aligned_copies, whole
 from gshard_tf.variables import MeshVariable
 
 
@@ -35,17 +36,26 @@ def snapshot(state: Mapping[str, Variable], is_chief: bool) -> list[Piece]:
         is_chief: Whether this process writes what every process has: variables that
             are not on the mesh.
     """
-    pieces = []
-    for name, variable in state.items():
-        value = array_of(variable)
-        shape = tuple(value.shape)
-        if isinstance(value, MeshVariable) and value.device_value is not None:
-            for region, part in value.own_pieces():
-                pieces.append(Piece(name, shape, region, part))
-        elif is_chief:
-            whole_value = aligned_copy(np.asarray(value.numpy()))
-            pieces.append(Piece(name, shape, whole(shape), whole_value))
-    return pieces
+    views, pieces = [], []
+    with contextlib.ExitStack() as held:
+        for name, variable in state.items():
+            value = array_of(variable)
+            shape = tuple(value.shape)
+            if isinstance(value, MeshVariable) and value.device_value is not None:
+                held.enter_context(value.residence.lock)
+                views += [
+                    Piece(name, shape, region, part)
+                    for region, part in value.own_pieces()
+                ]
+            elif is_chief:
+                # TensorFlow copies a value that is held before it writes to it.
+                tensor = tf.convert_to_tensor(value)
+                pieces.append(Piece(name, shape, whole(shape), tensor))
+        copies = aligned_copies([view.value for view in views])
+    return pieces + [
+        dataclasses.replace(view, value=copy)
+        for view, copy in zip(views, copies, strict=True)
+    ]
 
 
 # Reads a region of the array that belongs to a variable.

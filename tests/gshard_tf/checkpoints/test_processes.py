@@ -10,6 +10,7 @@ import time
 
 import keras
 import many_processes as many
+import network_hosts
 import numpy as np
 import pytest
 from processes import ROOT
@@ -27,11 +28,15 @@ def free_port():
         return free.getsockname()[1]
 
 
-def run(count, folder, *given, devices=4, patience=60, timeout=150):
-    """Runs `count` processes; returns exit codes, standard errors and seconds."""
+def run(count, folder, *given, devices=4, patience=60, timeout=150, on=None):
+    """Runs `count` processes; returns exit codes, standard errors and seconds.
+
+    `on` says where: what `network_hosts.hosts` yields.
+    """
+    first = "127.0.0.1" if on is None else on[0][1]
     env = os.environ | {
         "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
-        "GSHARD_COORDINATOR": f"127.0.0.1:{free_port()}",
+        "GSHARD_COORDINATOR": f"{first}:{free_port()}",
         "GSHARD_PROCESSES": str(count),
     }
     command = [sys.executable, SCRIPT, devices // count, patience, folder, *given]
@@ -43,7 +48,7 @@ def run(count, folder, *given, devices=4, patience=60, timeout=150):
         with out, err:
             started.append(
                 subprocess.Popen(
-                    [str(argument) for argument in command],
+                    [*(on[index][0] if on else []), *map(str, command)],
                     env=env | {"GSHARD_PROCESS": str(index)},
                     stdout=out,
                     stderr=err,
@@ -106,6 +111,16 @@ def many_model():
 def test_other_ways_to_be_one(one, tmp_path, given):
     count, *options = given
     codes, errors, _ = run(count, tmp_path, *options)
+    assert codes == [0] * count, errors
+    assert_same_losses(tmp_path, count, one)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not network_hosts.possible(), reason="only root makes networks")
+@pytest.mark.parametrize("count", [2, 4])
+def test_hosts_of_a_network(one, tmp_path, count):
+    with network_hosts.hosts(count) as on:
+        codes, errors, _ = run(count, tmp_path, on=on)
     assert codes == [0] * count, errors
     assert_same_losses(tmp_path, count, one)
 

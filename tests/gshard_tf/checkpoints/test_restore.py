@@ -86,3 +86,33 @@ def test_a_run_of_another_configuration(tmp_path):
         runs.run(tmp_path, mesh=2, config={"rate": 2})
     with pytest.raises(ValueError, match="resume=False"):
         runs.run(tmp_path, mesh=2, resume=False)
+
+
+def test_what_a_model_does_not_know_of(tmp_path):
+    class Counting(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.dense = keras.layers.Dense(3)
+
+        def call(self, x):
+            return self.dense(keras.ops.reshape(x, (-1, 32)))
+
+        def train_step(self, data):
+            steps.assign_add(1)
+            return super().train_step(data)
+
+    with parity.strategy_of(2).scope():
+        steps = keras.Variable(0, dtype="int32", name="steps")
+        made = Counting()
+        made.compile(
+            "sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        )
+    x, y = parity.data(16)
+    saver = gshard_tf.SaveCheckpoints(tmp_path)
+    made.build((None, 8, 4))
+    with pytest.raises(ValueError, match="does not know of.*steps"):
+        made.fit(x, y, batch_size=16, verbose=0, callbacks=[saver])
+    saver.checkpoints.close()
+    saver = gshard_tf.SaveCheckpoints(tmp_path, extra={"steps": steps})
+    made.fit(x, y, batch_size=16, verbose=0, callbacks=[saver])
+    assert "extra/steps" in saver.checkpoints.manifest(1).arrays

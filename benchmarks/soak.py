@@ -1,0 +1,101 @@
+"""Whether anything grows: many steps of a small model, with checkpoints all along.
+
+    python -m benchmarks.soak [--steps 21600] [--json]
+
+21600 steps are six hours at one step a second. Memory, threads, open files, files on
+the disk and compiled programs are noted twenty times; what the last quarter has more
+than the second is growth.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import keras
+
+import gshard_tf
+from benchmarks import faulty_run, memory
+from benchmarks.report import circumstances, say
+
+SAMPLES = 20
+
+
+class _Samples(keras.callbacks.Callback):
+    """Notes what could grow."""
+
+    def __init__(self, folder: Path, steps: int):
+        super().__init__()
+        self.folder = folder
+        self.every = max(1, steps // SAMPLES)
+        self.step = 0
+        self.rows: list[dict[str, int]] = []
+
+    def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
+        self.step += 1
+        if self.step % self.every:
+            return
+        row = {
+            "resident_mb": memory.resident() >> 20,
+            "threads": len(os.listdir("/proc/self/task")),
+            "open_files": len(os.listdir("/proc/self/fd")),
+            "files_on_disk": sum(1 for _ in self.folder.rglob("*")),
+            "programs": len(self.model.distribute_strategy.programs),
+        }
+        say(f"step {self.step}: {row}")
+        self.rows.append(row)
+
+
+def soak(steps: int, every: int) -> dict[str, Any]:
+    """Trains so many steps, with a checkpoint after every `every`th."""
+    folder = Path(tempfile.mkdtemp(prefix="soak-"))
+    try:
+        gshard_tf.request_cpu_devices(4)
+        data, model = faulty_run.data(), faulty_run.model()
+        saver = gshard_tf.SaveCheckpoints(folder, every=every, data=data)
+        samples = _Samples(folder, steps)
+        model.fit(
+            data.dataset,
+            epochs=steps // faulty_run.STEPS_PER_EPOCH // 10,
+            steps_per_epoch=faulty_run.STEPS_PER_EPOCH * 10,
+            verbose=0,
+            callbacks=[saver, samples, gshard_tf.GuardNumbers("skip")],
+        )
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    quarter = len(samples.rows) // 4
+    parts = samples.rows[quarter : 2 * quarter], samples.rows[-quarter:]
+    most = [{k: max(row[k] for row in part) for k in part[0]} for part in parts]
+    return {
+        "steps": samples.step,
+        "second_quarter": most[0],
+        "last_quarter": most[1],
+        "growth": {k: most[1][k] - most[0][k] for k in most[0]},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--steps", type=int, default=21600, help="how many (21600)")
+    parser.add_argument("--every", type=int, default=100, help="steps per save (100)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    options = parser.parse_args()
+    begun = time.perf_counter()
+    result = soak(options.steps, options.every)
+    result |= circumstances(begun, quick=options.steps < 21600)
+    if options.json:
+        print(json.dumps(result))
+        return
+    for key, value in result.items():
+        print(f"{key:20s} {value}")
+
+
+if __name__ == "__main__":
+    main()
