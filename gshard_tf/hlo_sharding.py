@@ -11,6 +11,7 @@ import tensorflow as tf
 # gradient (the same annotation) and that `tile` and `partial_tile` still count
 # devices by their position in the mesh.
 from tensorflow.compiler.tf2xla.python import xla as tf2xla
+from tensorflow.core.framework import attr_value_pb2
 from tensorflow.experimental import dtensor
 from tensorflow.python.compiler.xla.experimental import xla_sharding
 
@@ -18,6 +19,8 @@ from tensorflow.python.compiler.xla.experimental import xla_sharding
 def constrain(tensor: tf.Tensor, sharding: bytes) -> tf.Tensor:
     """Adds a serialised sharding to a symbolic tensor."""
     constrained = tf2xla.sharding(tensor, sharding=sharding)
+    # TPUStrategy's bridge looks at this attribute; the gradient's operation has it too.
+    constrained.op._set_attr("_XlaSharding", attr_value_pb2.AttrValue(s=sharding))
     constrained.set_shape(tensor.shape)
     return constrained
 
