@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from gshard_tf.processes import join_processes, own_rows, stop_all
     from gshard_tf.rules import AxisRules
     from gshard_tf.strategy import SpmdStrategy
+    from gshard_tf.tpu.strategy import tpu_strategy
 
 __version__ = "0.1.0"
 
@@ -82,6 +83,7 @@ _HOME = {
     "request_cpu_devices": "devices",
     "shard": "annotations",
     "split": "annotations",
+    "tpu_strategy": "tpu.strategy",
     "state_of": "checkpoints.state",
     "stop_all": "processes",
     "use_mesh": "mesh",

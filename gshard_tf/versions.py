@@ -7,6 +7,10 @@ import importlib.metadata
 # `program.py` and `variables.py` use. Watch those three files on an upgrade.
 TESTED = {"tensorflow": "2.20", "keras": "3.15", "jax": "0.10", "jaxlib": "0.10"}
 
+# On a TPU: Google's wheel with the libtpu that it was built with. pip takes a newer
+# libtpu, whose interface to TensorFlow is gone.
+TPU_WHEEL, LIBTPU = "2.20.0", "0.0.14"
+
 
 def _version(package: str) -> str:
     # Google ships the same TensorFlow under other names for other hardware.
@@ -36,6 +40,27 @@ def check_versions() -> None:
             )
 
 
+def check_tpu_versions() -> None:
+    """Raises `ImportError` where TensorFlow for TPUs would abort the process."""
+    found = {}
+    for package in ("tensorflow-tpu", "libtpu"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    wheel, libtpu = found["tensorflow-tpu"], found["libtpu"]
+    if wheel is None:
+        return  # libtpu alone is jax's, for compiling
+    if wheel != TPU_WHEEL or libtpu != LIBTPU:
+        raise ImportError(
+            f"On a TPU gshard_tf was tested with tensorflow-tpu {TPU_WHEEL} and libtpu "
+            f"{LIBTPU}, which it was built with. Newer ones (pip's choice) lack what "
+            "it calls and abort the process when TensorFlow is imported. Received: "
+            f"tensorflow-tpu {wheel}, libtpu {libtpu or 'not installed'}. Install: pip "
+            f"install 'tensorflow-tpu=={TPU_WHEEL}' 'libtpu=={LIBTPU}'"
+        )
+
+
 def check_backend(backend: str) -> None:
     """Raises `ImportError` unless Keras runs on its TensorFlow backend."""
     if backend != "tensorflow":
@@ -54,6 +79,7 @@ def check() -> None:
         ImportError: something is missing, of another version, or set otherwise.
     """
     check_versions()
+    check_tpu_versions()
     import keras
 
     check_backend(keras.backend.backend())

@@ -51,3 +51,29 @@ def test_takes_tensorflow_under_its_other_names(monkeypatch):
 def test_refuses_another_backend():
     with pytest.raises(ImportError, match=r"KERAS_BACKEND=tensorflow.*='jax'"):
         versions.check_backend("jax")
+
+
+@pytest.mark.parametrize(
+    ("wheel", "libtpu", "fits"),
+    [
+        ("2.20.0", "0.0.14", True),
+        (None, "0.0.52", True),  # jax's, for compiling
+        ("2.20.0", "0.0.52", False),
+        ("2.20.0", None, False),
+        ("2.19.1", "0.0.14", False),
+    ],
+)
+def test_the_versions_on_a_tpu(monkeypatch, wheel, libtpu, fits):
+    installed = {"tensorflow-tpu": wheel, "libtpu": libtpu}
+
+    def version(name):
+        if installed[name] is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return installed[name]
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    if fits:
+        versions.check_tpu_versions()
+    else:
+        with pytest.raises(ImportError, match=r"pip install .*'libtpu==0\.0\.14'"):
+            versions.check_tpu_versions()

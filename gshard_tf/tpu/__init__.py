@@ -1,0 +1,1 @@
+"""`tf.distribute.TPUStrategy` for a mesh: weights really split over its cores."""

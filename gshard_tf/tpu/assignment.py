@@ -1,0 +1,77 @@
+"""Which core of a TPU slice each position of a mesh is."""
+
+import itertools
+import math
+
+import numpy as np
+import tensorflow as tf
+from tensorflow.experimental import dtensor
+
+
+def assign_cores(
+    topology: tf.tpu.experimental.Topology, mesh: dtensor.Mesh
+) -> tf.tpu.experimental.DeviceAssignment:
+    """The cores of each replica, in the order of the mesh.
+
+    A replica is a box of the slice, and the whole slice is filled with replicas.
+    Partition `i` of a program runs on logical core `i`, and XLA lays a mesh out in the
+    order of its positions, last axis fastest. So each mesh axis gets directions of the
+    box of its own where sizes allow it, the last one those with the shortest way (the
+    cores of a chip first). A mesh of one axis goes round a ring of the box.
+
+    Args:
+        topology: What `tf.tpu.experimental.initialize_tpu_system` returns.
+        mesh: The mesh of one replica.
+
+    Raises:
+        ValueError: when the slice is no whole number of such boxes.
+    """
+    slice_shape = [int(n) for n in topology.mesh_shape]
+    cores = topology.num_tasks * topology.num_tpus_per_task
+    if cores % mesh.size:
+        raise ValueError(
+            f"The {cores} cores of the slice must be a whole number of meshes. "
+            f"Received: {_sizes(mesh)} with {mesh.size} cores"
+        )
+    boxes = _boxes(slice_shape, mesh.size)
+    if not boxes:
+        raise ValueError(
+            f"No box of {mesh.size} cores tiles the slice {slice_shape} (x, y, z, "
+            f"cores of a chip). Received: {_sizes(mesh)}"
+        )
+    sizes = [int(n) for n in mesh.shape() if n > 1]
+    fitting = [(box, order) for box in boxes if (order := _directions(box, sizes))]
+    box = fitting[0][0] if fitting else boxes[0]
+    built = tf.tpu.experimental.DeviceAssignment.build(
+        topology, computation_shape=box, num_replicas=cores // mesh.size
+    )
+    if len(sizes) < 2 or not fitting:
+        return built
+    order = fitting[0][1]
+    # [R, N, 4], each replica sorted by its slowest direction, then the next, ...
+    assignment = np.array(built.core_assignment)
+    for replica in assignment:
+        keys = [replica[:, direction] for direction in order]
+        replica[:] = replica[np.lexsort(keys)]
+    return tf.tpu.experimental.DeviceAssignment(topology, assignment)
+
+
+def _boxes(slice_shape: list[int], size: int) -> list[tuple[int, ...]]:
+    """The boxes of `size` cores that tile the slice, whole chips and cubes first."""
+    divisors = [[d for d in range(1, n + 1) if n % d == 0] for n in slice_shape]
+    found = [box for box in itertools.product(*divisors) if math.prod(box) == size]
+    return sorted(found, key=lambda box: (-box[3], max(box[:3]), [-n for n in box]))
+
+
+def _directions(box: tuple[int, ...], sizes: list[int]) -> tuple[int, ...] | None:
+    """Directions of a box, fastest first, that fall in with the axes of a mesh."""
+    wanted = set(itertools.accumulate(reversed(sizes), lambda a, b: a * b))
+    for order in itertools.permutations((3, 0, 1, 2)):
+        reached = itertools.accumulate((box[d] for d in order), lambda a, b: a * b)
+        if wanted <= set(reached):
+            return order
+    return None
+
+
+def _sizes(mesh: dtensor.Mesh) -> str:
+    return f"mesh={dict(zip(mesh.dim_names, mesh.shape(), strict=True))}"

@@ -1,0 +1,331 @@
+"""A step traced under TPUStrategy -> the module of one core, by TensorFlow's bridge.
+
+On a TPU the runtime does this when a step first runs. Here it is done without one, to
+look at the program, to compile it for a slice that is not there, or to run it on
+virtual CPU devices.
+
+Private APIs: MLIR passes by name and the text between them, which are TensorFlow's
+own business. On an upgrade, run tests/gshard_tf/tpu: they compare what comes out of
+here with plain Keras.
+"""
+
+import dataclasses
+import re
+from typing import Any
+
+import tensorflow as tf
+from tensorflow.compiler.xla import xla_data_pb2
+from tensorflow.python import pywrap_mlir
+from tensorflow.python.ops import handle_data_util
+
+# The first half of the TPU bridge: finds what belongs to the TPU, makes a function of
+# it, lifts reads and writes of variables out of it, and notes the shardings.
+_CLUSTER = "tf-replicated-clustering-bridge-v2"
+# What the runtime's compiler does with that function. The names of the CPU's kernels:
+# those of the TPU lower to the same, but only random numbers' are in every wheel.
+_LOWER = (
+    "tf-shape-inference,func.func(canonicalize),"
+    "xla-legalize-tf{use-tf2xla-fallback=true device-type=XLA_CPU_JIT},"
+    "func.func(canonicalize),hlo-legalize-to-stablehlo"
+)
+_TYPES = {
+    "bool": "i1", "bfloat16": "bf16", "float16": "f16", "float32": "f32",
+    "float64": "f64", "int8": "i8", "int32": "i32", "int64": "i64",
+    "uint8": "ui8", "uint32": "ui32", "uint64": "ui64",
+}  # fmt: skip
+_OPERATION = re.compile(r'^\s+(?:(%\d+)(?::\d+)? = )?"([\w.]+)"\(([^)]*)\)(.*)$')
+_REPLICATE = re.compile(r"^\s+(?:(%\d+)(?::\d+)? = )?tf_device\.replicate\((.*)$")
+_STRINGS = re.compile(r'"((?:[^"\\]|\\.)*)"')
+
+
+@dataclasses.dataclass(frozen=True)
+class Argument:
+    """An argument of the module, and what of the function it comes from.
+
+    Attributes:
+        inputs: `[replicas][cores]`: which input of the function each core is given.
+            One for all cores of a replica where it is no variable.
+        partitions: Into how many parts each dimension of the variable is split;
+            empty: each core has all of it.
+        is_variable: Whether the inputs are handles of variables.
+        sharding: The serialised `OpSharding` that the bridge found; b"": replicated.
+    """
+
+    inputs: tuple[tuple[int, ...], ...]
+    partitions: tuple[int, ...]
+    is_variable: bool
+    sharding: bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class CoreModule:
+    """The module that every core runs, before it is partitioned.
+
+    Attributes:
+        stablehlo: Its text; no TensorFlow operation is left in it.
+        replicas: How many replicas.
+        cores: How many cores a replica has.
+        arguments: Its arguments.
+        updates: `(argument, result)`: which result is which variable's new value.
+        outputs: `(result, replica)` of each output of the function.
+        result_shardings: As the bridge found them.
+        use_spmd: Whether the runtime is asked for XLA's SPMD partitioner.
+        host_operations: What stays on the host, besides reads and writes.
+    """
+
+    stablehlo: str
+    replicas: int
+    cores: int
+    arguments: tuple[Argument, ...]
+    updates: tuple[tuple[int, int], ...]
+    outputs: tuple[tuple[int, int], ...]
+    result_shardings: tuple[bytes, ...]
+    use_spmd: bool
+    host_operations: tuple[str, ...]
+
+
+def core_module(function: Any) -> CoreModule:
+    """The module of one core, of a concrete function that calls `strategy.run` once.
+
+    Raises:
+        ValueError: when the function holds no TPU program, or several, or part of one
+            that XLA cannot compile.
+    """
+    text = pywrap_mlir.import_function(function, _CLUSTER, False)
+    host = _Host(text)
+    arguments = tuple(
+        host.argument(value, sharding, function)
+        for value, sharding in zip(
+            host.cluster.operands,
+            _shardings(host.cluster.rest, "input_sharding_configuration"),
+            strict=True,
+        )
+    )
+    types = [_type_of(argument, function) for argument in arguments]
+    lowered = pywrap_mlir.experimental_run_pass_pipeline(
+        _standalone(text, types), _LOWER, False
+    )
+    left = set(
+        re.findall(
+            r'"?(?:tf|mhlo|chlo)\.(?!sharding|aliasing|versions|frontend)\w+', lowered
+        )
+    )
+    if left:
+        raise ValueError(
+            f"The step has operations that XLA cannot compile: {sorted(left)}. Move "
+            "them into the input pipeline or a callback."
+        )
+    return CoreModule(
+        stablehlo=lowered,
+        replicas=host.replicas,
+        cores=int(re.search(r"num_cores_per_replica = (\d+)", host.cluster.rest)[1]),
+        arguments=arguments,
+        updates=host.updates(),
+        outputs=host.outputs(),
+        result_shardings=tuple(
+            _shardings(host.cluster.rest, "output_sharding_configuration")
+        ),
+        use_spmd="use_spmd_for_xla_partitioning = true" in host.cluster.rest,
+        host_operations=host.others(),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Operation:
+    name: str
+    operands: tuple[str, ...]
+    rest: str
+    result: str | None
+
+
+class _Host:
+    """The function around the TPU program, read off the bridge's text."""
+
+    def __init__(self, text: str):
+        start = text.index("func.func @")
+        lines = text[start : text.index("\n  }\n", start)].splitlines()
+        self.operations: list[_Operation] = []
+        self.replicas = 1
+        self.replicated: dict[str, tuple[str, ...]] = {}
+        self.replicate_result: str | None = None
+        self.yielded: tuple[str, ...] = ()
+        self.returned: tuple[str, ...] = ()
+        for line in lines:
+            found = _OPERATION.match(line)
+            if found:
+                self.operations.append(
+                    _Operation(found[2], _values(found[3]), found[4], found[1])
+                )
+                continue
+            found = _REPLICATE.match(line)
+            if found:
+                self._replicate(found[1], found[2])
+            elif line.strip().startswith("tf_device.return"):
+                self.yielded = _values(line.partition("return")[2].partition(" :")[0])
+            elif line.strip().startswith("return"):
+                self.returned = _values(line.partition("return")[2].partition(" :")[0])
+        clusters = [o for o in self.operations if o.name == "tf_device.cluster_func"]
+        if len(clusters) != 1:
+            raise ValueError(
+                "The function must call strategy.run of a TPUStrategy exactly once. "
+                f"Received: {len(clusters)} TPU programs"
+            )
+        [self.cluster] = clusters
+        self.by_result = {o.result: o for o in self.operations if o.result}
+
+    def _replicate(self, result: str | None, text: str) -> None:
+        self.replicate_result = result
+        self.replicas = int(re.search(r"\bn = (\d+)", text)[1])
+        for values, name in re.findall(r"\[([^\]]*)\] as (%\w+):", text):
+            self.replicated[name] = _values(values)
+        for value, name in re.findall(r"(%[\w#]+) as (%\w+):", text):
+            self.replicated[name] = (value,) * self.replicas
+
+    def _source(self, value: str, replica: int) -> tuple[tuple[int, ...], str]:
+        """The function's inputs behind a value, and the text of their partitioning."""
+        partitioned = ""
+        while True:
+            if value in self.replicated:
+                value = self.replicated[value][replica]
+                continue
+            operation = self.by_result.get(value.partition("#")[0])
+            if operation is None:
+                return (int(value.removeprefix("%arg")),), partitioned
+            if operation.name == "tf.TPUPartitionedInputV2":
+                inputs = [self._source(v, replica)[0][0] for v in operation.operands]
+                return tuple(inputs), operation.rest
+            value = operation.operands[0]
+
+    def argument(self, value: str, sharding: bytes, function: Any) -> Argument:
+        sources = [self._source(value, r) for r in range(self.replicas)]
+        partitions = re.search(r"partition_dims = \[([^\]]*)\]", sources[0][1])
+        parts = [int(n) for n in (partitions[1] if partitions else "").split(",") if n]
+        first = sources[0][0][0]
+        order = range(len(sources[0][0]))
+        if parts:
+            # Its i-th operand is for the core that the sharding names.
+            cores = list(tile_assignment(sharding)[1])
+            order = [cores.index(core) for core in order]
+        return Argument(
+            inputs=tuple(tuple(inputs[i] for i in order) for inputs, _ in sources),
+            partitions=tuple(parts),
+            is_variable=function.graph.inputs[first].dtype == tf.resource,
+            sharding=sharding,
+        )
+
+    def updates(self) -> tuple[tuple[int, int], ...]:
+        handles = [self._handle(value) for value in self.cluster.operands]
+        found = []
+        for operation in self.operations:
+            if operation.name == "tf.AssignVariableOp":
+                handle, value = operation.operands
+                argument = handles.index(self._handle(handle))
+                found.append((argument, self._result(value)))
+        return tuple(found)
+
+    def _handle(self, value: str) -> str:
+        operation = self.by_result.get(value.partition("#")[0])
+        while operation is not None and operation.name == "tf.ReadVariableOp":
+            value = operation.operands[0]
+            operation = self.by_result.get(value.partition("#")[0])
+        return value
+
+    def _result(self, value: str) -> int:
+        """Which result of the program a value is."""
+        name, _, index = value.partition("#")
+        while name != self.cluster.result:
+            operation = self.by_result[name]
+            name, _, index = operation.operands[0].partition("#")
+        return int(index or 0)
+
+    def outputs(self) -> tuple[tuple[int, int], ...]:
+        found = []
+        for value in self.returned:
+            name, _, index = value.partition("#")
+            while name in self.by_result and name != self.cluster.result:
+                name, _, index = self.by_result[name].operands[0].partition("#")
+            if name == self.replicate_result:
+                result, replica = divmod(int(index or 0), self.replicas)
+                found.append((self._result(self.yielded[result]), replica))
+            else:
+                found.append((int(index or 0), 0))
+        return tuple(found)
+
+    def others(self) -> tuple[str, ...]:
+        usual = {
+            "tf.AssignVariableOp", "tf.Identity", "tf.ReadVariableOp",
+            "tf.TPUPartitionedInputV2", "tf_device.cluster_func",
+        }  # fmt: skip
+        return tuple(o.name for o in self.operations if o.name not in usual)
+
+
+def tile_assignment(sharding: bytes) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Into how many parts each dimension is cut, and the core of each part."""
+    found = xla_data_pb2.OpSharding.FromString(sharding)
+    return (
+        tuple(found.tile_assignment_dimensions),
+        tuple(found.tile_assignment_devices),
+    )
+
+
+def _values(text: str) -> tuple[str, ...]:
+    return tuple(re.findall(r"%[\w#]+", text))
+
+
+def _shardings(attributes: str, name: str) -> list[bytes]:
+    listed = re.search(name + r" = \[(.*?)\](?=[,}>])", attributes)[1]
+    return [_unescaped(each) for each in _STRINGS.findall(listed)]
+
+
+def _unescaped(text: str) -> bytes:
+    """MLIR writes bytes that do not print as two hexadecimal digits."""
+    pieces = re.split(r"\\([0-9A-Fa-f]{2}|.)", text)
+    found = b""
+    for i, piece in enumerate(pieces):
+        if i % 2 == 0:
+            found += piece.encode("latin-1")
+        elif len(piece) == 2:
+            found += bytes([int(piece, 16)])
+        else:
+            found += {"n": b"\n", "t": b"\t"}.get(piece, piece.encode())
+    return found
+
+
+def _type_of(argument: Argument, function: Any) -> str:
+    tensor = function.graph.inputs[argument.inputs[0][0]]
+    if argument.is_variable:
+        data = handle_data_util.get_resource_handle_data(tensor).shape_and_type[0]
+        dims = [d.size for d in data.shape.dim]
+        if argument.partitions:
+            dims = [n * p for n, p in zip(dims, argument.partitions, strict=False)]
+        dtype = tf.as_dtype(data.dtype)
+    else:
+        dims, dtype = tensor.shape.as_list(), tensor.dtype
+    return "".join(f"{n}x" for n in dims) + _TYPES[dtype.name]
+
+
+def _standalone(text: str, types: list[str]) -> str:
+    """The program's function as a module of its own, with static shapes.
+
+    The bridge forgets the shapes of what variables hold; inside, casts bring back the
+    types that it wrote down.
+    """
+    start = text.index("func.func private @_func")
+    signature, arrow, rest = text[start:].partition(") -> ")
+    written = re.findall(r"%arg\d+: (tensor<[^>]*>)", signature)
+    signature = re.sub(
+        r"%arg(\d+): tensor<[^>]*>",
+        lambda found: f"%given{found[1]}: tensor<{types[int(found[1])]}>",
+        signature,
+    ).replace("func.func private @_func", "func.func @main")
+    end = re.search(r"\{\n(?=    )", rest).end()
+    casts = "".join(
+        f'    %arg{i} = "tf.Cast"(%given{i}) <{{Truncate = false}}> : '
+        f"(tensor<{given}>) -> {wanted}\n"
+        for i, (given, wanted) in enumerate(zip(types, written, strict=True))
+    )
+    versions = re.search(r"tf\.versions = \{[^}]*\}", text)[0]
+    return (
+        f"module attributes {{{versions}}} {{\n  "
+        f"{signature}{arrow}{rest[:end]}{casts}{rest[end:]}"
+    )
