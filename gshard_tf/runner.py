@@ -80,19 +80,30 @@ class Log:
 
 
 class Stop:
-    """Set by Ctrl-C or SIGTERM: the step that runs is finished, its state saved."""
+    """Inside it, Ctrl-C and SIGTERM let the step that runs end, and its state be saved.
+
+    A second one ends the process as usual.
+
+    Attributes:
+        reason: Which signal came, or None.
+    """
 
     def __init__(self) -> None:
         self.reason: str | None = None
+        self._before: dict[int, Any] = {}
 
-    def listen(self) -> None:
-        """Takes the signals over; a second one ends the process as usual."""
+    def __enter__(self) -> Stop:
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._heard)
+            self._before[number] = signal.signal(number, self._heard)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _heard(self, number: int, frame: Any) -> None:
         self.reason = signal.Signals(number).name
-        signal.signal(number, signal.SIG_DFL)
+        signal.signal(number, self._before[number])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -150,53 +161,59 @@ def _train(options: argparse.Namespace, log: Log) -> int:
         raise ValueError("Training needs a folder for its state: --out.")
     begun = time.perf_counter()
     arrays, step = _state(options)
+    if _begin_with(options) == options.out / "state.npz" and _end(options, step, 0.0):
+        log("end", reason="steps", step=step, seconds=0.0)
+        return 0
     program, batches = _load(options.program, options.data, options, log)
     evaluation = None
     if options.evaluate:
         evaluation = Evaluation(*options.evaluate, options, log)
     state = program.put_state(arrays)
-    stop = Stop()
-    stop.listen()
-    since, last, saved = time.perf_counter(), step, step
+    since, last, saved = time.perf_counter(), step, -1
     previous: Any = None
-    while True:
-        reason = stop.reason
-        if options.steps is not None and step >= options.steps:
-            reason = reason or "steps"
-        if options.time_limit and time.perf_counter() - begun >= options.time_limit:
-            reason = reason or "time"
-        if reason:
-            break
-        outputs, state = program(batches.batch(step), state)
-        step += 1
-        # One step runs while the next one is prepared, and no more: the clock above
-        # would not see them.
-        _wait(previous)
-        previous = outputs
-        if step % options.log_every == 0:
-            said = numbers(outputs)
-            now = time.perf_counter()
-            log(
-                "train",
-                step=step,
-                **said,
-                seconds_per_step=(now - since) / (step - last),
-            )
-            since, last = now, step
-            # As Keras does at each epoch: what is logged is the mean since then.
-            state = program.reset_metrics(state)
-        if options.save_every and step % options.save_every == 0:
-            _save(options.out, program, state, step, log)
-            saved = step
-            if evaluation is not None:
-                state = evaluation(state, step)
-            since, last = time.perf_counter(), step
-    if saved != step or not (options.out / "state.npz").is_file():
-        _save(options.out, program, state, step, log)
+
+    def save() -> None:
+        _save(options.out, state, step, log)
+
+    with Stop() as stop:
+        while True:
+            reason = stop.reason or _end(options, step, time.perf_counter() - begun)
+            if reason:
+                break
+            outputs, state = program(batches.batch(step), state)
+            step += 1
+            # One step runs while the next one is prepared, and no more: the clock
+            # would not see them.
+            _wait(previous)
+            previous = outputs
+            if step % options.log_every == 0:
+                said, now = numbers(outputs), time.perf_counter()
+                pace = (now - since) / (step - last)
+                log("train", step=step, **said, seconds_per_step=pace)
+                since, last = now, step
+                # As Keras does at each epoch: what is logged is the mean since then.
+                state = program.reset_metrics(state)
+            if options.save_every and step % options.save_every == 0:
+                save()
+                saved = step
+                if evaluation is not None:
+                    state = evaluation(state, step)
+                since, last = time.perf_counter(), step
+    if saved != step:
+        save()
         if evaluation is not None and reason == "steps":
             evaluation(state, step)
     log("end", reason=reason, step=step, seconds=time.perf_counter() - begun)
     return 0
+
+
+def _end(options: argparse.Namespace, step: int, seconds: float) -> str | None:
+    """Why to stop here, if there is a reason."""
+    if options.steps is not None and step >= options.steps:
+        return "steps"
+    if options.time_limit is not None and seconds >= options.time_limit:
+        return "time"
+    return None
 
 
 def _load(
@@ -225,9 +242,7 @@ def _load(
     return program, batches
 
 
-def _save(
-    out: pathlib.Path, program: Any, state: dict[str, Any], step: int, log: Log
-) -> None:
+def _save(out: pathlib.Path, state: dict[str, Any], step: int, log: Log) -> None:
     begun = time.perf_counter()
     arrays = {name: np.asarray(value) for name, value in state.items()}
     files.write_state(out / "state.npz", arrays, step=step)
