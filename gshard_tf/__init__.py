@@ -57,6 +57,7 @@ __all__ = [
     "split",
     "state_of",
     "stop_all",
+    "tpu_strategy",
     "use_mesh",
 ]
 
