@@ -204,7 +204,7 @@ def _small_disk(place: Path, kilobytes: int) -> Iterator[Path]:
 
 def full_disk(place: Path) -> tuple[bool, str]:
     """An error; the checkpoint before is whole, and the run goes on with more room."""
-    with _small_disk(place, 256) as disk:
+    with _small_disk(place, 700) as disk:
         _run(disk)
         with contextlib.suppress(OSError), open(disk / "filler", "wb") as file:
             while True:
@@ -226,7 +226,7 @@ def full_disk(place: Path) -> tuple[bool, str]:
 
 def read_only_folder(place: Path) -> tuple[bool, str]:
     """An error before the first step."""
-    with _small_disk(place, 256) as disk:
+    with _small_disk(place, 700) as disk:
         (disk / "checkpoints").mkdir()
         remount = ["mount", "-o", "remount,ro", str(disk)]
         subprocess.run(remount, check=True, capture_output=True)

@@ -32,6 +32,11 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Compile quickly: a life is mostly that.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
+# The first life compiles for all of them.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="faults-compiled-")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
 from benchmarks import faulty_run
 from benchmarks.fault_cases import CASES, try_case
 from benchmarks.report import circumstances, say
@@ -225,6 +230,7 @@ def main() -> None:
         result["cases"] = {name: try_case(name, folder) for name in CASES}
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
     result |= circumstances(begun, quick=options.kills < 200)
     if options.json:
         print(json.dumps(result))

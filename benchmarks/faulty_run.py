@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,7 @@ class _Reporting(gshard_tf.Checkpoints):
 
 def run(folder: Path, epochs: int, report: Callable[[str], None]) -> str:
     """Begins the run in `folder`, or goes on with it; returns its digest."""
+    warnings.filterwarnings("ignore", message=".*shuffle=True.*")
     folder.mkdir(parents=True, exist_ok=True)
     gshard_tf.request_cpu_devices(4)
     checkpoints = _Reporting(folder / "checkpoints", keep=3)

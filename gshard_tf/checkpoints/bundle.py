@@ -8,6 +8,7 @@ no help of ours.
 import dataclasses
 import glob
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -50,7 +51,7 @@ def write(prefix: Path, pieces: Sequence[Piece]) -> None:
                 tensors=[tf.convert_to_tensor(piece.value) for piece in pieces],
             )
         except tf.errors.OpError as error:
-            raise OSError(f"could not write {prefix} ({error.message})") from error
+            raise OSError(f"could not write {prefix} ({_reason(error)})") from error
 
 
 def merge(parts: Sequence[Path], prefix: Path) -> None:
@@ -102,7 +103,8 @@ def read(
             tf.errors.InternalError,
         ) as error:
             raise DamagedError(
-                f"{prefix.parent} is damaged: {name!r} cannot be read ({error.message})"
+                f"{prefix.parent} is damaged: {name!r} cannot be read "
+                f"({_reason(error)})"
             ) from error
     return value
 
@@ -115,6 +117,11 @@ def sync(paths: Sequence[Path]) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def _reason(error: tf.errors.OpError) -> str:
+    """TensorFlow's message without the names of its nodes."""
+    return re.sub(r"\{\{.*?\}\} ?| ?\[Op:\w+\]", "", error.message)
 
 
 def _slice_spec(shape: tuple[int, ...], region: Region) -> str:

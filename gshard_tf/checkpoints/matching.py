@@ -49,7 +49,7 @@ def match(
         MismatchError: lists everything that does not fit.
     """
     sources: dict[str, str] = {}
-    repeated, absent, wrong = set(), [], []
+    repeated, absent, wrong, taken = set(), [], [], set()
     for name, (shape, dtype) in targets.items():
         source = name
         for pattern, template in rename:
@@ -59,6 +59,7 @@ def match(
         if source not in arrays:
             absent.append(name)
             continue
+        taken.add(source)
         array = arrays[source]
         if array.shape != shape and source != name and array.shape == shape[1:]:
             repeated.add(name)
@@ -69,7 +70,6 @@ def match(
             wrong.append(f"{name} is {dtype}, the checkpoint's {array.dtype}")
             continue
         sources[name] = source
-    taken = set(sources.values())
     left = [name for name in arrays if name not in taken]
     lines = [f"not in the checkpoint: {n}" for n in _not_allowed(absent, missing)]
     lines += [f"of another kind: {line}" for line in wrong]
