@@ -23,6 +23,7 @@ STOPPED_BY_ANOTHER = 70
 # How long the first process, which carries the messages, waits for the others to
 # have heard why the run ends.
 _FAREWELL_SECONDS = 10
+_BEAT_SECONDS = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +88,8 @@ class _Run:
         self.turn = 0
         self.waiting_since: float | None = None
         self.what = ""
+        # Whether a step failed that needs all processes: one may be gone.
+        self.broke_off = False
         self.rounds = itertools.count()
 
 
@@ -114,6 +117,9 @@ def together(what: str) -> Iterator[None]:
     _RUN.waiting_since = time.monotonic()
     try:
         yield
+    except Exception:
+        _RUN.broke_off = True
+        raise
     finally:
         _RUN.waiting_since = None
 
@@ -239,8 +245,22 @@ def own_rows(batch: Any) -> Any:
 def _end_with_all(kind: type, error: BaseException, trace: Any) -> None:
     """Instead of Python's own end after an exception: the others end too."""
     traceback.print_exception(kind, error, trace)
-    lines = traceback.format_exception_only(kind, error)
-    stop_all("".join(lines).strip())
+    message = "".join(traceback.format_exception_only(kind, error)).strip()
+    if _RUN.broke_off:
+        message = f"{_who_is_silent()}{message}"
+    stop_all(message)
+
+
+def _who_is_silent() -> str:
+    """Which processes do not tell any more where they are."""
+    try:
+        before = _RUN.group.overhear("progress")
+        time.sleep(3 * _BEAT_SECONDS)
+        after = _RUN.group.overhear("progress")
+    except Exception:  # jaxlib has no narrower class for it
+        return "the first process, which coordinates the run, is gone; "
+    silent = [i for i, told in sorted(after.items()) if told == before.get(i)]
+    return "".join(f"process {i} gives no sign of life; " for i in silent)
 
 
 def stop_all(message: str) -> None:
@@ -270,13 +290,10 @@ def say_and_exit(text: str, code: int, tell: bool) -> None:
 def _watch(patience: float) -> None:
     """Looks once a second whether another process has ended, or holds this one up."""
     processes = _RUN.group
-    said = -1
-    while True:
-        time.sleep(1)
+    for beat in itertools.count():
+        time.sleep(_BEAT_SECONDS)
         try:
-            if said != _RUN.turn:
-                said = _RUN.turn
-                processes.tell(f"progress/{processes.index}", str(said))
+            processes.tell(f"progress/{processes.index}", f"{_RUN.turn} {beat}")
             ends = processes.overhear("end")
         except Exception as error:  # jaxlib has no narrower class for it
             say_and_exit(
@@ -292,7 +309,7 @@ def _watch(patience: float) -> None:
             behind = [
                 i
                 for i in range(processes.count)
-                if int(progress.get(str(i), 0)) < _RUN.turn
+                if int(progress.get(str(i), "0").split()[0]) < _RUN.turn
             ]
             who = ", ".join(f"process {i}" for i in behind) or "no process"
             say_and_exit(

@@ -48,10 +48,20 @@ def write(prefix: Path, pieces: Sequence[Piece]) -> None:
                 prefix=str(prefix),
                 tensor_names=[piece.name for piece in pieces],
                 shape_and_slices=[_slice_spec(p.shape, p.region) for p in pieces],
-                tensors=[tf.convert_to_tensor(piece.value) for piece in pieces],
+                tensors=[_tensor(piece.value) for piece in pieces],
             )
         except tf.errors.OpError as error:
             raise OSError(f"could not write {prefix} ({_reason(error)})") from error
+
+
+def _tensor(value: np.ndarray | tf.Tensor) -> tf.Tensor:
+    """An array as a tensor, in the same memory if it is large."""
+    if tf.is_tensor(value) or value.nbytes < 1024 or value.dtype == np.bool_:
+        return tf.convert_to_tensor(value)
+    # numpy hands over numbers of its own kinds only: bfloat16 goes as integers.
+    bits = value.view(f"u{value.dtype.itemsize}") if value.dtype.kind == "V" else value
+    tensor = tf.experimental.dlpack.from_dlpack(bits.__dlpack__())
+    return tensor if bits is value else tf.bitcast(tensor, tf.as_dtype(value.dtype))
 
 
 def merge(parts: Sequence[Path], prefix: Path) -> None:
