@@ -118,16 +118,20 @@ class Placement:
         # the next step is going to reuse.
         return np.array(value, copy=True)
 
-    def _gathered(self, value: Any) -> Any:
-        """A copy of all of it on every device; all processes take part."""
+    @functools.cached_property
+    def _gather(self) -> Any:
+        """Makes every device hold all of a value; all processes take part."""
         import jax
         from jax.sharding import NamedSharding, PartitionSpec
 
         whole = NamedSharding(self.jax_mesh, PartitionSpec())
+        return jax.jit(lambda value: value, out_shardings=whole)
+
+    def _gathered(self, value: Any) -> Any:
+        import jax
+
         with together("reading a split variable"), jax.enable_x64(True):
-            return jax.block_until_ready(
-                jax.jit(lambda x: x, out_shardings=whole)(value)
-            )
+            return jax.block_until_ready(self._gather(value))
 
 
 def jit_step(
