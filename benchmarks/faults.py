@@ -168,8 +168,8 @@ def losses(folder: Path) -> list[list[str]]:
 def kills(count: int, seed: int, folder: Path) -> dict[str, Any]:
     """Kills a run `count` times and compares it with one that nobody killed."""
     rng = random.Random(seed)  # noqa: S311
-    # An epoch is some 25 steps; about one for four kills.
-    epochs = max(2, count // 4)
+    # More steps than so many lives come to.
+    epochs = max(2, count)
     begun = time.monotonic()
     whole = live(folder / "whole", epochs)
     end = whole.lines[-1].split()[1]
