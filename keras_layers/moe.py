@@ -157,6 +157,10 @@ class MoELayer(keras.layers.Layer):
         router_metrics: Which metrics of the router's health are reported: "all" or
             some of `RouterHealth.NAMES`.
         metrics_per_expert: Whether to report the load of each expert too.
+        decoding_group_size: Tokens of batch and beam that are routed together while
+            decoding (see `call`). 1: nothing can be dropped, and every expert has a
+            slot for every token, E / 2 times what is needed. More: as many slots as
+            the router's evaluation capacity says, and what does not fit is dropped.
         seed: Seed of the dropout, and of the router unless it is a layer.
 
     Metrics of the router's health appear in `fit`'s logs under the layer's name: see
@@ -183,6 +187,7 @@ class MoELayer(keras.layers.Layer):
         num_shared_experts: int = 0,
         router_metrics: str | Sequence[str] = DEFAULT_METRICS,
         metrics_per_expert: bool = False,
+        decoding_group_size: int = 1,
         seed: int | None = None,
         **kwargs: Any,
     ):
@@ -190,6 +195,7 @@ class MoELayer(keras.layers.Layer):
         check_choice("dispatcher", dispatcher, tuple(_DISPATCHERS))
         if group_size is not None:
             check_int("group_size", group_size, 1)
+        check_int("decoding_group_size", decoding_group_size, 1)
         check_coefficient("aux_loss_coef", aux_loss_coef)
         check_coefficient("z_loss_coef", z_loss_coef)
         check_int("num_shared_experts", num_shared_experts, 0)
@@ -216,6 +222,7 @@ class MoELayer(keras.layers.Layer):
         self.num_shared_experts = num_shared_experts
         self.router_metrics = router_metrics
         self.metrics_per_expert = metrics_per_expert
+        self.decoding_group_size = decoding_group_size
         self.seed = seed
         alike = {
             "activation": activation,
@@ -280,9 +287,10 @@ class MoELayer(keras.layers.Layer):
             mask: `[..., L]` bool, False for padding: it takes no slot, counts in no
                 loss and no metric, and comes out as 0.
             training: Whether to route at random, drop out and add the balancing loss.
-            decoding: True while generating, for source and target: every token is a
-                group of its own, so that none can be dropped and none affects another,
-                and neither metrics nor losses are touched.
+            decoding: True while generating, for source and target: groups are of
+                `decoding_group_size` tokens, by default each by itself, so that none
+                can be dropped and none affects another; neither metrics nor losses
+                are touched.
             token_ids: `[..., L]` ints, for a router that goes by them (`HashRouter`).
         """
         if decoding:
@@ -330,7 +338,7 @@ class MoELayer(keras.layers.Layer):
             return tf.reshape(inputs, [-1, size, width]), mask
 
         width = inputs.shape[-1]
-        size = 1 if decoding else self.group_size
+        size = self.decoding_group_size if decoding else self.group_size
         flat = tf.reshape(inputs, [-1, width])
         (count,) = sizes(flat)[:1]
         missing = -count % size
@@ -390,6 +398,7 @@ class MoELayer(keras.layers.Layer):
             num_shared_experts=self.num_shared_experts,
             router_metrics=self.router_metrics,
             metrics_per_expert=self.metrics_per_expert,
+            decoding_group_size=self.decoding_group_size,
             seed=self.seed,
         )
         return config

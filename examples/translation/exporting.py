@@ -9,8 +9,8 @@ from typing import Any
 import tensorflow as tf
 
 from examples.translation.files import MissingPackageError
-from gshard_files import new_folder
 from examples.translation.translating import Translator
+from gshard_files import new_folder
 
 #: Where TensorFlow Serving looks for requests to send itself before it answers others.
 WARM_UP = Path("assets.extra", "tf_serving_warmup_requests")

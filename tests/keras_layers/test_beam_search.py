@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import tensorflow as tf
-from decoding_models import BOS, EOS, Fixed, small, sources
+from decoding_models import BOS, EOS, Fixed, Uncached, small, sources
 from oracles import beam_search as oracle
 
 from keras_layers import beam_search, greedy_decode, length_limits
@@ -194,3 +194,30 @@ def test_bad_arguments(arguments, message):
         beam_search(Fixed([0.0, 1.0, 2.0]), sources(1), **given)
     with pytest.raises(ValueError, match="Received: factor=0"):
         length_limits(sources(1), factor=0)
+
+
+@pytest.mark.slow
+def test_a_thousand_sentences_with_and_without_caches(model):
+    """Greedy, beam 4 and flat, token for token; scores within 1e-4."""
+    ids = sources(1000, seed=5)
+    limits = length_limits(ids, 0, 1.0, 3)
+    options = {"limits": limits, "num_results": 4}
+
+    def greedy(decoded):
+        return greedy_decode(decoded, ids, 9, BOS, EOS, limits=limits)
+
+    def search(decoded, flat=False):
+        return beam_search(decoded, ids, 9, BOS, EOS, flat=flat, **options)
+
+    def run(function, *arguments):
+        return [x.numpy() for x in tf.function(lambda: function(*arguments))()]
+
+    cached, uncached = run(greedy, model), run(greedy, Uncached(model))
+    np.testing.assert_array_equal(cached[0], uncached[0])
+    np.testing.assert_allclose(cached[1], uncached[1], atol=1e-4)
+    uncached = run(search, Uncached(model))
+    assert 0.02 < np.mean(uncached[0] == EOS)
+    for flat in (False, True):
+        cached = run(search, model, flat)
+        np.testing.assert_array_equal(cached[0], uncached[0])
+        np.testing.assert_allclose(cached[1], uncached[1], atol=1e-4)

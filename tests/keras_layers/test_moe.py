@@ -133,6 +133,17 @@ def test_decoding_never_drops_and_leaves_no_trace():
         assert value == before[name]
 
 
+def test_decoding_in_groups_drops_what_does_not_fit():
+    layer = MoELayer(
+        8, 6, router={"eval_capacity_factor": 0.5, **ALL}, decoding_group_size=16
+    )
+    x = np.broadcast_to(random_inputs(1, 1, 5), (16, 1, 5))
+    served = np.any(layer(x, decoding=True) != 0, axis=-1)
+    # The evaluation capacity leaves each of the two experts wanted one slot.
+    assert np.count_nonzero(served) == 1
+    assert np.all(np.any(layer(x, training=True) != 0, axis=-1)[:4])
+
+
 def test_aux_loss_is_added_in_training_only():
     layer = MoELayer(4, 6, router=ALL, aux_loss_coef=0.5)
     x = random_inputs(2, 8, 5)
