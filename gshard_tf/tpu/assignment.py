@@ -24,7 +24,7 @@ def assign_cores(
         mesh: The mesh of one replica.
 
     Raises:
-        ValueError: when the slice is no whole number of such boxes.
+        ValueError: when the slice is no whole number of such meshes.
     """
     slice_shape = [int(n) for n in topology.mesh_shape]
     cores = topology.num_tasks * topology.num_tpus_per_task
@@ -33,12 +33,8 @@ def assign_cores(
             f"The {cores} cores of the slice must be a whole number of meshes. "
             f"Received: {_sizes(mesh)} with {mesh.size} cores"
         )
+    # (Whatever divides the slice is the size of some box.)
     boxes = _boxes(slice_shape, mesh.size)
-    if not boxes:
-        raise ValueError(
-            f"No box of {mesh.size} cores tiles the slice {slice_shape} (x, y, z, "
-            f"cores of a chip). Received: {_sizes(mesh)}"
-        )
     sizes = [int(n) for n in mesh.shape() if n > 1]
     fitting = [(box, order) for box in boxes if (order := _directions(box, sizes))]
     box = fitting[0][0] if fitting else boxes[0]

@@ -44,13 +44,16 @@ class CoreProgram:
         build.device_assignment = options.device_assignment = (
             xla_client.DeviceAssignment.create(ids)
         )
+        text = _as_newer_mlir(module.stablehlo)
+        text = text.replace("module attributes", "module @step attributes")
+        # jaxlib runs several replicas, but cannot say that their results are split: so
+        # they are gathered, and cut here.
+        self._gathered = runs and module.replicas > 1
+        if self._gathered:
+            text = _with_whole_results(text)
         with mlir.make_ir_context() as context:
             context.allow_unregistered_dialects = True
-            parsed = ir.Module.parse(
-                _as_newer_mlir(module.stablehlo).replace(
-                    "module attributes", "module @step attributes"
-                )
-            )
+            parsed = ir.Module.parse(text)
         client = devices[0].client
         compile_ = client.compile_and_load if runs else client.compile
         self.module = module
@@ -90,10 +93,20 @@ class CoreProgram:
             for result, replica in self.module.outputs
         ]
         updates = [
-            [np.asarray(each) for each in results[result]]
+            self._kept(result, [np.asarray(each) for each in results[result]])
             for _, result in self.module.updates
         ]
         return outputs, updates
+
+    def _kept(self, result: int, values: list[np.ndarray]) -> list[np.ndarray]:
+        """What each device keeps of a result."""
+        if not self._gathered:
+            return values
+        cores = self.module.cores
+        sharding = self.module.result_shardings[result]
+        return [
+            _cut(value, sharding, cores)[i % cores] for i, value in enumerate(values)
+        ]
 
     def _put(self, argument: Argument, held: Callable[[int], np.ndarray]) -> Any:
         import jax
@@ -133,6 +146,15 @@ def _as_newer_mlir(text: str) -> str:
         return f'dense<"0x{bits.tobytes().hex().upper()}"> : tensor<{found[2]}i1>'
 
     return re.sub(r'dense<"0x([0-9A-F]+)"> : tensor<([\dx]*)i1>', unpacked, text)
+
+
+def _with_whole_results(text: str) -> str:
+    start = text.index("func.func @main")
+    head, arrow, rest = text[start:].partition(") -> ")
+    head = re.sub(r",? ?tf\.aliasing_output = \d+ : i64", "", head)
+    results, newline, body = rest.partition("\n")
+    results = re.sub(r'mhlo\.sharding = "[^"]*"', 'mhlo.sharding = ""', results)
+    return text[:start] + head + arrow + results + newline + body
 
 
 def _cut(value: np.ndarray, sharding: bytes, cores: int) -> list[np.ndarray]:

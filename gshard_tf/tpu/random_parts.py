@@ -21,6 +21,7 @@ _COUNTS = {
 }
 _GROUP = 4
 _PHILOX = 1
+_OF_THE_DEVICE = 3  # which is Philox on a CPU
 _SCALED_BY = {"Mul": tf.multiply, "AddV2": tf.add, "Sub": tf.subtract}
 _UNCHANGED = frozenset({"Identity", "Reshape"})
 
@@ -96,14 +97,14 @@ def _part(
         ]
         return _SCALED_BY[op.type](*values)
     key, counter, algorithm = (known[id(x)] for x in op.inputs[1:])
-    if int(algorithm) != _PHILOX:
+    if int(algorithm) not in (_PHILOX, _OF_THE_DEVICE):
         raise NotByParts
     skipped = start // _GROUP
     numbers = getattr(tf.raw_ops, op.type)(
         shape=[stop - skipped * _GROUP],
         key=key,
         counter=_later(counter.numpy(), skipped * _COUNTS[op.type]),
-        alg=algorithm,
+        alg=_PHILOX,
         dtype=tensor.dtype,
     )
     return numbers[start - skipped * _GROUP :]

@@ -6,7 +6,7 @@ and nothing else. It is for tests and measurements; the TPU's own compiler, numb
 runtime are not in it.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import keras
@@ -24,9 +24,16 @@ class SimulatedStep:
         strategy: A `TPUStrategy`, ours or TensorFlow's.
         fn: What each replica runs.
         batch: A batch as a distributed dataset yields it.
+        variables: The variables that `fn` uses, and perhaps others.
     """
 
-    def __init__(self, strategy: tf.distribute.Strategy, fn: Callable, batch: Any):
+    def __init__(
+        self,
+        strategy: tf.distribute.Strategy,
+        fn: Callable,
+        batch: Any,
+        variables: Iterable[Any],
+    ):
         def step(batch):
             # As Keras does: with several replicas, the logs of the first.
             return tf.nest.map_structure(
@@ -38,20 +45,17 @@ class SimulatedStep:
         self.module: CoreModule = core_module(self.function)
         self.program = CoreProgram(self.module)
         self._given = len(self.function.inputs) - len(self.function.captured_inputs)
-        self._variables = self._find_variables()
-
-    def _find_variables(self) -> dict[int, Any]:
-        """What each core holds, by the input of the function that names it."""
         by_handle = {
             id(part.handle): part
-            for variable in self.function.graph.variables
+            for variable in variables
             for part in parts_of(variable)
         }
-        found = {}
-        for i, handle in enumerate(self.function.captured_inputs):
-            if handle.dtype == tf.resource:
-                found[self._given + i] = by_handle[id(handle)]
-        return found
+        # What each core holds, by the input of the function that names it.
+        self._variables = {
+            self._given + i: by_handle[id(handle)]
+            for i, handle in enumerate(self.function.captured_inputs)
+            if handle.dtype == tf.resource
+        }
 
     def __call__(self, batch: Any) -> Any:
         """Runs it, and gives every core its part of the new state."""
@@ -96,8 +100,16 @@ def simulate_fit(model: keras.Model) -> list[SimulatedStep]:
         parts = tf.nest.flatten(batch, expand_composites=True)
         key = tuple(tuple(part.shape) for part in parts)
         if key not in known:
+            variables = [
+                *model.variables,
+                *model.metrics_variables,
+                *model.optimizer.variables,
+            ]
             known[key] = SimulatedStep(
-                model.distribute_strategy, model.train_step, batch
+                model.distribute_strategy,
+                model.train_step,
+                batch,
+                [variable.value for variable in variables],
             )
             steps.append(known[key])
         return known[key](batch)

@@ -1,5 +1,6 @@
 """One variable as the cores of a TPU hold it: a part, or a copy, per core."""
 
+import functools
 import itertools
 import math
 import weakref
@@ -15,6 +16,7 @@ from tensorflow.python.ops import resource_variable_ops
 
 from gshard_tf import hlo_sharding
 from gshard_tf.layouts import Layouts
+from gshard_tf.tpu.exporting import stand_in
 from gshard_tf.tpu.initial import InitialValue
 
 
@@ -65,6 +67,11 @@ class Storage:
                 self._cores = self._make()
             self._initial = None
         return self._cores[replica]
+
+    @functools.cached_property
+    def exported_whole(self) -> Any:
+        """What an exported function reads in place of the parts."""
+        return stand_in(self.shape, self.dtype, self.name)
 
     def _make(self) -> list[list[Any]]:
         tiles = self.tiles()

@@ -29,6 +29,7 @@ from tensorflow.python.trackable import base as trackable
 from gshard_tf import hlo_sharding
 from gshard_tf.placed import PlacedVariable
 from gshard_tf.tpu.bridge import tile_assignment
+from gshard_tf.tpu.exporting import being_exported
 from gshard_tf.tpu.storage import Storage
 
 
@@ -117,6 +118,8 @@ class CoreShards(tpu_replicated_variable.TPUReplicatedVariable):
     def read_value(self) -> tf.Tensor:
         if not self.storage.is_split:
             return self._vars[0].read_value()
+        if not tf.executing_eagerly() and being_exported():
+            return self.storage.exported_whole.read_value()
         return self.storage.assemble([v.read_value() for v in self._vars])
 
     def _update(self, update_fn: Callable, value: Any, **kwargs: Any) -> Any:
@@ -134,6 +137,27 @@ class CoreShards(tpu_replicated_variable.TPUReplicatedVariable):
                     update_fn(variable, value[slices] if slices else value, **kwargs)
                 )
         return None if tf.executing_eagerly() else tf.group(*updates)
+
+    def _export_to_saved_model_graph(
+        self, object_map: Any, tensor_map: Any, options: Any, **kwargs: Any
+    ) -> list[Any]:
+        arguments = {
+            "object_map": object_map,
+            "tensor_map": tensor_map,
+            "options": options,
+            **kwargs,
+        }
+        if not self.storage.is_split:
+            return super()._export_to_saved_model_graph(**arguments)
+        whole = self.storage.exported_whole
+        resources = whole._export_to_saved_model_graph(**arguments)
+        for part in self._vars:
+            object_map[part] = object_map[whole]
+            tensor_map[part.handle] = tensor_map[whole.handle]
+            resources.append(part.handle)
+        object_map[self] = object_map[whole]
+        tensor_map[self] = tensor_map[whole.handle]
+        return [*resources, self]
 
 
 class _OnCores(PlacedVariable):

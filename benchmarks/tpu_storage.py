@@ -1,0 +1,172 @@
+"""What a TPU core holds and what is gathered: TensorFlow's TPUStrategy, and ours.
+
+    python -m benchmarks.tpu_storage [--experts 8] [--steps 3] [--json]
+
+The translator of `examples.translation`, on a v5e-8 that is not there, one replica over
+its 8 cores, under TensorFlow's own `TPUStrategy` in SPMD mode and under
+`gshard_tf.tpu_strategy`. Both train the same steps from the same weights: traced by
+the strategy, lowered by TensorFlow's TPU bridge, partitioned by XLA, run on 8 CPU
+devices. Printed:
+
+* bytes of weights and optimizer slots per core, summed over the variables of a core;
+* all-gathers in the partitioned program of a step, and the bytes that they bring;
+* the largest difference of any weight after the steps.
+
+Each side runs in a process of its own. No time is measured: a CPU's says nothing here.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import types
+from typing import Any
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+
+import numpy as np
+
+SIDES = ("default", "ours")
+SLICE = (2, 4, 1, 1)
+BATCH, LENGTH = 16, 16
+
+
+def default_strategy() -> Any:
+    """TensorFlow's own, as its documentation says to make it."""
+    import tensorflow as tf
+
+    from gshard_tf.tpu.synthetic import SyntheticTPU
+
+    tpu = SyntheticTPU(SLICE)
+    assignment = tf.tpu.experimental.DeviceAssignment.build(
+        tpu.topology, computation_shape=list(SLICE), num_replicas=1
+    )
+    return tf.distribute.TPUStrategy(
+        tpu,
+        experimental_device_assignment=assignment,
+        experimental_spmd_xla_partitioning=True,
+    )
+
+
+def run_side(side: str, experts: int, steps: int, weights_file: str) -> dict[str, Any]:
+    """Trains one side, and looks at its variables and its program."""
+    import keras
+    import tensorflow as tf
+
+    import gshard_tf
+
+    gshard_tf.request_cpu_devices(int(np.prod(SLICE)))
+    from examples.translation.model import make_model
+    from examples.translation.settings import Settings
+    from gshard_tf import hlo_text, inspection
+    from gshard_tf.tpu.simulation import SimulatedStep, parts_of
+    from gshard_tf.tpu.synthetic import SyntheticTPU
+
+    mesh = gshard_tf.create_mesh({"expert": int(np.prod(SLICE))}, "TPU")
+    rules = gshard_tf.AxisRules.default(mesh)
+    if side == "ours":
+        strategy = gshard_tf.tpu_strategy(SyntheticTPU(SLICE), mesh, rules)
+    else:
+        strategy = default_strategy()
+    settings = Settings(experts=experts)
+    keras.utils.set_random_seed(1)
+    with strategy.scope():
+        vocabulary = types.SimpleNamespace(size=settings.vocab_size)
+        model = make_model(settings, vocabulary)
+        model.optimizer.build(model.trainable_variables)
+
+    rng = np.random.default_rng(0)
+    ids = rng.integers(3, settings.vocab_size, [3, BATCH, LENGTH]).astype("int32")
+    batch = tuple(tf.constant(x) for x in ids)
+    batch = ((batch[0], batch[1]), batch[2])
+    with strategy.scope():
+        model._symbolic_build(data_batch=batch)  # as `fit` does before it traces
+
+    def train_step(batch):
+        # The same annotations on both sides: what differs is where variables lie.
+        with gshard_tf.use_mesh(mesh, rules):
+            return model.train_step(batch)
+
+    state = [v.value for v in model.variables + model.optimizer.variables]
+    variables = state + [v.value for v in model.metrics_variables]
+    step = SimulatedStep(strategy, train_step, batch, variables)
+    gathers = [
+        c
+        for c in inspection.collectives_of(hlo_text.parse(step.program.as_text()))
+        if c.kind == "all-gather"
+    ]
+    for _ in range(steps):
+        logs = step(batch)
+    with strategy.scope():
+        np.savez(weights_file, *[np.array(v) for v in model.trainable_variables])
+    return {
+        "bytes_per_core": sum(
+            max(part.shape.num_elements() * part.dtype.size for part in parts_of(v))
+            for v in state
+        ),
+        "all_gathers": sum(c.times for c in gathers),
+        "all_gather_bytes": sum(c.times * c.bytes for c in gathers),
+        "loss": float(logs["loss"]),
+    }
+
+
+def measure(experts: int, steps: int) -> dict[str, Any]:
+    """Both sides, each in its own process."""
+    found: dict[str, Any] = {"experts": experts, "cores": int(np.prod(SLICE))}
+    with tempfile.TemporaryDirectory() as folder:
+        weights = {}
+        for side in SIDES:
+            file = os.path.join(folder, f"{side}.npz")
+            command = [sys.executable, "-m", "benchmarks.tpu_storage"]
+            command += ["--side", side, "--weights", file]
+            command += ["--experts", str(experts), "--steps", str(steps)]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+            if done.returncode:
+                raise RuntimeError(f"The side {side!r} failed; see above.")
+            result = json.loads(done.stdout.strip().splitlines()[-1])
+            found |= {f"{name}_{side}": value for name, value in result.items()}
+            with np.load(file) as saved:
+                weights[side] = [saved[name] for name in saved.files]
+    found["max_abs_weight_diff"] = max(
+        float(np.max(np.abs(a - b)))
+        for a, b in zip(weights["default"], weights["ours"], strict=True)
+    )
+    return found
+
+
+def table(found: dict[str, Any]) -> str:
+    lines = [
+        f"{found['experts']} experts on {found['cores']} cores",
+        f"{'':28}{'TensorFlow':>14}{'ours':>14}",
+    ]
+    for name in ("bytes_per_core", "all_gathers", "all_gather_bytes"):
+        values = "".join(f"{found[f'{name}_{side}']:>14,}" for side in SIDES)
+        lines.append(f"{name.replace('_', ' '):28}{values}")
+    lines.append(f"largest difference of weights: {found['max_abs_weight_diff']:.1e}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--experts", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--weights", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.side:
+        found = run_side(options.side, options.experts, options.steps, options.weights)
+        print(json.dumps(found))
+        return
+    found = measure(options.experts, options.steps)
+    print(json.dumps(found) if options.json else table(found))
+
+
+if __name__ == "__main__":
+    main()

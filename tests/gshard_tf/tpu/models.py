@@ -1,0 +1,60 @@
+"""A small model for TPU tests, under a strategy or in plain Keras."""
+
+import keras
+import numpy as np
+
+import gshard_tf
+from keras_layers import Dropout, MoELayer
+
+OPTIMIZERS = {
+    "adam": lambda: keras.optimizers.Adam(0.01),
+    "adafactor": lambda: keras.optimizers.Adafactor(0.01),
+    "momentum": lambda: keras.optimizers.SGD(0.05, momentum=0.9),
+    "sparse": lambda: keras.optimizers.SGD(0.05),
+    "accumulation": lambda: keras.optimizers.Adam(0.01, gradient_accumulation_steps=2),
+    "average": lambda: keras.optimizers.Adam(
+        0.01, use_ema=True, ema_overwrite_frequency=2
+    ),
+}
+VOCABULARY, LENGTH, WIDTH, HIDDEN, EXPERTS = 24, 8, 16, 32, 8
+
+
+class Table(keras.layers.Layer):
+    """An embedding whose rows are split and whose gradient is sparse."""
+
+    def build(self, shape):
+        self.table = self.add_weight(
+            shape=(VOCABULARY, WIDTH), name="table", initializer="random_normal"
+        )
+        gshard_tf.name_axes(self.table, ("vocab", "embed"))
+
+    def call(self, ids):
+        import tensorflow as tf
+
+        return tf.nn.embedding_lookup(self.table.value, ids)
+
+
+def model(optimizer="adam", dropout=0.0):
+    """Tokens `[B, L]` -> `[B, L, 2]`."""
+    keras.utils.set_random_seed(3)
+    ids = keras.Input((LENGTH,), dtype="int32")
+    x = Table(name="embedding")(ids)
+    x = Dropout(dropout, seed=5)(x)
+    x = x + MoELayer(EXPERTS, HIDDEN, dropout=dropout, seed=7, name="moe")(x)
+    made = keras.Model(ids, keras.layers.Dense(2, name="outer")(x))
+    made.compile(OPTIMIZERS[optimizer](), "mse", metrics=["mae"])
+    return made
+
+
+def data(examples=32):
+    rng = np.random.default_rng(0)
+    ids = rng.integers(0, VOCABULARY, [examples, LENGTH]).astype("int32")
+    return ids, rng.normal(size=[examples, LENGTH, 2]).astype("float32")
+
+
+def difference(ours, theirs):
+    """Largest absolute difference of two lists of variables or arrays."""
+    return max(
+        float(np.max(np.abs(np.array(a) - np.array(b))))
+        for a, b in zip(ours, theirs, strict=True)
+    )

@@ -1,0 +1,25 @@
+"""Runs a script of this folder in a process of its own.
+
+A TPU's topology, TensorFlow's devices and its bridge are set once per process.
+"""
+
+import json
+import pathlib
+
+from processes import ROOT, run_python
+
+HERE = pathlib.Path(__file__).parent
+
+
+def run_script(name, *arguments, **options):
+    """What a script prints last, which is JSON."""
+    printed = run_python(
+        f"""
+        import runpy, sys
+        sys.path[:0] = [{str(HERE)!r}, {str(ROOT)!r}]
+        sys.argv = {[name, *map(str, arguments)]!r}
+        runpy.run_path({str(HERE / name)!r}, run_name="__main__")
+        """,
+        **options,
+    )
+    return json.loads(printed.strip().splitlines()[-1])

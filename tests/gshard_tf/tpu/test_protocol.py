@@ -1,0 +1,81 @@
+"""Tiers 3 and 4: what reaches a TPU's host, and the TPU's compiler on it.
+
+The host is a stand-in: it speaks TensorFlow's protocol, says that it has a TPU, and
+writes down what it is asked to do. The client is unmodified.
+"""
+
+import importlib.util
+import json
+
+import pytest
+from scripts import run_script
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("grpc") is None, reason="needs grpcio"
+)
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="needs libtpu: the extra aot"
+)
+
+
+@pytest.fixture(scope="module")
+def one_replica():
+    return run_script("protocol.py", json.dumps({"expert": 8}))
+
+
+@pytest.mark.slow
+def test_a_mesh_of_two_axes():
+    run = run_script("protocol.py", json.dumps({"data": 2, "model": 2}))
+    assert [run["replicas"], run["cores"]] == [2, 4]
+    assert_executed(run)
+
+
+def assert_executed(run):
+    assert not run["errors"]
+    assert sorted(core for core, _, _ in run["executions"]) == [
+        str(i) for i in range(8)
+    ]
+    for core, given, count in run["executions"]:
+        # A core is given its own parts, and nobody else's.
+        assert given == [core] and count > 10
+
+
+def test_the_program_that_arrives(one_replica):
+    assert [one_replica["replicas"], one_replica["cores"]] == [1, 8]
+    assert one_replica["use_spmd"] is True
+    assert {"loss", "mae"} <= set(one_replica["logs"])
+
+
+def test_its_shardings(one_replica):
+    split = [
+        dims for shape, dims, _ in one_replica["arguments"] if len(shape) == 3 and dims
+    ]
+    # Two weights of the experts with two slots each, and the labels.
+    assert split.count([8, 1, 1]) == 7
+    assert one_replica["results"].count([8, 1, 1]) == 6
+
+
+def test_the_order_of_the_cores(one_replica):
+    # Cores are numbered along x, then y, in the stand-in's topology.
+    wanted = [[x + 2 * y for x, y, _, _ in cores] for cores in one_replica["wanted"]]
+    assert one_replica["assigned"] == wanted
+
+
+def test_every_core_executes_on_its_own_parts(one_replica):
+    assert one_replica["execute operations"] == ["TPUExecuteAndUpdateVariables"]
+    assert_executed(one_replica)
+
+
+@needs_libtpu
+@pytest.mark.parametrize("name", ["v5e:2x4", "v4:2x2x2"])
+def test_the_tpus_compiler_takes_it(one_replica, name):
+    assert one_replica["left"] == []
+    arguments, temporaries = one_replica[f"memory {name}"]
+    assert arguments > 0 and temporaries > 0
+
+
+@needs_libtpu
+def test_its_memory_is_what_the_plan_says(one_replica):
+    arguments, temporaries = one_replica["memory v5e:2x4"]
+    planned, planned_temporaries = one_replica["plan"]
+    assert arguments == pytest.approx(planned, rel=0.02)

@@ -1,0 +1,89 @@
+"""Tier 2: what `fit` computes, through TensorFlow's TPU bridge and XLA's partitioner.
+
+The program is that of the strategy, traced by TensorFlow for a TPU; each of eight CPU
+devices is given what one core would hold. The oracle is plain Keras.
+"""
+
+import json
+
+import pytest
+from scripts import run_script
+
+CLOSE = 1e-6
+
+
+def found(mesh, optimizer, dropout=0.0):
+    return run_script("fit.py", json.dumps(mesh), optimizer, dropout)
+
+
+@pytest.fixture(scope="module")
+def one_replica():
+    return found({"expert": 8}, "adam", 0.1)
+
+
+@pytest.fixture(scope="module")
+def two_replicas():
+    return found({"expert": 4}, "adam")
+
+
+def assert_as_plain_keras(run):
+    assert max(run["logs"].values()) < CLOSE, run["logs"]
+    assert run["weights"] < CLOSE
+    assert run["slots"] < CLOSE
+    assert run["moved"] > 0.01
+    assert run["files"] == run["their files"] != []
+
+
+def test_fit_with_dropout_and_callbacks(one_replica):
+    assert_as_plain_keras(one_replica)
+    assert {"loss", "mae", "moe_dropped", "learning_rate"} <= set(one_replica["names"])
+
+
+def test_fit_on_two_replicas(two_replicas):
+    assert two_replicas["size"] == [2, 4]
+    assert two_replicas["weights"] < CLOSE
+    assert two_replicas["slots"] < CLOSE
+    assert two_replicas["moved"] > 0.01
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("mesh", "optimizer"),
+    [
+        ({"data": 4, "model": 2}, "adafactor"),
+        ({"data": 4, "model": 2}, "sparse"),
+        ({"expert": 8}, "momentum"),
+        ({"expert": 8}, "accumulation"),
+        ({"expert": 8}, "average"),
+    ],
+)
+def test_fit_with_other_optimizers(mesh, optimizer):
+    run = found(mesh, optimizer)
+    assert_as_plain_keras(run)
+    for path, share in run["shares"].items():
+        if "experts_w" in path or "experts/w" in path:
+            assert share == 1 / 8, path
+
+
+def test_the_program(one_replica):
+    assert one_replica["size"] == [1, 8]
+    assert one_replica["use_spmd"] is True
+    # The host reads and writes variables, and that is all.
+    assert one_replica["host"] == ["tf.TPUCompilationResult"]
+    # Two weights with two slots each, and their new values.
+    assert one_replica["split arguments"] == 6
+    assert one_replica["split updates"] == 6
+
+
+def test_inputs_arrive_in_parts(one_replica):
+    assert len(one_replica["inputs"]) == 2
+    assert all(one_replica["inputs"])
+
+
+def test_what_is_communicated(one_replica):
+    kinds = [kind for kind, _ in one_replica["collectives"]]
+    # There and back, and the same for the gradient.
+    assert kinds.count("all-to-all") == 4
+    gathered = [s for kind, s in one_replica["collectives"] if kind == "all-gather"]
+    weights = [[8, 16, 32], [8, 32, 16]]
+    assert not [shape for shapes in gathered for shape in shapes if shape in weights]
