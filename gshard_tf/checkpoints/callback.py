@@ -94,6 +94,13 @@ class SaveCheckpoints(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: dict | None = None) -> None:
         self.checkpoints.claim()
+        try:
+            self._begin()
+        except BaseException:
+            self.checkpoints.close()
+            raise
+
+    def _begin(self) -> None:
         if not self.resume and self.checkpoints.steps():
             raise ValueError(
                 f"There are checkpoints in {self.checkpoints.folder}, and resume=False "
@@ -106,7 +113,7 @@ class SaveCheckpoints(keras.callbacks.Callback):
         if self.restored is None:
             if self.data is not None:
                 # Keras has looked at a batch, to build the metrics.
-                self.data.restore(0, None)
+                self.data.restart()
             return
         found = self.restored.manifest
         if found.config != self.config:

@@ -43,8 +43,12 @@ class ResumableData:
                 f"of {int(dataset.cardinality())} batches"
             )
         self.position = position
-        self._all = dataset
         self._source = iter(dataset)
+        # To go back to. (A new iterator would shuffle in another order.)
+        try:
+            self._beginning = self._serialized()
+        except tf.errors.OpError:
+            self._beginning = None
         self._batches_taken = tf.Variable(0, dtype=tf.int64, trainable=False)
 
         def take(_):
@@ -73,11 +77,7 @@ class ResumableData:
         saved = None
         if self.position == "iterator":
             try:
-                # Public operations; only the iterator's handle has no public name.
-                saved = tf.raw_ops.SerializeIterator(
-                    resource_handle=self._source._iterator_resource,
-                    external_state_policy=2,  # fail rather than forget something
-                )
+                saved = self._serialized()
             except tf.errors.OpError as error:
                 raise ValueError(
                     "TensorFlow cannot save the position in this dataset; use "
@@ -93,14 +93,12 @@ class ResumableData:
             iterator: TensorFlow's state; None: read and drop that many.
 
         Raises:
-            ValueError: when the state is that of another dataset.
+            ValueError: when the state is that of another dataset, or the position
+                lies behind and there is no way back.
         """
         if iterator is not None:
             try:
-                tf.raw_ops.DeserializeIterator(
-                    resource_handle=self._source._iterator_resource,
-                    serialized=iterator,
-                )
+                self._deserialize(iterator)
             except tf.errors.OpError as error:
                 raise ValueError(
                     "The checkpoint was written with another input pipeline. "
@@ -108,14 +106,33 @@ class ResumableData:
                 ) from error
         else:
             if batches < self.batches_taken:
-                self._rewind()
+                if not self.restart():
+                    raise ValueError(
+                        f"Batch {batches} lies before batch {self.batches_taken}, "
+                        "where the data is, and TensorFlow cannot go back in this "
+                        "dataset. Make it anew."
+                    )
             for _ in range(batches - self.batches_taken):
                 next(self._source)
         self._batches_taken.assign(batches)
 
-    def _rewind(self) -> None:
-        tf.raw_ops.MakeIterator(
-            dataset=tf.data.experimental.to_variant(self._all),
-            iterator=self._source._iterator_resource,
-        )
+    def restart(self) -> bool:
+        """Goes to the beginning, if TensorFlow can; whether it could."""
+        if self._beginning is None:
+            return False
+        self._deserialize(self._beginning)
         self._batches_taken.assign(0)
+        return True
+
+    # Public operations; only the iterator's handle has no public name.
+
+    def _serialized(self) -> tf.Tensor:
+        return tf.raw_ops.SerializeIterator(
+            resource_handle=self._source._iterator_resource,
+            external_state_policy=2,  # fail rather than forget something
+        )
+
+    def _deserialize(self, state: tf.Tensor) -> None:
+        tf.raw_ops.DeserializeIterator(
+            resource_handle=self._source._iterator_resource, serialized=state
+        )

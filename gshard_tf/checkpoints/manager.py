@@ -8,6 +8,7 @@ import os
 import shutil
 import threading
 import warnings
+import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,12 @@ class Restored:
     folder: Path
     manifest: Manifest
     match: Match
+
+
+# Which object of this process may write to a folder.
+_HOLDERS: "weakref.WeakValueDictionary[Path, Checkpoints]" = (
+    weakref.WeakValueDictionary()
+)
 
 
 class Checkpoints:
@@ -127,6 +134,10 @@ class Checkpoints:
         if self._lock is not None or not group().is_chief:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
+        before = _HOLDERS.get(self.folder)
+        if before is not None:
+            # Of a `fit` of this process that was interrupted.
+            before.close()
         descriptor = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -137,6 +148,7 @@ class Checkpoints:
                 "run a folder of its own, or stop the other one."
             ) from error
         self._lock = descriptor
+        _HOLDERS[self.folder] = self
         # What a run that was killed left half-written. The lock says that it is gone.
         for leftover in self.folder.glob(".step-*.partial"):
             shutil.rmtree(leftover, ignore_errors=True)

@@ -1,5 +1,6 @@
 """What is kept, what is refused, what a damaged checkpoint leads to."""
 
+import fcntl
 import os
 import random
 import resource
@@ -191,12 +192,16 @@ def test_the_command(two, capsys):
 
 
 def test_two_runs_in_one_folder(tmp_path):
+    tmp_path.joinpath(".lock").touch()
+    with open(tmp_path / ".lock") as another_run:
+        fcntl.flock(another_run, fcntl.LOCK_EX)
+        with pytest.raises(AlreadyRunningError, match="Another run"):
+            gshard_tf.Checkpoints(tmp_path).save(variables(2), 2)
     first = gshard_tf.Checkpoints(tmp_path)
     first.save(variables(1), 1)
-    with pytest.raises(AlreadyRunningError, match="Another run"):
-        gshard_tf.Checkpoints(tmp_path).save(variables(2), 2)
-    first.close()
-    gshard_tf.Checkpoints(tmp_path).save(variables(2), 2)
+    # The same process, after an interrupted `fit`, say.
+    gshard_tf.Checkpoints(tmp_path, background=False).save(variables(2), 2)
+    assert first.steps() == [1, 2]
 
 
 @pytest.mark.parametrize("background", [True, False])
