@@ -31,6 +31,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -45,6 +46,8 @@ from benchmarks.report import circumstances, say
 SHAPE = Shape(experts=16, model_dim=512, hidden_dim=1536, groups=4, group_size=512)
 TINY = Shape(experts=4, model_dim=24, hidden_dim=48, groups=2, group_size=32)
 MARK = "@@ "
+# Seconds for one answer: half a minute for the slowest start, a few for a step.
+LIMIT = 300
 
 
 # ----------------------------------------------------------------- in the process
@@ -101,13 +104,21 @@ class Block:
         return self._read()
 
     def _read(self) -> Any:
-        for line in self.process.stdout:
-            if line.startswith(MARK):
-                return json.loads(line[len(MARK) :])
+        # A process that hangs is ended, or one peer would stop all.
+        clock = threading.Timer(LIMIT, self.process.kill)
+        clock.start()
+        try:
+            for line in self.process.stdout:
+                if line.startswith(MARK):
+                    return json.loads(line[len(MARK) :])
+        finally:
+            clock.cancel()
         self.errors.seek(0)
         last = self.errors.read().strip()[-2000:]
         self.close()
-        raise BlockError(f"{self.name} ({self.way}) ended: {last}")
+        raise BlockError(
+            f"{self.name} ({self.way}) ended, or was ended after {LIMIT} s: {last}"
+        )
 
     def close(self) -> None:
         self.process.stdin.close()

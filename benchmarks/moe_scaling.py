@@ -5,7 +5,7 @@
 Forward and backward of `MoELayer` and of its experts' matmuls alone, for E from 8 to
 256, all in one run under TensorFlow's jit, sides alternating. FLOPs do not depend on
 E; weights and their gradients grow with it, so the matmuls themselves slow down once
-an expert has few rows: 32 groups of 1,024 tokens give each of 256 experts 256 rows
+an expert has few rows: 64 groups of 1,024 tokens give each of 256 experts 512 rows
 (`--groups 8`: 64). Beside them the bytes of what routing adds: by index (ours) and
 as one-hot tensors [G, S, E, C] (the paper's form), from their shapes, and the
 temporaries of the whole compiled step in either form, read off XLA's own analysis.
@@ -38,7 +38,7 @@ from benchmarks.moe_sides import (
 from benchmarks.report import circumstances, say
 
 GOAL = 1.3
-SHAPE = Shape(model_dim=256, hidden_dim=1024, groups=32, group_size=1024)
+SHAPE = Shape(model_dim=256, hidden_dim=1024, groups=64, group_size=1024)
 EXPERTS = (8, 16, 32, 64, 128, 256)
 TINY = Shape(model_dim=16, hidden_dim=32, groups=2, group_size=32)
 TINY_EXPERTS = (4, 8)
@@ -163,7 +163,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, a few rounds")
     parser.add_argument(
-        "--groups", type=int, default=SHAPE.groups, help="G, default 32"
+        "--groups", type=int, default=SHAPE.groups, help="G, default 64"
     )
     parser.add_argument("--plot", metavar="PATH", help="where to draw the picture")
     options = parser.parse_args()
@@ -173,7 +173,7 @@ def main() -> None:
         result = measure(TINY, TINY_EXPERTS, rounds=2)
     else:
         shape = dataclasses.replace(SHAPE, groups=options.groups)
-        result = measure(shape, EXPERTS, rounds=5)
+        result = measure(shape, EXPERTS, rounds=3)
     result |= circumstances(begun, options.quick)
     if options.plot:
         draw(result, options.plot)

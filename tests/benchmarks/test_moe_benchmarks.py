@@ -4,13 +4,14 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 
 import numpy as np
 import pytest
 import tensorflow as tf
 from processes import ROOT
 
-from benchmarks import memory, timing
+from benchmarks import memory, moe_peers, timing
 from benchmarks.moe_scaling import routing_bytes
 from benchmarks.moe_sides import (
     Shape,
@@ -141,3 +142,19 @@ def test_peak_memory_counts_from_its_reset():
     block = np.ones(2**25, np.uint8)
     grown = memory.peak() - before
     assert 0.9 * block.nbytes < grown < 1.5 * block.nbytes
+
+
+def test_a_peer_that_hangs_is_ended(monkeypatch):
+    monkeypatch.setattr(moe_peers, "LIMIT", 0.5)
+    block = moe_peers.Block.__new__(moe_peers.Block)
+    block.name, block.way = "sleeper", "jit"
+    block.errors = tempfile.TemporaryFile("w+")
+    block.process = subprocess.Popen(
+        [sys.executable, "-c", "import time; time.sleep(60)"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with pytest.raises(moe_peers.BlockError, match=r"sleeper .* ended after 0.5 s"):
+        block.ask("step")
+    assert block.process.returncode
