@@ -209,9 +209,7 @@ def compare(gigabytes: float, rounds: int, steps: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--gigabytes", type=float, default=2.1, help="of state (2.1)")
-    parser.add_argument(
-        "--rounds", type=int, default=3, help="saves in training (3)"
-    )
+    parser.add_argument("--rounds", type=int, default=3, help="saves in training (3)")
     parser.add_argument("--steps", type=int, default=10, help="between saves (10)")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--restore", nargs=2, help=argparse.SUPPRESS)

@@ -69,13 +69,14 @@ class GuardNumbers(keras.callbacks.Callback):
                 "keras.callbacks.TerminateOnNaN. Received: a model of "
                 f"{type(self.model.distribute_strategy).__name__}"
             )
-        self._extended.keep_finite = True
         self._extended.skipped_steps.clear()
 
-    def on_train_end(self, logs: dict | None = None) -> None:
-        self._extended.keep_finite = False
+    def on_train_batch_begin(self, batch: int, logs: dict | None = None) -> None:
+        # Not while validating, and not after an exception ended `fit`.
+        self._extended.keep_finite = True
 
     def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
+        self._extended.keep_finite = False
         skipped, self._extended.skipped_steps[:] = self._extended.skipped_steps[:], []
         if not skipped:
             self._in_a_row = 0

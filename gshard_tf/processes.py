@@ -101,9 +101,14 @@ def group() -> Group:
     return _RUN.group
 
 
+def next_turn() -> int:
+    """A number that all processes get alike, and that was never given before."""
+    return next(_RUN.rounds)
+
+
 def agree(what: str, text: str, seconds: float = 600) -> list[str]:
     """What each process says to a question that all of them ask at the same point."""
-    return _RUN.group.collect(f"agree/{what}/{next(_RUN.rounds)}", text, seconds)
+    return _RUN.group.collect(f"agree/{what}/{next_turn()}", text, seconds)
 
 
 @contextlib.contextmanager

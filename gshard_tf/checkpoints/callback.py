@@ -1,5 +1,6 @@
 """`model.fit` that can be stopped anywhere and goes on where it was."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import keras
 
 from gshard_tf.checkpoints.data import ResumableData
 from gshard_tf.checkpoints.manager import Checkpoints, Restored, array_reader
+from gshard_tf.checkpoints.manifest import Manifest
 from gshard_tf.checkpoints.state import Variable, array_of, section, state_of
 from gshard_tf.checkpoints.transfer import load
 from gshard_tf.keras_steps import complete
@@ -109,28 +111,40 @@ class SaveCheckpoints(keras.callbacks.Callback):
         if self.data is not None:
             # Metrics too: outside a strategy, Keras makes them in the first step.
             complete(self.model, self.data.dataset.element_spec, "train")
-        self.restored = self.checkpoints.restore(self._state(), data=self.data)
+        self.restored = self.checkpoints.restore(
+            self._state(), data=self.data, accept=self._check_config
+        )
         if self.restored is None:
             if self.data is not None:
                 # Keras has looked at a batch, to build the metrics.
                 self.data.restart()
             return
         found = self.restored.manifest
-        if found.config != self.config:
-            raise ValueError(
-                f"The run in {self.checkpoints.folder} was begun with config="
-                f"{found.config!r}. Received: config={self.config!r}"
-            )
         self.step = found.step
         self._done_before = found.epoch_step
         # Private API, of Keras's own BackupAndRestore: where `fit` begins. On an
         # upgrade, check that `fit` reads it after `on_train_begin`.
         self.model._initial_epoch = found.epoch
 
+    def _check_config(self, manifest: Manifest) -> None:
+        # As JSON would give it back.
+        if manifest.config != json.loads(json.dumps(self.config)):
+            raise ValueError(
+                f"The run in {self.checkpoints.folder} was begun with config="
+                f"{manifest.config!r}. Received: config={self.config!r}"
+            )
+
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
         self._epoch, self._epoch_step = epoch, self._done_before
         self._last_batch = -1
         if self._done_before:
+            length = self.params.get("steps")
+            if length is None or length <= self._done_before:
+                raise ValueError(
+                    f"The run was stopped {self._done_before} steps into an epoch. Go "
+                    "on with the same fit(steps_per_epoch=...). Received: "
+                    f"steps_per_epoch={length}"
+                )
             # Keras has just reset the metrics; half of this epoch is in them.
             self._restore_metrics()
         self.model._initial_epoch = None

@@ -2,31 +2,28 @@
 
 import dataclasses
 import fcntl
-import itertools
 import json
 import os
 import shutil
 import threading
 import warnings
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import tensorflow as tf
 
-from gshard_files import AlreadyRunningError, new_folder, sync_folder
+from gshard_files import AlreadyRunningError, sync_folder
 from gshard_tf.checkpoints import bundle, folders
 from gshard_tf.checkpoints.data import ResumableData
 from gshard_tf.checkpoints.errors import DamagedError
-from gshard_tf.checkpoints.manifest import Manifest, sha256
+from gshard_tf.checkpoints.manifest import Manifest
 from gshard_tf.checkpoints.matching import Match, match
 from gshard_tf.checkpoints.state import Variable, array_of
 from gshard_tf.checkpoints.transfer import describe, load, repeated, snapshot
-from gshard_tf.processes import agree, group
-
-# How long one process waits for the others to write their parts.
-_PATIENCE_SECONDS = 3600
+from gshard_tf.checkpoints.writing import PATIENCE_SECONDS, write
+from gshard_tf.processes import agree, group, next_turn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +88,6 @@ class Checkpoints:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._damaged: set[int] = set()
-        self._rounds = itertools.count()
 
     # -- what there is -----------------------------------------------------------
 
@@ -207,7 +203,7 @@ class Checkpoints:
             config=config,
             model=model,
         )
-        turn = next(self._rounds)
+        turn = next_turn()
         if self.background:
             self._thread = threading.Thread(
                 target=self._write_in_background, args=(manifest, pieces, turn)
@@ -242,12 +238,8 @@ class Checkpoints:
     def _write(
         self, manifest: Manifest, pieces: Sequence[bundle.Piece], turn: int
     ) -> None:
-        if group().count == 1:
-            with new_folder(self.path(manifest.step), replace=True) as partial:
-                bundle.write(partial / "state", pieces)
-                _finish(manifest, partial)
-        else:
-            _write_together(self.path(manifest.step), manifest, pieces, turn)
+        write(self.path(manifest.step), manifest, pieces, turn)
+        self._damaged.discard(manifest.step)
         if group().is_chief:
             self._prune()
 
@@ -275,6 +267,7 @@ class Checkpoints:
         rename: Sequence[tuple[str, str]] = (),
         missing: Sequence[str] = (),
         extra: Sequence[str] = (),
+        accept: Callable[[Manifest], None] | None = None,
     ) -> Restored | None:
         """Restores the newest sound checkpoint, or that of `step`.
 
@@ -286,6 +279,8 @@ class Checkpoints:
             step: Which one; None: the newest.
             data: Input that is to go on where it was.
             rename, missing, extra: What may differ; see `matching.match`.
+            accept: Called with the manifest before anything is read; raises what it
+                does not accept.
 
         Returns:
             What was done, or None when there is no checkpoint at all.
@@ -301,14 +296,17 @@ class Checkpoints:
         reasons = []
         for candidate in wanted:
             try:
+                manifest = self.manifest(candidate)
+                if accept is not None:
+                    accept(manifest)
                 restored, apply = self._read(
-                    candidate, state, data, rename, missing, extra
+                    manifest, state, data, rename, missing, extra
                 )
             except DamagedError as error:
                 problem = str(error)
             else:
                 problem = ""
-            said = agree("restore", problem, _PATIENCE_SECONDS)
+            said = agree("restore", problem, PATIENCE_SECONDS)
             problem = next((text for text in said if text), "")
             if not problem:
                 for assign in apply:
@@ -329,15 +327,14 @@ class Checkpoints:
 
     def _read(
         self,
-        step: int,
+        manifest: Manifest,
         state: Mapping[str, Variable],
         data: ResumableData | None,
         rename: Sequence[tuple[str, str]],
         missing: Sequence[str],
         extra: Sequence[str],
     ) -> tuple[Restored, list[Any]]:
-        folder = self.path(step)
-        manifest = Manifest.read(folder)
+        folder = self.path(manifest.step)
         targets = {
             name: (tuple(array_of(v).shape), array_of(v).dtype.name)
             for name, v in state.items()
@@ -396,61 +393,3 @@ def _mesh_of(state: Mapping[str, Variable]) -> dict[str, int] | None:
         if mesh is not None:
             return dict(zip(mesh.dim_names, mesh.shape(), strict=True))
     return None
-
-
-def _finish(manifest: Manifest, partial: Path) -> None:
-    """Puts everything on the disk, and the manifest last."""
-    paths = bundle.files(partial / "state")
-    bundle.sync(paths)
-    sizes = {path.name: path.stat().st_size for path in paths}
-    # The index has checksums of its blocks, but not of where they are.
-    digests = {path.name: sha256(path) for path in paths if path.suffix == ".index"}
-    dataclasses.replace(manifest, files=sizes, digests=digests).write(partial)
-
-
-def _write_together(
-    path: Path, manifest: Manifest, pieces: Sequence[bundle.Piece], turn: int
-) -> None:
-    """Each process writes its part; the chief merges and publishes them."""
-    processes = group()
-    key = f"checkpoint/{turn}"
-    partial = path.with_name(f".{path.name}.partial")
-
-    def write_part() -> None:
-        part = partial / f"part-{processes.index:05d}"
-        bundle.write(part, pieces)
-        bundle.sync(bundle.files(part))
-
-    if not processes.is_chief:
-        said = json.loads(processes.hear(f"{key}/open", _PATIENCE_SECONDS))
-        try:
-            if not said["error"]:
-                write_part()
-        except OSError as error:
-            processes.tell(f"{key}/part/{processes.index}", str(error))
-            raise
-        processes.tell(f"{key}/part/{processes.index}", "")
-        said = json.loads(processes.hear(f"{key}/done", _PATIENCE_SECONDS))
-        if said["error"]:
-            raise OSError(f"the checkpoint could not be written: {said['error']}")
-        return
-    problem, opened = "", False
-    try:
-        with new_folder(path, replace=True) as partial:
-            opened = True
-            processes.tell(f"{key}/open", json.dumps({"error": ""}))
-            write_part()
-            for i in range(1, processes.count):
-                said = processes.hear(f"{key}/part/{i}", _PATIENCE_SECONDS)
-                if said:
-                    raise OSError(f"process {i} could not write its part: {said}")
-            parts = [partial / f"part-{i:05d}" for i in range(processes.count)]
-            bundle.merge(parts, partial / "state")
-            _finish(manifest, partial)
-    except BaseException as error:
-        problem = str(error) or repr(error)
-        raise
-    finally:
-        if not opened:
-            processes.tell(f"{key}/open", json.dumps({"error": problem}))
-        processes.tell(f"{key}/done", json.dumps({"error": problem}))

@@ -38,3 +38,10 @@ def test_going_on_elsewhere_agrees(whole, tmp_path, mesh):
     runs.run(tmp_path, every=2, stop_after=7)
     _, losses, _ = runs.run(tmp_path, mesh=mesh)
     np.testing.assert_allclose(losses.seen, whole[1].seen[6:], rtol=1e-4)
+
+
+def test_another_length_of_epochs(tmp_path, monkeypatch):
+    runs.run(tmp_path, mesh=2, every=2, stop_after=3)
+    monkeypatch.setattr(runs, "STEPS", 2)
+    with pytest.raises(ValueError, match="Received: steps_per_epoch=2"):
+        runs.run(tmp_path, mesh=2)

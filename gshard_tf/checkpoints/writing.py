@@ -1,0 +1,94 @@
+"""A checkpoint onto the disk, whole or not at all, by one process or by many."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from gshard_files import new_folder
+from gshard_tf.checkpoints import bundle
+from gshard_tf.checkpoints.manifest import Manifest, sha256
+from gshard_tf.processes import group
+
+# How long one process waits for what another one writes.
+PATIENCE_SECONDS = 3600
+
+
+def write(
+    path: Path, manifest: Manifest, pieces: Sequence[bundle.Piece], turn: int
+) -> None:
+    """Writes a checkpoint; it has its name once all of it is on the disk.
+
+    Args:
+        path: Its folder.
+        manifest: What it says of itself, but for its files.
+        pieces: Those of this process.
+        turn: Which checkpoint of this run it is, the same in all processes.
+
+    Raises:
+        OSError: the disk is full, or the like. Nothing is there then.
+    """
+    if group().count > 1:
+        _write_together(path, manifest, pieces, turn)
+        return
+    with new_folder(path, replace=True) as partial:
+        bundle.write(partial / "state", pieces)
+        _finish(manifest, partial)
+
+
+def _finish(manifest: Manifest, partial: Path) -> None:
+    """Puts everything on the disk, and the manifest last."""
+    paths = bundle.files(partial / "state")
+    bundle.sync(paths)
+    sizes = {path.name: path.stat().st_size for path in paths}
+    # The index has checksums of its blocks, but not of where they are.
+    digests = {path.name: sha256(path) for path in paths if path.suffix == ".index"}
+    dataclasses.replace(manifest, files=sizes, digests=digests).write(partial)
+
+
+def _write_together(
+    path: Path, manifest: Manifest, pieces: Sequence[bundle.Piece], turn: int
+) -> None:
+    """Each process writes its part; the chief merges and publishes them."""
+    processes = group()
+    key = f"checkpoint/{turn}"
+    partial = path.with_name(f".{path.name}.partial")
+
+    def write_part() -> None:
+        part = partial / f"part-{processes.index:05d}"
+        bundle.write(part, pieces)
+        bundle.sync(bundle.files(part))
+
+    if not processes.is_chief:
+        said = json.loads(processes.hear(f"{key}/open", PATIENCE_SECONDS))
+        try:
+            if not said["error"]:
+                write_part()
+        except OSError as error:
+            processes.tell(f"{key}/part/{processes.index}", str(error))
+            raise
+        processes.tell(f"{key}/part/{processes.index}", "")
+        said = json.loads(processes.hear(f"{key}/done", PATIENCE_SECONDS))
+        if said["error"]:
+            raise OSError(f"the checkpoint could not be written: {said['error']}")
+        return
+    problem, opened = "", False
+    try:
+        with new_folder(path, replace=True) as partial:
+            opened = True
+            processes.tell(f"{key}/open", json.dumps({"error": ""}))
+            write_part()
+            for i in range(1, processes.count):
+                said = processes.hear(f"{key}/part/{i}", PATIENCE_SECONDS)
+                if said:
+                    raise OSError(f"process {i} could not write its part: {said}")
+            parts = [partial / f"part-{i:05d}" for i in range(processes.count)]
+            bundle.merge(parts, partial / "state")
+            _finish(manifest, partial)
+    except BaseException as error:
+        problem = str(error) or repr(error)
+        raise
+    finally:
+        if not opened:
+            processes.tell(f"{key}/open", json.dumps({"error": problem}))
+        processes.tell(f"{key}/done", json.dumps({"error": problem}))
