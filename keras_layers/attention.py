@@ -129,31 +129,38 @@ class MultiHeadAttention(keras.layers.Layer):
             for name, kernel in (("key", self.key_kernel), ("value", self.value_kernel))
         }
 
+    def project_once(self, memory: tf.Tensor) -> KeysAndValues:
+        """Keys and values of `memory` as `attend` reads them, `[B, N, L, D]`."""
+        return {name: _heads_first(x) for name, x in self.project(memory).items()}
+
     def attend(
         self,
         inputs: tf.Tensor,
         projected: KeysAndValues,
         memory_mask: tf.Tensor | None = None,
     ) -> tf.Tensor:
-        """Attends to what `project` returned, without dropout: for decoding."""
+        """Attends to what `project_once` returned, without dropout: for decoding."""
         visible = None
         if memory_mask is not None:
             visible = tf.cast(memory_mask, tf.bool)[:, None, None, :]
-        return self._attend(inputs, projected, visible, training=False)
+        return self._attend(inputs, projected, visible, False, "BNLD")
 
     def init_cache(
         self, batch_size: int | tf.Tensor, max_length: int, rows: int = 1
     ) -> KeysAndValues:
-        """An empty cache of static length, `[B, max_length, rows, N, D]` twice.
+        """An empty cache of static length, `[B, N, max_length, rows, D]` twice.
+
+        Heads come before positions: as the products want them, which would else copy
+        the whole cache at every step.
 
         Args:
             batch_size: B.
             max_length: Positions.
             rows: Tokens per position: hypotheses that share one cache.
         """
-        shape = [batch_size, max_length, rows, self.num_heads, self.key_dim]
+        shape = [batch_size, self.num_heads, max_length, rows, self.key_dim]
         zeros = tf.zeros(shape, self.compute_dtype)
-        zeros = annotate(zeros, ("batch", "length", None, "heads", "kv"))
+        zeros = annotate(zeros, ("batch", "heads", "length", None, "kv"))
         return {"key": zeros, "value": zeros}
 
     def decode(
@@ -175,18 +182,20 @@ class MultiHeadAttention(keras.layers.Layer):
         Returns:
             `[B, rows, M]`, and the cache with position `index` written.
         """
-        batch, length, rows, heads, size = sizes(cache["key"])
+        batch, heads, length, rows, size = sizes(cache["key"])
         position = tf.range(length)
         # Written by selection, not by a slice update: it stays elementwise over
         # whatever dimension is split, and attention reads the whole cache anyway.
-        here = (position == index)[None, :, None, None, None]  # [1, T, 1, 1, 1]
-        new = self.project(inputs)  # [B, rows, N, D]
-        cache = {name: tf.where(here, new[name][:, None], cache[name]) for name in new}
+        here = (position == index)[None, None, :, None, None]  # [1, 1, T, 1, 1]
+        new = self.project_once(inputs)  # [B, N, rows, D]
+        cache = {
+            name: tf.where(here, new[name][:, :, None], cache[name]) for name in new
+        }
         if visible is None:
             visible = (position <= index)[None, None, :]
-        flat = [batch, length * rows, heads, size]
+        flat = [batch, heads, length * rows, size]
         past = {name: tf.reshape(cache[name], flat) for name in cache}
-        attended = self._attend(inputs, past, visible[:, None], training=False)
+        attended = self._attend(inputs, past, visible[:, None], False, "BNLD")
         return attended, cache
 
     def _attend(
@@ -195,21 +204,23 @@ class MultiHeadAttention(keras.layers.Layer):
         projected: KeysAndValues,
         visible: tf.Tensor | None,
         training: bool | None,
+        layout: str = "BLND",
     ) -> tf.Tensor:
+        """`layout` is that of `projected`."""
         inputs = tf.cast(inputs, self.compute_dtype)
         query = tf.einsum("BTM,MND->BTND", inputs, self._weight(self.query_kernel))
         query = annotate(query, ("batch", "length", "heads", "kv"))
         query = query * tf.cast(self.key_dim**-0.5, query.dtype)
 
         def look_up(query, key, value, visible):
-            scores = tf.einsum("BTND,BLND->BNTL", query, key)
+            scores = tf.einsum(f"BTND,{layout}->BNTL", query, key)
             scores = tf.cast(scores, tf.float32)
             if visible is not None:
                 # Finite, so that a row without any visible position gives no NaN.
                 scores = tf.where(visible, scores, -1e30)
             weights = tf.cast(tf.nn.softmax(scores, axis=-1), query.dtype)
             weights = self.dropout(weights, training=training)
-            return tf.einsum("BNTL,BLND->BTND", weights, value)
+            return tf.einsum(f"BNTL,{layout}->BTND", weights, value)
 
         tensors = (query, projected["key"], projected["value"], visible)
         if self.remat and training:
@@ -242,3 +253,8 @@ class MultiHeadAttention(keras.layers.Layer):
             remat=self.remat,
         )
         return config
+
+
+def _heads_first(x: tf.Tensor) -> tf.Tensor:
+    """`[B, L, N, D]` -> `[B, N, L, D]`."""
+    return annotate(tf.transpose(x, [0, 2, 1, 3]), ("batch", "heads", "length", "kv"))

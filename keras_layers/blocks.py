@@ -282,7 +282,7 @@ class DecoderBlock(_Block):
         rows, batch = (hypotheses, batch) if flat else (1, batch * hypotheses)
         return {
             "self": self.self_attention.init_cache(batch, max_length, rows),
-            "cross": self.cross_attention.project(memory),
+            "cross": self.cross_attention.project_once(memory),
         }
 
     def decode(
@@ -310,7 +310,7 @@ class DecoderBlock(_Block):
         normed = self.attention_norm(inputs)
         shape = sizes(inputs)
         # Without a shared cache each hypothesis is a row of its own.
-        rows = cache["self"]["key"].shape[2]
+        rows = cache["self"]["key"].shape[3]
         attended, own = self.self_attention.decode(
             tf.reshape(normed, [-1, rows, shape[-1]]), cache["self"], index, visible
         )

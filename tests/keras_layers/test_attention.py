@@ -93,13 +93,13 @@ def test_decoding_with_a_cache_is_causal_attention(policy):
             tf.cast(whole[:, i], tf.float32),
             atol=1e-5 if policy == "float32" else 0.05,
         )
-    assert cache["key"].shape == (2, 8, 1, N, D)
+    assert cache["key"].shape == (2, N, 8, 1, D)
 
 
 def test_projected_memory_is_cross_attention():
     layer = MultiHeadAttention(N, D)
     whole = layer(QUERY, MEMORY, memory_mask=MEMORY_MASK)
-    projected = layer.project(tf.constant(MEMORY))
+    projected = layer.project_once(tf.constant(MEMORY))
     np.testing.assert_allclose(
         layer.attend(tf.constant(QUERY), projected, MEMORY_MASK), whole, atol=1e-6
     )

@@ -29,10 +29,23 @@ def decode(model, flat):
     return tf.function(run)
 
 
+def on_mesh(axes):
+    strategy = gshard_tf.SpmdStrategy(gshard_tf.create_mesh(axes))
+    with strategy.scope():
+        return strategy, small(num_experts=8)
+
+
 @pytest.fixture(scope="module")
-def plain():
+def plain(tmp_path_factory):
+    """What one device decodes, and the same model as a checkpoint in eight pieces."""
     model = small(num_experts=8)
-    return model.get_weights(), [x.numpy() for x in decode(model, False)(IDS)]
+    _, sharded = on_mesh({"expert": 8})
+    sharded.set_weights(model.get_weights())
+    checkpoints = gshard_tf.Checkpoints(
+        tmp_path_factory.mktemp("checkpoints"), background=False
+    )
+    checkpoints.save(gshard_tf.state_of(sharded), step=1)
+    return checkpoints, [x.numpy() for x in decode(model, False)(IDS)]
 
 
 @pytest.mark.parametrize(
@@ -40,11 +53,9 @@ def plain():
     [({"expert": 1}, False), ({"expert": 8}, True), ({"data": 4, "model": 2}, False)],
 )
 def test_any_number_of_partitions_decodes_alike(plain, axes, flat):
-    weights, expected = plain
-    strategy = gshard_tf.SpmdStrategy(gshard_tf.create_mesh(axes))
-    with strategy.scope():
-        model = small(num_experts=8)
-    model.set_weights(weights)
+    checkpoints, expected = plain
+    strategy, model = on_mesh(axes)
+    checkpoints.restore(gshard_tf.state_of(model))
     found = strategy.run(decode(model, flat), (tf.constant(IDS),))
     for ours, theirs in zip(found, expected, strict=True):
         if theirs.dtype.kind == "i":
