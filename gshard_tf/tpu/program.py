@@ -89,11 +89,11 @@ class CoreProgram:
         ).disassemble_into_single_device_arrays()
         cores = self.module.cores
         outputs = [
-            np.asarray(results[result][replica * cores])
+            np.array(results[result][replica * cores])
             for result, replica in self.module.outputs
         ]
         updates = [
-            self._kept(result, [np.asarray(each) for each in results[result]])
+            self._kept(result, [np.array(each) for each in results[result]])
             for _, result in self.module.updates
         ]
         return outputs, updates
@@ -128,7 +128,8 @@ class CoreProgram:
             spec = PartitionSpec("core")
         with jax.enable_x64(True):
             placed = [
-                jax.device_put(part, device)
+                # The program reuses the memory of what it updates.
+                jax.device_put(part, device, may_alias=False)
                 for part, device in zip(parts, self.devices, strict=True)
             ]
             return jax.make_array_from_single_device_arrays(

@@ -12,6 +12,7 @@ from tensorflow.experimental import dtensor
 
 # Private API: the class of `tf.Variable`'s instances; inside a strategy's scope
 # `tf.Variable` would come back to the strategy.
+from tensorflow.python.eager import context
 from tensorflow.python.ops import resource_variable_ops
 
 from gshard_tf import hlo_sharding
@@ -63,7 +64,8 @@ class Storage:
     def cores(self, replica: int) -> list[Any]:
         """What each core of a replica holds, in the order of the mesh."""
         if self._cores is None:
-            with tf.init_scope():
+            # In eager mode also where a SavedModel's graph is being made.
+            with tf.init_scope(), context.eager_mode():
                 self._cores = self._make()
             self._initial = None
         return self._cores[replica]

@@ -25,6 +25,7 @@ from gshard_tf.rules import AxisRules
 from gshard_tf.tpu.assignment import assign_cores
 from gshard_tf.tpu.connecting import connect
 from gshard_tf.tpu.initial import InitialValue
+from gshard_tf.tpu.restoring import pass_on_all_slices
 from gshard_tf.tpu.storage import Storage
 from gshard_tf.tpu.variables import CoreShards, MeshTPUSyncOnRead, MeshTPUVariable
 
@@ -144,6 +145,7 @@ class MeshTPUExtended(tf_tpu_strategy.TPUExtended):
         )
         self.mesh = mesh
         self.layouts = Layouts(mesh, rules)
+        pass_on_all_slices()
 
     # -- variables -------------------------------------------------------------------
 

@@ -187,11 +187,13 @@ class _OnCores(PlacedVariable):
     def __array__(self, dtype: Any = None, copy: Any = None) -> np.ndarray:
         # Keras turns variables to arrays to save them. (TensorFlow's own in SPMD mode
         # have no such method outside the scope.)
-        return np.asarray(self.numpy(), dtype=dtype)
+        return np.array(self.numpy(), dtype=dtype, copy=copy)
 
 
 class MeshTPUVariable(_OnCores, tpu_values.TPUMirroredVariable):
     """A weight, a slot or a counter: equal in all replicas, split within each."""
+
+    lies_in_parts = True  # what `restoring.py` looks for
 
     def _read_variable_op(self) -> tf.Tensor:
         value = super()._read_variable_op()

@@ -27,7 +27,7 @@ def attempt(name, function):
         result = function()
         FOUND[name] = True if result is None else result
     except Exception as error:  # the test says which it was
-        FOUND[name] = f"{type(error).__name__}: {str(error)[:300]}"
+        FOUND[name] = f"{type(error).__name__}: {str(error)[-600:]}"
 
 
 def path(name):

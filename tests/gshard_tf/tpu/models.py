@@ -2,6 +2,7 @@
 
 import keras
 import numpy as np
+import tensorflow as tf
 
 import gshard_tf
 from keras_layers import Dropout, MoELayer
@@ -20,7 +21,14 @@ VOCABULARY, LENGTH, WIDTH, HIDDEN, EXPERTS = 24, 8, 16, 32, 8
 
 
 class Table(keras.layers.Layer):
-    """An embedding whose rows are split and whose gradient is sparse."""
+    """An embedding whose rows are split; its gradient is sparse if that is asked."""
+
+    def __init__(self, sparse=False, **kwargs):
+        super().__init__(**kwargs)
+        self.sparse = sparse
+
+    def get_config(self):
+        return {**super().get_config(), "sparse": self.sparse}
 
     def build(self, shape):
         self.table = self.add_weight(
@@ -29,16 +37,16 @@ class Table(keras.layers.Layer):
         gshard_tf.name_axes(self.table, ("vocab", "embed"))
 
     def call(self, ids):
-        import tensorflow as tf
-
-        return tf.nn.embedding_lookup(self.table.value, ids)
+        if self.sparse:
+            return tf.gather(self.table.value, ids)
+        return tf.one_hot(ids, VOCABULARY) @ tf.convert_to_tensor(self.table)
 
 
 def model(optimizer="adam", dropout=0.0):
     """Tokens `[B, L]` -> `[B, L, 2]`."""
     keras.utils.set_random_seed(3)
     ids = keras.Input((LENGTH,), dtype="int32")
-    x = Table(name="embedding")(ids)
+    x = Table(optimizer == "sparse", name="embedding")(ids)
     x = Dropout(dropout, seed=5)(x)
     x = x + MoELayer(EXPERTS, HIDDEN, dropout=dropout, seed=7, name="moe")(x)
     made = keras.Model(ids, keras.layers.Dense(2, name="outer")(x))

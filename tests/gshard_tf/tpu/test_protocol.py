@@ -8,7 +8,7 @@ import importlib.util
 import json
 
 import pytest
-from scripts import run_script
+from tpu_scripts import run_script
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("grpc") is None, reason="needs grpcio"

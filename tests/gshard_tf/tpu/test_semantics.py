@@ -7,7 +7,7 @@ devices is given what one core would hold. The oracle is plain Keras.
 import json
 
 import pytest
-from scripts import run_script
+from tpu_scripts import run_script
 
 CLOSE = 1e-6
 

@@ -1,4 +1,4 @@
-"""Runs a script of this folder in a process of its own.
+"""Runs a script of tests/gshard_tf/tpu in a process of its own.
 
 A TPU's topology, TensorFlow's devices and its bridge are set once per process.
 """
@@ -8,7 +8,7 @@ import pathlib
 
 from processes import ROOT, run_python
 
-HERE = pathlib.Path(__file__).parent
+HERE = pathlib.Path(__file__).parent / "gshard_tf" / "tpu"
 
 
 def run_script(name, *arguments, **options):
