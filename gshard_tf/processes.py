@@ -7,6 +7,7 @@ connects processes; arrays and programs are `program.py`'s.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import dataclasses
 import itertools
@@ -90,6 +91,9 @@ class _Run:
         self.what = ""
         # Whether a step failed that needs all processes: one may be gone.
         self.broke_off = False
+        # Set when this process ends, well or not; held by the thread that ends it.
+        self.over = threading.Event()
+        self.ending = threading.Lock()
         self.rounds = itertools.count()
 
 
@@ -206,6 +210,8 @@ def join_processes(
     _RUN.group = Group(index, count, distributed.global_state.client)
     _RUN.group.tell(f"progress/{index}", "0")
     sys.excepthook = _end_with_all
+    # Before jax's own, which was registered earlier, disconnects.
+    atexit.register(_RUN.over.set)
     threading.Thread(target=_watch, args=(patience,), daemon=True).start()
     return _RUN.group
 
@@ -278,6 +284,8 @@ def stop_all(message: str) -> None:
 def say_and_exit(text: str, code: int, tell: bool) -> None:
     """Prints `text` and ends this process; the first one only once all have heard."""
     processes = _RUN.group
+    _RUN.ending.acquire()  # a second thread waits here for the end of the process
+    _RUN.over.set()
     print(f"gshard_tf: {text}", file=sys.stderr, flush=True)
     with contextlib.suppress(Exception):  # the service may be gone with its process
         if tell:
@@ -296,11 +304,14 @@ def _watch(patience: float) -> None:
     """Looks once a second whether another process has ended, or holds this one up."""
     processes = _RUN.group
     for beat in itertools.count():
-        time.sleep(_BEAT_SECONDS)
+        if _RUN.over.wait(_BEAT_SECONDS):
+            return
         try:
             processes.tell(f"progress/{processes.index}", f"{_RUN.turn} {beat}")
             ends = processes.overhear("end")
         except Exception as error:  # jaxlib has no narrower class for it
+            if _RUN.over.is_set():
+                return
             say_and_exit(
                 f"the first process, which coordinates the run, is gone ({error})",
                 STOPPED_BY_ANOTHER,
