@@ -109,7 +109,7 @@ def while_saving(
     model: keras.Model, folder: Path, size: int, rounds: int, steps: int
 ) -> dict[str, Any]:
     """Steps with a save under way beside steps without."""
-    checkpoints = gshard_tf.Checkpoints(folder / "gshard_tf", keep=1)
+    checkpoints = gshard_tf.Checkpoints(folder / "beside", keep=1)
     state = gshard_tf.state_of(model)
     data = tf.data.Dataset.from_tensors(batch()).repeat()
     model.fit(data, steps_per_epoch=3, verbose=0)
@@ -132,6 +132,7 @@ def while_saving(
         stretches.append((held_up[-1] + sum(beside.seconds)) / sum(alone.seconds))
         say(f"round {i}: held up {held_up[-1]:.2f} s, published {published[-1]:.1f} s")
     checkpoints.close()
+    shutil.rmtree(folder / "beside")
     return {
         "step_s": statistics.median(plain),
         "step_while_writing_s": statistics.median(busy),
