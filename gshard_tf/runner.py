@@ -1,4 +1,4 @@
-"""Trains, evaluates or predicts with saved programs; needs jax and numpy alone.
+"""Trains, evaluates or predicts with saved programs; needs jax and flatbuffers alone.
 
     python -m gshard_tf.runner train.gshard --data data/train --out run \\
         --steps 1000 --save-every 200 --evaluate eval.gshard data/dev
@@ -116,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if manifest.mode == "train":
             return _train(options, log)
         return _pass(options, log)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         print(f"gshard_tf.runner: {error}", file=sys.stderr)
         return 2
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,8 +32,17 @@ def load(
 
     Raises:
         ValueError: when the file is broken, or has no program for such a mesh.
+        ImportError: when flatbuffers is not installed, which `jax.export` needs and
+            jax does not bring.
     """
     import jax
+
+    if importlib.util.find_spec("flatbuffers") is None:
+        raise ImportError(
+            "Programs are in the format of jax.export, which needs flatbuffers: pip "
+            "install flatbuffers, or without a network put its wheel (30 KB of Python) "
+            "on PYTHONPATH."
+        )
 
     manifest = files.read_manifest(path)
     devices = jax.devices() if devices is None else list(devices)

@@ -13,9 +13,12 @@ import pytest
 from parity import relative_difference, strategy_of
 from processes import ROOT, run_python
 
+import gshard_tf
 from gshard_tf import portable, runner
+from gshard_tf.portable.saving import halvings
 from keras_layers import Dropout, MoELayer
 
+MODES = ("train", "evaluate", "predict")
 BATCH, LENGTH, VOCABULARY, EPOCHS = 16, 8, 30, 10
 RTOL = 1e-5
 HAVE_COMPILER = importlib.util.find_spec("libtpu") is not None
@@ -93,14 +96,13 @@ class Saved:
         self.strategy, self.model = made(partitions)
         batch = (self.x[:BATCH], self.y[:BATCH])
         self.strategy.save_state(self.model_built(batch), folder / "start.npz")
-        for mode in ("train", "evaluate", "predict"):
+        for mode in MODES if partitions > 1 else MODES[:2]:
             program = self.strategy.program(
                 self.model, mode, batch[:1] if mode == "predict" else batch
             )
-            # The step for training on all of the meshes, the others on their own.
-            meshes = None if mode == "train" else [partitions]
-            path = folder / f"{mode}.gshard"
-            self.manifest = program.save(path, meshes, initial_state="start.npz")
+            # The step for training on another mesh too.
+            meshes = [2] if mode == "train" and partitions > 1 else [partitions]
+            program.save(self.program(mode), meshes, initial_state="start.npz")
         arrays = portable.named_batch((self.x, self.y))
         portable.write_data(
             folder / "data", {name: a.astype("uint8") for name, a in arrays.items()}
@@ -158,6 +160,10 @@ def test_state_and_evaluation_are_those_of_fit(saved):
         np.testing.assert_allclose(evaluated[name], value, rtol=RTOL, err_msg=name)
 
 
+on_eight = pytest.mark.parametrize("saved", [8], indirect=True)
+
+
+@on_eight
 def test_back_into_keras_it_evaluates_identically(saved):
     """Into another model of the same code, which has not run a step."""
     [evaluated] = of("evaluate", saved.lines)
@@ -172,6 +178,7 @@ def test_back_into_keras_it_evaluates_identically(saved):
         np.testing.assert_allclose(evaluated[name], value, rtol=1e-6, err_msg=name)
 
 
+@on_eight
 def test_plain_keras_learns_the_same(saved):
     """The oracle knows nothing of programs: Keras without a mesh."""
     keras.backend.clear_session()
@@ -185,15 +192,11 @@ def test_plain_keras_learns_the_same(saved):
     np.testing.assert_allclose(ran, history["loss"], rtol=RTOL)
 
 
-on_eight = pytest.mark.parametrize("saved", [8], indirect=True)
-
-
 @on_eight
-@pytest.mark.parametrize("devices", [1, 2, 4])
-def test_another_number_of_devices(saved, devices):
+def test_another_number_of_devices(saved):
     """The same file, saved by eight, in this process, beside the runner's numbers."""
-    program = portable.load(saved.program("train"), devices)
-    assert program.mesh == {"expert": devices}
+    program = portable.load(saved.program("train"), 2)
+    assert program.mesh == {"expert": 2}
     arrays, _ = portable.read_state(saved.folder / "start.npz")
     state = program.put_state(arrays)
     batches = portable.Batches(saved.folder / "data", program.manifest.inputs)
@@ -205,15 +208,15 @@ def test_another_number_of_devices(saved, devices):
         t.name for t in program.manifest.state if t.name.endswith("experts/wi")
     ]
     [piece] = {shard.data.shape for shard in state[experts].addressable_shards}
-    assert piece[0] == 8 // devices
+    assert piece[0] == 8 // 2
 
 
 @on_eight
 def test_what_is_carried_is_small_and_says_what_it_is(saved):
-    for mode in ("train", "evaluate", "predict"):
+    for mode in MODES:
         assert saved.program(mode).stat().st_size < 1 << 20, mode
     manifest = portable.read_manifest(saved.program("train"))
-    assert [variant.mesh["expert"] for variant in manifest.variants] == [8, 4, 2, 1]
+    assert [variant.mesh["expert"] for variant in manifest.variants] == [8, 2]
     assert manifest.initial_state == "start.npz"
     assert manifest.mode == "train" and manifest.model == "small"
     inputs = [(t.name, t.shape, t.dtype, t.layout) for t in manifest.inputs]
@@ -261,7 +264,7 @@ def test_stopping_and_going_on_is_not_stopping(saved, tmp_path, capsys):
 @on_eight
 def test_time_limit_and_signal_save_what_is_done(saved, tmp_path, capsys):
     arguments = (saved.program("train"), "--data", saved.folder / "data")
-    arguments += ("--devices", 1)
+    arguments += ("--devices", 2)
     lines = run_here(capsys, *arguments, "--out", tmp_path / "a", "--time-limit", 0.001)
     assert lines[-1]["reason"] == "time" and lines[-1]["step"] == 0
     assert portable.read_state(tmp_path / "a" / "state.npz")[1] == {"step": 0}
@@ -309,10 +312,10 @@ def test_what_the_runner_refuses(saved, tmp_path, capsys):
     assert "Training needs an end" in refused(*start)
     assert "a folder for its state" in refused(*steps)
     said = refused(*start, *steps, "--devices", 3)
-    assert "programs for the meshes {'expert': 8}, {'expert': 4}" in said
+    assert "programs for the meshes {'expert': 8}, {'expert': 2}" in said
     path = saved.folder / "other.npz"
     portable.write_state(path, {"model/x": np.zeros(1)}, step=0)
-    said = refused(*start, *steps, "--devices", 1, "--state", path)
+    said = refused(*start, *steps, "--devices", 2, "--state", path)
     assert "The program's state has" in said and "Received: nothing" in said
     handler = signal.getsignal(signal.SIGTERM)
     assert handler is signal.SIG_DFL, "the runner gives the signals back"
@@ -349,7 +352,7 @@ def test_the_same_file_compiles_for_tpus(saved):
         f"""
         import sys
         sys.modules["tensorflow"] = sys.modules["keras"] = None
-        from gshard_tf import portable, runner
+        from gshard_tf import portable
         from gshard_tf.devices import topology_devices
         program = portable.load(
             {str(saved.program("train"))!r}, 8, topology_devices("v5e:2x4")
@@ -358,3 +361,16 @@ def test_the_same_file_compiles_for_tpus(saved):
         """
     )
     assert printed.split()[0] == "4" and "TPU" in printed
+
+
+def test_by_default_a_file_is_for_every_halving_of_the_mesh():
+    assert halvings(gshard_tf.create_mesh({"expert": 8})) == [
+        {"expert": 8},
+        {"expert": 4},
+        {"expert": 2},
+        {"expert": 1},
+    ]
+    sizes = [
+        list(m.values()) for m in halvings(gshard_tf.create_mesh({"a": 6, "b": 2}))
+    ]
+    assert sizes == [[6, 2], [3, 2], [1, 2], [1, 1]]

@@ -1,5 +1,6 @@
 """What travels besides the program: manifests, state, data. And a lazy package."""
 
+import importlib.util
 import json
 
 import ml_dtypes
@@ -127,6 +128,12 @@ def test_what_is_no_program(tmp_path):
     files.zipfile.ZipFile(tmp_path / "b", "w").close()
     with pytest.raises(ValueError, match="has no manifest"):
         portable.read_manifest(tmp_path / "b")
+
+
+def test_without_flatbuffers_a_sentence_says_how_to_get_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="pip install flatbuffers"):
+        portable.load(tmp_path / "a")
 
 
 def packed(folder, rows=10):
