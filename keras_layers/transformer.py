@@ -331,6 +331,8 @@ class Transformer(keras.Model):
             The state for `decode_step`: a nest of tensors of static length, each with
             the batch (or the batch times K) as its first dimension.
         """
+        if not self.built:  # a new model, not called yet
+            self.build()
         memory, memory_mask = self.encode(source_ids, training=False, decoding=True)
         state = {
             "memory_mask": memory_mask,

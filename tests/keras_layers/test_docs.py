@@ -16,3 +16,13 @@ def test_examples_of_the_guide(capsys):
             assert line in capsys.readouterr().out
     assert scope["logits"].shape == (4, 12, 1000)
     assert scope["ids"].shape == (4, 8)
+
+
+def test_the_example_of_decoding():
+    text = GUIDE.with_name("decoding.md").read_text("utf-8")
+    scope = {}
+    exec(re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0], scope)
+    assert scope["limits"].numpy().tolist() == [10, 9]
+    assert scope["ids"].shape == (2, 12)
+    found = scope["found"]
+    assert found.ids.shape == (2, 3, 12) and found.scores.shape == (2, 3)
