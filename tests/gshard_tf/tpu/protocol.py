@@ -7,11 +7,14 @@ Prints what it found as JSON.
 
 import importlib.util
 import json
+import os
 import pathlib
 import re
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 
 import models
 import numpy as np
@@ -32,8 +35,11 @@ HERE_ON_THE_HOST = "/job:localhost/replica:0/task:0/device:CPU:0"
 BATCH = 16
 
 
-def train(address, mesh):
-    """A user's program."""
+def train(address, mesh, folder):
+    """A user's program, until all cores have been asked to execute its step.
+
+    It does not end: the client waits for what the cores would compute.
+    """
     strategy = gshard_tf.tpu_strategy(address, mesh)
     with strategy.scope():
         model = models.model()
@@ -49,9 +55,24 @@ def train(address, mesh):
     def step(batch):
         return strategy.run(model.train_step, args=(batch,))
 
-    with tf.device(HERE_ON_THE_HOST):
-        logs = step(batch)
-    return strategy, model, sorted(logs)
+    def run():
+        with tf.device(HERE_ON_THE_HOST):
+            step(batch)
+
+    threading.Thread(target=run, daemon=True).start()
+    deadline = time.monotonic() + 180
+    cores = strategy.device_assignment.core_assignment[..., 0].size
+    while len(asked_to_run(folder)) < cores:
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"asked to run: {asked_to_run(folder)}")
+        time.sleep(0.5)
+    return strategy
+
+
+def asked_to_run(folder):
+    text = (folder / "log.txt").read_text()
+    lines = [line.split("\t") for line in text.splitlines() if line.startswith("run\t")]
+    return [line[2] for line in lines if "TPU:" in line[2]]
 
 
 def captured(folder):
@@ -130,14 +151,13 @@ def main(mesh):
     )
     try:
         port = host.stdout.readline().strip()
-        strategy, model, logs = train(f"grpc://127.0.0.1:{port}", mesh)
+        strategy = train(f"grpc://127.0.0.1:{port}", mesh, folder)
     finally:
         host.terminate()
     compiles, executes, log = captured(folder)
     [compile_] = compiles
     metadata = message("CompileMetadata").FromString(compile_.attr["metadata"].s)
     found = {
-        "logs": logs,
         "replicas": metadata.num_replicas,
         "cores": metadata.num_cores_per_replica,
         "use_spmd": metadata.use_spmd_for_xla_partitioning,
@@ -163,7 +183,8 @@ def main(mesh):
     if importlib.util.find_spec("libtpu") and metadata.num_replicas == 1:
         compiled(text, metadata, found)
         planned(mesh, found)
-    print(json.dumps(found))
+    print(json.dumps(found), flush=True)
+    os._exit(0)  # with a thread that waits for ever
 
 
 def device_assignment(text):

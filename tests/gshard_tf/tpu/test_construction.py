@@ -93,8 +93,10 @@ def test_files(any_mesh, what):
     assert any_mesh[what] == 0
 
 
+@pytest.mark.xfail(strict=True, reason="not done: see docs/tpu.md")
 @pytest.mark.parametrize("what", ["export", "export in scope"])
 def test_export(any_mesh, what):
+    assert isinstance(any_mesh[what], float), any_mesh[what]
     assert any_mesh[what] < 1e-6
 
 
