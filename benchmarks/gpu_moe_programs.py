@@ -14,6 +14,7 @@ import pathlib
 from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # it only exports
 
 import keras
 import tensorflow as tf
