@@ -5,10 +5,19 @@ from collections.abc import Sequence
 
 from tensorflow.experimental import dtensor
 
+from gshard_tf import hlo_text
 from gshard_tf.planning import names
 from gshard_tf.planning.plan import Buffer, Memory, OutOfMemory, Weight
 from gshard_tf.program import SpmdProgram
 
+_HANDED_ON = {
+    "bitcast",
+    "constant",
+    "copy",
+    "get-tuple-element",
+    "parameter",
+    "reshape",
+}
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -55,6 +64,23 @@ def out_of_memory(
             )
         )
     return OutOfMemory(needed, available or capacity or 0.0, buffers, message)
+
+
+def largest_as_written(
+    module: hlo_text.Module, layers: names.LayerNames, count: int = 8
+) -> list[Buffer]:
+    """The largest tensors that a step makes, one of each shape and layer."""
+    found: dict[tuple[str, str], Buffer] = {}
+    for instruction, _, _ in module.executed():
+        # An array of its own: neither an argument nor something handed on.
+        if len(instruction.arrays) != 1 or instruction.opcode in _HANDED_ON:
+            continue
+        (array,) = instruction.arrays
+        shape = f"{array.dtype}[{','.join(map(str, array.dims))}]"
+        layer = layers.layer_of(instruction.op_name)
+        operation = names.operation_of(instruction.op_name)
+        found.setdefault((shape, layer), Buffer(array.bytes, shape, layer, operation))
+    return sorted(found.values(), key=lambda b: -b.bytes)[:count]
 
 
 def _size(number: str, unit: str) -> float:

@@ -171,8 +171,13 @@ def _out_of_memory(plan: Plan) -> str:
             f"{_bar([('temporary', b.shape, b.bytes)], oom.capacity)}</td></tr>"
             for b in buffers
         )
+        what = (
+            "The compiler named no buffers: the largest tensors as written, whole"
+            if oom.as_written
+            else "The largest buffers"
+        )
         out += (
-            "<h4>The largest buffers, beside the memory of a core</h4>"
+            f"<h4>{what}, beside the memory of a core</h4>"
             '<div class="scroll"><table><thead><tr><th scope="col">shape</th>'
             '<th scope="col">layer</th>'
             '<th scope="col">operation</th><th scope="col" class="n">size</th>'

@@ -5,7 +5,7 @@ import json
 from typing import Any
 
 #: Raised when the fields change, so that an old file is refused and not misread.
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,12 +75,15 @@ class OutOfMemory:
         capacity: Bytes per core that there are for it.
         buffers: The largest, if it named them.
         message: What it said.
+        as_written: Whether it named none, and `buffers` are the largest tensors of the
+            step as it is written: whole, before they are split over cores.
     """
 
     needed: float
     capacity: float
     buffers: list[Buffer]
     message: str
+    as_written: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """`plan()`: a Keras step, compiled for hardware that is not there."""
 
+import dataclasses
 import importlib.metadata
 import os
 import resource
@@ -23,7 +24,12 @@ from gshard_tf.planning.abstract import AbstractStrategy, is_abstract
 from gshard_tf.planning.abstract_step import lower_abstract
 from gshard_tf.planning.cache import Cache, content_key
 from gshard_tf.planning.chips import Topology, find_topology
-from gshard_tf.planning.memory import advice_for, memory_of, out_of_memory
+from gshard_tf.planning.memory import (
+    advice_for,
+    largest_as_written,
+    memory_of,
+    out_of_memory,
+)
 from gshard_tf.planning.plan import OutOfMemory, Plan, StepTime, Weight
 from gshard_tf.planning.reshards import Judge, annotations, summarise
 from gshard_tf.planning.roofline import Interconnect, step_time
@@ -125,6 +131,9 @@ def plan(
     )
     compile_seconds = time.perf_counter() - begun
     written_module = hlo_text.parse(written_text)
+    if oom is not None and not oom.buffers:
+        largest = largest_as_written(written_module, layers)
+        oom = dataclasses.replace(oom, buffers=largest, as_written=True)
     judge = Judge(annotations(written_module, layers), weights, mesh, layouts.rules)
     loops = written_module.loops()
     facts = _program_facts(program, found, layers, judge, loops)

@@ -82,6 +82,8 @@ def _out_of_memory(plan: Plan) -> list[str]:
         (units.size(b.bytes), b.shape, b.operation or "-", b.layer or "-")
         for b in sorted(oom.buffers, key=lambda b: -b.bytes)[:_BUFFERS]
     ]
+    if oom.as_written:
+        lines.append("  (the compiler named no buffers; these are whole, as written)")
     return lines + _columns(("largest", "shape", "operation", "layer"), rows, "r")
 
 

@@ -70,6 +70,12 @@ def test_out_of_memory():
     oom = dataclasses.replace(no_buffers.out_of_memory, buffers=[])
     no_buffers = dataclasses.replace(no_buffers, out_of_memory=oom)
     assert "named no buffers" in table(no_buffers)
+    oom = dataclasses.replace(
+        plan_samples.out_of_memory().out_of_memory, as_written=True
+    )
+    assert "whole, as written" in table(
+        dataclasses.replace(no_buffers, out_of_memory=oom)
+    )
 
 
 def test_cpu():

@@ -56,9 +56,18 @@ def test_a_model_on_slices_that_are_not_there():
         plan = gshard_tf.plan(wide, "v5e:2x4", batch=(x, x), cache=False)
         print(plan.fits, plan.memory, plan.out_of_memory.needed > 12 * 32768**2 * 4)
         print(any("fsdp" in advice for advice in plan.advice))
+        # Arguments alone are too much, so the compiler names nothing.
+        oom = plan.out_of_memory
+        print(oom.as_written, oom.buffers[0].shape, "dense" in oom.buffers[0].layer)
+        print("whole, as written" in str(plan))
         rules = gshard_tf.AxisRules({"batch": "expert"}, fsdp="expert")
         plan = gshard_tf.plan(wide, "v5e:2x4", None, rules, (x, x), cache=False)
         print(plan.state_bytes(per_core=True) < 7e9, plan.fits)
+
+        x = tf.TensorSpec([8, 64, 128], tf.float32)
+        for topology in ("v3:2x2", "v4:2x2x1", "v5p:2x2x2", "v6e:2x4"):
+            plan = gshard_tf.plan(moe(256), topology, batch=(x, x), cache=False)
+            print(topology, plan.fits, plan.count("all-to-all"))
         """
     )
     lines = printed.strip().split("\n")
@@ -71,5 +80,9 @@ def test_a_model_on_slices_that_are_not_there():
     assert lines[7] == f"{16.0 * 2**30} True"
     assert lines[8] == "False None True"
     assert lines[9] == "True"
+    assert lines[10] == "True f32[32768,32768] True"
+    assert lines[11] == "True"
     # Spread over the axis, the same model fits.
-    assert lines[10] == "True True"
+    assert lines[12] == "True True"
+    # The other chips.
+    assert [line.split()[1:] for line in lines[13:]] == [["True", "4"]] * 4
