@@ -1,5 +1,6 @@
 """Beam search, cached and compiled, against lists and full passes without a cache."""
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -13,6 +14,8 @@ LENGTH = 7
 
 @pytest.fixture(scope="module")
 def model():
+    # With this seed some outputs end and some do not.
+    keras.utils.set_random_seed(2)
     # Little room: a pass in groups would drop tokens, decoding must not.
     return small(moe_options={"router": {"capacity_factor": 0.5}})
 

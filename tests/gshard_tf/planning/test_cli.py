@@ -330,7 +330,7 @@ def test_a_real_plan(model_file, tmp_path):
 def test_the_entry_point():
     text = pathlib.Path(ROOT, "setup.py").read_text()
     assert '"gshard-plan=gshard_plan:main"' in text
-    assert 'py_modules=["gshard_plan"]' in text
+    assert re.search(r'py_modules=\[[^]]*"gshard_plan"', text)
 
 
 def test_the_documented_command(tmp_path, asked, capsys, monkeypatch):

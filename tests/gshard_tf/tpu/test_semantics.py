@@ -9,6 +9,9 @@ import json
 import pytest
 from tpu_scripts import run_script
 
+# One to two minutes: fit three times, each in a process of its own.
+pytestmark = pytest.mark.slow
+
 CLOSE = 1e-6
 
 
