@@ -11,6 +11,9 @@ import gshard_tf
 from gshard_tf.inspection import collectives
 from keras_layers import beam_search, greedy_decode, sample_decode
 
+# Over a minute: programs of 8 and 4x2 partitions are compiled.
+pytestmark = pytest.mark.slow
+
 IDS = sources(8, seed=3)
 BATCH = 8
 
