@@ -25,7 +25,7 @@ from tensorflow.python.eager import record
 # Private API: whether a graph is going to be compiled by XLA.
 from tensorflow.python.ops import control_flow_util
 
-from keras_layers.routing import replay
+from keras_layers.routing.replay import routing_is_watched
 
 
 class Effects(NamedTuple):
@@ -300,12 +300,3 @@ def rematerialize(
     for i, value in zip(updated, new, strict=True):
         variables[i].assign(value)
     return outputs
-
-
-def routing_is_watched() -> bool:
-    """Whether `record_routing` or `replay_routing` is going on."""
-    active = replay._active
-    return (
-        getattr(active, "recording", None) is not None
-        or getattr(active, "replaying", None) is not None
-    )

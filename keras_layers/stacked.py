@@ -23,9 +23,9 @@ from keras_layers.remat import (
     pure_call,
     read,
     recompute_units,
-    routing_is_watched,
     slice_of,
 )
+from keras_layers.routing.replay import routing_is_watched
 
 Blocks = Sequence[keras.layers.Layer]
 

@@ -95,3 +95,12 @@ def record(name: str, routing: Routing | SlotRouting) -> None:
             "or use run_eagerly=True; or enter record_routing() inside the function."
         )
     plans[name].append(routing)
+
+
+def routing_is_watched() -> bool:
+    """Whether `record_routing` or `replay_routing` is going on."""
+    active = _active
+    return (
+        getattr(active, "recording", None) is not None
+        or getattr(active, "replaying", None) is not None
+    )
