@@ -65,7 +65,7 @@ setup(
     # Outside the package, whose import starts TensorFlow: its --help is quick.
     py_modules=["gshard_files", "gshard_plan"],
     package_data={
-        "gshard_tf.planning": ["page.css", "page.js"],
+        "gshard_tf.planning.page": ["page.css", "page.js"],
         "examples.serving": ["page/*"],
     },
     install_requires=CORE,

@@ -139,8 +139,7 @@ def run(name: str, quick: bool) -> dict[str, Any]:
         "recomputed": "blocks" if deep else "attention",
         "weights": plan.parameters,
         "fits": plan.fits,
-        "hbm_gb": (plan.memory or plan.out_of_memory)
-        and (plan.memory.total if plan.fits else plan.out_of_memory.needed) / 1e9,
+        "hbm_gb": plan.needed / 1e9,
         "paper_hbm_gb": None if quick else paper_hbm,
         "state_gb": plan.state_bytes(per_core=True) / 1e9,
         "temporaries_gb": plan.memory.temporaries / 1e9 if plan.fits else None,

@@ -94,25 +94,25 @@ def describe(
     optimizer = getattr(model, "optimizer", None)
     if optimizer is not None:
         variables += optimizer.variables
-    rows = []
-    for variable in variables:
-        value = ours(variable)
-        decision = layouts.of(value)
-        specs = decision.layout.sharding_specs
-        shape = tuple(value.shape)
-        size = int(np.prod(shape)) * value.dtype.size
-        rows.append(
-            Row(
-                path=variable.path,
-                shape=shape,
-                layout=tuple(None if s == dtensor.UNSHARDED else s for s in specs),
-                bytes=size,
-                bytes_per_device=size
-                // int(
-                    np.prod([decision.layout.num_shards(d) for d in range(len(shape))])
-                ),
-                rule=decision.rule,
-            )
-        )
+    rows = [describe_one(v.path, ours(v), layouts) for v in variables]
     mesh = dict(zip(layouts.mesh.dim_names, layouts.mesh.shape(), strict=True))
     return Description(mesh, rows, layouts.complaints())
+
+
+def describe_one(path: str, value: PlacedVariable, layouts: Layouts) -> Row:
+    """The row of one variable."""
+    decision = layouts.of(value)
+    shape = tuple(value.shape)
+    size = int(np.prod(shape)) * value.dtype.size
+    shards = int(np.prod([decision.layout.num_shards(d) for d in range(len(shape))]))
+    return Row(
+        path=path,
+        shape=shape,
+        layout=tuple(
+            None if s == dtensor.UNSHARDED else s
+            for s in decision.layout.sharding_specs
+        ),
+        bytes=size,
+        bytes_per_device=size // shards,
+        rule=decision.rule,
+    )

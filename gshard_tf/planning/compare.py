@@ -44,8 +44,8 @@ def rows(a: Plan, b: Plan) -> list[Row]:
     found = [
         _row("cores", a, b, lambda p: p.cores, units.number),
         _row("parameters", a, b, lambda p: p.parameters, units.number),
-        _row("capacity of a core", a, b, _capacity, units.size),
-        _row("memory of a core", a, b, _needed, units.size),
+        _row("capacity of a core", a, b, lambda p: p.capacity, units.size),
+        _row("memory of a core", a, b, lambda p: p.needed, units.size),
     ]
     for role in grouping.ROLES:
         if any(p.state_bytes(role) for p in (a, b)):
@@ -122,18 +122,6 @@ def _model(plan: Plan) -> list[tuple]:
 def _title(plan: Plan) -> str:
     mesh = ", ".join(f"{axis}={size}" for axis, size in plan.mesh.items())
     return f"{plan.model}, {plan.mode}, on {plan.topology} ({mesh}): {verdict(plan)}"
-
-
-def _capacity(plan: Plan) -> float | None:
-    if plan.out_of_memory is not None:
-        return plan.out_of_memory.capacity
-    return plan.memory and plan.memory.capacity
-
-
-def _needed(plan: Plan) -> float | None:
-    if plan.out_of_memory is not None:
-        return plan.out_of_memory.needed
-    return plan.memory and plan.memory.total
 
 
 def _received(plan: Plan, kind: str | None = None) -> int | None:

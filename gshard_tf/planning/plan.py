@@ -235,6 +235,20 @@ class Plan:
         return self.out_of_memory is None
 
     @property
+    def needed(self) -> float:
+        """Bytes per core that the program needs, whether it fits or not."""
+        if self.out_of_memory is not None:
+            return self.out_of_memory.needed
+        return self.memory.total if self.memory else 0
+
+    @property
+    def capacity(self) -> float | None:
+        """Bytes that a core has for it; None where they are the host's."""
+        if self.out_of_memory is not None:
+            return self.out_of_memory.capacity
+        return self.memory.capacity if self.memory else None
+
+    @property
     def parameters(self) -> int:
         """How many numbers the model's weights have."""
         found = 0

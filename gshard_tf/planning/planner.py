@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
-import numpy as np
 import tensorflow as tf
 from tensorflow.experimental import dtensor
 
@@ -34,6 +33,7 @@ from gshard_tf.planning.plan import OutOfMemory, Plan, StepTime, Weight
 from gshard_tf.planning.reshards import Judge, annotations, summarise
 from gshard_tf.planning.roofline import Interconnect, step_time
 from gshard_tf.program import Placement, SpmdProgram, hlo_as_text
+from gshard_tf.report import describe_one
 from gshard_tf.rules import AxisRules
 from gshard_tf.step import compile_step
 
@@ -239,25 +239,17 @@ def _weights(model: keras.Model, step: LoweredStep, layouts: Layouts) -> list[We
     for value in step.captures:
         if not isinstance(value, PlacedVariable):
             continue
-        decision = layouts.of(value)
-        shape = tuple(value.shape)
-        size = int(np.prod(shape)) * value.dtype.size
-        shards = int(
-            np.prod([decision.layout.num_shards(d) for d in range(len(shape))])
-        )
+        row = describe_one(value.path, value, layouts)
         found.append(
             Weight(
-                path=value.path,
+                path=row.path,
                 role=roles.get(id(value), "other"),
-                shape=shape,
+                shape=row.shape,
                 dtype=value.dtype.name,
-                layout=tuple(
-                    None if s == dtensor.UNSHARDED else s
-                    for s in decision.layout.sharding_specs
-                ),
-                bytes=size,
-                bytes_per_core=size // shards,
-                rule=decision.rule,
+                layout=row.layout,
+                bytes=row.bytes,
+                bytes_per_core=row.bytes_per_device,
+                rule=row.rule,
             )
         )
     return found
