@@ -1,7 +1,14 @@
 """What a variable knows of where it belongs, whatever holds its value."""
 
+import contextlib
 import weakref
+from collections.abc import Callable
 from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from gshard_tf.shards import Region
 
 
 class PlacedVariable:
@@ -24,3 +31,27 @@ class PlacedVariable:
         """Keras's path of the weight where it is Keras's, else TensorFlow's name."""
         keras_variable = self.keras_variable and self.keras_variable()
         return self.name if keras_variable is None else keras_variable.path
+
+
+class InPieces(PlacedVariable):
+    """A variable of which each device has its own piece, as checkpoints see it."""
+
+    def splits(self) -> list[str | None]:
+        """The mesh axis that each dimension is stored split over; None: it is whole."""
+        raise NotImplementedError
+
+    def own_pieces(self) -> list[tuple[Region, np.ndarray | tf.Tensor]] | None:
+        """The pieces that this process is to write; None when the host has the whole.
+
+        Tensors are copies. Arrays are views, which a step may write to: enter
+        `pieces_held()` meanwhile.
+        """
+        raise NotImplementedError
+
+    def pieces_held(self) -> contextlib.AbstractContextManager:
+        """While it is entered, no step runs that would write to the pieces."""
+        return contextlib.nullcontext()
+
+    def load(self, read: Callable[[Region], np.ndarray]) -> Callable[[], None]:
+        """Reads the pieces; they are the value once the result is called."""
+        raise NotImplementedError

@@ -27,7 +27,7 @@ from keras.src.backend.common.symbolic_scope import in_symbolic_scope
 from tensorflow.python.eager import context
 from tensorflow.python.ops import gen_resource_variable_ops, resource_variable_ops
 
-from gshard_tf.placed import PlacedVariable
+from gshard_tf.placed import InPieces
 from gshard_tf.shards import Region, own_pieces, splits
 
 
@@ -60,7 +60,7 @@ class Residence(Protocol):
     def assemble(self, variable: Any, read: Callable[[Region], np.ndarray]) -> Any: ...
 
 
-class MeshVariable(PlacedVariable, resource_variable_ops.ResourceVariable):
+class MeshVariable(InPieces, resource_variable_ops.ResourceVariable):
     """A `tf.Variable` that a strategy keeps on its mesh."""
 
     residence: Residence | None = None
@@ -121,19 +121,17 @@ class MeshVariable(PlacedVariable, resource_variable_ops.ResourceVariable):
         """The value on the devices, or None if it is not there."""
         return self._device_value
 
-    def own_pieces(self) -> list[tuple[Region, np.ndarray]]:
-        """The pieces on the devices that this process is to write.
-
-        They are views, which a step may write to: hold `residence.lock` meanwhile.
-        """
+    def own_pieces(self) -> list[tuple[Region, np.ndarray]] | None:
+        if self._device_value is None:
+            return None
         self._check_not_lost()
         return list(own_pieces(self._device_value))
 
-    def load(self, read: Callable[[Region], np.ndarray]) -> Callable[[], None]:
-        """Puts pieces onto the devices; they are the value once the result is called.
+    def pieces_held(self) -> contextlib.AbstractContextManager:
+        return self.residence.lock
 
-        Nothing of it passes through the host's copy, which is stale from then on.
-        """
+    def load(self, read: Callable[[Region], np.ndarray]) -> Callable[[], None]:
+        # Nothing of it passes through the host's copy, which is stale from then on.
         value = self.residence.assemble(self, read)
 
         def become() -> None:
@@ -143,7 +141,6 @@ class MeshVariable(PlacedVariable, resource_variable_ops.ResourceVariable):
         return become
 
     def splits(self) -> list[str | None]:
-        """The mesh axis that each dimension is stored split over; None: it is whole."""
         return splits(self.residence.layout(self))
 
     @property

@@ -10,8 +10,8 @@ import tensorflow as tf
 from gshard_tf.checkpoints.bundle import Piece
 from gshard_tf.checkpoints.manifest import Array
 from gshard_tf.checkpoints.state import Variable, array_of
+from gshard_tf.placed import InPieces
 from gshard_tf.shards import Region, aligned_copies, whole
-from gshard_tf.variables import MeshVariable
 
 
 def describe(state: Mapping[str, Variable]) -> dict[str, Array]:
@@ -21,7 +21,7 @@ def describe(state: Mapping[str, Variable]) -> dict[str, Array]:
         value = array_of(variable)
         shape = tuple(value.shape)
         split: tuple[str | None, ...] = (None,) * len(shape)
-        if isinstance(value, MeshVariable):
+        if isinstance(value, InPieces):
             split = tuple(value.splits())
         path = getattr(variable, "path", value.name)
         found[name] = Array(shape, value.dtype.name, path, split)
@@ -41,12 +41,14 @@ def snapshot(state: Mapping[str, Variable], is_chief: bool) -> list[Piece]:
         for name, variable in state.items():
             value = array_of(variable)
             shape = tuple(value.shape)
-            if isinstance(value, MeshVariable) and value.device_value is not None:
-                held.enter_context(value.residence.lock)
-                views += [
-                    Piece(name, shape, region, part)
-                    for region, part in value.own_pieces()
-                ]
+            parts = None
+            if isinstance(value, InPieces):
+                held.enter_context(value.pieces_held())
+                parts = value.own_pieces()
+            if parts is not None:
+                for region, part in parts:
+                    kind = pieces if tf.is_tensor(part) else views
+                    kind.append(Piece(name, shape, region, part))
             elif is_chief:
                 # TensorFlow copies a value that is held before it writes to it.
                 tensor = tf.convert_to_tensor(value)
@@ -68,7 +70,7 @@ def load(variable: Variable, read: Reader) -> Callable[[], None]:
     So everything can be read, and found to be whole, before anything changes.
     """
     value = array_of(variable)
-    if isinstance(value, MeshVariable):
+    if isinstance(value, InPieces):
         return value.load(lambda region: read(region).numpy())
     loaded: Any = read(whole(tuple(value.shape)))
     return lambda: value.assign(loaded)

@@ -17,6 +17,7 @@ from tensorflow.python.ops import resource_variable_ops
 
 from gshard_tf import hlo_sharding
 from gshard_tf.layouts import Layouts
+from gshard_tf.shards import Region, whole
 from gshard_tf.tpu.exporting import stand_in
 from gshard_tf.tpu.initial import InitialValue
 
@@ -124,6 +125,12 @@ class Storage:
         sizes = [n // p for n, p in zip(self.shape, self.partitions, strict=True)]
         return tuple(
             slice(i * n, (i + 1) * n) for i, n in zip(tile, sizes, strict=True)
+        )
+
+    def region(self, tile: tuple[int, ...]) -> Region:
+        """The same as checkpoints say it, of a whole too."""
+        return tuple((s.start, s.stop - s.start) for s in self.slices(tile)) or whole(
+            self.shape
         )
 
     def sharding(self) -> bytes:

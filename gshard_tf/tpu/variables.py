@@ -16,6 +16,7 @@ import tensorflow as tf
 # one. On an upgrade, compare `handle` below with that of `TPUReplicatedVariable`, and
 # check that `TPUMirroredVariable` still reaches its values through `_values`.
 from tensorflow.core.framework import attr_value_pb2
+from tensorflow.experimental import dtensor
 from tensorflow.python.distribute import (
     tpu_replicated_variable,
     tpu_util,
@@ -27,7 +28,8 @@ from tensorflow.python.saved_model import save_context
 from tensorflow.python.trackable import base as trackable
 
 from gshard_tf import hlo_sharding
-from gshard_tf.placed import PlacedVariable
+from gshard_tf.placed import InPieces, PlacedVariable
+from gshard_tf.shards import Region, splits
 from gshard_tf.tpu.bridge import tile_assignment
 from gshard_tf.tpu.exporting import being_exported
 from gshard_tf.tpu.storage import Storage
@@ -190,7 +192,7 @@ class _OnCores(PlacedVariable):
         return np.array(self.numpy(), dtype=dtype, copy=copy)
 
 
-class MeshTPUVariable(_OnCores, tpu_values.TPUMirroredVariable):
+class MeshTPUVariable(InPieces, _OnCores, tpu_values.TPUMirroredVariable):
     """A weight, a slot or a counter: equal in all replicas, split within each."""
 
     lies_in_parts = True  # what `restoring.py` looks for
@@ -263,7 +265,40 @@ class MeshTPUVariable(_OnCores, tpu_values.TPUMirroredVariable):
         rows = tf.convert_to_tensor(delta.indices)[:, None]
         return self.assign(dense(self.read_value(), rows, delta.values))
 
-    # -- checkpoints -------------------------------------------------------------------
+    # -- checkpoints of ours -----------------------------------------------------------
+
+    @property
+    def mesh(self) -> dtensor.Mesh:
+        """The mesh of one replica."""
+        return self.storage.layout.mesh
+
+    def splits(self) -> list[str | None]:
+        return splits(self.storage.layout)
+
+    def own_pieces(self) -> list[tuple[Region, tf.Tensor]]:
+        held = self.storage.cores(0)  # of replicas that are all alike
+        found = {}
+        for variable, tile in zip(held, self.storage.tiles(), strict=True):
+            if tile not in found:
+                with tf.device("/cpu:0"):
+                    found[tile] = tf.identity(variable.read_value())
+        return [(self.storage.region(tile), part) for tile, part in found.items()]
+
+    def load(self, read: Callable[[Region], np.ndarray]) -> Callable[[], None]:
+        tiles = self.storage.tiles()
+        values = {
+            tile: read(self.storage.region(tile)) for tile in dict.fromkeys(tiles)
+        }
+
+        def become() -> None:
+            for shards in self._values:
+                for variable, tile in zip(shards._vars, tiles, strict=True):
+                    with tf.device(variable.device):
+                        variable.assign(values[tile], read_value=False)
+
+        return become
+
+    # -- TensorFlow's checkpoints ------------------------------------------------------
 
     def _serialize_to_tensors(self) -> dict[str, Any]:
         """Each distinct part, read where it lies: nobody has the whole."""

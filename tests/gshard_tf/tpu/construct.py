@@ -127,6 +127,41 @@ def main(mesh):
 
     attempt("checkpoint of plain Keras", from_plain)
 
+    def ours():
+        """Checkpoints of ours: out of the cores, into plain Keras, and back."""
+        everything = gshard_tf.state_of(model), gshard_tf.state_of(plain)
+        want = [np.array(v) for v in everything[0].values()]
+        checkpoints = gshard_tf.Checkpoints(path("ours"), background=False)
+        assembled = Storage.assemble
+
+        def refuse(*args):
+            raise AssertionError("the whole of a weight was put together")
+
+        def in_parts(function, *arguments):
+            Storage.assemble = refuse
+            try:
+                function(*arguments)
+            finally:
+                Storage.assemble = assembled
+
+        in_parts(checkpoints.save, everything[0], 1)
+        changed()
+        in_parts(checkpoints.restore, everything[0])
+        checkpoints.restore(everything[1])
+        FOUND["ours: split"] = {
+            name: array.split for name, array in checkpoints.manifest(1).arrays.items()
+        }
+        there = models.difference([np.array(v) for v in everything[0].values()], want)
+        plainly = models.difference([np.array(v) for v in everything[1].values()], want)
+        for weight in plain.trainable_variables:
+            weight.assign(weight * 3.0)
+        checkpoints.save(everything[1], 2)
+        checkpoints.restore(everything[0])
+        back = models.difference(model.get_weights(), plain.get_weights())
+        return there + plainly + back
+
+    attempt("ours", ours)
+
     def export(in_scope):
         name = path(f"export{in_scope}")
         ids, _ = models.data(8)

@@ -86,11 +86,17 @@ def test_it_starts_as_plain_keras_does(any_mesh):
         "checkpoint",
         "checkpoint in scope",
         "checkpoint of plain Keras",
+        "ours",
     ],
 )
 def test_files(any_mesh, what):
     # The difference to what was saved, here and in plain Keras.
     assert any_mesh[what] == 0
+
+
+def test_checkpoints_of_ours_have_the_cores_pieces(two_replicas):
+    splits = two_replicas["ours: split"]
+    assert splits["model/moe/experts/wi"] == ["data", None, "model"]
 
 
 @pytest.mark.xfail(strict=True, reason="not done: see docs/tpu.md")
@@ -117,5 +123,5 @@ def test_a_mesh_of_one_core_is_tensorflows_own():
     assert found_["replicas"] == 8
     assert found_["is a TPUStrategy"] is True
     assert found_["start"] == 0
-    for what in ("h5", "checkpoint", "keras"):
+    for what in ("h5", "checkpoint", "keras", "ours"):
         assert found_[what] == 0
