@@ -240,6 +240,6 @@ def _description(model: keras.Model) -> Any:
     """What Keras would make the model from again, or None."""
     try:
         return keras.saving.serialize_keras_object(model)
-    except (NotImplementedError, TypeError, ValueError):
-        # A subclassed model without a `get_config`.
+    except (NotImplementedError, TypeError):
+        # What Keras raises for a model, or a part of one, without a `get_config`.
         return None
