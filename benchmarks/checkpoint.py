@@ -31,7 +31,7 @@ import tensorflow as tf
 
 import gshard_tf
 from benchmarks import memory
-from benchmarks.report import circumstances, say
+from benchmarks.report import circumstances, options_of, say, show
 from keras_layers import MoELayer
 
 DEVICES, WIDTH, HIDDEN, LENGTH, BATCH = 4, 1024, 4096, 64, 16
@@ -208,11 +208,10 @@ def compare(gigabytes: float, rounds: int, steps: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser = options_of(__doc__)
     parser.add_argument("--gigabytes", type=float, default=2.1, help="of state (2.1)")
     parser.add_argument("--rounds", type=int, default=3, help="saves in training (3)")
     parser.add_argument("--steps", type=int, default=10, help="between saves (10)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--restore", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     gshard_tf.request_cpu_devices(DEVICES)
@@ -224,12 +223,7 @@ def main() -> None:
         return
     begun = time.perf_counter()
     result = compare(options.gigabytes, options.rounds, options.steps)
-    result |= circumstances(begun, quick=options.gigabytes < 2)
-    if options.json:
-        print(json.dumps(result))
-        return
-    for key, value in result.items():
-        print(f"{key:36s} {value}")
+    show(result | circumstances(begun, options.gigabytes < 2), options.json)
 
 
 if __name__ == "__main__":

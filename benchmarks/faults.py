@@ -13,14 +13,11 @@ Each life of the run is a fork of this process, which has loaded the modules and
 started nothing.
 """
 
-import argparse
-import json
 import os
 import random
 import select
 import shutil
 import signal
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -39,7 +36,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 from benchmarks import faulty_run
 from benchmarks.fault_cases import CASES, try_case
-from benchmarks.report import circumstances, say
+from benchmarks.report import circumstances, options_of, say, show
 
 
 class Life:
@@ -218,10 +215,9 @@ def kills(count: int, seed: int, folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser = options_of(__doc__)
     parser.add_argument("--kills", type=int, default=20, help="how often (20)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (0)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
     begun = time.perf_counter()
     folder = Path(tempfile.mkdtemp(prefix="faults-"))
@@ -231,14 +227,8 @@ def main() -> None:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
-    result |= circumstances(begun, quick=options.kills < 200)
-    if options.json:
-        print(json.dumps(result))
-        return
-    for part in ("kills", "cases"):
-        for key, value in result[part].items():
-            print(f"{key:32s} {value}")
+    show(result | circumstances(begun, options.kills < 200), options.json)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -7,8 +7,6 @@ the disk and compiled programs are noted twenty times; what the last quarter has
 than the second is growth.
 """
 
-import argparse
-import json
 import os
 import shutil
 import tempfile
@@ -23,7 +21,7 @@ import keras
 
 import gshard_tf
 from benchmarks import faulty_run, memory
-from benchmarks.report import circumstances, say
+from benchmarks.report import circumstances, options_of, say, show
 
 SAMPLES = 20
 
@@ -82,19 +80,13 @@ def soak(steps: int, every: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser = options_of(__doc__)
     parser.add_argument("--steps", type=int, default=21600, help="how many (21600)")
     parser.add_argument("--every", type=int, default=100, help="steps per save (100)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
     options = parser.parse_args()
     begun = time.perf_counter()
     result = soak(options.steps, options.every)
-    result |= circumstances(begun, quick=options.steps < 21600)
-    if options.json:
-        print(json.dumps(result))
-        return
-    for key, value in result.items():
-        print(f"{key:20s} {value}")
+    show(result | circumstances(begun, options.steps < 21600), options.json)
 
 
 if __name__ == "__main__":
