@@ -49,8 +49,14 @@ def _rounds(
 
 
 @tf.autograph.experimental.do_not_convert
-def random_bits(seed: Any, shape: Sequence[Any]) -> tf.Tensor:
+def random_bits(
+    seed: Any, shape: Sequence[Any], batch_dim: int | None = 0
+) -> tf.Tensor:
     """uint32 bits of `shape`, a function of `seed` and position alone.
+
+    Where `tf.distribute` gives each of several replicas examples of its own, the
+    position is that in the batch of all of them, so that they draw what one device
+    would with all their examples.
 
     Args:
         seed: Integer tensor of shape `[2]`, as `keras.random.SeedGenerator.next()`
@@ -58,13 +64,36 @@ def random_bits(seed: Any, shape: Sequence[Any]) -> tf.Tensor:
             compiler compute the numbers in advance, all of them for every device.
         shape: A list with one int or scalar int tensor per dimension. The product
             of all dimensions but the first must stay below 2**32.
+        batch_dim: The dimension along which examples lie. None: all replicas draw
+            the same numbers.
     """
-    return _random_bits(tf.convert_to_tensor(seed), list(shape))
+    shape = list(shape)
+    replicas, start = 1, None
+    if batch_dim is not None and shape:
+        context = tf.distribute.get_replica_context()
+        if context is not None and context.num_replicas_in_sync > 1:
+            replicas = context.num_replicas_in_sync
+            # On a TPU the replica's number is a tensor.
+            replica = tf.cast(context.replica_id_in_sync_group, tf.uint32)
+            start = replica * tf.cast(shape[batch_dim], tf.uint32)
+    return _random_bits(
+        tf.convert_to_tensor(seed),
+        shape,
+        batch_dim=batch_dim,
+        replicas=replicas,
+        start=start,
+    )
 
 
 # A function of its own, so that layers of one shape share one trace.
 @tf.function(autograph=False)
-def _random_bits(seed: tf.Tensor, shape: list[Any]) -> tf.Tensor:
+def _random_bits(
+    seed: tf.Tensor,
+    shape: list[Any],
+    batch_dim: int | None,
+    replicas: int,
+    start: tf.Tensor | None,
+) -> tf.Tensor:
     words = tf.cast(seed, tf.uint32)
     ks = _schedule((words[0], words[1]))
     # The position as two 32-bit words: the first dimension, and the index within it,
@@ -73,27 +102,33 @@ def _random_bits(seed: tf.Tensor, shape: list[Any]) -> tf.Tensor:
     # be a constant of the global shape, which no partitioner splits.
     x0, x1 = ks[0], ks[1]
     rank = len(shape)
+
+    def positions(i: int) -> tf.Tensor:
+        index = tf.cast(tf.range(shape[i]), tf.uint32)
+        return index if start is None or i != batch_dim else index + start
+
     stride = tf.ones([], tf.uint32)
     for i in reversed(range(1, rank)):
-        index = tf.cast(tf.range(shape[i]), tf.uint32) * stride
-        x1 = x1 + tf.reshape(index, [-1] + [1] * (rank - 1 - i))
+        x1 = x1 + tf.reshape(positions(i) * stride, [-1] + [1] * (rank - 1 - i))
         stride = stride * tf.cast(shape[i], tf.uint32)
+        if i == batch_dim and replicas > 1:
+            stride = stride * tf.cast(replicas, tf.uint32)
     if shape:
-        index = tf.cast(tf.range(shape[0]), tf.uint32)
-        x0 = x0 + tf.reshape(index, [-1] + [1] * (rank - 1))
+        x0 = x0 + tf.reshape(positions(0), [-1] + [1] * (rank - 1))
     # The first round adds the two words, which gives the whole shape.
     return _rounds(ks, x0, x1, ROUNDS)[0]
 
 
 @tf.autograph.experimental.do_not_convert
-def uniform(seed: Any, shape: Sequence[Any]) -> tf.Tensor:
+def uniform(seed: Any, shape: Sequence[Any], batch_dim: int | None = 0) -> tf.Tensor:
     """float32 numbers in [0, 1), a function of `seed` and position alone.
 
     Args:
         seed: Integer tensor of shape `[2]`.
         shape: A list with one int or scalar int tensor per dimension.
+        batch_dim: See `random_bits`.
     """
-    bits = random_bits(seed, shape)
+    bits = random_bits(seed, shape, batch_dim)
     # 24 bits fill a float32's mantissa, so every value is exact and below 1. The
     # detour by int32 is because few backends convert uint32 to float.
     top = tf.cast(tf.bitwise.right_shift(bits, tf.constant(8, tf.uint32)), tf.int32)

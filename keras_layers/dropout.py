@@ -24,6 +24,8 @@ class Dropout(keras.layers.Layer):
         noise_shape: Shape of the mask, broadcast to the inputs; None in it stands for
             the inputs' own dimension. None: the inputs' shape.
         seed: Seed of the layer's generator.
+        batch_dim: The dimension along which examples lie: several replicas of
+            `tf.distribute` drop out what one device would with all their examples.
 
     Raises:
         ValueError: for a rate outside [0, 1).
@@ -34,12 +36,14 @@ class Dropout(keras.layers.Layer):
         rate: float,
         noise_shape: Sequence[int | None] | None = None,
         seed: int | None = None,
+        batch_dim: int = 0,
         **kwargs: Any,
     ):
         check_rate("rate", rate)
         super().__init__(**kwargs)
         self.rate = rate
         self.seed = seed
+        self.batch_dim = batch_dim
         self.noise_shape = None if noise_shape is None else tuple(noise_shape)
         if rate > 0:
             self.seed_generator = keras.random.SeedGenerator(seed)
@@ -51,6 +55,7 @@ class Dropout(keras.layers.Layer):
             return inputs
         dynamic = tf.shape(inputs)
         shape = [dynamic[i] if n is None else n for i, n in enumerate(inputs.shape)]
+        batch_dim: int | None = self.batch_dim
         if self.noise_shape is not None:
             if len(self.noise_shape) != len(shape):
                 raise ValueError(
@@ -61,7 +66,9 @@ class Dropout(keras.layers.Layer):
                 own if given is None else given
                 for own, given in zip(shape, self.noise_shape, strict=True)
             ]
-        uniforms = counter_rng.uniform(self.seed_generator.next(), shape)
+            if self.noise_shape[self.batch_dim] is not None:
+                batch_dim = None  # one mask for all examples
+        uniforms = counter_rng.uniform(self.seed_generator.next(), shape, batch_dim)
         scaled = inputs * tf.cast(1.0 / (1.0 - self.rate), inputs.dtype)
         return tf.where(uniforms >= self.rate, scaled, tf.zeros([], inputs.dtype))
 
@@ -70,5 +77,10 @@ class Dropout(keras.layers.Layer):
 
     def get_config(self) -> dict[str, Any]:
         config = super().get_config()
-        config.update(rate=self.rate, noise_shape=self.noise_shape, seed=self.seed)
+        config.update(
+            rate=self.rate,
+            noise_shape=self.noise_shape,
+            seed=self.seed,
+            batch_dim=self.batch_dim,
+        )
         return config

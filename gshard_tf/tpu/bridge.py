@@ -33,7 +33,7 @@ _TYPES = {
     "float64": "f64", "int8": "i8", "int32": "i32", "int64": "i64",
     "uint8": "ui8", "uint32": "ui32", "uint64": "ui64",
 }  # fmt: skip
-_OPERATION = re.compile(r'^\s+(?:(%\d+)(?::\d+)? = )?"([\w.]+)"\(([^)]*)\)(.*)$')
+_OPERATION = re.compile(r'^\s+(?:(%\w+)(?::\d+)? = )?"([\w.]+)"\(([^)]*)\)(.*)$')
 _REPLICATE = re.compile(r"^\s+(?:(%\d+)(?::\d+)? = )?tf_device\.replicate\((.*)$")
 _STRINGS = re.compile(r'"((?:[^"\\]|\\.)*)"')
 
@@ -44,17 +44,21 @@ class Argument:
 
     Attributes:
         inputs: `[replicas][cores]`: which input of the function each core is given.
-            One for all cores of a replica where it is no variable.
+            One for all cores of a replica where it is no variable, none where it is
+            a constant.
         partitions: Into how many parts each dimension of the variable is split;
             empty: each core has all of it.
         is_variable: Whether the inputs are handles of variables.
         sharding: The serialised `OpSharding` that the bridge found; b"": replicated.
+        constants: `[replicas]`: the number that each replica is given, its own one
+            say; () where it comes from the inputs.
     """
 
     inputs: tuple[tuple[int, ...], ...]
     partitions: tuple[int, ...]
     is_variable: bool
     sharding: bytes
+    constants: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,7 +200,24 @@ class _Host:
                 return tuple(inputs), operation.rest
             value = operation.operands[0]
 
+    def _constants(self, value: str) -> tuple[int, ...]:
+        """The whole numbers that the replicas are given for a value, if it is that."""
+        given = self.replicated.get(value, ())
+        sources = [self.by_result.get(each) for each in given]
+        if not sources or any(s is None or s.name != "tf.Const" for s in sources):
+            return ()
+        found = [re.search(r"dense<(-?\d+)> : tensor<i32>", s.rest) for s in sources]
+        if None in found:
+            raise ValueError(
+                "A constant that the host gives to replicas is one int32. Received: "
+                f"{[s.rest for s in sources]}"
+            )
+        return tuple(int(each[1]) for each in found)
+
     def argument(self, value: str, sharding: bytes, function: Any) -> Argument:
+        constants = self._constants(value)
+        if constants:
+            return Argument(((),) * self.replicas, (), False, sharding, constants)
         sources = [self._source(value, r) for r in range(self.replicas)]
         partitions = re.search(r"partition_dims = \[([^\]]*)\]", sources[0][1])
         parts = [int(n) for n in (partitions[1] if partitions else "").split(",") if n]
@@ -253,7 +274,7 @@ class _Host:
 
     def others(self) -> tuple[str, ...]:
         usual = {
-            "tf.AssignVariableOp", "tf.Identity", "tf.ReadVariableOp",
+            "tf.AssignVariableOp", "tf.Const", "tf.Identity", "tf.ReadVariableOp",
             "tf.TPUPartitionedInputV2", "tf_device.cluster_func",
         }  # fmt: skip
         return tuple(o.name for o in self.operations if o.name not in usual)
@@ -292,6 +313,8 @@ def _unescaped(text: str) -> bytes:
 
 
 def _type_of(argument: Argument, function: Any) -> str:
+    if argument.constants:
+        return "i32"
     tensor = function.graph.inputs[argument.inputs[0][0]]
     if argument.is_variable:
         data = handle_data_util.get_resource_handle_data(tensor).shape_and_type[0]

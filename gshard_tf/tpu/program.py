@@ -113,9 +113,12 @@ class CoreProgram:
         from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
         parts = []
-        for inputs in argument.inputs:
+        for replica, inputs in enumerate(argument.inputs):
             values = [np.asarray(held(i)) for i in inputs]
-            if not argument.is_variable:
+            if argument.constants:
+                number = np.int32(argument.constants[replica])
+                parts += [number] * self.module.cores
+            elif not argument.is_variable:
                 parts += _cut(values[0], argument.sharding, self.module.cores)
             else:
                 parts += values

@@ -62,7 +62,8 @@ def sample_decode(
             f"Received: seed={seed}"
         )
     # A key of its own for each step: seeds that follow each other share none.
-    keys = tf.cast(counter_rng.random_bits(seed, [max_length, 2]), tf.int64)
+    keys = counter_rng.random_bits(seed, [max_length, 2], batch_dim=None)
+    keys = tf.cast(keys, tf.int64)
 
     def draw(log_probs: tf.Tensor, step: tf.Tensor) -> tf.Tensor:
         log_probs = log_probs / temperature

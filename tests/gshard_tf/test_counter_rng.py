@@ -1,4 +1,5 @@
 import re
+import types
 
 import numpy as np
 import pytest
@@ -120,6 +121,24 @@ def test_seeds_give_unrelated_numbers():
     for other in ([2, 1], [1, 3], [0, 2]):
         y = counter_rng.uniform(other, [4096]).numpy() - 0.5
         assert abs((x * y).mean()) < 6 / 12 / 64
+
+
+@pytest.mark.parametrize(
+    ("shape", "batch_dim"), [([6, 5], 0), ([4, 6, 5], 1), ([3, 2, 6, 5], 2)]
+)
+def test_replicas_draw_what_one_device_would(monkeypatch, shape, batch_dim):
+    whole = counter_rng.uniform([3, 5], shape)
+    own = [n // 2 if d == batch_dim else n for d, n in enumerate(shape)]
+    parts, same = [], []
+    for replica in range(2):
+        context = types.SimpleNamespace(
+            num_replicas_in_sync=2, replica_id_in_sync_group=replica
+        )
+        monkeypatch.setattr(tf.distribute, "get_replica_context", lambda c=context: c)
+        parts.append(counter_rng.uniform([3, 5], own, batch_dim))
+        same.append(counter_rng.uniform([3, 5], own, batch_dim=None))
+    np.testing.assert_array_equal(tf.concat(parts, batch_dim), whole)
+    np.testing.assert_array_equal(*same)
 
 
 # -- partitioned ---------------------------------------------------------------------

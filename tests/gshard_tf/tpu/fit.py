@@ -57,14 +57,12 @@ def main(mesh, optimizer, dropout):
     dataset = tf.data.Dataset.from_tensor_slices(models.data()).batch(
         16, drop_remainder=True
     )
-    # Replicas draw the same numbers, each for its own examples: plain Keras does not.
-    second = "random" if strategy.num_replicas_in_sync == 1 else "all"
     with strategy.scope():
-        model = models.model(optimizer, dropout, second)
+        model = models.model(optimizer, dropout)
     start = model.get_weights()
     steps = simulate_fit(model)
     ours, files = train(model, dataset)
-    plain = models.model(optimizer, dropout, second)
+    plain = models.model(optimizer, dropout)
     plain.jit_compile = False
     theirs, their_files = train(plain, dataset)
 

@@ -42,16 +42,13 @@ class Table(keras.layers.Layer):
         return tf.one_hot(ids, VOCABULARY) @ tf.convert_to_tensor(self.table)
 
 
-def model(optimizer="adam", dropout=0.0, second="random"):
-    """Tokens `[B, L]` -> `[B, L, 2]`; `second`: when second experts are used."""
+def model(optimizer="adam", dropout=0.0):
+    """Tokens `[B, L]` -> `[B, L, 2]`."""
     keras.utils.set_random_seed(3)
     ids = keras.Input((LENGTH,), dtype="int32")
     x = Table(optimizer == "sparse", name="embedding")(ids)
     x = Dropout(dropout, seed=5)(x)
-    router = {"second_expert_policy": second}
-    x = x + MoELayer(
-        EXPERTS, HIDDEN, router=router, dropout=dropout, seed=7, name="moe"
-    )(x)
+    x = x + MoELayer(EXPERTS, HIDDEN, dropout=dropout, seed=7, name="moe")(x)
     made = keras.Model(ids, keras.layers.Dense(2, name="outer")(x))
     made.compile(OPTIMIZERS[optimizer](), "mse", metrics=["mae"])
     return made

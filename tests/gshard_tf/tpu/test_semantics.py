@@ -24,11 +24,6 @@ def one_replica():
     return found({"expert": 8}, "adam", 0.1)
 
 
-@pytest.fixture(scope="module")
-def two_replicas():
-    return found({"expert": 4}, "adam")
-
-
 def assert_as_plain_keras(run):
     assert max(run["logs"].values()) < CLOSE, run["logs"]
     assert run["weights"] < CLOSE
@@ -42,15 +37,14 @@ def test_fit_with_dropout_and_callbacks(one_replica):
     assert {"loss", "mae", "moe_dropped", "learning_rate"} <= set(one_replica["names"])
 
 
-@pytest.mark.skip(reason="not done: it differed (0.05 in weights); see docs/tpu.md")
-def test_fit_on_two_replicas(two_replicas):
-    assert two_replicas["size"] == [2, 4]
-    assert two_replicas["weights"] < CLOSE
-    assert two_replicas["slots"] < CLOSE
-    assert two_replicas["moved"] > 0.01
+@pytest.mark.parametrize("cores", [4, 2])
+def test_fit_on_several_replicas(cores):
+    # Also what is random: dropout, and who has a second expert.
+    run = found({"expert": cores}, "adam", 0.1)
+    assert run["size"] == [8 // cores, cores]
+    assert_as_plain_keras(run)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mesh", "optimizer"),
     [
