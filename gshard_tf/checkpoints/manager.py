@@ -84,7 +84,8 @@ class Checkpoints:
         self.best_metric = best
         self.mode = mode
         self.background = background
-        self._lock: int | None = None
+        # Held until `close`, or until nobody has this object any more.
+        self._lock: weakref.finalize | None = None
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._damaged: set[int] = set()
@@ -143,7 +144,7 @@ class Checkpoints:
                 f"Another run is writing its checkpoints to {self.folder}. Give each "
                 "run a folder of its own, or stop the other one."
             ) from error
-        self._lock = descriptor
+        self._lock = weakref.finalize(self, os.close, descriptor)
         _HOLDERS[self.folder] = self
         # What a run that was killed left half-written. The lock says that it is gone.
         for leftover in self.folder.glob(".step-*.partial"):
@@ -155,7 +156,7 @@ class Checkpoints:
             self.wait()
         finally:
             if self._lock is not None:
-                os.close(self._lock)
+                self._lock()
                 self._lock = None
 
     def save(

@@ -1,6 +1,7 @@
 """What is kept, what is refused, what a damaged checkpoint leads to."""
 
 import fcntl
+import gc
 import os
 import random
 import resource
@@ -200,8 +201,15 @@ def test_two_runs_in_one_folder(tmp_path):
     first = gshard_tf.Checkpoints(tmp_path)
     first.save(variables(1), 1)
     # The same process, after an interrupted `fit`, say.
-    gshard_tf.Checkpoints(tmp_path, background=False).save(variables(2), 2)
+    second = gshard_tf.Checkpoints(tmp_path, background=False)
+    second.save(variables(2), 2)
     assert first.steps() == [1, 2]
+    # And when nobody has the other one any more.
+    del second
+    gc.collect()
+    first.save(variables(3), 3)
+    first.wait()
+    assert first.steps() == [1, 2, 3]
 
 
 @pytest.mark.parametrize("background", [True, False])
