@@ -22,6 +22,7 @@ import keras
 import gshard_tf
 from benchmarks import faulty_run, memory
 from benchmarks.report import circumstances, options_of, say, show
+from keras_layers import MoELayer
 
 SAMPLES = 20
 
@@ -56,7 +57,8 @@ def soak(steps: int, every: int) -> dict[str, Any]:
     folder = Path(tempfile.mkdtemp(prefix="soak-"))
     try:
         gshard_tf.request_cpu_devices(4)
-        data, model = faulty_run.data(), faulty_run.model()
+        data = faulty_run.data()
+        model = faulty_run.model(experts=lambda: MoELayer(num_experts=4, hidden_dim=16))
         saver = gshard_tf.SaveCheckpoints(folder, every=every, data=data)
         samples = _Samples(folder, steps)
         model.fit(
