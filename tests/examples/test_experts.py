@@ -1,4 +1,4 @@
-"""The experiment's three commands, from a corpus to the plot, with sizes that say
+"""The experiment's four commands, from a corpus to the plot, with sizes that say
 nothing."""
 
 import json
@@ -20,6 +20,9 @@ def test_the_experiment_runs_whole(toy_corpus, tmp_path, monkeypatch, capsys):
     experts.train(tmp_path)  # nothing is left to do
     evaluations, training = experts.read_log(tmp_path / "e4-0")
     assert list(evaluations) == [2, 4] and training
+    with pytest.raises(SystemExit, match="Measure the steps first"):
+        experts.score(toy_corpus.path, tmp_path, None)
+    experts.measure(tmp_path, rounds=1)
     experts.score(toy_corpus.path, tmp_path, None)
     assert "| 4 | 0 |" in capsys.readouterr().out
     rows = json.loads((tmp_path / "results.json").read_text())
