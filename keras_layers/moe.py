@@ -7,7 +7,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from gshard_tf import annotate, name_axes
+from gshard_tf import active_mesh, annotate, name_axes
+from keras_layers import no_drop
 from keras_layers.checks import check_choice, check_coefficient, check_int
 from keras_layers.dispatch import EinsumDispatcher, IndexDispatcher
 from keras_layers.dropout import Dropout
@@ -15,6 +16,7 @@ from keras_layers.feed_forward import FeedForward
 from keras_layers.initializers import per_expert
 from keras_layers.router_metrics import DEFAULT_METRICS, RouterHealth
 from keras_layers.routing import ROUTERS
+from keras_layers.routing.plans import Routing, SlotRouting
 from keras_layers.routing.replay import record, recorded
 from keras_layers.shapes import sizes
 
@@ -80,21 +82,36 @@ class Experts(keras.layers.Layer):
             ("expert", "mlp", "embed"),
         )
 
-    def call(self, inputs: tf.Tensor, training: bool | None = None) -> tf.Tensor:
-        """`inputs` `[E, G, C, M]` -> `[E, G, C, M]`."""
+    def call(
+        self,
+        inputs: tf.Tensor,
+        training: bool | None = None,
+        chosen: tf.Tensor | None = None,
+    ) -> tf.Tensor:
+        """`inputs` `[E, G, C, M]` -> `[E, G, C, M]`.
+
+        With `chosen` `[R]` ints the rows of `inputs` `[R, G, C, M]` are for these
+        experts, and only their weights are read.
+        """
         experts, groups, capacity, width = sizes(inputs)
+
+        def product(rows: tf.Tensor, weight: keras.Variable) -> tf.Tensor:
+            if chosen is not None:
+                weight = tf.gather(weight, chosen)
+            return tf.matmul(rows, weight)
+
         # Batched products of [E, G*C, .], not einsums over G and C: the gradients of
         # those with respect to the weights make XLA transpose [E, G*C, H] in memory.
         rows = tf.reshape(inputs, [experts, groups * capacity, width])  # [E, G*C, M]
         rows = annotate(rows, ("expert", None, "embed"))
-        hidden = tf.matmul(rows, self.wi)  # [E, G*C, H]
+        hidden = product(rows, self.wi)  # [E, G*C, H]
         if self.gated:
-            hidden = self.activation(tf.matmul(rows, self.wi_gate)) * hidden
+            hidden = self.activation(product(rows, self.wi_gate)) * hidden
         else:
             hidden = self.activation(hidden)
         hidden = annotate(hidden, ("expert", None, "mlp"))
         hidden = self.dropout(hidden, training=training)
-        outputs = tf.matmul(hidden, self.wo)  # [E, G*C, M]
+        outputs = product(hidden, self.wo)  # [E, G*C, M]
         return tf.reshape(outputs, [experts, groups, capacity, width])
 
     def compute_output_shape(self, input_shape: Any) -> Any:
@@ -307,9 +324,12 @@ class MoELayer(keras.layers.Layer):
                 tokens, mask=token_mask, training=training, **extra
             )
         record(self.name, routing)
-        buffers = self._dispatcher.dispatch(tokens, routing)  # [E, G, C, M]
-        buffers = self.experts(buffers, training=training)
-        outputs = self._dispatcher.combine(buffers, routing)  # [G, S, M]
+        if decoding and self._may_regroup(routing):
+            outputs = no_drop.feed(tokens, routing, self.experts, self._dispatcher)
+        else:
+            buffers = self._dispatcher.dispatch(tokens, routing)  # [E, G, C, M]
+            buffers = self.experts(buffers, training=training)
+            outputs = self._dispatcher.combine(buffers, routing)  # [G, S, M]
         if self.shared_experts is not None:
             shared = self.shared_experts(tokens, training=training)
             if token_mask is not None:
@@ -323,6 +343,15 @@ class MoELayer(keras.layers.Layer):
             if self.z_loss_coef:
                 self.add_loss(self.z_loss_coef * report.z_loss)
         return self._from_groups(outputs, inputs, decoding)
+
+    def _may_regroup(self, routing: Routing | SlotRouting) -> bool:
+        """Whether tokens routed one by one may share the slots of one group.
+
+        Not on a mesh, where groups of one are split as the batch is: a group over all
+        of it would be on one device.
+        """
+        alone = self.decoding_group_size == 1 and isinstance(routing, Routing)
+        return alone and active_mesh() is None
 
     def _to_groups(
         self, inputs: tf.Tensor, mask: tf.Tensor | None, decoding: bool
