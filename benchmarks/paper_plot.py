@@ -37,7 +37,7 @@ def draw(rows: list[dict[str, Any]], path: str) -> None:
     """Writes the picture."""
     from matplotlib import pyplot
 
-    figure, grid = pyplot.subplots(1, 4, figsize=(17, 4.2))
+    figure, grid = pyplot.subplots(1, 4, figsize=(17, 4.6), layout="constrained")
     for axes, (ours, theirs, label) in zip(grid, PANELS, strict=True):
         shown: dict[tuple[str, int], float] = {}
         ticks: set[int] = set()
@@ -63,11 +63,12 @@ def draw(rows: list[dict[str, Any]], path: str) -> None:
         axes.set_xticks(sorted(ticks), [str(e) for e in sorted(ticks)])
         axes.minorticks_off()
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+    # The first panel has all the lines that there are.
+    figure.legend(*grid[0].get_legend_handles_labels(), loc="outside lower center",
+                  ncols=8)  # fmt: skip
     figure.suptitle(
         "A train step per core of TPU v3, compiled; as many cores as experts"
     )
-    figure.tight_layout()
     figure.savefig(path, dpi=100)
     pyplot.close(figure)
 
