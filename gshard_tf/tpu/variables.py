@@ -121,7 +121,11 @@ class CoreShards(tpu_replicated_variable.TPUReplicatedVariable):
         if not self.storage.is_split:
             return self._vars[0].read_value()
         if not tf.executing_eagerly() and being_exported():
-            return self.storage.exported_whole.read_value()
+            # By the raw operation: a variable that the graph knows of as read would be
+            # saved besides this one.
+            return gen_resource_variable_ops.read_variable_op(
+                self.storage.exported_whole.handle, self.dtype
+            )
         return self.storage.assemble([v.read_value() for v in self._vars])
 
     def _update(self, update_fn: Callable, value: Any, **kwargs: Any) -> Any:

@@ -167,8 +167,8 @@ def main(mesh):
         ids, _ = models.data(8)
         with strategy.scope() if in_scope else tf.device(None):
             model.export(name, verbose=False)
-        served = tf.saved_model.load(name).serve(ids)
-        return models.difference([served], [plain(ids)])
+        loaded = tf.saved_model.load(name)
+        return models.difference([loaded.serve(ids)], [plain(ids)])
 
     attempt("export", lambda: export(False))
     attempt("export in scope", lambda: export(True))

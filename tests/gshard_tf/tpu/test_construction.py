@@ -99,7 +99,6 @@ def test_checkpoints_of_ours_have_the_cores_pieces(two_replicas):
     assert splits["model/moe/experts/wi"] == ["data", None, "model"]
 
 
-@pytest.mark.xfail(strict=True, reason="not done: see docs/tpu.md")
 @pytest.mark.parametrize("what", ["export", "export in scope"])
 def test_export(any_mesh, what):
     assert isinstance(any_mesh[what], float), any_mesh[what]
