@@ -72,17 +72,17 @@ def assemble(
     """
     import jax
 
-    regions: dict[Region, np.ndarray] = {}
-    arrays = []
+    holders: dict[Region, list[Any]] = {}
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        holders.setdefault(_region(index, shape), []).append(device)
+    placed = []
     with jax.enable_x64(True):
-        for device, index in sharding.addressable_devices_indices_map(shape).items():
-            region = _region(index, shape)
-            if region not in regions:
-                regions[region] = read(region)
-            arrays.append(jax.device_put(regions[region], device, may_alias=False))
-        value = jax.make_array_from_single_device_arrays(shape, sharding, arrays)
-        # The sources of the copies may go after this.
-        return jax.block_until_ready(value)
+        for region, devices in holders.items():
+            part = read(region)
+            placed += [jax.device_put(part, d, may_alias=False) for d in devices]
+            # Now it may go: the host never has more than one of them.
+            jax.block_until_ready(placed)
+        return jax.make_array_from_single_device_arrays(shape, sharding, placed)
 
 
 def splits(layout: dtensor.Layout) -> list[str | None]:
