@@ -39,7 +39,7 @@ from benchmarks import memory
 from benchmarks.report import circumstances, options_of, say, show
 from keras_layers import MoELayer
 
-DEVICES, WIDTH, HIDDEN, LENGTH, BATCH = 4, 1024, 4096, 64, 16
+DEVICES, WIDTH, HIDDEN, LENGTH, BATCH = 4, 1024, 4096, 64, 8
 FORMATS = ("gshard_tf", "weights.h5", "tf.train.Checkpoint")
 
 

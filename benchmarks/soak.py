@@ -3,7 +3,7 @@
     python -m benchmarks.soak [--steps 21600] [--json]
 
 21600 steps are six hours at one step a second. Memory, threads, open files, files on
-the disk and compiled programs are noted twenty times; what the last quarter has more
+the disk and compilations are noted twenty times; what the last quarter has more
 than the second is growth.
 """
 
@@ -17,6 +17,7 @@ from typing import Any
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+import jax
 import keras
 
 import gshard_tf
@@ -24,29 +25,36 @@ from benchmarks import faulty_run, memory
 from benchmarks.report import circumstances, options_of, say, show
 from keras_layers import MoELayer
 
-SAMPLES = 20
+SAMPLES, STEPS_PER_EPOCH = 20, 240
 
 
 class _Samples(keras.callbacks.Callback):
-    """Notes what could grow."""
+    """Notes what could grow, when no checkpoint is being written."""
 
-    def __init__(self, folder: Path, steps: int):
+    def __init__(self, saver: gshard_tf.SaveCheckpoints, steps: int):
         super().__init__()
-        self.folder = folder
+        self.checkpoints = saver.checkpoints
         self.every = max(1, steps // SAMPLES)
         self.step = 0
         self.rows: list[dict[str, int]] = []
+        self.compilations = 0
+        jax.monitoring.register_event_duration_secs_listener(self._heard)
+
+    def _heard(self, event: str, seconds: float, **_: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            self.compilations += 1
 
     def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
         self.step += 1
         if self.step % self.every:
             return
+        self.checkpoints.wait()
         row = {
             "resident_mb": memory.resident() >> 20,
             "threads": len(os.listdir("/proc/self/task")),
             "open_files": len(os.listdir("/proc/self/fd")),
-            "files_on_disk": sum(1 for _ in self.folder.rglob("*")),
-            "programs": len(self.model.distribute_strategy.programs),
+            "files_on_disk": sum(1 for _ in self.checkpoints.folder.rglob("*")),
+            "compilations": self.compilations,
         }
         say(f"step {self.step}: {row}")
         self.rows.append(row)
@@ -60,11 +68,11 @@ def soak(steps: int, every: int) -> dict[str, Any]:
         data = faulty_run.data()
         model = faulty_run.model(experts=lambda: MoELayer(num_experts=4, hidden_dim=16))
         saver = gshard_tf.SaveCheckpoints(folder, every=every, data=data)
-        samples = _Samples(folder, steps)
+        samples = _Samples(saver, steps)
         model.fit(
             data.dataset,
-            epochs=steps // faulty_run.STEPS_PER_EPOCH // 10,
-            steps_per_epoch=faulty_run.STEPS_PER_EPOCH * 10,
+            epochs=max(1, steps // STEPS_PER_EPOCH),
+            steps_per_epoch=STEPS_PER_EPOCH,
             verbose=0,
             callbacks=[saver, samples, gshard_tf.GuardNumbers("skip")],
         )
