@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import numpy as np
 import tensorflow as tf
 
 from keras_layers.routing.counting import BLOCK, in_blocks, running_counts
@@ -113,7 +112,8 @@ def _positions(
     groups, tokens, choices = sizes(expert_index)
     expert, counted = in_blocks(expert_index), in_blocks(counted)
     same = tf.equal(expert[..., :, None], expert[..., None, :])
-    earlier = np.tril(np.ones([BLOCK, BLOCK], bool), -1)
+    place = tf.range(BLOCK)
+    earlier = place[:, None] > place[None, :]
     within = same & earlier & counted[..., None, :]  # [G, T / block, block, block]
     within = tf.reduce_sum(tf.cast(within, tf.int32), axis=-1)
     running = running_counts(expert, counted, num_experts)  # [G, T / block, E]
