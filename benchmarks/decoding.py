@@ -1,24 +1,28 @@
-"""Cached decoding beside uncached, compiled beside op by op, ours beside transformers.
+"""Cached decoding beside uncached, compiled beside op by op, ours beside others'.
 
-    python -m benchmarks.decoding [--json] [--quick] [--seconds S]
+    python -m benchmarks.decoding [--json] [--quick] [--seconds S] [--only SIDE]
+        [--batches N N N]
 
 An encoder-decoder with random weights generates 64 tokens for sources of 32, at
 batches of 1, 8 and 64; no sequence ends early, so every side makes as many tokens.
 Beside Hugging Face transformers' `generate` of models of the same sizes: NLLB-MoE
-(every other layer experts, top-2) and M2M100 (dense; the same code without experts).
+(every other layer experts, top-2) and M2M100 (dense; the same code without experts);
+and beside tf-models-official's `sequence_beam_search` over our model, compiled.
 Each side lives in a process of its own, one after the other, on all cores. Float32.
 
 * first: seconds from the first call to its answer (tracing and compiling included);
 * p50, p99: seconds of a call, of the calls that fit into `--seconds` (3 at least);
 * tokens per second at the p50, of the sequences that are returned.
 
-`uncached` is the whole prefix through the model again for each token (op by op, with
-the prefix growing: faster than compiled at full length). About four minutes on two
-cores; `--quick` runs tiny sizes, whose figures say nothing but that the script runs.
+Uncached is the whole prefix through the decoder again for each token, the encoder's
+output kept: compiled, in four loops over prefixes of a quarter, a half, ... of the
+length; and op by op, with the prefix growing by one. About ten minutes on two cores;
+`--quick` runs tiny sizes, whose figures say nothing but that the script runs.
 """
 
 import argparse
 import dataclasses
+import itertools
 import json
 import os
 import subprocess
@@ -78,10 +82,82 @@ def sources(size: Size, batch: int) -> np.ndarray:
 
 def ours(size: Size, experts: int) -> Iterator[tuple[str, int, Call]]:
     """(way, batch, what makes its tokens) of our Transformer."""
-    import keras
     import tensorflow as tf
 
-    from keras_layers import Transformer, beam_search, greedy_decode
+    from keras_layers import beam_search, greedy_decode
+
+    model = our_model(size, experts)
+    never = size.vocabulary  # no id: nothing ends
+    length = size.target
+
+    def greedy(ids):
+        return greedy_decode(model, ids, length, 2, never)[0]
+
+    def search(flat):
+        return lambda ids: beam_search(
+            model, ids, length, 2, never, size.beam, flat=flat
+        ).ids[:, 0]
+
+    grow = tf.function(
+        lambda *inputs: tf.argmax(
+            _last_logits(model, *inputs), axis=-1, output_type=tf.int32
+        ),
+        reduce_retracing=True,
+    )
+    encode = tf.function(lambda ids: model.encode(ids, decoding=True))
+
+    def uncached_op_by_op(ids):
+        memory, mask = encode(ids)
+        prefix = np.full([len(ids), length + 1], 2, np.int32)
+        for i in range(length):
+            prefix[:, i + 1] = grow(
+                memory, mask, tf.constant(prefix[:, : i + 1]), tf.constant(i)
+            )
+        return tf.constant(prefix[:, 1:])
+
+    def uncached(ids):
+        memory, mask = model.encode(ids, decoding=True)
+        prefix = tf.fill([ids.shape[0], length + 1], 2)
+        place = tf.range(length + 1)
+        quarters = sorted({-(-length * i // 4) for i in range(5)})
+        for begin, end in itertools.pairwise(quarters):
+
+            def longer(i, prefix, end=end):
+                logits = _last_logits(model, memory, mask, prefix[:, :end], i)
+                chosen = tf.argmax(logits, axis=-1, output_type=tf.int32)
+                return i + 1, tf.where(place == i + 1, chosen[:, None], prefix)
+
+            _, prefix = tf.while_loop(
+                lambda i, prefix, end=end: i < end,
+                longer,
+                (tf.constant(begin), prefix),
+            )
+        return prefix[:, 1:]
+
+    ways = {
+        "greedy, compiled": tf.function(greedy, jit_compile=True),
+        "beam, compiled": tf.function(search(False), jit_compile=True),
+        "flat beam, compiled": tf.function(search(True), jit_compile=True),
+    }
+    if experts:
+        ways |= {
+            "greedy, op by op": tf.function(greedy),
+            "uncached, compiled": tf.function(uncached, jit_compile=True),
+            "uncached, op by op": uncached_op_by_op,
+        }
+    for batch in size.batches:
+        ids = tf.constant(sources(size, batch), tf.int32)
+        for way, function in ways.items():
+            if way.startswith("uncached") and batch > 8:
+                continue  # minutes a call
+            yield way, batch, lambda function=function, ids=ids: function(ids).numpy()
+
+
+def our_model(size: Size, experts: int) -> Any:
+    """The Transformer with random weights."""
+    import keras
+
+    from keras_layers import Transformer
 
     keras.utils.set_random_seed(0)
     model = Transformer(
@@ -97,49 +173,11 @@ def ours(size: Size, experts: int) -> Iterator[tuple[str, int, Call]]:
         share_embeddings=True,
     )
     model.build([(None, None), (None, None)])
-    never = size.vocabulary  # no id: nothing ends
-    length = size.target
-
-    def greedy(ids):
-        return greedy_decode(model, ids, length, 2, never)[0]
-
-    def search(flat):
-        return lambda ids: (
-            beam_search(model, ids, length, 2, never, size.beam, flat=flat).ids
-        )
-
-    forward = tf.function(
-        lambda memory, mask, prefix: tf.argmax(
-            _last_logits(model, memory, mask, prefix), axis=-1, output_type=tf.int32
-        ),
-        reduce_retracing=True,
-    )
-    encode = tf.function(lambda ids: model.encode(ids, decoding=True))
-
-    def uncached(ids):
-        memory, mask = encode(ids)
-        prefix = np.full([len(ids), length + 1], 2, np.int32)
-        for i in range(length):
-            prefix[:, i + 1] = forward(memory, mask, tf.constant(prefix[:, : i + 1]))
-        return tf.constant(prefix)
-
-    ways = {
-        "greedy, compiled": tf.function(greedy, jit_compile=True),
-        "beam, compiled": tf.function(search(False), jit_compile=True),
-        "flat beam, compiled": tf.function(search(True), jit_compile=True),
-    }
-    if experts:
-        ways |= {"greedy, op by op": tf.function(greedy), "uncached": uncached}
-    for batch in size.batches:
-        ids = tf.constant(sources(size, batch), tf.int32)
-        for way, function in ways.items():
-            if way == "uncached" and batch > 8:
-                continue  # minutes a call
-            yield way, batch, lambda function=function, ids=ids: function(ids).numpy()
+    return model
 
 
-def _last_logits(model: Any, memory: Any, mask: Any, prefix: Any) -> Any:
-    """Logits of the last position, by the model's own blocks over all positions."""
+def _last_logits(model: Any, memory: Any, mask: Any, prefix: Any, last: Any) -> Any:
+    """Logits of position `last`, by the model's own blocks over all of `prefix`."""
     import tensorflow as tf
 
     from keras_layers.embedding import sinusoids
@@ -148,7 +186,77 @@ def _last_logits(model: Any, memory: Any, mask: Any, prefix: Any) -> Any:
     x = x + sinusoids(tf.range(tf.shape(prefix)[1]), model.model_dim)[None]
     for block in model.decoder_blocks:
         x = block(x, memory, memory_mask=mask, token_ids=prefix, decoding=True)
-    return model.target_embedding.project(model.decoder_norm(x[:, -1:]))[:, 0]
+    x = tf.gather(x, [last], axis=1)  # [B, 1, M]
+    return model.target_embedding.project(model.decoder_norm(x))[:, 0]
+
+
+# ------------------------------------------------------------------------- tf-models
+
+
+def tf_models_search(size: Size) -> Iterator[tuple[str, int, Call]]:
+    """tf-models-official's beam search over our model's caches, compiled.
+
+    It stops as ours does with `early_stop=False`; where nothing ends both run to the
+    end. Raises RuntimeError unless it finds what ours finds.
+    """
+    import tensorflow as tf
+    from official.nlp.modeling.ops import sequence_beam_search
+
+    from keras_layers import beam_search
+
+    model = our_model(size, size.experts)
+    end, length = 1, size.target
+    # Ends are rare but possible, so that there is something to compare.
+    table = model.target_embedding.table
+    table.assign(tf.tensor_scatter_nd_update(table, [[end]], [table[end] * 2.0]))
+
+    def theirs(ids):
+        state = model.start_decoding(ids, length)
+        # It takes nothing but floats.
+        state["memory_mask"] = tf.cast(state["memory_mask"], tf.float32)
+
+        def logits_of(tokens, index, cache):
+            seen = cache["memory_mask"]
+            logits, cache = model.decode_step(
+                tokens[:, -1], {**cache, "memory_mask": seen > 0}, index
+            )
+            logits = tf.where(tf.range(size.vocabulary) == model.pad_id, -1e6, logits)
+            return logits, {**cache, "memory_mask": seen}
+
+        found, scores = sequence_beam_search(
+            logits_of,
+            tf.fill([ids.shape[0]], 2),
+            state,
+            size.vocabulary,
+            size.beam,
+            0.8,
+            length,
+            end,
+            padded_decode=True,
+        )
+        return found[:, 0, 1:], scores[:, 0]
+
+    def mine(ids):
+        found = beam_search(
+            model, ids, length, 2, end, size.beam, 0.8, early_stop=False
+        )
+        return found.ids[:, 0], found.scores[:, 0]
+
+    both = {
+        name: tf.function(search, jit_compile=True)
+        for name, search in (("theirs, compiled", theirs), ("ours, compiled", mine))
+    }
+    for batch in size.batches:
+        ids = tf.constant(sources(size, batch), tf.int32)
+        for way, search in both.items():
+            yield way, batch, lambda search=search, ids=ids: search(ids)[0].numpy()
+        (found, scores), (wanted, ranked) = (search(ids) for search in both.values())
+        same = np.mean(np.all(found.numpy() == wanted.numpy(), axis=1))
+        apart = np.max(np.abs(scores.numpy() - ranked.numpy()))
+        ended = np.mean(np.any(found.numpy() == end, axis=1))
+        say(f"same best: {same:.3f}, scores apart: {apart:.1e}, ended: {ended:.3f}")
+        if apart > 1e-3:
+            raise RuntimeError(f"The two searches find other scores: {apart} apart")
 
 
 # ------------------------------------------------------------------- transformers
@@ -215,6 +323,7 @@ def transformers_model(size: Size, experts: int) -> Iterator[tuple[str, int, Cal
 SIDES = {
     "ours, experts": lambda size: ours(size, size.experts),
     "ours, dense": lambda size: ours(size, 0),
+    "tf-models' search": tf_models_search,
     "transformers, experts": lambda size: transformers_model(size, size.experts),
     "transformers, dense": lambda size: transformers_model(size, 0),
 }
@@ -254,15 +363,18 @@ def side(name: str, size: Size, seconds: float) -> list[dict[str, Any]]:
     return rows
 
 
-def run(size: Size, seconds: float, quick: bool) -> list[dict[str, Any]]:
-    """All sides, each in a process of its own."""
+def run(
+    names: list[str], size: Size, seconds: float, quick: bool
+) -> list[dict[str, Any]]:
+    """These sides, each in a process of its own."""
     rows = []
-    for name in SIDES:
+    for name in names:
         command = [sys.executable, "-m", "benchmarks.decoding", "--side", name]
         command += ["--seconds", str(seconds), *(["--quick"] if quick else [])]
+        command += ["--batches", *map(str, size.batches)]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True)  # noqa: S603
         if done.returncode == 3:
-            say(f"{name}: transformers or torch is not installed: {INSTALL}")
+            say(f"{name}: what it measures is not installed: {INSTALL}")
             continue
         if done.returncode:
             raise RuntimeError(f"{name} failed with status {done.returncode}")
@@ -283,10 +395,17 @@ def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
 
         mine = "ours, experts"
         compiled = (mine, "greedy, compiled")
-        ratio("uncached / cached", (mine, "uncached"), (mine, "greedy, op by op"))
+        for way in ("compiled", "op by op"):
+            ratio(f"uncached {way} / cached", (mine, f"uncached, {way}"), compiled)
         ratio("op by op / compiled", (mine, "greedy, op by op"), compiled)
         ratio(
             "beam / flat beam", (mine, "beam, compiled"), (mine, "flat beam, compiled")
+        )
+        searches = "tf-models' search"
+        ratio(
+            "tf-models' / our search",
+            (searches, "theirs, compiled"),
+            (searches, "ours, compiled"),
         )
         for kind in ("experts", "dense"):
             for way in ("greedy", "beam"):
@@ -313,9 +432,15 @@ def main() -> None:
     arguments.add_argument("--json", action="store_true", help="print one JSON object")
     arguments.add_argument("--quick", action="store_true", help="tiny sizes")
     arguments.add_argument("--seconds", type=float, default=2.0, help="of each figure")
+    arguments.add_argument(
+        "--only", choices=SIDES, action="append", help="this side; can be repeated"
+    )
+    arguments.add_argument("--batches", type=int, nargs="+", help="these batches")
     arguments.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     options = arguments.parse_args()
     size = TINY if options.quick else Size()
+    if options.batches:
+        size = dataclasses.replace(size, batches=tuple(options.batches))
     seconds = min(options.seconds, 0.1) if options.quick else options.seconds
     if options.side:
         try:
@@ -325,7 +450,7 @@ def main() -> None:
         print(json.dumps(rows))
         return
     begun = time.perf_counter()
-    rows = run(size, seconds, options.quick)
+    rows = run(options.only or list(SIDES), size, seconds, options.quick)
     result = {
         "size": dataclasses.asdict(size),
         "rows": rows,

@@ -58,21 +58,23 @@ def feed(
         size,
     )
 
-    def with_slots(capacity: Any) -> Callable[[], tf.Tensor]:
-        def branch() -> tf.Tensor:
-            plan = routing._replace(capacity=capacity)
-            return dispatcher.combine(experts(dispatcher.dispatch(grouped, plan)), plan)
+    def with_slots(capacity: Any) -> tf.Tensor:
+        plan = routing._replace(capacity=capacity)
+        return dispatcher.combine(experts(dispatcher.dispatch(grouped, plan)), plan)
 
-        return branch
-
-    capacities = _capacities(size, choices, routing.num_experts)
     load = count_choices(routing.expert_index, kept, routing.num_experts)  # [G, E]
     fullest = tf.cast(tf.reduce_max(load), tf.int32)
-    too_small = fullest > tf.stack(capacities)[:-1]
-    outputs = tf.switch_case(
-        tf.reduce_sum(tf.cast(too_small, tf.int32)),
-        [with_slots(capacity) for capacity in capacities],
-    )  # [G, S, M]
+
+    def smallest_of(capacities: list[Any]) -> tf.Tensor:
+        # Not `tf.switch_case`, which took XLA ten times as long to compile.
+        fits, *larger = capacities
+        if not larger:
+            return with_slots(fits)
+        return tf.cond(
+            fullest <= fits, lambda: with_slots(fits), lambda: smallest_of(larger)
+        )
+
+    outputs = smallest_of(_capacities(size, choices, routing.num_experts))  # [G, S, M]
     outputs = tf.reshape(outputs, [-1, 1, outputs.shape[-1]])[:count]
     outputs.set_shape(tokens.shape)
     return outputs

@@ -341,11 +341,14 @@ class Transformer(keras.Model):
                 for block in self._each_decoder_block()
             ],
         }
+        batch = sizes(memory)[0]
         if flat:
-            shape = [sizes(memory)[0], hypotheses, max_length, hypotheses]
+            shape = [batch, hypotheses, max_length, hypotheses]
             state["visible"] = annotate(
                 tf.zeros(shape, tf.bool), ("batch", None, None, None)
             )
+        elif hypotheses > 1:
+            state["parents"] = _themselves(batch, hypotheses)
         return state
 
     def decode_step(
@@ -376,10 +379,14 @@ class Transformer(keras.Model):
         caches = []
         blocks = self._each_decoder_block()
         for block, cache in zip(blocks, state["blocks"], strict=True):
+            if "parents" in state:
+                cache = {**cache, "self": _reorder(cache["self"], state["parents"])}
             x, cache = block.decode(
                 x, cache, index, state["memory_mask"], target_ids, seen
             )
             caches.append(cache)
+        if "parents" in state:
+            state["parents"] = _themselves(*sizes(target_ids))
         logits = self._logits(x)  # [B, K, V]
         return logits[:, 0] if single else logits, {**state, "blocks": caches}
 
@@ -395,19 +402,11 @@ class Transformer(keras.Model):
         if "visible" in state:
             visible = tf.gather(state["visible"], parents, batch_dims=1)
             return {**state, "visible": visible}
-        shape = sizes(parents)
-
-        def reorder(cache: tf.Tensor) -> tf.Tensor:
-            rest = cache.shape[1:].as_list()
-            cache = tf.reshape(cache, [*shape, *rest])  # [B, K, T, 1, N, D]
-            cache = tf.gather(cache, parents, batch_dims=1)
-            return tf.reshape(cache, [-1, *rest])
-
-        blocks = [
-            {**cache, "self": tf.nest.map_structure(reorder, cache["self"])}
-            for cache in state["blocks"]
-        ]
-        return {**state, "blocks": blocks}
+        if "parents" not in state:  # one hypothesis
+            return state
+        # The next step does it: one pass over the caches for this and for its writing.
+        parents = tf.gather(state["parents"], parents, batch_dims=1)
+        return {**state, "parents": parents}
 
     def _each_decoder_block(self) -> Iterable[DecoderBlock]:
         return self.decoder_stack.blocks() if self.stacked else self.decoder_blocks
@@ -485,6 +484,25 @@ class Transformer(keras.Model):
                 config.get(name), custom_objects=custom_objects
             )
         return cls(**config)
+
+
+def _themselves(batch: int | tf.Tensor, hypotheses: int | tf.Tensor) -> tf.Tensor:
+    """`[B, K]`: each hypothesis goes on from itself."""
+    parents = tf.broadcast_to(tf.range(hypotheses), [batch, hypotheses])
+    return annotate(parents, ("batch", None))
+
+
+def _reorder(cache: dict[str, tf.Tensor], parents: tf.Tensor) -> dict[str, tf.Tensor]:
+    """Caches `[B * K, ...]` of hypotheses that go on from `parents` `[B, K]`."""
+    shape = sizes(parents)
+
+    def reorder(values: tf.Tensor) -> tf.Tensor:
+        rest = values.shape[1:].as_list()  # [N, T, 1, D]
+        values = tf.reshape(values, [*shape, *rest])
+        values = tf.gather(values, parents, batch_dims=1)
+        return tf.reshape(values, [-1, *rest])
+
+    return {name: reorder(values) for name, values in cache.items()}
 
 
 def _see_itself(

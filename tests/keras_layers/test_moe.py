@@ -133,6 +133,40 @@ def test_decoding_never_drops_and_leaves_no_trace():
         assert value == before[name]
 
 
+@pytest.mark.parametrize("count", [1, 5, 40])
+@pytest.mark.parametrize("alike", [True, False])
+def test_decoding_is_the_same_with_any_number_of_tokens(count, alike):
+    """By gathered weights, with few slots and with all: as each token by itself."""
+    layer = MoELayer(8, 6, gated=True)
+    x = random_inputs(count, 1, 5)
+    x = np.broadcast_to(x[:1], x.shape) if alike else x
+    layer(x[:1])
+    expected = np.concatenate([layer(row[None], decoding=True) for row in x])
+    assert np.all(np.any(expected != 0, axis=-1))
+    known = tf.function(lambda x: layer(x, decoding=True), jit_compile=True)
+    signature = [tf.TensorSpec([None, 1, 5], tf.float32)]
+    unknown = tf.function(known.python_function, input_signature=signature)
+    for decode in (known, unknown):
+        np.testing.assert_allclose(decode(x), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_an_even_load_needs_few_slots(monkeypatch):
+    layer = MoELayer(8, 6)
+    layer.build((None, None, 5))
+    slots, feed = [], layer.experts.call
+
+    def counting(inputs, **arguments):
+        slots.append(inputs.shape[2])
+        return feed(inputs, **arguments)
+
+    monkeypatch.setattr(layer.experts, "call", counting)
+    x = random_inputs(64, 1, 5)
+    layer(x, decoding=True)
+    layer(np.broadcast_to(x[:1], x.shape), decoding=True)
+    # An even load is 2 * 64 / 8 = 16.
+    assert slots[0] < 64 and slots[1] == 64
+
+
 def test_decoding_in_groups_drops_what_does_not_fit():
     layer = MoELayer(
         8, 6, router={"eval_capacity_factor": 0.5, **ALL}, decoding_group_size=16
