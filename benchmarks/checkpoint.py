@@ -37,6 +37,7 @@ import tensorflow as tf
 import gshard_tf
 from benchmarks import memory
 from benchmarks.report import circumstances, options_of, say, show
+from gshard_tf.checkpoints.transfer import snapshot
 from keras_layers import MoELayer
 
 DEVICES, WIDTH, HIDDEN, LENGTH, BATCH = 4, 1024, 4096, 64, 8
@@ -140,6 +141,12 @@ def while_saving(
         say(f"round {i}: held up {held_up[-1]:.2f} s, published {published[-1]:.1f} s")
     checkpoints.close()
     shutil.rmtree(folder / "beside")
+    # Into memory that this process has never had, and into what it has just let go.
+    copying = []
+    for _ in range(4):
+        begun = time.perf_counter()
+        snapshot(state, is_chief=True)
+        copying.append(time.perf_counter() - begun)
     return {
         "step_s": statistics.median(plain),
         "step_while_writing_s": statistics.median(busy),
@@ -147,6 +154,7 @@ def while_saving(
         "overhead_while_writing": statistics.median(busy) / statistics.median(plain)
         - 1,
         "held_up_s": statistics.median(held_up),
+        "copies_one_after_the_other_s": copying,
         "published_after_s": statistics.median(published),
         "steps_per_save": steps,
         "overhead_of_a_save_in_these_steps": statistics.median(stretches) - 1,

@@ -75,13 +75,17 @@ def assemble(
     holders: dict[Region, list[Any]] = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
         holders.setdefault(_region(index, shape), []).append(device)
+
+    def place(part: np.ndarray, devices: list[Any]) -> list[Any]:
+        # Once it is there, `part` may go: the host never has more than one.
+        return jax.block_until_ready(
+            [jax.device_put(part, device, may_alias=False) for device in devices]
+        )
+
     placed = []
     with jax.enable_x64(True):
         for region, devices in holders.items():
-            part = read(region)
-            placed += [jax.device_put(part, d, may_alias=False) for d in devices]
-            # Now it may go: the host never has more than one of them.
-            jax.block_until_ready(placed)
+            placed += place(read(region), devices)
         return jax.make_array_from_single_device_arrays(shape, sharding, placed)
 
 
