@@ -162,6 +162,8 @@ def main() -> None:
             say("started")
             clients = Clients(port, texts, 60 * options.minutes)
             memory = clients.run(options.clients)
+    if not clients.latencies:
+        raise RuntimeError(f"Nothing was answered. Received: {dict(clients.errors)}")
     p50, p99 = np.percentile(clients.latencies, [50, 99])
     fifth = len(memory) // 5
     result = {
