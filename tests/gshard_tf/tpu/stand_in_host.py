@@ -138,7 +138,7 @@ class StandInHost:
         elif item.HasField("send_tensor"):
             sent = item.send_tensor
             for i, tensor in enumerate(sent.tensors):
-                self.values[sent.op_id, i] = tf.constant(tf.make_ndarray(tensor))
+                self.values[sent.op_id, i] = _decoded(tensor)
             answer.shape.append(self.values[sent.op_id, 0].shape.as_proto())
         return answer
 
@@ -175,12 +175,18 @@ class StandInHost:
 
     def _value(self, given):
         if given.HasField("tensor"):
-            return tf.constant(tf.make_ndarray(given.tensor))
+            return _decoded(given.tensor)
         return self.values[self._name(given)]
 
     def _name(self, given):
         handle = given.remote_handle
         return (handle.op_id, handle.output_num)
+
+
+def _decoded(proto):
+    # Not `make_ndarray`, which cannot read strings as TensorFlow's C++ writes them.
+    with tf.device("/CPU:0"):
+        return tf.io.parse_tensor(proto.SerializeToString(), tf.as_dtype(proto.dtype))
 
 
 def _count_outputs(definition, attributes):

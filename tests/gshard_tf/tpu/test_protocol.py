@@ -11,7 +11,7 @@ import pytest
 from tpu_scripts import run_script
 
 pytestmark = pytest.mark.skip(
-    reason="not done: the client hangs after all cores were asked to execute"
+    reason="not done: by hand it comes to its end, here the client hangs or dies"
 )
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="needs libtpu: the extra aot"
@@ -32,9 +32,9 @@ def test_a_mesh_of_two_axes():
 
 def assert_executed(run):
     assert not run["errors"]
-    assert sorted(core for core, _, _ in run["executions"]) == [
-        str(i) for i in range(8)
-    ]
+    assert {"loss", "mae", "moe_dropped"} <= set(run["logs"])
+    cores = sorted(core for core, _, _ in run["executions"])
+    assert cores == [str(i) for i in range(8)]
     for core, given, count in run["executions"]:
         # A core is given its own parts, and nobody else's.
         assert given == [core] and count > 10
@@ -66,15 +66,12 @@ def test_every_core_executes_on_its_own_parts(one_replica):
 
 
 @needs_libtpu
-@pytest.mark.parametrize("name", ["v5e:2x4", "v4:2x2x2"])
-def test_the_tpus_compiler_takes_it(one_replica, name):
+@pytest.mark.parametrize("name", ["v5e:2x4", "v4:2x2x1"])
+def test_the_tpus_compiler_takes_it_and_needs_what_the_plan_says(one_replica, name):
     assert one_replica["left"] == []
     arguments, temporaries = one_replica[f"memory {name}"]
-    assert arguments > 0 and temporaries > 0
-
-
-@needs_libtpu
-def test_its_memory_is_what_the_plan_says(one_replica):
-    arguments, temporaries = one_replica["memory v5e:2x4"]
-    planned, planned_temporaries = one_replica["plan"]
-    assert arguments == pytest.approx(planned, rel=0.02)
+    planned, planned_temporaries = one_replica[f"plan {name}"]
+    assert arguments == planned > 0
+    # The plan's module is Keras's step as SpmdStrategy lowers it. What the compiler
+    # fuses may differ a little.
+    assert temporaries == pytest.approx(planned_temporaries, rel=0.05)
