@@ -74,7 +74,8 @@ def server(folder: Path) -> Iterator[int]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "examples.serving", str(folder)]
-    process = subprocess.Popen([*command, "--port", str(port)])  # noqa: S603
+    command += ["--port", str(port)]
+    process = subprocess.Popen(command, stdout=sys.stderr)  # noqa: S603
     try:
         end = time.monotonic() + PATIENCE
         while True:
