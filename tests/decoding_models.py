@@ -9,23 +9,27 @@ from keras_layers.embedding import sinusoids
 BOS, EOS = 1, 2
 
 
-def small(**arguments):
-    """A Transformer of 11 target tokens, whose outputs vary and some of which end."""
+def untrained(**arguments):
+    """A Transformer of 11 target tokens; every block has 4 experts."""
     defaults = {
         "source_vocab_size": 12,
         "target_vocab_size": 11,
         "num_encoder_layers": 1,
-        "num_decoder_layers": 2,
+        "num_decoder_layers": 1,
         "model_dim": 8,
         "hidden_dim": 16,
         "num_heads": 2,
         "num_experts": 4,
         "moe_every": 1,
         "dropout": 0.0,
-        "tie_output": False,
         "seed": 0,
     }
-    model = Transformer(**{**defaults, **arguments})
+    return Transformer(**{**defaults, **arguments})
+
+
+def small(**arguments):
+    """The same with outputs that vary, and some of which end."""
+    model = untrained(num_decoder_layers=2, tie_output=False, **arguments)
     model.build([(None, None), (None, None)])
     # Sharp enough to differ from row to row, and to end now and then.
     kernel = model.projection.kernel

@@ -2,36 +2,15 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from decoding_models import BOS, EOS, sources
+from decoding_models import untrained as small
 
-from keras_layers import MoELayer, Transformer, greedy_decode
+from keras_layers import MoELayer, greedy_decode
 from keras_layers.feed_forward import FeedForward
-
-BOS, EOS = 1, 2
-
-
-def small(**arguments):
-    defaults = {
-        "source_vocab_size": 12,
-        "target_vocab_size": 11,
-        "num_encoder_layers": 1,
-        "num_decoder_layers": 1,
-        "model_dim": 8,
-        "hidden_dim": 16,
-        "num_heads": 2,
-        "num_experts": 4,
-        "moe_every": 1,
-        "dropout": 0.0,
-        "seed": 0,
-    }
-    return Transformer(**{**defaults, **arguments})
 
 
 def random_ids(batch=3, length=6, seed=0):
-    """Ids above the special ones, with padding at the end of some rows."""
-    rng = np.random.default_rng(seed)
-    ids = rng.integers(3, 11, (batch, length))
-    lengths = rng.integers(2, length + 1, (batch, 1))
-    return np.where(np.arange(length) < lengths, ids, 0)
+    return sources(batch, length, seed)
 
 
 def test_every_other_block_has_experts():
