@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import traceback
 
 import models
 import numpy as np
@@ -164,7 +165,6 @@ def main(mesh):
         compiled(text, metadata, found)
         planned(mesh, found)
     print(json.dumps(found), flush=True)
-    os._exit(0)  # without asking the host, which is gone, to forget what it holds
 
 
 def device_assignment(text):
@@ -176,4 +176,10 @@ def device_assignment(text):
     return np.array(ids).T.tolist()
 
 
-main(json.loads(sys.argv[1]))
+try:
+    main(json.loads(sys.argv[1]))
+except BaseException:
+    traceback.print_exc()
+    os._exit(1)
+# Without asking the host, which is gone, to forget what it holds: that takes for ever.
+os._exit(0)

@@ -10,9 +10,8 @@ import json
 import pytest
 from tpu_scripts import run_script
 
-pytestmark = pytest.mark.skip(
-    reason="not done: by hand it comes to its end, here the client hangs or dies"
-)
+# Most of a minute: the client, the host and four compilations for TPUs.
+pytestmark = pytest.mark.slow
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="needs libtpu: the extra aot"
 )
@@ -23,7 +22,6 @@ def one_replica():
     return run_script("protocol.py", json.dumps({"expert": 8}))
 
 
-@pytest.mark.slow
 def test_a_mesh_of_two_axes():
     run = run_script("protocol.py", json.dumps({"data": 2, "model": 2}))
     assert [run["replicas"], run["cores"]] == [2, 4]
