@@ -6,6 +6,7 @@ import os
 import random
 import resource
 import signal
+import threading
 
 import checkpoint_runs as runs
 import keras
@@ -16,8 +17,10 @@ import tensorflow as tf
 
 import gshard_tf
 from gshard_files import AlreadyRunningError
+from gshard_tf.checkpoints import manager
 from gshard_tf.checkpoints.cli import main as command
 from gshard_tf.checkpoints.errors import DamagedError, MismatchError
+from gshard_tf.checkpoints.writing import write
 
 
 def variables(value=0.0):
@@ -58,7 +61,14 @@ def test_the_newest_and_the_best_are_kept(tmp_path, background):
     assert_values(state, 1)
 
 
-def test_a_save_has_the_values_of_its_moment(tmp_path):
+def test_a_save_has_the_values_of_its_moment(tmp_path, monkeypatch):
+    stepped = threading.Event()
+
+    def late(*arguments):
+        assert stepped.wait(60)
+        write(*arguments)
+
+    monkeypatch.setattr(manager, "write", late)
     made = runs.scoped(2)
     x, y = parity.data(16)
     made.train_on_batch(x, y)
@@ -66,6 +76,7 @@ def test_a_save_has_the_values_of_its_moment(tmp_path):
     saved = parity.state(made)
     checkpoints.save(gshard_tf.state_of(made), 1)
     made.train_on_batch(x, y)
+    stepped.set()
     checkpoints.wait()
     assert any(np.any(v != saved[n]) for n, v in parity.state(made).items())
     checkpoints.restore(gshard_tf.state_of(made))
