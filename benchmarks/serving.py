@@ -93,6 +93,7 @@ def server(folder: Path) -> Iterator[int]:
 
 
 def connect(port: int) -> http.client.HTTPConnection:
+    """A connection to the server, which opens with the first request."""
     return http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
 
 
