@@ -1,6 +1,6 @@
 """Small pieces of HTML of which the page's parts are made."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from html import escape
 
 from gshard_tf.planning import units
@@ -11,7 +11,12 @@ from gshard_tf.planning.table import verdict
 Part = tuple[str, str, float]
 
 
-def bar(parts: Iterable[Part], scale: float, css: str = "", shown=units.size) -> str:
+def bar(
+    parts: Iterable[Part],
+    scale: float,
+    css: str = "",
+    shown: Callable[[float], str] = units.size,
+) -> str:
     """Parts beside each other; `scale` is the whole width."""
     parts = [part for part in parts if part[2] > 0]
     words = ", ".join(f"{label} {shown(value)}" for _, label, value in parts)
