@@ -13,7 +13,7 @@ Region = tuple[tuple[int, int], ...]
 
 # An allocation at a multiple of this is taken by TensorFlow and by XLA as it is;
 # another one would be copied.
-_ALIGNMENT = 64
+ALIGNMENT = 64
 _CHUNK = 1 << 25
 
 
@@ -34,8 +34,8 @@ def aligned_copies(values: Sequence[np.ndarray]) -> list[np.ndarray]:
     """
     copies, tasks = [], []
     for value in values:
-        buffer = np.empty(value.nbytes + _ALIGNMENT, np.uint8)
-        start = -buffer.ctypes.data % _ALIGNMENT
+        buffer = np.empty(value.nbytes + ALIGNMENT, np.uint8)
+        start = -buffer.ctypes.data % ALIGNMENT
         target = buffer[start : start + value.nbytes]
         source = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
         copies.append(target.view(value.dtype).reshape(value.shape))

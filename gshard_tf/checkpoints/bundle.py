@@ -7,16 +7,20 @@ no help of ours.
 
 import dataclasses
 import glob
+import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import tensorflow as tf
 
 from gshard_tf.checkpoints.errors import DamagedError
-from gshard_tf.shards import Region, whole
+from gshard_tf.shards import ALIGNMENT, Region, whole
+
+#: Whoever reads a part of a slice holds all of it meanwhile, so none is larger.
+SLICE_BYTES = 1 << 26
 
 
 @dataclasses.dataclass
@@ -42,6 +46,7 @@ def write(prefix: Path, pieces: Sequence[Piece]) -> None:
     Raises:
         OSError: the disk is full, or the like.
     """
+    pieces = [part for piece in pieces for part in _slices(piece)]
     with tf.device("/cpu:0"):
         try:
             tf.raw_ops.SaveV2(
@@ -52,6 +57,30 @@ def write(prefix: Path, pieces: Sequence[Piece]) -> None:
             )
         except tf.errors.OpError as error:
             raise OSError(f"could not write {prefix} ({_reason(error)})") from error
+
+
+def _slices(piece: Piece) -> Iterator[Piece]:
+    """A large array in slices, which are views of it."""
+    value = piece.value
+    if tf.is_tensor(value) or value.nbytes <= SLICE_BYTES:
+        yield piece
+        return
+    axis = next(i for i, size in enumerate(value.shape) if size > 1)
+    row = value.nbytes // value.shape[axis]
+    # Each begins where TensorFlow takes memory as it is.
+    step = ALIGNMENT // math.gcd(ALIGNMENT, row)
+    rows = max(step, SLICE_BYTES // row // step * step)
+    flat, each = value.reshape(-1), value.size // value.shape[axis]
+    start, size = piece.region[axis]
+    for at in range(0, size, rows):
+        count = min(rows, size - at)
+        part = flat[at * each : (at + count) * each]
+        shape = (*value.shape[:axis], count, *value.shape[axis + 1 :])
+        region = list(piece.region)
+        region[axis] = (start + at, count)
+        yield dataclasses.replace(
+            piece, region=tuple(region), value=part.reshape(shape)
+        )
 
 
 def _tensor(value: np.ndarray | tf.Tensor) -> tf.Tensor:
