@@ -1,5 +1,6 @@
 """The pieces of an array that is split over devices: out of it, and into a new one."""
 
+import gc
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -86,6 +87,8 @@ def assemble(
     with jax.enable_x64(True):
         for region, devices in holders.items():
             placed += place(read(region), devices)
+            # jax lets go of what it was given when Python next collects garbage.
+            gc.collect(0)
         return jax.make_array_from_single_device_arrays(shape, sharding, placed)
 
 

@@ -19,7 +19,8 @@ import tensorflow as tf
 from gshard_tf.checkpoints.errors import DamagedError
 from gshard_tf.shards import ALIGNMENT, Region, whole
 
-#: Whoever reads a part of a slice holds all of it meanwhile, so none is larger.
+#: Whoever reads a part of a slice holds all of it meanwhile, so none is larger. Not
+#: below 32 MB, either: glibc keeps smaller blocks in its heap, in pieces.
 SLICE_BYTES = 1 << 26
 
 
