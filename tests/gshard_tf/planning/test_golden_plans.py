@@ -10,9 +10,17 @@ from processes import run_python
 FOLDER = pathlib.Path(__file__).parent / "golden"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
 ON_TPU = ("v3", "v5e")
+# One of each compiler; the others take a minute each.
+QUICK = ("transformer-cpu-4x2", "transformer-v5e-2x4")
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
+        for name in NAMES
+    ],
+)
 def test_a_plan_is_as_recorded(name):
     if any(chip in name for chip in ON_TPU):
         if importlib.util.find_spec("libtpu") is None:
