@@ -212,14 +212,15 @@ def tf_models_search(size: Size) -> Iterator[tuple[str, int, Call]]:
 
     def theirs(ids):
         state = model.start_decoding(ids, length)
-        # It takes nothing but floats.
+        # It takes nothing but floats, and repeats all of it for each hypothesis.
         state["memory_mask"] = tf.cast(state["memory_mask"], tf.float32)
+        projection = state.pop("projection")
 
         def logits_of(tokens, index, cache):
             seen = cache["memory_mask"]
-            logits, cache = model.decode_step(
-                tokens[:, -1], {**cache, "memory_mask": seen > 0}, index
-            )
+            cache = {**cache, "memory_mask": seen > 0, "projection": projection}
+            logits, cache = model.decode_step(tokens[:, -1], cache, index)
+            cache.pop("projection")
             logits = tf.where(tf.range(size.vocabulary) == model.pad_id, -1e6, logits)
             return logits, {**cache, "memory_mask": seen}
 

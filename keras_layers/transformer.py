@@ -329,7 +329,8 @@ class Transformer(keras.Model):
 
         Returns:
             The state for `decode_step`: a nest of tensors of static length, each with
-            the batch (or the batch times K) as its first dimension.
+            the batch (or the batch times K) as its first dimension; and, where the
+            target's table is the output projection, `"projection"`, its transpose.
         """
         if not self.built:  # a new model, not called yet
             self.build()
@@ -341,6 +342,8 @@ class Transformer(keras.Model):
                 for block in self._each_decoder_block()
             ],
         }
+        if self.projection is None:
+            state["projection"] = self.target_embedding.transposed_table()
         batch = sizes(memory)[0]
         if flat:
             shape = [batch, hypotheses, max_length, hypotheses]
@@ -387,7 +390,7 @@ class Transformer(keras.Model):
             caches.append(cache)
         if "parents" in state:
             state["parents"] = _themselves(*sizes(target_ids))
-        logits = self._logits(x)  # [B, K, V]
+        logits = self._logits(x, state.get("projection"))  # [B, K, V]
         return logits[:, 0] if single else logits, {**state, "blocks": caches}
 
     def reorder_decoding(
@@ -429,10 +432,10 @@ class Transformer(keras.Model):
         x = self.embedding_dropout(x, training=training)
         return annotate(x, ("batch", "length", "embed"))
 
-    def _logits(self, x: tf.Tensor) -> tf.Tensor:
+    def _logits(self, x: tf.Tensor, transposed: tf.Tensor | None = None) -> tf.Tensor:
         x = self.decoder_norm(x)
         if self.projection is None:
-            return self.target_embedding.project(x)
+            return self.target_embedding.project(x, transposed)
         return self.projection(x)
 
     def compute_mask(self, inputs: Any, previous_mask: Any = None) -> tf.Tensor:
