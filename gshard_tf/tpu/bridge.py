@@ -323,6 +323,12 @@ def _type_of(argument: Argument, function: Any) -> str:
             dims = [n * p for n, p in zip(dims, argument.partitions, strict=False)]
         dtype = tf.as_dtype(data.dtype)
     else:
+        if not tensor.shape.is_fully_defined():
+            raise ValueError(
+                "A TPU program needs batches of static shape: "
+                "dataset.batch(n, drop_remainder=True), and with steps_per_execution "
+                f"also .repeat() and steps_per_epoch. Received: {tensor.shape}"
+            )
         dims, dtype = tensor.shape.as_list(), tensor.dtype
     return "".join(f"{n}x" for n in dims) + _TYPES[dtype.name]
 

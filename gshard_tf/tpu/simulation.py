@@ -7,6 +7,7 @@ runtime are not in it.
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import keras
@@ -23,7 +24,7 @@ class SimulatedStep:
     Args:
         strategy: A `TPUStrategy`, ours or TensorFlow's.
         fn: What each replica runs.
-        batch: A batch as a distributed dataset yields it.
+        batch: A batch as a distributed dataset yields it, or its `tf.TypeSpec`s.
         variables: The variables that `fn` uses, and perhaps others.
     """
 
@@ -35,10 +36,11 @@ class SimulatedStep:
         variables: Iterable[Any],
     ):
         def step(batch):
-            # As Keras does: with several replicas, the logs of the first.
+            # As Keras does: with several replicas, the logs of the first. The method of
+            # the class, which `simulate_fit` leaves as it is.
             return tf.nest.map_structure(
                 lambda value: strategy.experimental_local_results(value)[0],
-                strategy.run(fn, args=(batch,)),
+                type(strategy).run(strategy, fn, args=(batch,)),
             )
 
         self.function = tf.function(step, autograph=False).get_concrete_function(batch)
@@ -86,38 +88,48 @@ def parts_of(variable: Any) -> Iterator[Any]:
 def simulate_fit(model: keras.Model) -> list[SimulatedStep]:
     """Lets `model.fit` run its steps here from now on; all else of it is as ever.
 
+    Keras's own training function is traced, with its loop where `steps_per_execution`
+    is more than 1. Only what it calls, `strategy.run`, is another: the strategy is of
+    no use to other models then.
+
     Args:
         model: Made and compiled in the scope of a `TPUStrategy`.
 
     Returns:
         The steps, one per shape, filled as they are traced.
     """
+    strategy = model.distribute_strategy
     steps: list[SimulatedStep] = []
     known: dict[Any, SimulatedStep] = {}
 
-    def train_function(iterator):
-        batch = next(iterator)
+    def run(fn: Callable, args: tuple[Any]) -> Any:
+        [batch] = args
         parts = tf.nest.flatten(batch, expand_composites=True)
-        key = tuple(tuple(part.shape) for part in parts)
+        key = (fn, *(tuple(part.shape) for part in parts))
         if key not in known:
             variables = [
                 *model.variables,
                 *model.metrics_variables,
                 *model.optimizer.variables,
             ]
-            known[key] = SimulatedStep(
-                model.distribute_strategy,
-                model.train_step,
-                batch,
-                [variable.value for variable in variables],
-            )
+            specs = tf.nest.map_structure(tf.type_spec_from_value, batch)
+            values = [variable.value for variable in variables]
+            # Out of the function that is being traced here. `tf.init_scope` would leave
+            # it too, but record no gradients.
+            with ThreadPoolExecutor(1) as elsewhere:
+                made = elsewhere.submit(SimulatedStep, strategy, fn, specs, values)
+                known[key] = made.result()
             steps.append(known[key])
-        return known[key](batch)
+        step = known[key]
+        logs = tf.nest.flatten(step.function.structured_outputs)
+        values = tf.py_function(
+            lambda *parts: tf.nest.flatten(step(parts)),
+            parts,
+            [log.dtype for log in logs],
+        )
+        for value, log in zip(values, logs, strict=True):
+            value.set_shape(log.shape)
+        return tf.nest.pack_sequence_as(step.function.structured_outputs, values)
 
-    def make_train_function(force=False):
-        del force
-        model.train_function = train_function
-        return train_function
-
-    model.make_train_function = make_train_function
+    strategy.run = run
     return steps

@@ -12,6 +12,7 @@ OPTIMIZERS = {
     "adafactor": lambda: keras.optimizers.Adafactor(0.01),
     "momentum": lambda: keras.optimizers.SGD(0.05, momentum=0.9),
     "sparse": lambda: keras.optimizers.SGD(0.05),
+    "sparse adam": lambda: keras.optimizers.Adam(0.01),
     "accumulation": lambda: keras.optimizers.Adam(0.01, gradient_accumulation_steps=2),
     "average": lambda: keras.optimizers.Adam(
         0.01, use_ema=True, ema_overwrite_frequency=2
@@ -42,15 +43,20 @@ class Table(keras.layers.Layer):
         return tf.one_hot(ids, VOCABULARY) @ tf.convert_to_tensor(self.table)
 
 
-def model(optimizer="adam", dropout=0.0):
+def model(optimizer="adam", dropout=0.0, steps_per_execution=1):
     """Tokens `[B, L]` -> `[B, L, 2]`."""
     keras.utils.set_random_seed(3)
     ids = keras.Input((LENGTH,), dtype="int32")
-    x = Table(optimizer == "sparse", name="embedding")(ids)
+    x = Table(optimizer.startswith("sparse"), name="embedding")(ids)
     x = Dropout(dropout, seed=5)(x)
     x = x + MoELayer(EXPERTS, HIDDEN, dropout=dropout, seed=7, name="moe")(x)
     made = keras.Model(ids, keras.layers.Dense(2, name="outer")(x))
-    made.compile(OPTIMIZERS[optimizer](), "mse", metrics=["mae"])
+    made.compile(
+        OPTIMIZERS[optimizer](),
+        "mse",
+        metrics=["mae"],
+        steps_per_execution=steps_per_execution,
+    )
     return made
 
 
