@@ -57,7 +57,12 @@ class MeshExtended(one_device_strategy.OneDeviceExtended):
     def _create_variable(self, next_creator: Callable, **kwargs: Any) -> Any:
         del next_creator  # it would make a plain variable
         reference = kwargs.pop("colocate_with", None)
-        for unused in ("use_resource", "experimental_batch_initialization"):
+        # The second is of version 1's variables, with which Checkpoint counts saves.
+        for unused in (
+            "use_resource",
+            "expected_shape",
+            "experimental_batch_initialization",
+        ):
             kwargs.pop(unused, None)
         with tf.device(self._device):
             variable = self.make_variable(**kwargs)

@@ -104,6 +104,16 @@ def test_tf_train_checkpoint_there_and_back(trained, tmp_path):
             np.testing.assert_array_equal(ours.numpy(), theirs.numpy())
 
 
+def test_tf_train_checkpoint_in_scope(trained, tmp_path):
+    # In the scope its own counter of saves becomes a variable on the mesh.
+    with trained.strategy.scope():
+        checkpoint = tf.train.Checkpoint(model=trained.model)
+        path = checkpoint.save(str(tmp_path / "ckpt"))
+        checkpoint.restore(path).assert_existing_objects_matched()
+    assert path.endswith("ckpt-1")
+    assert trained.strategy.extended.is_ours(checkpoint.save_counter)
+
+
 def test_clone(trained):
     with trained.strategy.scope():
         clone = keras.models.clone_model(trained.model)
