@@ -179,7 +179,7 @@ class StepProgram:
             role = roles.get(id(value), "other")
             tensor = _tensor(name, value, layouts.captures[i], role)
             state.append(dataclasses.replace(tensor, path=variable.path))
-        inputs = [name for name, _ in named_leaves(named_batch(self.specs))]
+        inputs = list(named_batch(self.specs))
         outputs = [name for name, _ in named_leaves(step.structure)]
         return Manifest(
             model=self.model.name,

@@ -62,9 +62,11 @@ def of(event, lines):
 
 
 def data():
-    """160 rows: ten batches. Each token says what it is to be."""
-    x = np.random.default_rng(0).integers(0, VOCABULARY, (10 * BATCH, LENGTH))
-    return x.astype("int32"), ((7 * x + 1) % VOCABULARY).astype("int32")
+    """160 rows: ten batches. Each token says what it is to be, and some do not count."""
+    rng = np.random.default_rng(0)
+    x = rng.integers(0, VOCABULARY, (10 * BATCH, LENGTH))
+    weight = rng.integers(0, 3, x.shape).astype("float32")
+    return x.astype("int32"), ((7 * x + 1) % VOCABULARY).astype("int32"), weight
 
 
 def make():
@@ -92,9 +94,9 @@ class Saved:
 
     def __init__(self, folder, partitions):
         self.folder = folder
-        self.x, self.y = data()
+        self.x, self.y, self.weight = data()
         self.strategy, self.model = made(partitions)
-        batch = (self.x[:BATCH], self.y[:BATCH])
+        batch = (self.x[:BATCH], self.y[:BATCH], self.weight[:BATCH])
         self.strategy.save_state(self.model_built(batch), folder / "start.npz")
         for mode in MODES if partitions > 1 else MODES[:2]:
             program = self.strategy.program(
@@ -103,7 +105,7 @@ class Saved:
             # The step for training on another mesh too.
             meshes = [2] if mode == "train" and partitions > 1 else [partitions]
             program.save(self.program(mode), meshes, initial_state="start.npz")
-        arrays = portable.named_batch((self.x, self.y))
+        arrays = portable.named_batch((self.x, self.y, self.weight))
         portable.write_data(
             folder / "data", {name: a.astype("uint8") for name, a in arrays.items()}
         )
@@ -130,9 +132,16 @@ def saved(request, tmp_path_factory):
         *("--evaluate", it.program("evaluate"), folder / "data"),
     )
     options = {"batch_size": BATCH, "shuffle": False, "verbose": 0}
-    it.history = it.model.fit(it.x, it.y, epochs=EPOCHS, **options).history
+    it.history = it.model.fit(
+        it.x, it.y, sample_weight=it.weight, epochs=EPOCHS, **options
+    ).history
     it.evaluation = it.model.evaluate(
-        it.x, it.y, batch_size=BATCH, verbose=0, return_dict=True
+        it.x,
+        it.y,
+        sample_weight=it.weight,
+        verbose=0,
+        return_dict=True,
+        batch_size=BATCH,
     )
     return it
 
@@ -171,7 +180,7 @@ def test_back_into_keras_it_evaluates_identically(saved):
     meta = strategy.load_state(model, saved.folder / "run" / "state.npz")
     assert meta["step"] == 10 * EPOCHS
     options = {"batch_size": BATCH, "verbose": 0, "return_dict": True}
-    again = model.evaluate(saved.x, saved.y, **options)
+    again = model.evaluate(saved.x, saved.y, sample_weight=saved.weight, **options)
     for name in ("loss", "accuracy"):
         assert again[name] == evaluated[name], name
     for name, value in again.items():  # entropies are compiled otherwise here
@@ -186,7 +195,13 @@ def test_plain_keras_learns_the_same(saved):
     plain = make()
     plain.jit_compile = False
     history = plain.fit(
-        saved.x, saved.y, batch_size=BATCH, epochs=2, shuffle=False, verbose=0
+        saved.x,
+        saved.y,
+        sample_weight=saved.weight,
+        batch_size=BATCH,
+        epochs=2,
+        shuffle=False,
+        verbose=0,
     ).history
     ran = [line["loss"] for line in of("train", saved.lines)[:2]]
     np.testing.assert_allclose(ran, history["loss"], rtol=RTOL)
@@ -323,7 +338,7 @@ def test_what_the_runner_refuses(saved, tmp_path, capsys):
 
 @on_eight
 def test_what_cannot_be_saved_or_put_back(saved):
-    batch = (saved.x[:BATCH], saved.y[:BATCH])
+    batch = (saved.x[:BATCH], saved.y[:BATCH], saved.weight[:BATCH])
     with pytest.raises(ValueError, match="mode is one of"):
         saved.strategy.program(saved.model, "learn", batch)
     with pytest.raises(ValueError, match="needs the batch"):
