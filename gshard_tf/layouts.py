@@ -90,11 +90,25 @@ class Layouts:
         """`decision`, split over the axis of `fsdp` or `zero` too if that is asked."""
         is_slot = variable.reference is not None
         axis = self.rules.fsdp or (self.rules.zero if is_slot else None)
-        specs = list(decision.layout.sharding_specs)
         shape = tuple(variable.shape)
         size = int(np.prod(shape)) * variable.dtype.size
+        specs = decision.layout.sharding_specs
         if axis is None or axis in specs or size < self.rules.fsdp_min_bytes:
             return decision
+        layout = self._split(decision.layout, shape, axis)
+        if layout is None:
+            return decision
+        return Decision(
+            layout,
+            f"{'fsdp' if self.rules.fsdp else 'zero'} over {axis!r}; {decision.rule}",
+            use=None if self._used_as_stored(variable) else decision.layout,
+        )
+
+    def _split(
+        self, layout: dtensor.Layout, shape: tuple, axis: str
+    ) -> dtensor.Layout | None:
+        """`layout`, its largest dimension that divides split over `axis` too."""
+        specs = list(layout.sharding_specs)
         count = self.mesh.dim_size(axis)
         fitting = [
             d
@@ -102,17 +116,17 @@ class Layouts:
             if spec == dtensor.UNSHARDED and shape[d] % count == 0
         ]
         if not fitting:
-            return decision
+            return None
         specs[max(fitting, key=lambda d: shape[d])] = axis
+        return dtensor.Layout(specs, self.mesh)
+
+    def _used_as_stored(self, variable: PlacedVariable) -> bool:
+        """Whether a step uses it in the parts in which it lies, gathering nothing."""
         keras_variable = variable.keras_variable and variable.keras_variable()
         names = None if keras_variable is None else named_axes(keras_variable)
         # What a loop over layers uses one by one must not be gathered as a whole.
         in_loop = bool(names) and names[0] == "layer"
-        return Decision(
-            dtensor.Layout(specs, self.mesh),
-            f"{'fsdp' if self.rules.fsdp else 'zero'} over {axis!r}; {decision.rule}",
-            use=None if is_slot or in_loop else decision.layout,
-        )
+        return variable.reference is not None or in_loop
 
     def _decide(self, variable: PlacedVariable) -> Decision:
         keras_variable = variable.keras_variable and variable.keras_variable()

@@ -17,13 +17,13 @@ from tensorflow.python.distribute import tpu_strategy as tf_tpu_strategy
 from tensorflow.python.ops import control_flow_util
 
 from gshard_tf.annotations import shard
-from gshard_tf.layouts import Layouts
 from gshard_tf.mesh import create_mesh, use_mesh
 from gshard_tf.placed import PlacedVariable
 from gshard_tf.report import Description, describe
 from gshard_tf.rules import AxisRules
 from gshard_tf.tpu.assignment import assign_cores
 from gshard_tf.tpu.connecting import connect
+from gshard_tf.tpu.core_layouts import CoreLayouts
 from gshard_tf.tpu.initial import InitialValue
 from gshard_tf.tpu.restoring import pass_on_all_slices
 from gshard_tf.tpu.storage import Storage
@@ -144,7 +144,7 @@ class MeshTPUExtended(tf_tpu_strategy.TPUExtended):
             use_spmd_for_xla_partitioning=mesh.size > 1,
         )
         self.mesh = mesh
-        self.layouts = Layouts(mesh, rules)
+        self.layouts = CoreLayouts(mesh, rules)
         pass_on_all_slices()
 
     # -- variables -------------------------------------------------------------------

@@ -65,9 +65,10 @@ def test_several_dimensions_are_split(two_replicas):
     assert layout == ["data", None, "model"]
     assert per_core * 4 == size
     size, per_core, layout = two_replicas["rows"]["embedding/table"]
-    # Split over one axis, copied along the other.
-    assert layout == ["model", None]
-    assert per_core * 2 == size
+    # Its rule splits it over one axis. The other does too: TensorFlow's bridge cannot
+    # write what is copied along it.
+    assert layout == ["model", "data"]
+    assert per_core * 4 == size
     assert two_replicas["bytes"]["embedding/table"] == per_core
     assert set(two_replicas["devices"]) == {8}
 
