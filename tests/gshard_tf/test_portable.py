@@ -62,7 +62,7 @@ def of(event, lines):
 
 
 def data():
-    """160 rows: ten batches. Each token says what it is to be, and some do not count."""
+    """160 rows: ten batches. Each token says what it is to be; some do not count."""
     rng = np.random.default_rng(0)
     x = rng.integers(0, VOCABULARY, (10 * BATCH, LENGTH))
     weight = rng.integers(0, 3, x.shape).astype("float32")
