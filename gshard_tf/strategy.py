@@ -17,17 +17,17 @@ from tensorflow.python.ops import control_flow_util
 
 from gshard_tf.layouts import Layouts
 from gshard_tf.mesh_extended import MeshExtended
+from gshard_tf.on_mesh import OnMesh
 from gshard_tf.portable import saving
 from gshard_tf.processes import group
 from gshard_tf.program import Placement, SpmdProgram, named_sharding
-from gshard_tf.report import Description, describe
 from gshard_tf.rules import AxisRules
 from gshard_tf.shards import Region, assemble
 from gshard_tf.step import SkippedStep, Step
 from gshard_tf.variables import MeshVariable
 
 
-class SpmdStrategy(tf.distribute.Strategy):
+class SpmdStrategy(OnMesh, tf.distribute.Strategy):
     """Trains, evaluates and predicts with one program partitioned over a mesh.
 
     Keras sees one replica and one global batch. Each step that it runs is lowered
@@ -83,14 +83,6 @@ class SpmdStrategy(tf.distribute.Strategy):
         super().__init__(SpmdExtended(self, mesh, rules, check_numerics, own_rows))
 
     @property
-    def mesh(self) -> dtensor.Mesh:
-        return self.extended.mesh
-
-    @property
-    def rules(self) -> AxisRules:
-        return self.extended.layouts.rules
-
-    @property
     def last_error(self) -> Exception | None:
         """The latest exception of a step, as it was raised, or None.
 
@@ -103,18 +95,6 @@ class SpmdStrategy(tf.distribute.Strategy):
     def programs(self) -> list[SpmdProgram]:
         """The programs compiled so far that are still in use, oldest first."""
         return [p for p in (ref() for ref in self.extended.programs) if p is not None]
-
-    def layout(self, variable: tf.Variable | keras.Variable) -> dtensor.Layout:
-        """The layout in which a variable of this strategy is stored."""
-        return self.extended.layouts.of(self.extended.ours(variable)).layout
-
-    def describe(self, model: keras.Model) -> Description:
-        """How each weight and optimizer slot of a built model is stored, and why.
-
-        Returns:
-            A `Description`; `print` it for a table.
-        """
-        return describe(model, self.extended.layouts, self.extended.ours)
 
     def program(
         self, model: keras.Model, mode: str = "train", batch: Any = None

@@ -18,8 +18,8 @@ from tensorflow.python.ops import control_flow_util
 
 from gshard_tf.annotations import shard
 from gshard_tf.mesh import create_mesh, use_mesh
+from gshard_tf.on_mesh import OnMesh
 from gshard_tf.placed import PlacedVariable
-from gshard_tf.report import Description, describe
 from gshard_tf.rules import AxisRules
 from gshard_tf.tpu.assignment import assign_cores
 from gshard_tf.tpu.connecting import connect
@@ -77,7 +77,7 @@ def tpu_strategy(
     return MeshTPUStrategy(resolver, topology, mesh, rules)
 
 
-class MeshTPUStrategy(tf.distribute.TPUStrategy):
+class MeshTPUStrategy(OnMesh, tf.distribute.TPUStrategy):
     """What `tpu_strategy` makes.
 
     Args:
@@ -102,26 +102,9 @@ class MeshTPUStrategy(tf.distribute.TPUStrategy):
         self._enable_packed_variable_in_eager_mode = mesh.size == 1
 
     @property
-    def mesh(self) -> dtensor.Mesh:
-        """The cores of one replica."""
-        return self.extended.mesh
-
-    @property
-    def rules(self) -> AxisRules:
-        return self.extended.layouts.rules
-
-    @property
     def device_assignment(self) -> tf.tpu.experimental.DeviceAssignment:
         """Which core of the slice each position of the mesh is, in each replica."""
         return self.extended._device_assignment
-
-    def layout(self, variable: tf.Variable | keras.Variable) -> dtensor.Layout:
-        """The layout in which a variable of this strategy is stored."""
-        return self.extended.layouts.of(self.extended.ours(variable)).layout
-
-    def describe(self, model: keras.Model) -> Description:
-        """How each weight and optimizer slot of a built model is stored, and why."""
-        return describe(model, self.extended.layouts, self.extended.ours)
 
 
 class MeshTPUExtended(tf_tpu_strategy.TPUExtended):

@@ -35,19 +35,7 @@ class SyntheticTPU(tf.distribute.cluster_resolver.ClusterResolver):
     def __init__(self, shape: tuple[int, int, int, int]):
         self.cores = int(np.prod(shape))
         _request_devices(self.cores)
-        x, y, z, core = shape
-        coordinates = [
-            [i, j, k, c]
-            for k in range(z)
-            for j in range(y)
-            for i in range(x)
-            for c in range(core)
-        ]
-        made = tpu_topology.Topology(
-            mesh_shape=list(shape),
-            device_coordinates=np.array([coordinates], np.int32),
-        )
-        self.topology = _OnCpu(serialized=made.serialized())
+        self.topology = _OnCpu(serialized=serialized_topology(shape))
 
     def get_tpu_system_metadata(self) -> tpu_system_metadata.TPUSystemMetadata:
         prefix = "/job:localhost/replica:0/task:0/device:TPU"
@@ -74,6 +62,21 @@ class SyntheticTPU(tf.distribute.cluster_resolver.ClusterResolver):
     @property
     def tpu_hardware_feature(self) -> None:
         return None
+
+
+def serialized_topology(shape: tuple[int, int, int, int]) -> bytes:
+    """The topology of a slice of one host, as a TPU system reports it.
+
+    Args:
+        shape: Chips along x, y and z, and cores of a chip. Cores are numbered along
+            the chip first, then x, y and z.
+    """
+    # [*zyx, cores of a chip, 4] -> [1 host, cores, 4]
+    places = np.moveaxis(np.indices([shape[i] for i in (2, 1, 0, 3)]), 0, -1)
+    coordinates = places.reshape(1, -1, 4)[..., [2, 1, 0, 3]].astype(np.int32)
+    return tpu_topology.Topology(
+        mesh_shape=list(shape), device_coordinates=coordinates
+    ).serialized()
 
 
 class _OnCpu(tpu_topology.Topology):

@@ -26,6 +26,7 @@ import gshard_tf
 from gshard_tf.devices import topology_devices
 from gshard_tf.tpu import bridge
 from gshard_tf.tpu.program import CoreProgram
+from gshard_tf.tpu.synthetic import serialized_topology
 
 HERE = pathlib.Path(__file__).parent
 # On a TPU VM this is where everything but the TPU is; to the client of a remote host,
@@ -33,19 +34,22 @@ HERE = pathlib.Path(__file__).parent
 HERE_ON_THE_HOST = "/job:localhost/replica:0/task:0/device:CPU:0"
 # Of eight cores each.
 TOPOLOGIES = ("v5e:2x4", "v4:2x2x1")
-BATCH = 16
+BATCH, STEPS, EPOCHS = 16, 2, 2
 
 
 def train(address, mesh):
-    """A user's program: one step. What it computes is zeros, since nobody does."""
+    """A user's program. What it computes is zeros, since nobody does."""
     strategy = gshard_tf.tpu_strategy(address, mesh)
     with strategy.scope():
         model = models.model()
-    ids, y = models.data(BATCH)
+    # As on a TPU VM, where the host of the TPU is this one: input pipelines run here.
+    workers = {HERE_ON_THE_HOST: [HERE_ON_THE_HOST] * strategy.num_replicas_in_sync}
+    strategy.extended._host_input_worker_devices = workers
     with tf.device(HERE_ON_THE_HOST):
-        batch = tf.constant(ids), tf.constant(y)
-        logs = model.train_on_batch(*batch, return_dict=True)
-    return strategy, logs
+        data = tf.data.Dataset.from_tensor_slices(models.data(STEPS * BATCH))
+        dataset = data.batch(BATCH, drop_remainder=True)
+        history = model.fit(dataset, epochs=EPOCHS, verbose=0).history
+    return strategy, {name: values[-1] for name, values in history.items()}
 
 
 def captured(folder):
@@ -122,8 +126,9 @@ def planned(mesh, found):
 
 def main(mesh):
     folder = pathlib.Path(tempfile.mkdtemp())
+    topology = serialized_topology((2, 4, 1, 1)).hex()
     host = subprocess.Popen(  # noqa: S603
-        [sys.executable, str(HERE / "stand_in_host.py"), "2,4,1,1", str(folder)],
+        [sys.executable, str(HERE / "stand_in_host.py"), topology, str(folder)],
         stdout=subprocess.PIPE,
         # Not ours: should we crash, nobody is to wait for it.
         stderr=subprocess.DEVNULL,

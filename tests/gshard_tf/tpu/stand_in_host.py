@@ -1,12 +1,13 @@
 """A process that says that it is a TPU host, and writes down what it is asked to do.
 
-    python stand_in_host.py X,Y,Z,CORES FOLDER
+    python stand_in_host.py TOPOLOGY FOLDER
 
-It prints the port that it listens on. Operations on its CPU and its "TPU cores" run in
-its own TensorFlow, on the CPU, so variables live and are read back; functions are
-not run: they return zeros, the one that initialises the system its topology. What
-arrives is left in FOLDER: `log.txt`, a line per request, and each function that is
-registered as `function_N.pb`.
+TOPOLOGY is that of its slice, serialised, in hexadecimal digits. It prints the port
+that it listens on. Operations on its CPU and its "TPU cores" run in its own
+TensorFlow, on the CPU, so variables live and are read back; functions are not run:
+they return zeros, the one that initialises the system its topology; one that only
+copies a value to the client does. What arrives is left in FOLDER: `log.txt`, a line per
+request, and each function that is registered as `function_N.pb`.
 """
 
 import os
@@ -19,7 +20,6 @@ from concurrent import futures
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
 
 import grpc
-import numpy as np
 import tensorflow as tf
 from eager_service import message
 from tensorflow.core.framework import device_attributes_pb2
@@ -35,24 +35,15 @@ WAIT_SECONDS = 3
 class StandInHost:
     """Answers the requests of TensorFlow's eager client."""
 
-    def __init__(self, shape, folder):
-        x, y, z, chip = shape
-        self.cores = x * y * z * chip
-        coordinates = [
-            [i, j, k, c]
-            for k in range(z)
-            for j in range(y)
-            for i in range(x)
-            for c in range(chip)
-        ]
-        made = tpu_topology.Topology(
-            mesh_shape=list(shape), device_coordinates=np.array([coordinates], np.int32)
-        )
-        self.topology = tf.make_tensor_proto(made.serialized())
+    def __init__(self, topology, folder):
+        read = tpu_topology.Topology(serialized=topology)
+        self.cores = read.num_tasks * read.num_tpus_per_task
+        self.topology = tf.make_tensor_proto(topology)
         self.folder = folder
         self.log = open(os.path.join(folder, "log.txt"), "w", buffering=1)  # noqa: SIM115
         self.values = {}  # (operation, output) -> tensor
         self.functions = {}  # name -> number of outputs
+        self.sends = {}  # name -> rendezvous names of what the function sends
         self.sent = {}  # rendezvous name -> tensor
         self.arrived = threading.Condition()
 
@@ -96,6 +87,7 @@ class StandInHost:
             operation.device,
             *(str(self._name(each)) for each in operation.op_inputs),
         )
+        self._pass_on(operation)
         answer = message("RunComponentFunctionResponse")()
         for _ in request.output_num:
             answer.tensor.append(self._zero(operation.name))
@@ -105,9 +97,19 @@ class StandInHost:
         name = request.rendezvous_key.split(";")[3]
         with self.arrived:
             self.arrived.wait_for(lambda: name in self.sent, WAIT_SECONDS)
-        value = self.sent.get(name, tf.constant(0.0))
-        self.note("receive", name, name in self.sent)
+            self.note("receive", name, name in self.sent)
+            value = self.sent.pop(name, tf.constant(0.0))
         return message("RecvTensorResponse")(tensor=tf.make_tensor_proto(value.numpy()))
+
+    def _pass_on(self, operation):
+        """What a function does that only copies a variable's value to the client."""
+        if not operation.name.startswith("__wrapped__Identity"):
+            return
+        [given] = operation.op_inputs
+        with self.arrived:
+            for name in self.sends[operation.name]:
+                self.sent[name] = self._value(given)
+            self.arrived.notify_all()
 
     def _zero(self, function):
         return self.topology if "tpu_init" in function else tf.make_tensor_proto(0.0)
@@ -131,6 +133,11 @@ class StandInHost:
         elif item.HasField("register_function"):
             function = item.register_function.function_def
             self.functions[function.signature.name] = len(function.signature.output_arg)
+            self.sends[function.signature.name] = [
+                node.attr["tensor_name"].s.decode()
+                for node in function.node_def
+                if node.op == "_Send"
+            ]
             path = f"function_{len(self.functions):03d}.pb"
             with open(os.path.join(self.folder, path), "wb") as file:
                 file.write(function.SerializeToString())
@@ -261,13 +268,13 @@ class _Service(grpc.GenericRpcHandler):
 
 
 def main():
-    shape = [int(n) for n in sys.argv[1].split(",")]
+    host = StandInHost(bytes.fromhex(sys.argv[1]), sys.argv[2])
     limits = [
         ("grpc.max_receive_message_length", -1),
         ("grpc.max_send_message_length", -1),
     ]
     server = grpc.server(futures.ThreadPoolExecutor(16), options=limits)
-    server.add_generic_rpc_handlers((_Service(StandInHost(shape, sys.argv[2])),))
+    server.add_generic_rpc_handlers((_Service(host),))
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
     print(port, flush=True)
