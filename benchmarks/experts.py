@@ -74,7 +74,7 @@ SIZES = {
         save_every=1000,
         per_language=100,
     ),
-    # The smallest in which anything is learnt: minutes a run on two cores.
+    # Minutes a run on two cores; too little to learn to translate.
     "cpu": Size(
         {
             "vocab_size": 8192,
@@ -350,14 +350,16 @@ def _score_set(name: str, pairs: Sequence[Any], corpus: Any, out: pathlib.Path) 
 
     counts = corpus.languages("train")
     systems = {"copy": copy_source(pairs)}
-    systems["memory"] = TranslationMemory(corpus.read("train")).translate(pairs)
+    systems["memory"] = _kept(
+        out / f"memory-{name}.json",
+        lambda: TranslationMemory(corpus.read("train")).translate(pairs),
+    )
     for experts, seed in itertools.product(EXPERTS, SEEDS):
         folder = out / run_name(experts, seed)
-        path = folder / f"{name}.json"
-        if not path.exists():
-            say(f"translating {name} with {folder}")
-            path.write_text(json.dumps(_translate(folder, out, pairs)))
-        systems[folder.name] = json.loads(path.read_text())
+        systems[folder.name] = _kept(
+            folder / f"{name}.json",
+            lambda folder=folder: _translate(folder, out, pairs),
+        )
     scores = {key: score_of(pairs, said, counts) for key, said in systems.items()}
     write_scores(out / f"scores-{name}.json", scores)
     text = format_table(scores, ("resources", "domain"))
@@ -371,6 +373,14 @@ def _score_set(name: str, pairs: Sequence[Any], corpus: Any, out: pathlib.Path) 
         text += "\n\nIn Apertium's languages\n\n" + format_table(beside, ())
     (out / f"scores-{name}.txt").write_text(text + "\n")
     print(f"{name}: {len(pairs)} pairs\n\n{text}\n")
+
+
+def _kept(path: pathlib.Path, make: Callable[[], list[str]]) -> list[str]:
+    """Translations that take minutes, made once."""
+    if not path.exists():
+        say(f"translating for {path}")
+        path.write_text(json.dumps(make()))
+    return json.loads(path.read_text())
 
 
 def _translate(
