@@ -4,9 +4,10 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from decoding_models import BOS, EOS, Fixed, Uncached, small, sources
+from decoding_models import BOS, EOS, Fixed, small, sources
 from oracles import beam_search as oracle
 
+from benchmarks.uncached import Uncached
 from keras_layers import beam_search, greedy_decode, length_limits
 
 LENGTH = 7
