@@ -218,13 +218,13 @@ def tf_models_search(size: Size) -> Iterator[tuple[str, int, Call]]:
         state = model.start_decoding(ids, length)
         # It takes nothing but floats, and repeats all of it for each hypothesis.
         state["memory_mask"] = tf.cast(state["memory_mask"], tf.float32)
-        projection = state.pop("projection")
+        weights = state.pop("weights")
 
         def logits_of(tokens, index, cache):
             seen = cache["memory_mask"]
-            cache = {**cache, "memory_mask": seen > 0, "projection": projection}
+            cache = {**cache, "memory_mask": seen > 0, "weights": weights}
             logits, cache = model.decode_step(tokens[:, -1], cache, index)
-            cache.pop("projection")
+            cache.pop("weights")
             logits = tf.where(tf.range(size.vocabulary) == model.pad_id, -1e6, logits)
             return logits, {**cache, "memory_mask": seen}
 

@@ -1,5 +1,6 @@
 """Multi-head attention with named dimensions and a key/value cache."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import keras
@@ -13,6 +14,7 @@ from keras_layers.remat import rematerialize
 from keras_layers.shapes import sizes
 
 KeysAndValues = dict[str, tf.Tensor]
+Matrices = dict[str, tf.Tensor]
 
 
 @keras.saving.register_keras_serializable(package="gshard_tf")
@@ -118,49 +120,78 @@ class MultiHeadAttention(keras.layers.Layer):
             visible = past if visible is None else tf.logical_and(visible, past)
         return self._attend(inputs, self.project(memory), visible, training)
 
-    def project(self, memory: tf.Tensor) -> KeysAndValues:
+    def project(
+        self, memory: tf.Tensor, matrices: Matrices | None = None
+    ) -> KeysAndValues:
         """Keys and values `[B, L, N, D]` of `memory` `[B, L, M]`, computed once."""
         memory = tf.cast(memory, self.compute_dtype)
-        axes = ("batch", "length", "heads", "kv")
         return {
-            name: annotate(
-                tf.einsum("BLM,MND->BLND", memory, self._weight(kernel)), axes
-            )
-            for name, kernel in (("key", self.key_kernel), ("value", self.value_kernel))
+            name: self._to_heads(name, memory, matrices) for name in ("key", "value")
         }
 
-    def project_once(self, memory: tf.Tensor) -> KeysAndValues:
+    def project_once(
+        self, memory: tf.Tensor, matrices: Matrices | None = None
+    ) -> KeysAndValues:
         """Keys and values of `memory` as `attend` reads them, `[B, N, L, D]`."""
-        return {name: _heads_first(x) for name, x in self.project(memory).items()}
+        projected = self.project(memory, matrices)
+        return {name: _heads_first(x) for name, x in projected.items()}
+
+    def matrices(
+        self, names: Iterable[str] = ("query", "key", "value", "output")
+    ) -> Matrices:
+        """The weights `[M, N * D]` and `[N * D, M]`, for a loop that decodes.
+
+        Made before the loop: inside of it XLA's CPU compiler fuses the reshaping into
+        the products of a single row, and then runs down the columns, one multiplication
+        at a time. (Greedy decoding at batch 1 took twice as long.)
+        """
+        inner = self.num_heads * self.key_dim
+        return {
+            name: tf.reshape(
+                self._weight(name), [inner, -1] if name == "output" else [-1, inner]
+            )
+            for name in names
+        }
 
     def attend(
         self,
         inputs: tf.Tensor,
         projected: KeysAndValues,
         memory_mask: tf.Tensor | None = None,
+        matrices: Matrices | None = None,
     ) -> tf.Tensor:
-        """Attends to what `project_once` returned, without dropout: for decoding."""
+        """Attends to what `project_once` returned, without dropout: for decoding.
+
+        Args:
+            inputs: `[B, T, M]`.
+            projected: Keys and values, `[B, N, L, D]`.
+            memory_mask: `[B, L]` bool, False for padding.
+            matrices: From `matrices`, where this is done more than once.
+
+        Returns:
+            `[B, T, M]`.
+        """
         visible = None
         if memory_mask is not None:
             visible = tf.cast(memory_mask, tf.bool)[:, None, None, :]
-        return self._attend(inputs, projected, visible, False, "BNLD")
+        return self._attend(inputs, projected, visible, False, "BNLD", matrices)
 
     def init_cache(
         self, batch_size: int | tf.Tensor, max_length: int, rows: int = 1
     ) -> KeysAndValues:
-        """An empty cache of static length, `[B, N, max_length, rows, D]` twice.
+        """An empty cache of static length, `[B, N, max_length * rows, D]` twice.
 
-        Heads come before positions: as the products want them, which would else copy
-        the whole cache at every step.
+        Just as the products want it, heads before positions and the rows of a position
+        one after another: else each step would copy all of it, or write it twice.
 
         Args:
             batch_size: B.
             max_length: Positions.
             rows: Tokens per position: hypotheses that share one cache.
         """
-        shape = [batch_size, self.num_heads, max_length, rows, self.key_dim]
+        shape = [batch_size, self.num_heads, max_length * rows, self.key_dim]
         zeros = tf.zeros(shape, self.compute_dtype)
-        zeros = annotate(zeros, ("batch", "heads", "length", None, "kv"))
+        zeros = annotate(zeros, ("batch", "heads", "length", "kv"))
         return {"key": zeros, "value": zeros}
 
     def decode(
@@ -169,6 +200,7 @@ class MultiHeadAttention(keras.layers.Layer):
         cache: KeysAndValues,
         index: int | tf.Tensor,
         visible: tf.Tensor | None = None,
+        matrices: Matrices | None = None,
     ) -> tuple[tf.Tensor, KeysAndValues]:
         """One position of causal self-attention.
 
@@ -178,24 +210,26 @@ class MultiHeadAttention(keras.layers.Layer):
             index: Int or scalar int32 tensor in `[0, max_length)`.
             visible: `[B, rows, max_length * rows]` bool, which of the cached tokens
                 each token sees, itself included. None, for one row: all so far.
+            matrices: From `matrices`, where this is done more than once.
 
         Returns:
             `[B, rows, M]`, and the cache with position `index` written.
         """
-        batch, heads, length, rows, size = sizes(cache["key"])
-        position = tf.range(length)
+        rows = inputs.shape[1]
+        length = cache["key"].shape[2] // rows
+        position = tf.repeat(tf.range(length), rows)  # [T * rows]
         # Written by selection, not by a slice update: it stays elementwise over
         # whatever dimension is split, and attention reads the whole cache anyway.
-        here = (position == index)[None, None, :, None, None]  # [1, 1, T, 1, 1]
-        new = self.project_once(inputs)  # [B, N, rows, D]
+        here = (position == index)[None, None, :, None]  # [1, 1, T * rows, 1]
+        new = self.project_once(inputs, matrices)  # [B, N, rows, D]
         cache = {
-            name: tf.where(here, new[name][:, :, None], cache[name]) for name in new
+            name: tf.where(here, _for_each_position(new[name], length), cache[name])
+            for name in new
         }
         if visible is None:
             visible = (position <= index)[None, None, :]
-        flat = [batch, heads, length * rows, size]
-        past = {name: tf.reshape(cache[name], flat) for name in cache}
-        attended = self._attend(inputs, past, visible[:, None], False, "BNLD")
+        visible = visible[:, None]
+        attended = self._attend(inputs, cache, visible, False, "BNLD", matrices)
         return attended, cache
 
     def _attend(
@@ -205,11 +239,11 @@ class MultiHeadAttention(keras.layers.Layer):
         visible: tf.Tensor | None,
         training: bool | None,
         layout: str = "BLND",
+        matrices: Matrices | None = None,
     ) -> tf.Tensor:
         """`layout` is that of `projected`."""
         inputs = tf.cast(inputs, self.compute_dtype)
-        query = tf.einsum("BTM,MND->BTND", inputs, self._weight(self.query_kernel))
-        query = annotate(query, ("batch", "length", "heads", "kv"))
+        query = self._to_heads("query", inputs, matrices)  # [B, T, N, D]
         query = query * tf.cast(self.key_dim**-0.5, query.dtype)
 
         def look_up(query, key, value, visible):
@@ -228,13 +262,30 @@ class MultiHeadAttention(keras.layers.Layer):
         else:
             heads = look_up(*tensors)
         heads = annotate(heads, ("batch", "length", "heads", "kv"))
-        outputs = tf.einsum("BTND,NDM->BTM", heads, self._weight(self.output_kernel))
+        if matrices is None:
+            outputs = tf.einsum("BTND,NDM->BTM", heads, self._weight("output"))
+        else:
+            batch, length, count, size = sizes(heads)
+            heads = tf.reshape(heads, [batch, length, count * size])
+            outputs = tf.einsum("BTF,FM->BTM", heads, matrices["output"])
         return annotate(outputs, ("batch", "length", "embed"))
 
-    def _weight(self, weight: keras.Variable) -> tf.Tensor:
+    def _to_heads(
+        self, name: str, x: tf.Tensor, matrices: Matrices | None
+    ) -> tf.Tensor:
+        """`[B, L, M]` -> `[B, L, N, D]`: the queries, keys or values of `x`."""
+        if matrices is None:
+            heads = tf.einsum("BLM,MND->BLND", x, self._weight(name))
+        else:
+            batch, length, _ = sizes(x)
+            heads = tf.einsum("BLM,MF->BLF", x, matrices[name])
+            heads = tf.reshape(heads, [batch, length, self.num_heads, self.key_dim])
+        return annotate(heads, ("batch", "length", "heads", "kv"))
+
+    def _weight(self, name: str) -> tf.Tensor:
         # Keras casts weights by itself within `__call__` only; decoding calls the
         # other methods directly.
-        return tf.cast(weight, self.compute_dtype)
+        return tf.cast(getattr(self, f"{name}_kernel"), self.compute_dtype)
 
     def compute_output_shape(self, inputs_shape: Any, memory_shape: Any = None) -> Any:
         return inputs_shape
@@ -253,6 +304,11 @@ class MultiHeadAttention(keras.layers.Layer):
             remat=self.remat,
         )
         return config
+
+
+def _for_each_position(new: tf.Tensor, length: int) -> tf.Tensor:
+    """`[B, N, rows, D]` -> `[B, N, T * rows, D]`, or what is as good in a selection."""
+    return new if new.shape[2] == 1 else tf.tile(new, [1, 1, length, 1])
 
 
 def _heads_first(x: tf.Tensor) -> tf.Tensor:

@@ -268,7 +268,7 @@ class DecoderBlock(_Block):
 
     def init_cache(
         self, memory: tf.Tensor, max_length: int, hypotheses: int = 1, flat: bool = True
-    ) -> dict[str, dict[str, tf.Tensor]]:
+    ) -> dict[str, Any]:
         """An empty cache of its own positions, and the memory's keys and values.
 
         Args:
@@ -285,15 +285,23 @@ class DecoderBlock(_Block):
             "cross": self.cross_attention.project_once(memory),
         }
 
+    def matrices(self) -> dict[str, Any]:
+        """Attention's weights as a loop of `decode` reads them."""
+        return {
+            "self": self.self_attention.matrices(),
+            "cross": self.cross_attention.matrices(("query", "output")),
+        }
+
     def decode(
         self,
         inputs: tf.Tensor,
-        cache: dict[str, dict[str, tf.Tensor]],
+        cache: dict[str, Any],
         index: int | tf.Tensor,
         memory_mask: tf.Tensor | None = None,
         token_ids: tf.Tensor | None = None,
         visible: tf.Tensor | None = None,
-    ) -> tuple[tf.Tensor, dict[str, dict[str, tf.Tensor]]]:
+        matrices: dict[str, Any] | None = None,
+    ) -> tuple[tf.Tensor, dict[str, Any]]:
         """One position: `inputs` `[B, K, M]` -> `[B, K, M]` and the updated cache.
 
         The K hypotheses of a row are positions to the attention to the encoder, whose
@@ -306,20 +314,25 @@ class DecoderBlock(_Block):
             memory_mask: `[B, L]` bool, False for padding.
             token_ids: `[B, K]`, for the experts.
             visible: See `MultiHeadAttention.decode`; for a shared cache.
+            matrices: From `matrices`, where there are more positions to come.
         """
         normed = self.attention_norm(inputs)
-        shape = sizes(inputs)
+        shape, matrices = sizes(inputs), matrices or {}
         # Without a shared cache each hypothesis is a row of its own.
-        rows = cache["self"]["key"].shape[3]
+        rows = 1 if visible is None else shape[1]
         attended, own = self.self_attention.decode(
-            tf.reshape(normed, [-1, rows, shape[-1]]), cache["self"], index, visible
+            tf.reshape(normed, [-1, rows, shape[-1]]),
+            cache["self"],
+            index,
+            visible,
+            matrices.get("self"),
         )
         x = inputs + tf.reshape(attended, shape)
         x = x + self.cross_attention.attend(
-            self.cross_norm(x), cache["cross"], memory_mask
+            self.cross_norm(x), cache["cross"], memory_mask, matrices.get("cross")
         )
         x = self._feed(x, None, training=False, decoding=True, token_ids=token_ids)
-        return x, {"self": own, "cross": cache["cross"]}
+        return x, {**cache, "self": own}
 
     def compute_output_shape(self, inputs_shape: Any, memory_shape: Any = None) -> Any:
         return inputs_shape

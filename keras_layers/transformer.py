@@ -329,21 +329,24 @@ class Transformer(keras.Model):
 
         Returns:
             The state for `decode_step`: a nest of tensors of static length, each with
-            the batch (or the batch times K) as its first dimension; and, where the
-            target's table is the output projection, `"projection"`, its transpose.
+            the batch (or the batch times K) as its first dimension; and `"weights"`, in
+            the form in which each step reads them.
         """
         if not self.built:  # a new model, not called yet
             self.build()
         memory, memory_mask = self.encode(source_ids, training=False, decoding=True)
+        caches, weights = [], []
+        for block in self._each_decoder_block():
+            caches.append(block.init_cache(memory, max_length, hypotheses, flat))
+            weights.append(block.matrices())
         state = {
             "memory_mask": memory_mask,
-            "blocks": [
-                block.init_cache(memory, max_length, hypotheses, flat)
-                for block in self._each_decoder_block()
-            ],
+            "blocks": caches,
+            "weights": {"blocks": weights},
         }
         if self.projection is None:
-            state["projection"] = self.target_embedding.transposed_table()
+            table = self.target_embedding.transposed_table()
+            state["weights"]["projection"] = table
         batch = sizes(memory)[0]
         if flat:
             shape = [batch, hypotheses, max_length, hypotheses]
@@ -379,18 +382,20 @@ class Transformer(keras.Model):
             state["visible"], seen = _see_itself(state["visible"], index)
         position = tf.reshape(tf.convert_to_tensor(index), [1])
         x = self._embed(self.target_embedding, target_ids, False, position)  # [B, K, M]
-        caches = []
-        blocks = self._each_decoder_block()
-        for block, cache in zip(blocks, state["blocks"], strict=True):
+        caches, weights = [], state["weights"]
+        blocks = zip(
+            self._each_decoder_block(), state["blocks"], weights["blocks"], strict=True
+        )
+        for block, cache, matrices in blocks:
             if "parents" in state:
                 cache = {**cache, "self": _reorder(cache["self"], state["parents"])}
             x, cache = block.decode(
-                x, cache, index, state["memory_mask"], target_ids, seen
+                x, cache, index, state["memory_mask"], target_ids, seen, matrices
             )
             caches.append(cache)
         if "parents" in state:
             state["parents"] = _themselves(*sizes(target_ids))
-        logits = self._logits(x, state.get("projection"))  # [B, K, V]
+        logits = self._logits(x, weights.get("projection"))  # [B, K, V]
         return logits[:, 0] if single else logits, {**state, "blocks": caches}
 
     def reorder_decoding(
@@ -500,7 +505,7 @@ def _reorder(cache: dict[str, tf.Tensor], parents: tf.Tensor) -> dict[str, tf.Te
     shape = sizes(parents)
 
     def reorder(values: tf.Tensor) -> tf.Tensor:
-        rest = values.shape[1:].as_list()  # [N, T, 1, D]
+        rest = values.shape[1:].as_list()  # [N, T, D]
         values = tf.reshape(values, [*shape, *rest])
         values = tf.gather(values, parents, batch_dims=1)
         return tf.reshape(values, [-1, *rest])

@@ -93,7 +93,7 @@ def test_decoding_with_a_cache_is_causal_attention(policy):
             tf.cast(whole[:, i], tf.float32),
             atol=1e-5 if policy == "float32" else 0.05,
         )
-    assert cache["key"].shape == (2, N, 8, 1, D)
+    assert cache["key"].shape == (2, N, 8, D)
 
 
 def test_projected_memory_is_cross_attention():
