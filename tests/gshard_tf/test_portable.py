@@ -236,7 +236,8 @@ def test_what_is_carried_is_small_and_says_what_it_is(saved):
     assert manifest.mode == "train" and manifest.model == "small"
     inputs = [(t.name, t.shape, t.dtype, t.layout) for t in manifest.inputs]
     shape, layout = (BATCH, LENGTH), ("expert", None)
-    assert inputs == [(name, shape, "int32", layout) for name in ("x", "y")]
+    kinds = {"x": "int32", "y": "int32", "sample_weight": "float32"}
+    assert inputs == [(name, shape, kind, layout) for name, kind in kinds.items()]
     assert {t.name for t in manifest.outputs} >= {"loss", "accuracy", "moe_dropped"}
     by_path = {tensor.path: tensor for tensor in manifest.state}
     assert len(by_path) == len(manifest.state)
