@@ -6,8 +6,9 @@ from collections import Counter
 import polib
 import pytest
 
+from examples.translation.catalogues import read_gettext
 from examples.translation.corpus import prepare_corpus
-from examples.translation.sources import Source, read_gettext
+from examples.translation.sources import Source
 
 WORDS = (
     "apple basket candle desert engine feather garden hammer island jacket kettle "

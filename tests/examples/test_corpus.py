@@ -345,8 +345,9 @@ def test_corpus_s(tmp_path):
 
 @pytest.mark.skipif(not installed("django"), reason="needs django")
 def test_part_of_corpus_s_is_reproducible(tmp_path):
+    from examples.translation.catalogues import read_gettext
     from examples.translation.files import installed_files
-    from examples.translation.sources import Source, read_gettext
+    from examples.translation.sources import Source
 
     def wanted(path):
         return path.startswith("django/conf/locale/") and path.endswith(".mo")

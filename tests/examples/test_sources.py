@@ -7,7 +7,7 @@ from importlib import metadata
 
 import pytest
 
-from examples.translation import sources
+from examples.translation import catalogues, sources
 from examples.translation.files import MissingPackageError, deb_files, installed_files
 
 from .conftest import catalogue
@@ -46,7 +46,9 @@ def test_gettext_plurals_and_contexts(skipped):
     contents = catalogue(
         [("Open it", "Öffnen"), ("%d cat", "%d cats", ["%d Katze", "%d Katzen"])]
     )
-    entries = list(sources.read_gettext([("x/de/LC_MESSAGES/a.mo", contents)], skipped))
+    entries = list(
+        catalogues.read_gettext([("x/de/LC_MESSAGES/a.mo", contents)], skipped)
+    )
     assert sorted(entries) == [
         ("de", "%d Katze", "%d cat"),
         ("de", "%d Katzen", "%d cats"),
@@ -73,13 +75,15 @@ def test_bad_catalogues_are_counted_and_skipped(contents, reason, skipped):
         ("x/de/LC_MESSAGES/a.mo", contents),
         ("x/fr/LC_MESSAGES/a.mo", catalogue([("Open it", "Ouvrir")])),
     ]
-    assert list(sources.read_gettext(files, skipped)) == [("fr", "Ouvrir", "Open it")]
+    assert list(catalogues.read_gettext(files, skipped)) == [
+        ("fr", "Ouvrir", "Open it")
+    ]
     assert skipped == {reason: 1}
 
 
 def test_plone_finds_english_in_comments(skipped):
     po = b'#. Default: "The \\"label\\""\nmsgid "label_x"\nmsgstr "Das"\n'
-    entries = sources.read_plone(
+    entries = catalogues.read_plone(
         [
             ("p/de/LC_MESSAGES/plone.po", po),
             (
@@ -108,14 +112,14 @@ def test_json_folders(skipped):
         ("i/translations/it.json", b""),
         ("j/translations/de.json", json.dumps(german).encode()),
     ]
-    entries = list(sources.read_json_folders(files, skipped))
+    entries = list(catalogues.read_json_folders(files, skipped))
     assert entries == [("de", "Einschalten", "Turn it on")]
     assert skipped == {"files: not JSON": 1, "files: not UTF-8": 1, "files: empty": 1}
 
 
 def test_wikitext():
     text = "'''$1''' {{PLURAL:$1|page|pages}} in [[Help:X|the help]] [//x.org here]"
-    assert sources.plain_wikitext(text) == "$1 pages in the help here"
+    assert catalogues.plain_wikitext(text) == "$1 pages in the help here"
 
 
 def test_firefox(skipped):
@@ -145,14 +149,14 @@ def test_firefox(skipped):
             ),
         ),
     ]
-    assert sorted(sources.read_firefox(files, skipped)) == [
+    assert sorted(catalogues.read_firefox(files, skipped)) == [
         ("de", "Grüß dich", "Good day"),
         ("de", "Jetzt öffnen", "Open it now"),
         ("de", "viele Tabs", "many tabs"),
         ("de", "{$name} öffnen", "Open {$name}"),
     ]
     with pytest.raises(FileNotFoundError, match="en-CA"):
-        list(sources.read_firefox(files[1:], skipped))
+        list(catalogues.read_firefox(files[1:], skipped))
 
 
 def test_missing_packages_say_what_to_install(monkeypatch):
