@@ -16,6 +16,7 @@ import numpy as np
 from tensorflow.experimental import dtensor
 
 from gshard_tf.devices import mesh_devices
+from gshard_tf.hlo_rewrites import partition_safely
 from gshard_tf.lowering import LoweredStep
 from gshard_tf.processes import together
 from gshard_tf.shards import assemble, cut
@@ -173,7 +174,9 @@ def jit_step(
     # parts or be no layout of this mesh, and jax takes neither.
     outputs = [named_sharding(x, mesh) for x in output_layouts]
     outputs += [captures[i] for i in step.updates]
-    hlo = _ByIdentity(step.hlo)
+    batch_axes = [axis for x in input_layouts for axis in x.sharding_specs[:1]]
+    batch_axes = [axis for axis in batch_axes if axis != dtensor.UNSHARDED]
+    hlo = _ByIdentity(partition_safely(step.hlo, dict(mesh.shape), batch_axes))
     out_avals = _ByIdentity(
         [jax.core.ShapedArray(s.shape, s.dtype) for s in map(_aval, step.results)]
     )

@@ -1,0 +1,190 @@
+"""Replaces instructions of an `HloModuleProto` by others."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from tensorflow.compiler.xla import xla_data_pb2
+from tensorflow.compiler.xla.service import hlo_pb2
+
+Instruction = hlo_pb2.HloInstructionProto
+Shape = xla_data_pb2.ShapeProto
+
+
+class Editor:
+    """Emits instructions before the one that is being looked at."""
+
+    def __init__(self, module: hlo_pb2.HloModuleProto):
+        self._next_id = 1 + max(
+            instruction.id
+            for computation in module.computations
+            for instruction in computation.instructions
+        )
+        self._next_computation = 1 + max(c.id for c in module.computations)
+        self._known: dict[int, Instruction] = {}
+        self._emitted: list[Instruction] = []
+        self._origin: Instruction | None = None
+        # By element type: computations that the module does not have yet.
+        self.additions: dict[int, hlo_pb2.HloComputationProto] = {}
+
+    def operands(self, instruction: Instruction) -> list[Instruction]:
+        """What an instruction is computed from."""
+        return [self._known[i] for i in instruction.operand_ids]
+
+    def emit(
+        self, opcode: str, shape: Shape, operands: Sequence[Instruction], **fields: Any
+    ) -> Instruction:
+        """A new instruction, with the metadata of the one that is being looked at.
+
+        Args:
+            opcode: Its opcode.
+            shape: Its shape.
+            operands: What it is computed from.
+            **fields: Other fields of its message; a message or a list is copied.
+        """
+        new = Instruction(
+            name=f"{opcode}.{self._next_id}",
+            opcode=opcode,
+            id=self._next_id,
+            operand_ids=[operand.id for operand in operands],
+            metadata=self._origin.metadata,
+            **fields,
+        )
+        new.shape.CopyFrom(shape)
+        self._add(new)
+        return new
+
+    def copy(
+        self, instruction: Instruction, operands: Sequence[Instruction], shape: Shape
+    ) -> Instruction:
+        """The same operation on other operands."""
+        new = Instruction()
+        new.CopyFrom(instruction)
+        new.id = self._next_id
+        new.name = f"{instruction.opcode}.{self._next_id}"
+        new.shape.CopyFrom(shape)
+        new.operand_ids[:] = [operand.id for operand in operands]
+        self._add(new)
+        return new
+
+    def constant(self, number: int, element_type: int) -> Instruction:
+        """A scalar."""
+        scalar = array_shape(xla_data_pb2.S32, [])
+        made = self.emit(
+            "constant",
+            scalar,
+            [],
+            literal=xla_data_pb2.LiteralProto(shape=scalar, s32s=[number]),
+        )
+        if element_type == xla_data_pb2.S32:
+            return made
+        return self.emit("convert", array_shape(element_type, []), [made])
+
+    def sum_over_first(self, value: Instruction) -> Instruction:
+        """The sum of `value` over its first dimension."""
+        element_type = value.shape.element_type
+        return self.emit(
+            "reduce",
+            array_shape(element_type, value.shape.dimensions[1:]),
+            [value, self.constant(0, element_type)],
+            dimensions=[0],
+            called_computation_ids=[self._addition(element_type).id],
+        )
+
+    def _addition(self, element_type: int) -> hlo_pb2.HloComputationProto:
+        if element_type in self.additions:
+            return self.additions[element_type]
+        scalar = array_shape(element_type, [])
+        first, second, root = range(self._next_id, self._next_id + 3)
+        self._next_id += 3
+        computation = hlo_pb2.HloComputationProto(
+            name=f"add.{root}",
+            id=self._next_computation,
+            root_id=root,
+            program_shape=xla_data_pb2.ProgramShapeProto(
+                parameters=[scalar, scalar], result=scalar, parameter_names=["x", "y"]
+            ),
+        )
+        self._next_computation += 1
+        for number, new in enumerate((first, second)):
+            computation.instructions.add(
+                name=f"parameter.{new}",
+                opcode="parameter",
+                id=new,
+                parameter_number=number,
+                shape=scalar,
+            )
+        computation.instructions.add(
+            name=f"add.{root}",
+            opcode="add",
+            id=root,
+            operand_ids=[first, second],
+            shape=scalar,
+        )
+        self.additions[element_type] = computation
+        return computation
+
+    def _add(self, new: Instruction) -> None:
+        self._next_id += 1
+        self._known[new.id] = new
+        self._emitted.append(new)
+
+    def edit(
+        self,
+        computation: hlo_pb2.HloComputationProto,
+        replace: Callable[["Editor", Instruction], Instruction | None],
+    ) -> bool:
+        """Calls `replace(editor, instruction)` for each instruction, in their order.
+
+        What it returns stands in for the instruction from then on; None keeps it.
+        """
+        instead: dict[int, int] = {}
+        self._known, self._emitted = {}, []
+        for old in computation.instructions:
+            old.operand_ids[:] = [instead.get(i, i) for i in old.operand_ids]
+            old.control_predecessor_ids[:] = [
+                instead.get(i, i) for i in old.control_predecessor_ids
+            ]
+            self._known[old.id] = self._origin = old
+            new = replace(self, old)
+            if new is None:
+                self._emitted.append(old)
+            else:
+                instead[old.id] = new.id
+        if not instead:
+            return False
+        emitted = [Instruction.FromString(i.SerializeToString()) for i in self._emitted]
+        del computation.instructions[:]
+        computation.instructions.extend(emitted)
+        computation.root_id = instead.get(computation.root_id, computation.root_id)
+        return True
+
+
+def edit_module(
+    module: hlo_pb2.HloModuleProto,
+    replace: Callable[[Editor, Instruction], Instruction | None],
+) -> bool:
+    """Edits each computation of a module; whether anything was replaced."""
+    editor = Editor(module)
+    changed = any([editor.edit(c, replace) for c in module.computations])
+    if editor.additions:
+        # A computation stands before those that call it.
+        computations = [*editor.additions.values(), *module.computations]
+        computations = [type(c).FromString(c.SerializeToString()) for c in computations]
+        del module.computations[:]
+        module.computations.extend(computations)
+    return changed
+
+
+def array_shape(element_type: int, dimensions: Sequence[int]) -> Shape:
+    """The shape of a dense array, in row-major layout."""
+    shape = Shape(element_type=element_type, dimensions=dimensions)
+    shape.is_dynamic_dimension.extend([False] * len(dimensions))
+    shape.layout.minor_to_major.extend(reversed(range(len(dimensions))))
+    return shape
+
+
+def resized(shape: Shape, dimension: int, size: int) -> Shape:
+    """`shape` with another size along one dimension."""
+    dimensions = list(shape.dimensions)
+    dimensions[dimension] = size
+    return array_shape(shape.element_type, dimensions)

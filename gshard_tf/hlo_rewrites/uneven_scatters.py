@@ -1,0 +1,128 @@
+"""Scatters whose rows do not divide by the devices.
+
+The fault: where the rows of a scatter are split over devices that do not divide them,
+the partitioner fills the last shard up with indices of zero, and adds what stands
+beside them to row 0. Seen with jaxlib 0.9 to 0.12.
+
+Instead: padding of our own, to a number of rows that divides. Its indices are out of
+bounds, so it has no effect. Where a scatter has several dimensions of rows, padding all
+of them could multiply its size, so they are held on a layout that divides them.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from tensorflow.compiler.xla.service import hlo_pb2
+
+from gshard_tf.hlo_rewrites import shardings
+from gshard_tf.hlo_rewrites.editing import (
+    Editor,
+    Instruction,
+    array_shape,
+    edit_module,
+    resized,
+)
+
+
+def make_even(
+    module: hlo_pb2.HloModuleProto,
+    mesh_shape: Mapping[str, int],
+    batch_axes: Sequence[str],
+) -> bool:
+    """Makes the rows of every scatter divide; whether any did not.
+
+    Args:
+        module: The module.
+        mesh_shape: The size of each axis of the mesh, in its order.
+        batch_axes: The axes that rows are split over first, where they are held.
+    """
+    devices = int(np.prod(list(mesh_shape.values())))
+
+    def replace(editor: Editor, old: Instruction) -> Instruction | None:
+        if old.opcode != "scatter":
+            return None
+        return _even(editor, old, devices, mesh_shape, batch_axes)
+
+    return edit_module(module, replace)
+
+
+def _even(
+    editor: Editor,
+    old: Instruction,
+    devices: int,
+    mesh_shape: Mapping[str, int],
+    batch_axes: Sequence[str],
+) -> Instruction | None:
+    numbers = old.scatter_dimension_numbers
+    operands = editor.operands(old)
+    # The arrays, their common indices, the updates of each.
+    count = len(operands) // 2
+    indices, updates = operands[count], operands[count + 1 :]
+    rank = len(indices.shape.dimensions)
+    rows = [d for d in range(rank) if d != numbers.index_vector_dim]
+    if all(indices.shape.dimensions[d] % devices == 0 for d in rows):
+        return None
+    if numbers.index_vector_dim == rank:
+        # [n] -> [n, 1]: the index vectors are made explicit.
+        indices = editor.emit(
+            "reshape",
+            array_shape(indices.shape.element_type, [*indices.shape.dimensions, 1]),
+            [indices],
+        )
+    update_rank = len(updates[0].shape.dimensions)
+    update_rows = [d for d in range(update_rank) if d not in numbers.update_window_dims]
+    if len(rows) == 1 and not numbers.scatter_indices_batching_dims:
+        size = -(-indices.shape.dimensions[rows[0]] // devices) * devices
+        indices = _padded(editor, indices, rows[0], size, -1)
+        updates = [_padded(editor, u, update_rows[0], size, 0) for u in updates]
+    else:
+        axes = _axes(indices, rows, mesh_shape, batch_axes)
+        indices = _held(editor, indices, rows, axes, mesh_shape)
+        updates = [_held(editor, u, update_rows, axes, mesh_shape) for u in updates]
+    new = editor.copy(old, [*operands[:count], indices, *updates], old.shape)
+    new.indices_are_sorted = new.unique_indices = False
+    return new
+
+
+def _padded(
+    editor: Editor, value: Instruction, dimension: int, size: int, filler: int
+) -> Instruction:
+    """`value`, filled up to `size` along a dimension."""
+    shape = resized(value.shape, dimension, size)
+    scalar = editor.constant(filler, value.shape.element_type)
+    padded = editor.emit("pad", shape, [value, scalar])
+    for d, after in enumerate(shape.dimensions):
+        padded.padding_config.dimensions.add(
+            edge_padding_high=after - value.shape.dimensions[d]
+        )
+    return padded
+
+
+def _axes(
+    indices: Instruction,
+    rows: Sequence[int],
+    mesh_shape: Mapping[str, int],
+    batch_axes: Sequence[str],
+) -> list[list[str]]:
+    """The mesh axes that each dimension of rows is split over."""
+    left = dict(mesh_shape)
+    found = []
+    for dimension in rows:
+        preferred = [axis for axis in batch_axes if axis in left]
+        size = indices.shape.dimensions[dimension]
+        found.append(shardings.axes_that_divide(size, left, preferred))
+        left = {axis: left[axis] for axis in left if axis not in found[-1]}
+    return found
+
+
+def _held(
+    editor: Editor,
+    value: Instruction,
+    rows: Sequence[int],
+    axes: Sequence[Sequence[str]],
+    mesh_shape: Mapping[str, int],
+) -> Instruction:
+    rank = len(value.shape.dimensions)
+    over = dict(zip(rows, axes, strict=True))
+    sharding = shardings.split_over([over.get(d, []) for d in range(rank)], mesh_shape)
+    return shardings.constrained(editor, value, sharding)
