@@ -45,6 +45,7 @@ def fuzz(
     """Runs cases for so long, or so many."""
     crew = crew or Crew()
     counts: collections.Counter[str] = collections.Counter()
+    refusals: collections.Counter[str] = collections.Counter()
     failures = []
     begun = said = time.monotonic()
     try:
@@ -57,6 +58,8 @@ def fuzz(
                 said = now
             found = crew.run(number, name, shrink)
             counts[found["verdict"]] += 1
+            if found["verdict"] == "refused":
+                refusals[found["said"].split(". ")[0][:200]] += 1
             if found["verdict"] in (*BAD, "one_device"):
                 say(f"{found['verdict'].upper()} {number} {name}: {found['said']}")
             if found["verdict"] in BAD:
@@ -81,6 +84,7 @@ def fuzz(
         "seed": seed,
         "minutes": round((time.monotonic() - begun) / 60, 2),
         "failures": failures,
+        "refusals": dict(refusals),
     }
 
 

@@ -3,18 +3,29 @@
 import dataclasses
 import functools
 import inspect
+import re
 from typing import Any
 
+import keras
 import numpy as np
 import tensorflow as tf
 
-from benchmarks.fuzz import array_ops, harness, loop_ops, math_ops, window_ops
+from benchmarks.fuzz import (
+    array_ops,
+    harness,
+    keras_ops,
+    layer_ops,
+    loop_ops,
+    math_ops,
+    window_ops,
+)
 from benchmarks.fuzz.drawing import LARGEST, Draw
 
 # What an expression of a case may say.
 NAMESPACE = vars(harness)
 # Elements that a result may have.
 MOST = 4 * LARGEST
+LAYERS = "layer_ops"
 
 
 @dataclasses.dataclass
@@ -74,7 +85,7 @@ def _head() -> str:
 @functools.cache
 def tables() -> dict[str, dict]:
     """All operations, by kind."""
-    modules = (array_ops, math_ops, window_ops, loop_ops)
+    modules = (array_ops, math_ops, window_ops, loop_ops, keras_ops, layer_ops)
     return {m.__name__.rpartition(".")[2]: m.operations.table for m in modules}
 
 
@@ -120,7 +131,10 @@ def _attempt(seed: int, attempt: int, name: str) -> Case:
     draw = Draw(seed * 1000 + attempt)
     kind, _, operation = name.partition(": ")
     ranks, make = tables()[kind][operation]
-    builder = _Builder(draw)
+    if kind == LAYERS:
+        # Paths of weights count layers from here, as they do in the script.
+        keras.backend.clear_session()
+    builder = _Builder(draw, layers=kind == LAYERS)
     builder.begin(draw.choice(ranks))
     for _ in range(draw.choice([0, 0, 1, 2])):
         # What keeps the rank, so that the operation still fits.
@@ -139,7 +153,7 @@ def _attempt(seed: int, attempt: int, name: str) -> Case:
         name=name,
         axes=draw.axes,
         rules=draw.rules,
-        paths=[],
+        paths=builder.paths(),
         inputs=draw.inputs,
         layers=draw.layers,
         lines=builder.lines,
@@ -149,8 +163,9 @@ def _attempt(seed: int, attempt: int, name: str) -> Case:
 class _Builder:
     """Adds lines to a program, each tried at once on values."""
 
-    def __init__(self, draw: Draw):
+    def __init__(self, draw: Draw, layers: bool):
         self.draw = draw
+        self.kinds = [kind for kind in tables() if layers or kind != LAYERS]
         self.lines: list[str] = []
         self.variables: dict[str, Any] = {"layers": []}
 
@@ -165,18 +180,33 @@ class _Builder:
         if draw.maybe(probability):
             self.lines.append(f"h = {draw.annotation('h', draw.shape)}")
 
+    def paths(self) -> list[tuple[str, tuple]]:
+        """Rules for some of the weights."""
+        weights = [w for layer in self.variables["layers"] for w in layer.weights]
+        return [
+            (re.escape(w.path), self.draw.names(len(w.shape)))
+            for w in weights
+            if len(w.shape) and self.draw.maybe(0.4)
+        ]
+
     def apply_any(self) -> bool:
         """Applies some operation that fits; whether it did."""
-        every = tables()
-        kind = self.draw.choice([k for k in every if k != "layer_ops"])
-        ranks, make = every[kind][self.draw.choice(list(every[kind]))]
+        table = tables()[self.draw.choice(self.kinds)]
+        ranks, make = table[self.draw.choice(list(table))]
         if len(self.draw.shape) not in ranks:
             return False
         kept = dict(self.draw.inputs), list(self.draw.layers)
+        made = list(self.variables["layers"])
         try:
             self.apply(make)
         except _Unfit:
             self.draw.inputs, self.draw.layers = kept
+            self.variables = {
+                k: v
+                for k, v in self.variables.items()
+                if k == "h" or k in self.draw.inputs
+            }
+            self.variables["layers"] = made
             return False
         self.annotate(0.4)
         return True
@@ -199,6 +229,10 @@ class _Builder:
             variables["layers"].append(eval(text, NAMESPACE, {}))
         try:
             value = _evaluate(expression, variables)
+            if self.draw.layers:
+                # Again, with the weights that the script will give to the layers.
+                harness.set_weights(variables["layers"])
+                value = _evaluate(expression, variables)
         except (tf.errors.OpError, ValueError, TypeError, IndexError) as error:
             raise _Unfit(f"{expression}: {error}"[:300]) from error
         if isinstance(value, tuple | list) or not tf.is_tensor(value):

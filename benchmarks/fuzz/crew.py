@@ -19,7 +19,7 @@ class Crew:
     Args:
         patience: Seconds after which a case is given up as hanging.
         lifetime: Cases after which a worker is replaced: programs pile up in it.
-        preload: A module that the worker imports first; for planting faults.
+        preload: Python code that the worker runs first; for planting faults.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Crew:
                 return found
 
     def _gone(self, found: dict[str, Any], said: str) -> dict[str, str]:
-        if "crash" not in found and found["script"] is None:
+        if found["script"] is None:
             # TensorFlow alone did not survive it.
             return {"verdict": "unusable", "said": said}
         return {"verdict": "crashed", "said": said}
@@ -76,7 +76,7 @@ class Crew:
         module = "benchmarks.fuzz.worker"
         code = f"from {module} import main; main()"
         if self.preload:
-            code = f"import {self.preload}; {code}"
+            code = f"{self.preload}\n{code}"
         self._worker = subprocess.Popen(
             [sys.executable, "-c", code],
             cwd=ROOT,

@@ -81,10 +81,10 @@ class Draw:
         return self.annotation(name, shape) if self.maybe(0.3) else name
 
     def layer(self, text: str) -> str:
-        """A new Keras layer; `text` makes it but for its name."""
+        """A new Keras layer that `text` makes, given a name of its own."""
         index = len(self.layers)
-        comma = "" if text.endswith("(") else ", "
-        self.layers.append(f'keras.layers.{text}{comma}name="l{index}")')
+        comma = "" if text.endswith("()") else ", "
+        self.layers.append(f'keras.layers.{text[:-1]}{comma}name="l{index}")')
         return f"layers[{index}]"
 
     def _add(self, expression: str) -> str:
@@ -148,6 +148,10 @@ def _permutation(draw: Draw) -> tuple[int, ...]:
     return tuple(draw.rng.sample(range(len(draw.shape)), len(draw.shape)))
 
 
+def _window(draw: Draw) -> tuple[int, ...]:
+    return tuple(draw.number(1, 4) for _ in draw.shape[1:-1])
+
+
 PLACEHOLDERS: dict[str, Callable[[Draw], Any]] = {
     "axis": lambda d: d.number(0, len(d.shape) - 1),
     "axes": _axes,
@@ -159,6 +163,27 @@ PLACEHOLDERS: dict[str, Callable[[Draw], Any]] = {
     "vector": lambda d: d.input(d.shape[-1:]),
     "small": lambda d: d.number(1, 3),
     "shift": lambda d: d.number(-4, 4),
+    "axis2": lambda d: len(d.shape) - 1,
+    "ids": lambda d: d.ids(d.shape, 9),
+    "ids0": lambda d: d.ids(d.shape[:1], 9),
+    "ids_axis0": lambda d: d.ids((d.size(),), d.shape[0]),
+    "ids_last": lambda d: d.ids(d.shape[:-1], d.shape[-1]),
+    "first": lambda d: "slice(0, 1)",
+    "branch": lambda d: "tf.cast(tf.reduce_sum(h) > 0.0, tf.int32)",
+    "whole": lambda d: 'tf.cast(tf.round(h * 9.0) + 20.0, "int32")',
+    "gram": lambda d: "(0.2 * h @ tf.transpose(h) + 2.0 * tf.eye(h.shape[0]))",
+    "kernel": lambda d: d.input((*_window(d), d.shape[-1], d.number(1, 6))),
+    "kernel_back": lambda d: d.input((*_window(d), d.number(1, 6), d.shape[-1])),
+    "kernel_depth": lambda d: d.input((*_window(d), d.shape[-1], 1)),
+    "kernel_point": lambda d: d.input((1, 1, d.shape[-1], d.number(1, 6))),
+    "affine": lambda d: (
+        f"tf.constant([[1.0, 0.2, 0.1, 0.0, 0.9, 0.2, 0.0, 0.0]] * {d.shape[0]})"
+    ),
+    "coordinates": lambda d: f"{d.input((2, d.size()))} + 1.0",
+    "units": lambda d: d.number(1, 8),
+    "units3": lambda d: d.input((d.shape[0], 3)),
+    "groups": lambda d: d.shape[-1],
+    "grouped": lambda d: d.shape[-1] * d.number(1, 3),
     # Of values where a function is defined and smooth.
     "positive": lambda d: "(tf.square(h) + 0.3)",
     "unit": lambda d: "(0.9 * tf.tanh(h))",
