@@ -16,6 +16,9 @@ operations.templates(
     tf.concat([h, {same}], {axis})
     tf.concat([h, h], {axis})
     tf.concat([h[1:], h[:1]], 0) + tf.concat([h[-1:], h[:-1]], 0)
+    tf.concat([h[1:], h[-1:] * 2.0], 0)
+    tf.concat([h, tf.ones_like(h[:1])], 0)
+    tf.concat([tf.zeros_like(h[:2]), h, h[:1]], 0)
     tf.stack([h, {same}], {axis})
     tf.expand_dims(h, {axis})
     tf.repeat(h, {small}, {axis})
@@ -87,6 +90,16 @@ def _pad(draw: Draw) -> str:
     return f"tf.pad(h, {pads}, {mode!r})"
 
 
+@operations.add("concat of other sizes")
+def _concat_sizes(draw: Draw) -> str:
+    axis = draw.number(0, len(draw.shape) - 1)
+    shape = list(draw.shape)
+    shape[axis] = draw.number(1, 5)
+    parts = ["h", draw.input(shape, annotated=0.6)]
+    draw.rng.shuffle(parts)
+    return f"tf.concat([{', '.join(parts)}], {axis})"
+
+
 @operations.add("slice")
 def _slice(draw: Draw) -> str:
     begin = [draw.number(0, size - 1) for size in draw.shape]
@@ -99,11 +112,17 @@ def _dynamic_slice(draw: Draw) -> str:
     dimension = draw.number(0, len(draw.shape) - 1)
     taken = draw.number(1, draw.shape[dimension])
     start = draw.ids((), draw.shape[dimension] - taken + 1)
-    begin = ["0"] * len(draw.shape)
-    begin[dimension] = start
     size = list(draw.shape)
     size[dimension] = taken
-    return f"tf.slice(h, tf.stack([{', '.join(begin)}]), {size})"
+    return f"tf.slice(h, {_begin(draw, dimension, start)}, {size})"
+
+
+def _begin(draw: Draw, dimension: int, start: str) -> str:
+    """Where a slice begins: at 0, but for one dimension. Of 32 or 64 bits."""
+    begin = ["0"] * len(draw.shape)
+    begin[dimension] = start
+    text = f"tf.stack([{', '.join(begin)}])"
+    return f'tf.cast({text}, "int64")' if draw.maybe(0.4) else text
 
 
 @operations.add("dynamic slice update")
@@ -112,9 +131,7 @@ def _slice_update(draw: Draw) -> str:
     shape = list(draw.shape)
     shape[dimension] = draw.number(1, shape[dimension])
     start = draw.ids((), draw.shape[dimension] - shape[dimension] + 1)
-    begin = ["0"] * len(shape)
-    begin[dimension] = start
-    begin = f"tf.stack([{', '.join(begin)}])"
+    begin = _begin(draw, dimension, start)
     return f"keras.ops.slice_update(h, {begin}, {draw.input(shape)})"
 
 

@@ -69,6 +69,18 @@ def _scan_scatter(draw: Draw) -> str:
     )
 
 
+@operations.add("while_loop gather", (2,))
+def _while_gather(draw: Draw) -> str:
+    """A lookup in each round, as of one embedding by several micro-batches."""
+    rounds = draw.number(1, 4)
+    ids = draw.ids((rounds, draw.number(1, 6)), draw.shape[0])
+    return (
+        f"(lambda ids: tf.while_loop(lambda i, z: i < {rounds}, lambda i, z: (i + 1, "
+        f"tf.tanh(z) + tf.gather(h, ids[i])), (0, tf.gather(h, ids[0])), "
+        f"maximum_iterations={rounds})[1])({ids})"
+    )
+
+
 operations.templates(
     """
     tf.map_fn(lambda x: tf.tanh(x) * x, h)
