@@ -22,7 +22,7 @@ BAD = ("wrong", "error", "crashed")
 
 
 def jobs(seed: int, only: str = "") -> Any:
-    """(seed of the case, operation), without end: every operation once per round."""
+    """(seed of the case, operation), without end: every operation once a round."""
     names = case.names(only)
     if not names:
         raise ValueError(f"No operation contains the text. Received: only={only!r}")
@@ -93,7 +93,7 @@ def main() -> None:
     add = parser.add_argument
     add("--minutes", type=float, default=10.0, help="how long (10)")
     add("--seed", type=int, default=0, help="decides all cases (0)")
-    add("--only", default="", help="operations whose name contains this text")
+    add("--only", default="", help="operations whose name has this text: a|b|c")
     add("--cases", type=int, help="how many at most")
     add("--no-shrink", action="store_true", help="print failing cases as drawn")
     add("--scripts", type=Path, help="folder for the scripts of what fails")

@@ -90,9 +90,9 @@ def tables() -> dict[str, dict]:
 
 
 def names(only: str = "") -> list[str]:
-    """`kind: operation` of all operations whose name contains `only`."""
+    """`kind: operation` of all operations whose name has one of the texts `a|b|c`."""
     found = [f"{kind}: {name}" for kind, table in tables().items() for name in table]
-    return [name for name in found if only in name]
+    return [name for name in found if any(text in name for text in only.split("|"))]
 
 
 def _evaluate(expression: str, variables: dict[str, Any]) -> Any:
