@@ -1,0 +1,170 @@
+"""The fuzzer of the partitioner: what it covers, what it finds, what it prints."""
+
+import os
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+from processes import ROOT
+
+from benchmarks import partition_fuzz
+from benchmarks.fuzz import harness, keras_ops, layer_ops
+from benchmarks.fuzz.case import make_case, names
+from benchmarks.fuzz.crew import Crew
+
+# On more than one device an annotation doubles the gradient that passes through it.
+PLANTED = """
+import tensorflow as tf
+import gshard_tf
+from gshard_tf import hlo_sharding
+constrain = hlo_sharding.constrain
+
+@tf.custom_gradient
+def faulty(tensor, sharding):
+    factor = 2.0 if gshard_tf.active_mesh().mesh.size > 1 else 1.0
+    return tensor, lambda upstream: (factor * upstream, None)
+
+def planted(tensor, sharding):
+    constrained = constrain(tensor, sharding)
+    return faulty(constrained, sharding) if tensor.dtype.is_floating else constrained
+
+hlo_sharding.constrain = planted
+"""
+
+
+def public(module):
+    return {
+        name
+        for name in dir(module)
+        if not name.startswith("_") and callable(getattr(module, name))
+    }
+
+
+def test_every_keras_op_is_covered_or_excluded():
+    excluded = set(" ".join(keras_ops.EXCLUDED.values()).split())
+    text = " ".join(keras_ops.operations.table)
+    missing = {
+        name
+        for name in public(keras.ops) - excluded
+        if f"keras.ops.{name}(" not in text and f"keras.ops.{name}," not in text
+    }
+    # `slice_update` and the like stand in other tables as well.
+    assert not missing
+    assert excluded <= set(dir(keras.ops)), "excluded, and Keras does not have it"
+
+
+def test_every_keras_layer_is_covered_or_excluded():
+    excluded = set(" ".join(layer_ops.EXCLUDED.values()).split())
+    text = " ".join(layer_ops.operations.table)
+    covered = {
+        getattr(keras.layers, name)
+        for name in public(keras.layers)
+        if f"{name}(" in text
+    }
+    missing = {
+        name
+        for name in public(keras.layers) - excluded
+        if getattr(keras.layers, name) not in covered  # Conv2D is Convolution2D
+    }
+    assert not missing
+    assert excluded <= set(dir(keras.layers)), "excluded, and Keras does not have it"
+
+
+def test_a_seed_is_a_case():
+    name = "window_ops: conv2d"
+    assert make_case(5, name) == make_case(5, name)
+    assert make_case(5, name) != make_case(6, name)
+
+
+def test_every_operation_comes_once_a_round():
+    jobs = partition_fuzz.jobs(3)
+    drawn = [next(jobs) for _ in names()]
+    assert sorted(name for _, name in drawn) == sorted(names())
+    assert drawn[0][0] == 3_000_000
+    with pytest.raises(ValueError, match="only='no such'"):
+        next(partition_fuzz.jobs(0, "no such"))
+
+
+def test_differences():
+    a, b = np.float32([1.0, 2.0]), np.float32([1.0, 2.5])
+    assert harness.differences([[a]], [[b]]) == [pytest.approx(0.2)]
+    assert harness.differences([[a]], [[a]]) == [0.0]
+    assert harness.differences([[a]], [[a[:1]]]) == [float("inf")]
+    nan = np.float32([1.0, np.nan])
+    assert harness.differences([[nan]], [[nan]]) == [0.0]
+    assert harness.differences([[nan]], [[a]]) == [float("inf")]
+    # A gradient that is the rounding of another's values.
+    tiny = [np.float32([1e-9]), np.float32([2e-9])]
+    assert max(harness.differences([[a, tiny[0]]], [[a, tiny[1]]])) < 1e-6
+
+
+def test_a_few_cases():
+    found = partition_fuzz.fuzz(minutes=10, seed=0, cases=24)
+    assert found["cases"] >= 20
+    assert found["ok"] >= 18
+    assert found["wrong"] == found["crashed"] == 0, found["failures"]
+
+
+def test_a_planted_fault_is_found_and_its_script_shows_it(tmp_path):
+    found = partition_fuzz.fuzz(
+        minutes=5,
+        seed=0,
+        only="math_ops: h * {broadcast}",
+        cases=3,
+        scripts=tmp_path,
+        crew=Crew(preload=PLANTED),
+    )
+    assert found["wrong"] >= 1
+    script = min(tmp_path.glob("wrong_*.py"))
+    environ = os.environ | {"PYTHONPATH": str(ROOT)}
+
+    def run(before):
+        code = (
+            f"{before}\nimport runpy\nrunpy.run_path({str(script)!r}, None, '__main__')"
+        )
+        return subprocess.run(
+            [sys.executable, "-c", code],
+            env=environ,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
+    faulty = run(PLANTED)
+    assert faulty.returncode == 1, faulty.stderr[-2000:]
+    assert "'verdict': 'wrong'" in faulty.stdout
+    sound = run("")
+    assert sound.returncode == 0, sound.stdout + sound.stderr[-2000:]
+    assert "'verdict': 'ok'" in sound.stdout
+
+
+def test_a_process_that_dies_is_a_crash_and_the_next_case_runs():
+    dies = """
+import os
+from gshard_tf import program
+compiled = program.SpmdProgram.__init__
+def dying(self, step, placement, *arguments, **options):
+    if placement.mesh.size > 1:
+        os.abort()
+    compiled(self, step, placement, *arguments, **options)
+program.SpmdProgram.__init__ = dying
+"""
+    crew = Crew(preload=dies)
+    try:
+        found = [crew.run(seed, "math_ops: tf.exp(h)") for seed in (1, 2)]
+    finally:
+        crew.close()
+    for each in found:
+        assert each["verdict"] == "crashed"
+        assert "tf.exp(h)" in each["script"]
+        assert "-6" in each["said"]
+
+
+@pytest.mark.slow
+def test_ten_minutes():
+    found = partition_fuzz.fuzz(minutes=10, seed=12)
+    assert found["wrong"] == found["crashed"] == 0, found["failures"]
+    assert found["ok"] > 100
