@@ -144,7 +144,7 @@ def jit_step(
     use_layouts: Sequence[dtensor.Layout | None] | None = None,
     donate: bool = True,
     keep_finite: bool = False,
-) -> tuple[Any, list[Any]]:
+) -> tuple[Any, list[Any], tuple[str, ...]]:
     """A step as a function of jax, neither traced nor compiled yet.
 
     Args:
@@ -163,8 +163,9 @@ def jit_step(
             not finite: one truth value for each of `step.updates`.
 
     Returns:
-        The `jax.jit` function, and the `jax.ShapeDtypeStruct`s of its arguments. Lower
-        it with 64-bit types enabled.
+        The `jax.jit` function; the `jax.ShapeDtypeStruct`s of its arguments; and what
+        was rewritten of it for the partitioner, in sentences. Lower it with 64-bit
+        types enabled.
     """
     import jax
 
@@ -176,7 +177,8 @@ def jit_step(
     outputs += [captures[i] for i in step.updates]
     batch_axes = [axis for x in input_layouts for axis in x.sharding_specs[:1]]
     batch_axes = [axis for axis in batch_axes if axis != dtensor.UNSHARDED]
-    hlo = _ByIdentity(partition_safely(step.hlo, dict(mesh.shape), batch_axes))
+    safe = partition_safely(step.hlo, dict(mesh.shape), batch_axes)
+    hlo = _ByIdentity(safe.hlo)
     out_avals = _ByIdentity(
         [jax.core.ShapedArray(s.shape, s.dtype) for s in map(_aval, step.results)]
     )
@@ -207,7 +209,7 @@ def jit_step(
         donate_argnums=(tuple(num_inputs + i for i in step.updates) if donate else ()),
         keep_unused=True,
     )
-    return jitted, [_aval(spec) for spec in step.inputs + step.captures]
+    return jitted, [_aval(spec) for spec in step.inputs + step.captures], safe.notes
 
 
 def _kept_finite(old: list[Any], new: list[Any]) -> list[Any]:
@@ -262,7 +264,7 @@ class SpmdProgram:
             # The module carries GSPMD annotations; jax says on each compilation
             # that it hands them to GSPMD's propagation, which is what we ask for.
             warnings.filterwarnings("ignore", message=".*GSPMD.*")
-            jitted, shapes = jit_step(
+            jitted, shapes, self.rewrites = jit_step(
                 step,
                 mesh,
                 input_layouts,

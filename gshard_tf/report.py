@@ -39,6 +39,8 @@ class Description:
     mesh: dict[str, int]
     rows: list[Row]
     complaints: list[str]
+    # What the programs so far do for the partitioner's sake, in sentences.
+    rewrites: tuple[str, ...] = ()
 
     @property
     def bytes(self) -> int:
@@ -73,6 +75,7 @@ class Description:
             f"{len(self.rows)} variables on mesh {self.mesh}: {self.bytes:,} bytes, "
             f"{self.bytes_per_device:,} per device"
         )
+        lines += [f"* {rewrite}" for rewrite in self.rewrites]
         return "\n".join(lines + [f"! {complaint}" for complaint in self.complaints])
 
 

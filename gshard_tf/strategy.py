@@ -1,6 +1,7 @@
 """`SpmdStrategy`: a `tf.distribute.Strategy` whose step is one partitioned program."""
 
 import collections
+import dataclasses
 import os
 import threading
 import weakref
@@ -21,6 +22,7 @@ from gshard_tf.on_mesh import OnMesh
 from gshard_tf.portable import saving
 from gshard_tf.processes import group
 from gshard_tf.program import Placement, SpmdProgram, named_sharding
+from gshard_tf.report import Description
 from gshard_tf.rules import AxisRules
 from gshard_tf.shards import Region, assemble
 from gshard_tf.step import SkippedStep, Step
@@ -95,6 +97,17 @@ class SpmdStrategy(OnMesh, tf.distribute.Strategy):
     def programs(self) -> list[SpmdProgram]:
         """The programs compiled so far that are still in use, oldest first."""
         return [p for p in (ref() for ref in self.extended.programs) if p is not None]
+
+    def describe(self, model: keras.Model) -> Description:
+        """How each weight and optimizer slot of a built model is stored, and why.
+
+        Returns:
+            A `Description`; `print` it for a table. Once a program is compiled, it
+            also says what the latest one does for the partitioner's sake.
+        """
+        described = super().describe(model)
+        rewrites = self.programs[-1].rewrites if self.programs else ()
+        return dataclasses.replace(described, rewrites=rewrites)
 
     def program(
         self, model: keras.Model, mode: str = "train", batch: Any = None

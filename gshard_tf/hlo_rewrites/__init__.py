@@ -4,6 +4,7 @@ Each rewrite is a file with one fault of the partitioner, its condition, and wha
 in its place. `partition_safely` is the one place that applies them.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 
 from tensorflow.compiler.xla.service import hlo_pb2
@@ -15,25 +16,44 @@ from gshard_tf.hlo_rewrites import (
 )
 
 
+@dataclasses.dataclass(frozen=True)
+class SafeModule:
+    """What `partition_safely` makes of a module.
+
+    Attributes:
+        hlo: The serialised module.
+        notes: What was rewritten, a sentence for each kind.
+    """
+
+    hlo: bytes
+    notes: tuple[str, ...] = ()
+
+
 def partition_safely(
     hlo: bytes, mesh_shape: Mapping[str, int], batch_axes: Sequence[str] = ()
-) -> bytes:
-    """An HLO module of the same values that the partitioner compiles rightly.
+) -> SafeModule:
+    """A module of the same values that the partitioner compiles rightly.
 
     Args:
         hlo: A serialised `HloModuleProto`, not yet partitioned.
         mesh_shape: The size of each axis of the mesh, in its order.
         batch_axes: The axes that the batch is split over; they come first where a
             rewrite has to choose.
-
-    Returns:
-        The rewritten module, or `hlo` itself where nothing needs it.
     """
     if all(size == 1 for size in mesh_shape.values()):
-        return hlo
+        return SafeModule(hlo)
     module = hlo_pb2.HloModuleProto.FromString(hlo)
-    changed = uneven_scatters.make_even(module, mesh_shape, batch_axes)
-    changed |= windows.keep_whole(module, mesh_shape)
-    # The last: nothing may be held inside of its manual regions.
-    changed |= grouped_convolutions.keep_local(module, mesh_shape, batch_axes)
-    return module.SerializeToString() if changed else hlo
+    counts = {
+        "{} scatters whose rows do not divide by the devices are padded.": (
+            uneven_scatters.make_even(module, mesh_shape, batch_axes)
+        ),
+        "{} convolutions and gradients of maxima hold their images whole along the "
+        "windows: height and width are not split there.": (
+            windows.keep_whole(module, mesh_shape)
+        ),
+        # The last: nothing may be held inside of its manual regions.
+        "{} grouped convolutions split the batch alone, over the axes that divide "
+        "it.": grouped_convolutions.keep_local(module, mesh_shape, batch_axes),
+    }
+    notes = tuple(note.format(count) for note, count in counts.items() if count)
+    return SafeModule(module.SerializeToString() if notes else hlo, notes)

@@ -132,10 +132,13 @@ class Editor:
         self,
         computation: hlo_pb2.HloComputationProto,
         replace: Callable[["Editor", Instruction], Instruction | None],
-    ) -> bool:
+    ) -> int:
         """Calls `replace(editor, instruction)` for each instruction, in their order.
 
         What it returns stands in for the instruction from then on; None keeps it.
+
+        Returns:
+            How many were replaced.
         """
         instead: dict[int, int] = {}
         self._known, self._emitted = {}, []
@@ -151,28 +154,28 @@ class Editor:
             else:
                 instead[old.id] = new.id
         if not instead:
-            return False
+            return 0
         emitted = [Instruction.FromString(i.SerializeToString()) for i in self._emitted]
         del computation.instructions[:]
         computation.instructions.extend(emitted)
         computation.root_id = instead.get(computation.root_id, computation.root_id)
-        return True
+        return len(instead)
 
 
 def edit_module(
     module: hlo_pb2.HloModuleProto,
     replace: Callable[[Editor, Instruction], Instruction | None],
-) -> bool:
-    """Edits each computation of a module; whether anything was replaced."""
+) -> int:
+    """Edits each computation of a module; returns how many were replaced."""
     editor = Editor(module)
-    changed = any([editor.edit(c, replace) for c in module.computations])
+    replaced = sum(editor.edit(c, replace) for c in module.computations)
     if editor.additions:
         # A computation stands before those that call it.
         computations = [*editor.additions.values(), *module.computations]
         computations = [type(c).FromString(c.SerializeToString()) for c in computations]
         del module.computations[:]
         module.computations.extend(computations)
-    return changed
+    return replaced
 
 
 def array_shape(element_type: int, dimensions: Sequence[int]) -> Shape:

@@ -29,8 +29,8 @@ def keep_local(
     module: hlo_pb2.HloModuleProto,
     mesh_shape: Mapping[str, int],
     batch_axes: Sequence[str],
-) -> bool:
-    """Puts every grouped convolution in a manual region; whether there was any.
+) -> int:
+    """Puts every grouped convolution in a manual region; returns how many.
 
     Args:
         module: The module.

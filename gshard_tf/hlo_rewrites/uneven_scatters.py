@@ -28,8 +28,8 @@ def make_even(
     module: hlo_pb2.HloModuleProto,
     mesh_shape: Mapping[str, int],
     batch_axes: Sequence[str],
-) -> bool:
-    """Makes the rows of every scatter divide; whether any did not.
+) -> int:
+    """Makes the rows of every scatter divide; returns how many did not.
 
     Args:
         module: The module.

@@ -19,8 +19,8 @@ from gshard_tf.hlo_rewrites import shardings
 from gshard_tf.hlo_rewrites.editing import Editor, Instruction, edit_module
 
 
-def keep_whole(module: hlo_pb2.HloModuleProto, mesh_shape: Mapping[str, int]) -> bool:
-    """Holds dimensions under windows whole where need be; whether it was anywhere.
+def keep_whole(module: hlo_pb2.HloModuleProto, mesh_shape: Mapping[str, int]) -> int:
+    """Holds dimensions under windows whole where need be; returns how many.
 
     Args:
         module: The module.

@@ -253,7 +253,7 @@ def _export(
     abstract = jax.sharding.AbstractMesh(tuple(sizes.values()), tuple(sizes))
     with jax.enable_x64(True), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*GSPMD.*")
-        jitted, shapes = jit_step(
+        jitted, shapes, _ = jit_step(
             step,
             abstract,
             layouts.inputs,
