@@ -11,6 +11,7 @@ from tensorflow.compiler.xla.service import hlo_pb2
 
 from gshard_tf.hlo_rewrites import (
     grouped_convolutions,
+    transforms,
     uneven_scatters,
     windows,
 )
@@ -51,9 +52,11 @@ def partition_safely(
         "windows: height and width are not split there.": (
             windows.keep_whole(module, mesh_shape)
         ),
-        # The last: nothing may be held inside of its manual regions.
+        # The last two: nothing may be held inside of their manual regions.
         "{} grouped convolutions split the batch alone, over the axes that divide "
         "it.": grouped_convolutions.keep_local(module, mesh_shape, batch_axes),
+        "{} Fourier transforms split the first dimension alone, over the axes that "
+        "divide it.": transforms.keep_local(module, mesh_shape, batch_axes),
     }
     notes = tuple(note.format(count) for note, count in counts.items() if count)
     return SafeModule(module.SerializeToString() if notes else hlo, notes)

@@ -247,6 +247,19 @@ def test_segments_of_every_reduction(reduce):
     assert differences(operation, *ROWS, values(11, 4))[0] < RTOL
 
 
+@pytest.mark.parametrize("rank", [1, 2])
+@pytest.mark.parametrize("axes", [("rows", None, None), (None, "rows", None)], ids=str)
+def test_fourier_transforms_of_split_arrays(axes, rank):
+    transform = {1: tf.signal.fft, 2: tf.signal.fft2d}[rank]
+
+    def operation(x):
+        x = tf.cast(on(*axes)(x), tf.complex64)
+        return tf.math.imag(transform(x)) * 0.1
+
+    mesh = {"data": 2, "model": 2}
+    assert differences(operation, mesh, {"rows": "data"}, values(2, 8, 11))[0] < RTOL
+
+
 def test_modules_that_need_nothing_stay_as_they_are():
     strategy = gshard_tf.SpmdStrategy(gshard_tf.create_mesh({"data": 8}))
     strategy.run(tf.function(lambda x: x @ x, autograph=False), args=(values(8, 8),))
