@@ -51,8 +51,8 @@ class Experts(keras.layers.Layer):
         seed: int | None = None,
         **kwargs: Any,
     ):
-        check_int("num_experts", num_experts, 1)
-        check_int("hidden_dim", hidden_dim, 1)
+        num_experts = check_int("num_experts", num_experts, 1)
+        hidden_dim = check_int("hidden_dim", hidden_dim, 1)
         super().__init__(**kwargs)
         self.num_experts = num_experts
         self.hidden_dim = hidden_dim
@@ -146,7 +146,7 @@ class MoELayer(keras.layers.Layer):
         router: None for `Top2Router(num_experts)` with its defaults; a dict of
             arguments for it (`{"capacity_factor": 1.25}`), or for another one
             (`{"kind": "top_k", "k": 4}`; kinds are "top2", "top_k", "expert_choice"
-            and "hash"); or a router layer.
+            and "hash"); the name of a kind, for its defaults; or a router layer.
         dispatcher: "index" moves tokens by gathers; "einsum" by products with one-hot
             tensors as in the paper, which costs more time and memory for the same
             values.
@@ -193,7 +193,7 @@ class MoELayer(keras.layers.Layer):
         self,
         num_experts: int,
         hidden_dim: int,
-        router: keras.layers.Layer | Mapping[str, Any] | None = None,
+        router: keras.layers.Layer | Mapping[str, Any] | str | None = None,
         dispatcher: str = "index",
         group_size: int | None = None,
         aux_loss_coef: float = 0.01,
@@ -209,17 +209,20 @@ class MoELayer(keras.layers.Layer):
         seed: int | None = None,
         **kwargs: Any,
     ):
-        check_int("num_experts", num_experts, 2)
+        num_experts = check_int("num_experts", num_experts, 2)
+        hidden_dim = check_int("hidden_dim", hidden_dim, 1)
         check_choice("dispatcher", dispatcher, tuple(_DISPATCHERS))
         if group_size is not None:
-            check_int("group_size", group_size, 1)
-        check_int("decoding_group_size", decoding_group_size, 1)
-        check_coefficient("aux_loss_coef", aux_loss_coef)
-        check_coefficient("z_loss_coef", z_loss_coef)
-        check_int("num_shared_experts", num_shared_experts, 0)
+            group_size = check_int("group_size", group_size, 1)
+        decoding_group_size = check_int("decoding_group_size", decoding_group_size, 1)
+        aux_loss_coef = check_coefficient("aux_loss_coef", aux_loss_coef)
+        z_loss_coef = check_coefficient("z_loss_coef", z_loss_coef)
+        num_shared_experts = check_int("num_shared_experts", num_shared_experts, 0)
         super().__init__(**kwargs)
         if router is None:
             router = {}
+        if isinstance(router, str):
+            router = {"kind": router}
         if isinstance(router, Mapping):
             arguments = {"seed": seed, **router}
             kind = arguments.pop("kind", "top2")
@@ -301,7 +304,7 @@ class MoELayer(keras.layers.Layer):
         """Routes, transforms and puts back `inputs` `[..., L, M]`.
 
         Args:
-            inputs: The tokens.
+            inputs: The tokens, of any dtype, which is cast to the layer's.
             mask: `[..., L]` bool, False for padding: it takes no slot, counts in no
                 loss and no metric, and comes out as 0.
             training: Whether to route at random, drop out and add the balancing loss.
@@ -313,6 +316,7 @@ class MoELayer(keras.layers.Layer):
         """
         if decoding:
             training = False
+        inputs = tf.cast(inputs, self.compute_dtype)
         tokens, token_mask = self._to_groups(inputs, mask, decoding)
         tokens = annotate(tokens, ("group", None, "embed"))  # [G, S, M]
         routing, report = recorded(self.name), None

@@ -53,7 +53,7 @@ class Stacked(keras.layers.Layer):
         remat: bool = False,
         **kwargs: Any,
     ):
-        check_int("count", count, 1)
+        count = check_int("count", count, 1)
         super().__init__(**kwargs)
         self.count = count
         self.remat = bool(remat)
