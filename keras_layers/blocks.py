@@ -215,7 +215,8 @@ class DecoderBlock(_Block):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         router = self.feed_forward.router if self.num_experts else None
-        if router is not None and router.looks_ahead and not router.allow_causal:
+        ahead = getattr(router, "looks_ahead", False)
+        if ahead and not getattr(router, "allow_causal", False):
             raise ValueError(
                 "In a causal decoder a token's experts must not depend on the tokens "
                 "after it: training would see the future, and generation would route "

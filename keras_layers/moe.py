@@ -16,6 +16,7 @@ from keras_layers.feed_forward import FeedForward
 from keras_layers.initializers import per_expert
 from keras_layers.router_metrics import DEFAULT_METRICS, RouterHealth
 from keras_layers.routing import ROUTERS
+from keras_layers.routing.foreign import report_of, serialize_router, use
 from keras_layers.routing.plans import Routing, SlotRouting
 from keras_layers.routing.replay import record, recorded
 from keras_layers.shapes import sizes
@@ -262,6 +263,9 @@ class MoELayer(keras.layers.Layer):
         self.health = RouterHealth(
             num_experts, metrics_per_expert, router_metrics, name=self.name
         )
+        # What it has to know of the router's report.
+        self._of_report = [*self.health.sums, *(["z_loss"] if z_loss_coef else [])]
+        use(router, self)
         self._dispatcher = _DISPATCHERS[dispatcher]()
         self.supports_masking = True
 
@@ -322,11 +326,10 @@ class MoELayer(keras.layers.Layer):
         routing, report = recorded(self.name), None
         if routing is None:
             extra = {}
-            if self.router.uses_token_ids:
+            if getattr(self.router, "uses_token_ids", False):
                 extra["token_ids"] = self._ids_to_groups(token_ids, tokens)
-            routing, report = self.router(
-                tokens, mask=token_mask, training=training, **extra
-            )
+            returned = self.router(tokens, mask=token_mask, training=training, **extra)
+            routing, report = report_of(self.router, returned, self._of_report)
         record(self.name, routing)
         if decoding and self._may_regroup(routing):
             outputs = no_drop.feed(tokens, routing, self.experts, self._dispatcher)
@@ -420,7 +423,7 @@ class MoELayer(keras.layers.Layer):
         config.update(
             num_experts=self.num_experts,
             hidden_dim=self.hidden_dim,
-            router=keras.saving.serialize_keras_object(self.router),
+            router=serialize_router(self.router),
             dispatcher=self.dispatcher,
             group_size=self.group_size,
             aux_loss_coef=self.aux_loss_coef,
