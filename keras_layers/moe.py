@@ -343,7 +343,7 @@ class MoELayer(keras.layers.Layer):
                 shared = tf.where(token_mask[..., None], shared, 0)
             outputs = outputs + shared
         if not decoding:
-            self.health.update_state(routing, token_mask, report)
+            self.health.count(self.path, training, routing, token_mask, report)
         if training and report is not None:
             if self.aux_loss_coef:
                 self.add_loss(self.aux_loss_coef * report.aux_loss)
