@@ -65,6 +65,12 @@ class Experts(keras.layers.Layer):
         self.dropout = Dropout(dropout, seed=seed, batch_dim=1, dtype=self.dtype_policy)
 
     def build(self, input_shape: Any) -> None:
+        if len(input_shape) != 4:
+            raise ValueError(
+                "Inputs of Experts are buffers [experts, groups, capacity, width]; "
+                "MoELayer makes them of tokens. "
+                f"Received: input_shape={tuple(input_shape)}"
+            )
         model_dim = input_shape[-1]
         inward = ["wi", "wi_gate"] if self.gated else ["wi"]
         for name in inward:

@@ -181,6 +181,7 @@ def test_shapes_that_are_refused():
         (lambda: VocabularyProjection(8), (None, 3, None)),
         (lambda: MultiHeadAttention(2, 4), (None, 6)),
         (lambda: MultiHeadAttention(2, 4), (None, 3, 3, 6)),
+        (lambda: Experts(4, 8), (4, None, 6)),
     ):
         with pytest.raises(ValueError, match="Received: .*shape"):
             make().build(shape)
@@ -188,6 +189,8 @@ def test_shapes_that_are_refused():
     layer.build((None, None, 6))
     with pytest.raises(ValueError, match=r"Received: shapes \[\(2, 3, 3, 6\)\]"):
         layer(np.ones([2, 3, 3, 6], "float32"))
+    with pytest.raises(ValueError, match=r"Received: shapes \[\(2, 3, 3, 6\)\]"):
+        EncoderBlock(2, 4, 8)(np.ones([2, 3, 3, 6], "float32"))
 
 
 def test_an_exported_transformer_takes_ids(tmp_path):

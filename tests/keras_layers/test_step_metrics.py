@@ -15,9 +15,9 @@ X = np.random.default_rng(0).normal(size=(8, 6, 4)).astype("float32")
 IDS = np.random.default_rng(0).integers(3, 12, (8, 6)).astype("int32")
 
 
-def mixture():
+def mixture(router=TIGHT, **options):
     inputs = keras.Input([6, 4])
-    moe = MoELayer(4, 8, router=TIGHT, router_metrics="all", name="moe")
+    moe = MoELayer(4, 8, router=router, router_metrics="all", name="moe", **options)
     model = keras.Model(inputs, keras.layers.Dense(1)(moe(inputs)))
     model.compile("sgd", "mse", jit_compile=False)
     return model
@@ -57,9 +57,13 @@ def assigning(concrete):
     return [node.name for node in nodes if "Assign" in node.op]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+BIASED = {"kind": "top_k", "scores": "sigmoid", "bias_update_rate": 0.1, "jitter": 0.1}
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "biased"])
 def test_a_graph_of_inference_assigns_nothing(kind):
-    make, x, _ = KINDS[kind]
+    biased = (lambda: mixture(BIASED, dropout=0.1, num_shared_experts=1), X, None)
+    make, x, _ = KINDS.get(kind, biased)
     model = make()
     model(x)
     for training in (False, None):
