@@ -8,7 +8,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gshard_tf import counter_rng, portable
+    from gshard_tf import counter_rng, devices, portable
     from gshard_tf.annotations import (
         annotate,
         name_axes,
@@ -45,6 +45,7 @@ __all__ = [
     "annotate",
     "counter_rng",
     "create_mesh",
+    "devices",
     "join_processes",
     "name_axes",
     "named_axes",
@@ -74,6 +75,7 @@ _HOME = {
     "annotate": "annotations",
     "counter_rng": None,
     "create_mesh": "mesh",
+    "devices": None,
     "join_processes": "processes",
     "name_axes": "annotations",
     "named_axes": "annotations",
@@ -90,7 +92,7 @@ _HOME = {
     "use_mesh": "mesh",
 }
 # They need neither TensorFlow nor the versions that it is tested with.
-_ALONE = ("portable",)
+_ALONE = ("devices", "portable")
 
 
 def __getattr__(name: str) -> Any:

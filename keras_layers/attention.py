@@ -50,8 +50,8 @@ class MultiHeadAttention(keras.layers.Layer):
         remat: bool = False,
         **kwargs: Any,
     ):
-        check_int("num_heads", num_heads, 1)
-        check_int("key_dim", key_dim, 1)
+        num_heads = check_int("num_heads", num_heads, 1)
+        key_dim = check_int("key_dim", key_dim, 1)
         super().__init__(**kwargs)
         self.num_heads = num_heads
         self.key_dim = key_dim
@@ -62,6 +62,7 @@ class MultiHeadAttention(keras.layers.Layer):
         self.supports_masking = True
 
     def build(self, inputs_shape: Any, memory_shape: Any = None) -> None:
+        self._check_shapes(inputs_shape, memory_shape)
         model_dim = inputs_shape[-1]
         memory_dim = model_dim if memory_shape is None else memory_shape[-1]
         inner = self.num_heads * self.key_dim
@@ -107,6 +108,7 @@ class MultiHeadAttention(keras.layers.Layer):
         Returns:
             `[B, T, M]`.
         """
+        self._check_shapes(inputs.shape, None if memory is None else memory.shape)
         if causal and memory is not None:
             raise ValueError("causal is for self-attention. Received: memory as well")
         if memory is None:
@@ -119,6 +121,17 @@ class MultiHeadAttention(keras.layers.Layer):
             past = position[None, :] <= position[:, None]  # [T, L]
             visible = past if visible is None else tf.logical_and(visible, past)
         return self._attend(inputs, self.project(memory), visible, training)
+
+    @staticmethod
+    def _check_shapes(inputs_shape: Any, memory_shape: Any) -> None:
+        shapes = [s for s in (inputs_shape, memory_shape) if s is not None]
+        if any(len(shape) != 3 or shape[-1] is None for shape in shapes):
+            raise ValueError(
+                "Attention is along a sequence: inputs and memory are [batch, length, "
+                "width], of known width. Reshape others, such as images to "
+                "[batch, height * width, channels]. "
+                f"Received: shapes {[tuple(shape) for shape in shapes]}"
+            )
 
     def project(
         self, memory: tf.Tensor, matrices: Matrices | None = None

@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from gshard_tf import annotate
 from keras_layers.attention import MultiHeadAttention
-from keras_layers.checks import check_choice, check_rate
+from keras_layers.checks import check_choice, check_int, check_rate
 from keras_layers.dropout import Dropout
 from keras_layers.feed_forward import FeedForward
 from keras_layers.moe import MoELayer
@@ -51,7 +51,12 @@ class _Block(keras.layers.Layer):
         remat: bool | str = False,
         **kwargs: Any,
     ):
-        check_rate("dropout", dropout)
+        num_heads = check_int("num_heads", num_heads, 1)
+        key_dim = check_int("key_dim", key_dim, 1)
+        hidden_dim = check_int("hidden_dim", hidden_dim, 1)
+        if num_experts:
+            num_experts = check_int("num_experts", num_experts, 2)
+        dropout = check_rate("dropout", dropout)
         check_choice("remat", remat, REMAT)
         if moe_options and not num_experts:
             raise ValueError(
@@ -210,7 +215,8 @@ class DecoderBlock(_Block):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         router = self.feed_forward.router if self.num_experts else None
-        if router is not None and router.looks_ahead and not router.allow_causal:
+        ahead = getattr(router, "looks_ahead", False)
+        if ahead and not getattr(router, "allow_causal", False):
             raise ValueError(
                 "In a causal decoder a token's experts must not depend on the tokens "
                 "after it: training would see the future, and generation would route "

@@ -7,7 +7,7 @@ import keras
 import tensorflow as tf
 
 from gshard_tf import counter_rng
-from keras_layers.checks import check_rate
+from keras_layers.checks import check_int, check_rate
 
 
 @keras.saving.register_keras_serializable(package="gshard_tf")
@@ -39,12 +39,17 @@ class Dropout(keras.layers.Layer):
         batch_dim: int = 0,
         **kwargs: Any,
     ):
-        check_rate("rate", rate)
+        rate = check_rate("rate", rate)
         super().__init__(**kwargs)
         self.rate = rate
         self.seed = seed
-        self.batch_dim = batch_dim
-        self.noise_shape = None if noise_shape is None else tuple(noise_shape)
+        self.batch_dim = int(batch_dim)
+        self.noise_shape = None
+        if noise_shape is not None:
+            self.noise_shape = tuple(
+                None if n is None else check_int("noise_shape", n, 1)
+                for n in noise_shape
+            )
         if rate > 0:
             self.seed_generator = keras.random.SeedGenerator(seed)
         self.supports_masking = True

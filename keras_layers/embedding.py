@@ -8,6 +8,7 @@ import tensorflow as tf
 
 from gshard_tf import annotate, name_axes
 from keras_layers.checks import check_int
+from keras_layers.shapes import at_each_position, check_positions, positions
 
 
 @keras.saving.register_keras_serializable(package="gshard_tf")
@@ -23,8 +24,8 @@ class TokenEmbedding(keras.layers.Layer):
     """
 
     def __init__(self, vocab_size: int, model_dim: int, **kwargs: Any):
-        check_int("vocab_size", vocab_size, 1)
-        check_int("model_dim", model_dim, 1)
+        vocab_size = check_int("vocab_size", vocab_size, 1)
+        model_dim = check_int("model_dim", model_dim, 1)
         super().__init__(**kwargs)
         self.vocab_size = vocab_size
         self.model_dim = model_dim
@@ -39,10 +40,23 @@ class TokenEmbedding(keras.layers.Layer):
         name_axes(self.table, ("vocab", "embed"))
 
     def call(self, inputs: tf.Tensor) -> tf.Tensor:
-        """`[B, L]` ids -> `[B, L, M]`."""
+        """Ids `[B]`, `[B, L]` or of any other shape -> `[..., M]`."""
+        if inputs.dtype not in (tf.int32, tf.int64):
+            # Corpora are kept in small types.
+            inputs = tf.cast(inputs, tf.int32)
         table = tf.cast(self.table, self.compute_dtype)
         embedded = _look_up(table, inputs) * tf.cast(self.model_dim**0.5, table.dtype)
-        return annotate(embedded, ("batch", "length", "embed"))
+        return annotate(embedded, (*positions(len(embedded.shape)), "embed"))
+
+    @property
+    def input_dtype(self) -> str:
+        """Ids are whole numbers, also where Keras makes floats of them.
+
+        It does when it builds a model under a strategy of several replicas (the mean of
+        their ids) and in the signature of an exported model. A low precision would
+        round ids.
+        """
+        return "int32"
 
     def project(
         self, inputs: tf.Tensor, transposed: tf.Tensor | None = None
@@ -88,12 +102,13 @@ class VocabularyProjection(keras.layers.Layer):
     """
 
     def __init__(self, vocab_size: int, **kwargs: Any):
-        check_int("vocab_size", vocab_size, 1)
+        vocab_size = check_int("vocab_size", vocab_size, 1)
         super().__init__(**kwargs)
         self.vocab_size = vocab_size
         self.supports_masking = True
 
     def build(self, input_shape: Any) -> None:
+        check_positions(self, input_shape, 2, "[..., width]")
         self.kernel = self.add_weight(
             name="kernel",
             shape=(input_shape[-1], self.vocab_size),
@@ -102,9 +117,11 @@ class VocabularyProjection(keras.layers.Layer):
         name_axes(self.kernel, ("embed", "vocab"))
 
     def call(self, inputs: tf.Tensor) -> tf.Tensor:
-        """`[B, L, M]` -> logits `[B, L, V]` in float32."""
-        logits = tf.einsum("BLM,MV->BLV", inputs, self.kernel)
-        return annotate(tf.cast(logits, tf.float32), ("batch", "length", "vocab"))
+        """`[..., M]` -> logits `[..., V]` in float32."""
+        inputs = tf.cast(inputs, self.compute_dtype)
+        logits = at_each_position(inputs, self.kernel)
+        names = positions(len(logits.shape))
+        return annotate(tf.cast(logits, tf.float32), (*names, "vocab"))
 
     def compute_output_shape(self, input_shape: Any) -> Any:
         return (*input_shape[:-1], self.vocab_size)

@@ -9,11 +9,15 @@ from gshard_tf import annotate, name_axes
 from keras_layers.checks import check_int
 from keras_layers.dropout import Dropout
 from keras_layers.initializers import fresh
+from keras_layers.shapes import at_each_position, check_positions, positions
 
 
 @keras.saving.register_keras_serializable(package="gshard_tf")
 class FeedForward(keras.layers.Layer):
     """`wo . activation(wi . x)` at each position, without biases as in the paper.
+
+    Inputs are `[..., M]`: `[B, M]`, `[B, L, M]`, `[B, H, W, M]`; any dtype, which is
+    cast to the layer's.
 
     With `gated`: `wo . (activation(wi_gate . x) * (wi . x))` (GLU variants, arXiv
     2002.05202).
@@ -26,6 +30,9 @@ class FeedForward(keras.layers.Layer):
         gated: Whether the hidden layer is gated: half as much computation again, so
             lower H to two thirds for the same cost.
         seed: Seed of the dropout.
+
+    Raises:
+        ValueError: for an argument out of its range, or inputs without a batch.
     """
 
     def __init__(
@@ -38,7 +45,7 @@ class FeedForward(keras.layers.Layer):
         seed: int | None = None,
         **kwargs: Any,
     ):
-        check_int("hidden_dim", hidden_dim, 1)
+        hidden_dim = check_int("hidden_dim", hidden_dim, 1)
         super().__init__(**kwargs)
         self.hidden_dim = hidden_dim
         self.activation = keras.activations.get(activation)
@@ -49,6 +56,7 @@ class FeedForward(keras.layers.Layer):
         self.supports_masking = True
 
     def build(self, input_shape: Any) -> None:
+        check_positions(self, input_shape, 2, "[..., width]")
         model_dim = input_shape[-1]
         inward = ["wi", "wi_gate"] if self.gated else ["wi"]
         for name in inward:
@@ -68,16 +76,19 @@ class FeedForward(keras.layers.Layer):
         )
 
     def call(self, inputs: tf.Tensor, training: bool | None = None) -> tf.Tensor:
-        hidden = tf.einsum("BLM,MH->BLH", inputs, self.wi)
+        """`inputs` `[..., M]` -> `[..., M]`."""
+        inputs = tf.cast(inputs, self.compute_dtype)
+        names = positions(len(inputs.shape))
+        hidden = at_each_position(inputs, self.wi)  # [..., H]
         if self.gated:
-            gate = tf.einsum("BLM,MH->BLH", inputs, self.wi_gate)
+            gate = at_each_position(inputs, self.wi_gate)
             hidden = self.activation(gate) * hidden
         else:
             hidden = self.activation(hidden)
-        hidden = annotate(hidden, ("batch", "length", "mlp"))
+        hidden = annotate(hidden, (*names, "mlp"))
         hidden = self.dropout(hidden, training=training)
-        outputs = tf.einsum("BLH,HM->BLM", hidden, self.wo)
-        return annotate(outputs, ("batch", "length", "embed"))
+        outputs = at_each_position(hidden, self.wo)  # [..., M]
+        return annotate(outputs, (*names, "embed"))
 
     def compute_output_shape(self, input_shape: Any) -> Any:
         return input_shape

@@ -16,6 +16,7 @@ from keras_layers.feed_forward import FeedForward
 from keras_layers.initializers import per_expert
 from keras_layers.router_metrics import DEFAULT_METRICS, RouterHealth
 from keras_layers.routing import ROUTERS
+from keras_layers.routing.foreign import report_of, serialize_router, use
 from keras_layers.routing.plans import Routing, SlotRouting
 from keras_layers.routing.replay import record, recorded
 from keras_layers.shapes import sizes
@@ -51,8 +52,8 @@ class Experts(keras.layers.Layer):
         seed: int | None = None,
         **kwargs: Any,
     ):
-        check_int("num_experts", num_experts, 1)
-        check_int("hidden_dim", hidden_dim, 1)
+        num_experts = check_int("num_experts", num_experts, 1)
+        hidden_dim = check_int("hidden_dim", hidden_dim, 1)
         super().__init__(**kwargs)
         self.num_experts = num_experts
         self.hidden_dim = hidden_dim
@@ -64,6 +65,12 @@ class Experts(keras.layers.Layer):
         self.dropout = Dropout(dropout, seed=seed, batch_dim=1, dtype=self.dtype_policy)
 
     def build(self, input_shape: Any) -> None:
+        if len(input_shape) != 4:
+            raise ValueError(
+                "Inputs of Experts are buffers [experts, groups, capacity, width]; "
+                "MoELayer makes them of tokens. "
+                f"Received: input_shape={tuple(input_shape)}"
+            )
         model_dim = input_shape[-1]
         inward = ["wi", "wi_gate"] if self.gated else ["wi"]
         for name in inward:
@@ -146,7 +153,7 @@ class MoELayer(keras.layers.Layer):
         router: None for `Top2Router(num_experts)` with its defaults; a dict of
             arguments for it (`{"capacity_factor": 1.25}`), or for another one
             (`{"kind": "top_k", "k": 4}`; kinds are "top2", "top_k", "expert_choice"
-            and "hash"); or a router layer.
+            and "hash"); the name of a kind, for its defaults; or a router layer.
         dispatcher: "index" moves tokens by gathers; "einsum" by products with one-hot
             tensors as in the paper, which costs more time and memory for the same
             values.
@@ -193,7 +200,7 @@ class MoELayer(keras.layers.Layer):
         self,
         num_experts: int,
         hidden_dim: int,
-        router: keras.layers.Layer | Mapping[str, Any] | None = None,
+        router: keras.layers.Layer | Mapping[str, Any] | str | None = None,
         dispatcher: str = "index",
         group_size: int | None = None,
         aux_loss_coef: float = 0.01,
@@ -209,17 +216,20 @@ class MoELayer(keras.layers.Layer):
         seed: int | None = None,
         **kwargs: Any,
     ):
-        check_int("num_experts", num_experts, 2)
+        num_experts = check_int("num_experts", num_experts, 2)
+        hidden_dim = check_int("hidden_dim", hidden_dim, 1)
         check_choice("dispatcher", dispatcher, tuple(_DISPATCHERS))
         if group_size is not None:
-            check_int("group_size", group_size, 1)
-        check_int("decoding_group_size", decoding_group_size, 1)
-        check_coefficient("aux_loss_coef", aux_loss_coef)
-        check_coefficient("z_loss_coef", z_loss_coef)
-        check_int("num_shared_experts", num_shared_experts, 0)
+            group_size = check_int("group_size", group_size, 1)
+        decoding_group_size = check_int("decoding_group_size", decoding_group_size, 1)
+        aux_loss_coef = check_coefficient("aux_loss_coef", aux_loss_coef)
+        z_loss_coef = check_coefficient("z_loss_coef", z_loss_coef)
+        num_shared_experts = check_int("num_shared_experts", num_shared_experts, 0)
         super().__init__(**kwargs)
         if router is None:
             router = {}
+        if isinstance(router, str):
+            router = {"kind": router}
         if isinstance(router, Mapping):
             arguments = {"seed": seed, **router}
             kind = arguments.pop("kind", "top2")
@@ -259,6 +269,9 @@ class MoELayer(keras.layers.Layer):
         self.health = RouterHealth(
             num_experts, metrics_per_expert, router_metrics, name=self.name
         )
+        # What it has to know of the router's report.
+        self._of_report = [*self.health.sums, *(["z_loss"] if z_loss_coef else [])]
+        use(router, self)
         self._dispatcher = _DISPATCHERS[dispatcher]()
         self.supports_masking = True
 
@@ -301,7 +314,7 @@ class MoELayer(keras.layers.Layer):
         """Routes, transforms and puts back `inputs` `[..., L, M]`.
 
         Args:
-            inputs: The tokens.
+            inputs: The tokens, of any dtype, which is cast to the layer's.
             mask: `[..., L]` bool, False for padding: it takes no slot, counts in no
                 loss and no metric, and comes out as 0.
             training: Whether to route at random, drop out and add the balancing loss.
@@ -313,16 +326,16 @@ class MoELayer(keras.layers.Layer):
         """
         if decoding:
             training = False
+        inputs = tf.cast(inputs, self.compute_dtype)
         tokens, token_mask = self._to_groups(inputs, mask, decoding)
         tokens = annotate(tokens, ("group", None, "embed"))  # [G, S, M]
         routing, report = recorded(self.name), None
         if routing is None:
             extra = {}
-            if self.router.uses_token_ids:
+            if getattr(self.router, "uses_token_ids", False):
                 extra["token_ids"] = self._ids_to_groups(token_ids, tokens)
-            routing, report = self.router(
-                tokens, mask=token_mask, training=training, **extra
-            )
+            returned = self.router(tokens, mask=token_mask, training=training, **extra)
+            routing, report = report_of(self.router, returned, self._of_report)
         record(self.name, routing)
         if decoding and self._may_regroup(routing):
             outputs = no_drop.feed(tokens, routing, self.experts, self._dispatcher)
@@ -336,7 +349,7 @@ class MoELayer(keras.layers.Layer):
                 shared = tf.where(token_mask[..., None], shared, 0)
             outputs = outputs + shared
         if not decoding:
-            self.health.update_state(routing, token_mask, report)
+            self.health.count(self.path, training, routing, token_mask, report)
         if training and report is not None:
             if self.aux_loss_coef:
                 self.add_loss(self.aux_loss_coef * report.aux_loss)
@@ -416,7 +429,7 @@ class MoELayer(keras.layers.Layer):
         config.update(
             num_experts=self.num_experts,
             hidden_dim=self.hidden_dim,
-            router=keras.saving.serialize_keras_object(self.router),
+            router=serialize_router(self.router),
             dispatcher=self.dispatcher,
             group_size=self.group_size,
             aux_loss_coef=self.aux_loss_coef,

@@ -26,6 +26,7 @@ from tensorflow.python.eager import record
 from tensorflow.python.ops import control_flow_util
 
 from keras_layers.routing.replay import routing_is_watched
+from keras_layers.step_metrics import counting_at_once
 
 
 class Effects(NamedTuple):
@@ -64,7 +65,7 @@ def pure_call(
             list(zip(variables, values, strict=True)), collect_losses=True
         )
     before = [scope.get_current_value(variable) for variable in variables]
-    with scope:
+    with scope, counting_at_once():
         outputs = function()
     after = [scope.get_current_value(variable) for variable in variables]
     updates = {

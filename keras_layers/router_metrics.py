@@ -10,6 +10,7 @@ import tensorflow as tf
 from gshard_tf import annotate
 from keras_layers.routing.plans import Routing, SlotRouting
 from keras_layers.routing.router import RouterReport
+from keras_layers.step_metrics import StepMetric
 
 #: What a layer reports unless it is told otherwise: enough to see a router go wrong,
 #: short enough for a progress bar.
@@ -17,7 +18,7 @@ DEFAULT_METRICS = ("dropped", "load_entropy", "max_load")
 
 
 @keras.saving.register_keras_serializable(package="gshard_tf")
-class RouterHealth(keras.metrics.Metric):
+class RouterHealth(StepMetric):
     """Dropped tokens and balance of load, over all batches since the last reset.
 
     Padding counts in none of them. Results, each named `<name>_...`:
@@ -124,6 +125,7 @@ class RouterHealth(keras.metrics.Metric):
                 total.assign_add(getattr(report, name) * tokens)
 
     def result(self) -> dict[str, tf.Tensor]:
+        self.count_what_waits()
         # E numbers, wanted whole on every device.
         load = annotate(tf.convert_to_tensor(self.load), (None,))
         share = tf.math.divide_no_nan(load, tf.reduce_sum(load))  # [E]
@@ -137,10 +139,11 @@ class RouterHealth(keras.metrics.Metric):
             found["utilisation"] = self._ratio(self.filled, self.slots)
         for name, total in self.sums.items():
             found[name] = self._ratio(total, self.tokens)
-        results = {f"{self.name}_{n}": found[n] for n in self.report}
+        name = f"{self.qualifier}{self.name}"
+        results = {f"{name}_{n}": found[n] for n in self.report}
         if self.per_expert:
             for e in range(self.num_experts):
-                results[f"{self.name}_load_{e}"] = share[e]
+                results[f"{name}_load_{e}"] = share[e]
         return results
 
     @staticmethod

@@ -26,6 +26,7 @@ from keras_layers.remat import (
     slice_of,
 )
 from keras_layers.routing.replay import routing_is_watched
+from keras_layers.step_metrics import StepMetric, counts_wait
 
 Blocks = Sequence[keras.layers.Layer]
 
@@ -53,7 +54,7 @@ class Stacked(keras.layers.Layer):
         remat: bool = False,
         **kwargs: Any,
     ):
-        check_int("count", count, 1)
+        count = check_int("count", count, 1)
         super().__init__(**kwargs)
         self.count = count
         self.remat = bool(remat)
@@ -147,6 +148,13 @@ class Stacked(keras.layers.Layer):
         options = {"training": training, **({"decoding": True} if decoding else {})}
         sources = self.stacked_variables()
         stacked = read(sources)
+        first_metric = len(sources) - sum(
+            len(metric.variables) for metric in self._stacked_metrics
+        )
+        waits = counts_wait(training)
+        if waits:
+            # What the metrics count is added to them if somebody asks for it.
+            stacked[first_metric:] = [tf.zeros_like(x) for x in stacked[first_metric:]]
         shared = [tensors[name] for name in names]
         carried = list(self._carried)
         updated: list[int] = []
@@ -203,8 +211,18 @@ class Stacked(keras.layers.Layer):
             outputs, loss, state, _ = loop(inputs, shared, stacked)
         if has_losses[0]:
             self.add_loss(loss)
-        for i in updated:
-            sources[i].assign(state[carried.index(i)])
+        new = {i: state[carried.index(i)] for i in updated}
+        for i, value in new.items():
+            if i < first_metric or not waits:
+                sources[i].assign(value)
+        for metric in [] if decoding else self._stacked_metrics:
+            end = first_metric + len(metric.variables)
+            if waits:
+                places = range(first_metric, end)
+                metric.count(self.path, training, [new.get(i) for i in places])
+            else:
+                metric.counts_in(self.path, training)
+            first_metric = end
         return outputs
 
     def _run(
@@ -361,7 +379,7 @@ class _Seeds(keras.random.SeedGenerator):
         raise NotImplementedError("The blocks of a Stacked layer draw their own seeds.")
 
 
-class _StackedMetric(keras.metrics.Metric):
+class _StackedMetric(StepMetric):
     """One metric of each repetition, with the names that each of them gives.
 
     Args:
@@ -380,10 +398,14 @@ class _StackedMetric(keras.metrics.Metric):
                 name=like.name,
             )
 
-    def update_state(self, *args: Any, **kwargs: Any) -> None:
-        raise NotImplementedError("The blocks of a Stacked layer count by themselves.")
+    def update_state(self, counts: Sequence[tf.Tensor | None]) -> None:
+        """Adds what was counted to each variable, None for nothing."""
+        for variable, count in zip(self.variables, counts, strict=True):
+            if count is not None:
+                variable.assign_add(count)
 
     def result(self) -> dict[str, tf.Tensor]:
+        self.count_what_waits()
         values = [tf.unstack(value) for value in read(self.variables)]
         results = {}
         for metric, own in zip(
@@ -391,7 +413,8 @@ class _StackedMetric(keras.metrics.Metric):
         ):
             with keras.StatelessScope(list(zip(metric.variables, own, strict=True))):
                 found = metric.result()
-            results.update(found if isinstance(found, dict) else {metric.name: found})
+            found = found if isinstance(found, dict) else {metric.name: found}
+            results.update({f"{self.qualifier}{n}": x for n, x in found.items()})
         return results
 
 

@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from gshard_tf import annotate
 from keras_layers.blocks import DecoderBlock, EncoderBlock
-from keras_layers.checks import check_int, check_rate
+from keras_layers.checks import check_int, check_rate, check_token_id
 from keras_layers.dropout import Dropout
 from keras_layers.embedding import TokenEmbedding, VocabularyProjection, sinusoids
 from keras_layers.shapes import sizes
@@ -46,6 +46,10 @@ class Transformer(keras.Model):
             `{"router": {"capacity_factor": 1.25}, "dispatcher": "einsum"}`.
         decoder_moe_options: The same for the decoder's; None: `moe_options`.
         pad_id: Id of padding.
+        bos_id: Id that targets begin with. None: whatever it is, it is not `pad_id`.
+            Only a model whose targets begin with `pad_id`, as T5's do, has to say it:
+            their first position is then no padding, whatever follows. Where a batch is
+            filled up with rows of padding, give those a sample weight of 0.
         seed: Seed of dropout and routing.
         remat: What is computed again for the gradient instead of being kept for it:
             False (nothing), "attention" or True (see `EncoderBlock`). Where training
@@ -88,17 +92,24 @@ class Transformer(keras.Model):
         seed: int | None = None,
         remat: bool | str = False,
         stacked: bool = False,
+        bos_id: int | None = None,
         **kwargs: Any,
     ):
-        check_int("num_encoder_layers", num_encoder_layers, 1)
-        check_int("num_decoder_layers", num_decoder_layers, 1)
-        check_int("model_dim", model_dim, 2)
-        check_int("num_heads", num_heads, 1)
-        check_int("moe_every", moe_every, 1)
-        check_int("pad_id", pad_id, 0)
-        check_rate("dropout", dropout)
+        source_vocab_size = check_int("source_vocab_size", source_vocab_size, 1)
+        target_vocab_size = check_int("target_vocab_size", target_vocab_size, 1)
+        num_encoder_layers = check_int("num_encoder_layers", num_encoder_layers, 1)
+        num_decoder_layers = check_int("num_decoder_layers", num_decoder_layers, 1)
+        model_dim = check_int("model_dim", model_dim, 2)
+        hidden_dim = check_int("hidden_dim", hidden_dim, 1)
+        num_heads = check_int("num_heads", num_heads, 1)
+        moe_every = check_int("moe_every", moe_every, 1)
+        smaller = min(source_vocab_size, target_vocab_size)
+        pad_id = check_token_id("pad_id", pad_id, smaller)
+        if bos_id is not None:
+            bos_id = check_token_id("bos_id", bos_id, target_vocab_size)
+        dropout = check_rate("dropout", dropout)
         if num_experts:
-            check_int("num_experts", num_experts, 2)
+            num_experts = check_int("num_experts", num_experts, 2)
         elif moe_options or decoder_moe_options:
             raise ValueError(
                 "moe_options are for a model with experts. Received: "
@@ -126,6 +137,7 @@ class Transformer(keras.Model):
                     f"Received: model_dim={model_dim}, num_heads={num_heads}"
                 )
             key_dim = model_dim // num_heads
+        key_dim = check_int("key_dim", key_dim, 1)
         for options in (moe_options or {}, decoder_moe_options or {}):
             if taken := set(options) & {"name", "num_experts", "hidden_dim"}:
                 raise ValueError(
@@ -157,6 +169,7 @@ class Transformer(keras.Model):
             None if decoder_moe_options is None else dict(decoder_moe_options)
         )
         self.pad_id = pad_id
+        self.bos_id = bos_id
         self.seed = seed
         self.remat = remat
         self.stacked = bool(stacked)
@@ -273,7 +286,7 @@ class Transformer(keras.Model):
         """
         source_ids, target_ids = _source_and_target(inputs)
         memory, memory_mask = self.encode(source_ids, training, decoding)
-        mask = self._mask(target_ids)
+        mask = self._target_mask(target_ids)
         x = self._embed(self.target_embedding, target_ids, training)  # [B, T, M]
         for layer in [self.decoder_stack] if self.stacked else self.decoder_blocks:
             x = layer(
@@ -419,9 +432,24 @@ class Transformer(keras.Model):
     def _each_decoder_block(self) -> Iterable[DecoderBlock]:
         return self.decoder_stack.blocks() if self.stacked else self.decoder_blocks
 
+    @property
+    def input_dtype(self) -> str:
+        """Inputs are ids (`TokenEmbedding.input_dtype` says where they come as others).
+
+        So `export` gives a signature of int32, whatever the policy.
+        """
+        return "int32"
+
     def _mask(self, ids: tf.Tensor) -> tf.Tensor:
         # Keras's operation, because Keras asks for the mask of symbolic inputs too.
         return keras.ops.not_equal(ids, self.pad_id)
+
+    def _target_mask(self, ids: tf.Tensor) -> tf.Tensor:
+        mask = self._mask(ids)
+        if self.bos_id == self.pad_id:
+            first = keras.ops.equal(keras.ops.arange(keras.ops.shape(ids)[1]), 0)
+            mask = keras.ops.logical_or(mask, first)
+        return mask
 
     def _embed(
         self,
@@ -444,7 +472,7 @@ class Transformer(keras.Model):
         return self.projection(x)
 
     def compute_mask(self, inputs: Any, previous_mask: Any = None) -> tf.Tensor:
-        return self._mask(_source_and_target(inputs)[1])
+        return self._target_mask(_source_and_target(inputs)[1])
 
     def compute_output_shape(self, input_shape: Any) -> Any:
         target = _source_and_target(input_shape)[1]
@@ -481,6 +509,7 @@ class Transformer(keras.Model):
             seed=self.seed,
             remat=self.remat,
             stacked=self.stacked,
+            bos_id=self.bos_id,
         )
         return config
 

@@ -64,8 +64,8 @@ def beam_search(
         model: A `Transformer`, or a model with what `Decodable` lists.
         source_ids: `[B, L]` ids, padded with `pad_id`.
         max_length: Length of the outputs, EOS included.
-        bos_id: First input of the decoder; not part of the outputs.
-        eos_id: Ends a sequence.
+        bos_id: See `greedy_decode`.
+        eos_id: See `greedy_decode`.
         beam_size: K. 1 is greedy. 4 or 5 are common; time grows with it, quality
             rarely beyond 8.
         alpha: Of the length penalty: 0 ranks by log-probability, which favours short
@@ -90,10 +90,10 @@ def beam_search(
     Raises:
         ValueError: for an argument out of its range.
     """
-    check_ids(max_length, bos_id, eos_id)
-    check_int("beam_size", beam_size, 1)
-    check_coefficient("alpha", alpha)
-    check_int("num_results", num_results, 1)
+    max_length, bos_id, eos_id = check_ids(model, max_length, bos_id, eos_id)
+    beam_size = check_int("beam_size", beam_size, 1)
+    alpha = check_coefficient("alpha", alpha)
+    num_results = check_int("num_results", num_results, 1)
     if num_results > beam_size:
         raise ValueError(
             "num_results is at most beam_size. "
@@ -142,7 +142,7 @@ class _Search(NamedTuple):
         logits, model_state = self.model.decode_step(
             state["tokens"], state["model"], state["step"]
         )  # [B, K, V]
-        log_probs = log_probabilities(logits, self.model.pad_id)
+        log_probs = log_probabilities(logits, self.model.pad_id, self.eos_id)
         log_probs = log_probs + old["log_probs"][..., None]
         # Twice as many as grow: K of them at most can be ends, one of each.
         batch, _, vocab = sizes(log_probs)

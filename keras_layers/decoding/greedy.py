@@ -33,8 +33,9 @@ def greedy_decode(
             and `pad_id`.
         source_ids: `[B, L]` ids, padded with `pad_id`.
         max_length: Length of the outputs, EOS included.
-        bos_id: First input of the decoder; not part of the outputs.
-        eos_id: Ends a sequence; what follows is padding.
+        bos_id: First input of the decoder; not part of the outputs. It may be `pad_id`
+            if the model knows it (`Transformer(bos_id=...)`).
+        eos_id: Ends a sequence; what follows is padding. Not `pad_id`.
         limits: `[B]` ints, the most tokens of each row (see `length_limits`), where
             that is less than `max_length`.
 
@@ -43,7 +44,8 @@ def greedy_decode(
         log-probabilities of each sequence's tokens (EOS included), float32 `[B]`.
 
     Raises:
-        ValueError: for a length below 1 or a negative id.
+        ValueError: for a length below 1, an id outside the vocabulary, or one that
+            means padding to the model.
     """
 
     def most_probable(log_probs: tf.Tensor, step: tf.Tensor) -> tf.Tensor:
@@ -68,7 +70,7 @@ def generate(
     Args:
         choose: `(log_probs [B, V], step) -> [B]` int32 ids.
     """
-    check_ids(max_length, bos_id, eos_id)
+    max_length, bos_id, eos_id = check_ids(model, max_length, bos_id, eos_id)
     source_ids = tf.convert_to_tensor(source_ids)
     limits = row_limits(source_ids, max_length, limits)
     batch = sizes(source_ids)[0]
@@ -79,7 +81,7 @@ def generate(
 
     def next_token(step, tokens, ids, done, log_prob, state):
         logits, state = model.decode_step(tokens, state, step)  # [B, V]
-        log_probs = log_probabilities(logits, model.pad_id)
+        log_probs = log_probabilities(logits, model.pad_id, eos_id)
         chosen = choose(log_probs, step)  # [B]
         gain = tf.gather(log_probs, chosen, batch_dims=1)
         log_prob = log_prob + tf.where(done, 0.0, gain)

@@ -6,7 +6,7 @@ import tensorflow as tf
 
 from gshard_tf import counter_rng
 from keras_layers.checks import check_int, check_positive
-from keras_layers.decoding.common import IMPOSSIBLE, Decodable
+from keras_layers.decoding.common import IMPOSSIBLE, Decodable, check_ids
 from keras_layers.decoding.greedy import generate
 from keras_layers.shapes import sizes
 
@@ -50,9 +50,10 @@ def sample_decode(
     Raises:
         ValueError: for an argument out of its range.
     """
-    check_positive("temperature", temperature)
+    max_length, bos_id, eos_id = check_ids(model, max_length, bos_id, eos_id)
+    temperature = check_positive("temperature", temperature)
     if top_k is not None:
-        check_int("top_k", top_k, 1)
+        top_k = check_int("top_k", top_k, 1)
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p must lie in (0, 1]. Received: top_p={top_p!r}")
     seed = tf.convert_to_tensor(seed)

@@ -10,15 +10,14 @@ from keras_layers.checks import check_positive
 DROPLESS = "dropless"
 
 
-def check_capacity_factor(name: str, value: Any) -> None:
+def check_capacity_factor(name: str, value: Any) -> int | float | str:
     """Raises ValueError unless `value` is a number above 0, or "dropless"."""
     if isinstance(value, str) and value != DROPLESS:
         raise ValueError(
             f'{name} must be a number above 0, or "{DROPLESS}". '
             f"Received: {name}={value!r}"
         )
-    if value != DROPLESS:
-        check_positive(name, value)
+    return value if isinstance(value, str) else check_positive(name, value)
 
 
 def expert_capacity(

@@ -5,17 +5,12 @@ import threading
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 
-import tensorflow as tf
-
 from keras_layers.routing.plans import Routing, SlotRouting
+from keras_layers.step_metrics import current_graph
 
 _active = threading.local()
 
 Plans = dict[str, list[Routing | SlotRouting]]
-
-
-def _graph() -> tf.Graph | None:
-    return None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
 
 
 @contextlib.contextmanager
@@ -32,7 +27,7 @@ def record_routing() -> Iterator[Plans]:
     """
     plans: Plans = defaultdict(list)
     previous = getattr(_active, "recording", None)
-    _active.recording = (plans, _graph())
+    _active.recording = (plans, current_graph())
     try:
         yield plans
     finally:
@@ -88,7 +83,7 @@ def record(name: str, routing: Routing | SlotRouting) -> None:
     if recording is None:
         return
     plans, graph = recording
-    if graph is not _graph():
+    if graph is not current_graph():
         raise ValueError(
             f"The routing of {name!r} belongs to another graph than record_routing() "
             "and would be of no use outside of it. Call the model itself, model(x), "

@@ -79,20 +79,21 @@ class Router(keras.layers.Layer):
         kernel_regularizer: Any = None,
         **kwargs: Any,
     ):
-        check_int("num_experts", num_experts, 2)
-        check_capacity_factor("capacity_factor", capacity_factor)
+        num_experts = check_int("num_experts", num_experts, 2)
+        capacity_factor = check_capacity_factor("capacity_factor", capacity_factor)
         if eval_capacity_factor is not None:
-            check_capacity_factor("eval_capacity_factor", eval_capacity_factor)
-        check_int("min_capacity", min_capacity, 1)
-        check_int("capacity_multiple", capacity_multiple, 1)
-        check_rate("jitter", jitter)
+            eval_capacity_factor = check_capacity_factor(
+                "eval_capacity_factor", eval_capacity_factor
+            )
+        min_capacity = check_int("min_capacity", min_capacity, 1)
+        capacity_multiple = check_int("capacity_multiple", capacity_multiple, 1)
+        jitter = check_rate("jitter", jitter)
         if logit_cap is not None:
-            check_positive("logit_cap", logit_cap)
-        masked_experts = sorted(set(masked_experts))
-        if any(
-            isinstance(e, bool) or not isinstance(e, int) or not 0 <= e < num_experts
-            for e in masked_experts
-        ):
+            logit_cap = check_positive("logit_cap", logit_cap)
+        masked_experts = sorted(
+            {check_int("masked_experts", e, 0) for e in masked_experts}
+        )
+        if any(e >= num_experts for e in masked_experts):
             raise ValueError(
                 f"masked_experts must be numbers of experts, 0 to {num_experts - 1}. "
                 f"Received: masked_experts={masked_experts}"

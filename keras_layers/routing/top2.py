@@ -5,7 +5,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_layers.checks import check_choice
+from keras_layers.checks import check_choice, check_positive
 from keras_layers.routing.assignment import assign, read_out, top_choices
 from keras_layers.routing.losses import load_balancing_loss
 from keras_layers.routing.plans import Routing
@@ -142,7 +142,10 @@ class Top2Router(Router):
         **kwargs: Any,
     ):
         check_choice("second_expert_policy", second_expert_policy, POLICIES)
-        if not 0 < second_expert_threshold <= 1:
+        second_expert_threshold = check_positive(
+            "second_expert_threshold", second_expert_threshold
+        )
+        if second_expert_threshold > 1:
             raise ValueError(
                 "second_expert_threshold must lie in (0, 1]. Received: "
                 f"second_expert_threshold={second_expert_threshold!r}"

@@ -63,9 +63,9 @@ class TopKRouter(Router):
         bias_update_rate: float = 0.0,
         **kwargs: Any,
     ):
-        check_int("k", k, 1)
+        k = check_int("k", k, 1)
         check_choice("scores", scores, ("softmax", "sigmoid"))
-        check_coefficient("bias_update_rate", bias_update_rate)
+        bias_update_rate = check_coefficient("bias_update_rate", bias_update_rate)
         if capacity_factor is None:
             capacity_factor = float(k)
         super().__init__(num_experts, capacity_factor, **kwargs)

@@ -235,6 +235,20 @@ def test_the_package_loads_without_tensorflow_until_it_is_needed():
     ]
 
 
+def test_devices_are_there_where_there_is_no_tensorflow():
+    """As in "Without the runner" of the guide: nothing has imported them before."""
+    printed = run_python(
+        """
+        import sys
+        sys.modules["tensorflow"] = sys.modules["keras"] = None
+        from gshard_tf import portable
+        import gshard_tf
+        print(gshard_tf.devices.topology_devices.__name__)
+        """
+    )
+    assert printed.strip() == "topology_devices"
+
+
 def test_every_name_is_there():
     for name in gshard_tf.__all__:
         assert getattr(gshard_tf, name) is not None
