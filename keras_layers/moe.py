@@ -14,6 +14,7 @@ from keras_layers.dispatch import EinsumDispatcher, IndexDispatcher
 from keras_layers.dropout import Dropout
 from keras_layers.feed_forward import FeedForward
 from keras_layers.initializers import per_expert
+from keras_layers.padding import zero_padding
 from keras_layers.router_metrics import DEFAULT_METRICS, RouterHealth
 from keras_layers.routing import ROUTERS
 from keras_layers.routing.plans import Routing, SlotRouting
@@ -257,7 +258,12 @@ class MoELayer(keras.layers.Layer):
                 num_shared_experts * hidden_dim, name="shared_experts", **alike
             )
         self.health = RouterHealth(
-            num_experts, metrics_per_expert, router_metrics, name=self.name
+            num_experts,
+            metrics_per_expert,
+            router_metrics,
+            name=self.name,
+            # A router of somebody else's need not know of it.
+            masked_experts=getattr(router, "masked_experts", ()),
         )
         self._dispatcher = _DISPATCHERS[dispatcher]()
         self.supports_masking = True
@@ -302,8 +308,9 @@ class MoELayer(keras.layers.Layer):
 
         Args:
             inputs: The tokens.
-            mask: `[..., L]` bool, False for padding: it takes no slot, counts in no
-                loss and no metric, and comes out as 0.
+            mask: `[..., L]` bool, False for padding: it takes no slot and makes no
+                room, counts in no loss and no metric, and comes out as 0. Whatever it
+                holds, NaN too, reaches nothing.
             training: Whether to route at random, drop out and add the balancing loss.
             decoding: True while generating, for source and target: groups are of
                 `decoding_group_size` tokens, by default each by itself, so that none
@@ -315,6 +322,7 @@ class MoELayer(keras.layers.Layer):
             training = False
         tokens, token_mask = self._to_groups(inputs, mask, decoding)
         tokens = annotate(tokens, ("group", None, "embed"))  # [G, S, M]
+        tokens = zero_padding(tokens, token_mask)
         routing, report = recorded(self.name), None
         if routing is None:
             extra = {}
@@ -332,9 +340,7 @@ class MoELayer(keras.layers.Layer):
             outputs = self._dispatcher.combine(buffers, routing)  # [G, S, M]
         if self.shared_experts is not None:
             shared = self.shared_experts(tokens, training=training)
-            if token_mask is not None:
-                shared = tf.where(token_mask[..., None], shared, 0)
-            outputs = outputs + shared
+            outputs = outputs + zero_padding(shared, token_mask)
         if not decoding:
             self.health.update_state(routing, token_mask, report)
         if training and report is not None:

@@ -20,11 +20,12 @@ DEFAULT_METRICS = ("dropped", "load_entropy", "max_load")
 class RouterHealth(keras.metrics.Metric):
     """Dropped tokens and balance of load, over all batches since the last reset.
 
-    Padding counts in none of them. Results, each named `<name>_...`:
+    Padding counts in none of them, masked experts neither: E is here the number of
+    experts that tokens may go to. Results, each named `<name>_...`:
 
     * `dropped`: share of tokens that no expert took (their output is 0), in [0, 1].
-    * `utilisation`: share of the experts' slots that hold a token; the rest is computed
-      for nothing.
+    * `utilisation`: share of the slots that may be filled which hold a token; the rest
+      is computed for nothing.
     * `load_entropy`: entropy of the experts' shares of the load over `log E`: 1 when
       even, 0 when one expert gets everything.
     * `max_load`: load of the busiest expert over the even share: 1 when even, E when
@@ -41,6 +42,7 @@ class RouterHealth(keras.metrics.Metric):
         num_experts: E.
         per_expert: Whether to report the load of each expert, for small E.
         report: Which of `NAMES`, or "all".
+        masked_experts: Experts that no token may go to, by number.
 
     Raises:
         ValueError: for a name that is none of `NAMES`.
@@ -63,6 +65,7 @@ class RouterHealth(keras.metrics.Metric):
         report: str | Sequence[str] = DEFAULT_METRICS,
         name: str = "router",
         dtype: Any = None,
+        masked_experts: Sequence[int] = (),
     ):
         # Counts: not to be rounded by a mixed policy.
         super().__init__(name=name, dtype="float32")
@@ -76,6 +79,8 @@ class RouterHealth(keras.metrics.Metric):
         self.num_experts = num_experts
         self.per_expert = per_expert
         self.report = names
+        self.masked_experts = list(masked_experts)
+        self._num_open = num_experts - len(set(self.masked_experts))
         self.load = self.add_variable((num_experts,), "zeros", name="load")
         self.tokens = self._sum("tokens")
         self.dropped = self._sum("dropped")
@@ -118,7 +123,8 @@ class RouterHealth(keras.metrics.Metric):
         self.dropped.assign_add(tf.reduce_sum(tf.cast(lost, tf.float32)))
         if "utilisation" in self.report:
             self.filled.assign_add(routing.slots_filled())
-            self.slots.assign_add(routing.slots())
+            share = self._num_open / self.num_experts
+            self.slots.assign_add(routing.slots() * share)
         if report is not None:
             for name, total in self.sums.items():
                 total.assign_add(getattr(report, name) * tokens)
@@ -130,8 +136,8 @@ class RouterHealth(keras.metrics.Metric):
         found = {
             "dropped": self._ratio(self.dropped, self.tokens),
             "load_entropy": -tf.reduce_sum(tf.math.xlogy(share, share))
-            / math.log(self.num_experts),
-            "max_load": tf.reduce_max(share) * self.num_experts,
+            / math.log(max(self._num_open, 2)),
+            "max_load": tf.reduce_max(share) * self._num_open,
         }
         if "utilisation" in self.report:
             found["utilisation"] = self._ratio(self.filled, self.slots)
@@ -153,4 +159,5 @@ class RouterHealth(keras.metrics.Metric):
             "num_experts": self.num_experts,
             "per_expert": self.per_expert,
             "report": list(self.report),
+            "masked_experts": self.masked_experts,
         }

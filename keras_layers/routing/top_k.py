@@ -96,6 +96,7 @@ class TopKRouter(Router):
         capacity: int | tf.Tensor,
         mask: tf.Tensor | None,
         training: bool | None,
+        limit: tf.Tensor | None = None,
     ) -> tuple[Routing, tf.Tensor, tf.Tensor]:
         if self.scores == "softmax":
             scores = gates = tf.nn.softmax(logits, axis=-1)  # [G, S, E]
@@ -119,15 +120,22 @@ class TopKRouter(Router):
         if self.batch_prioritized:
             priority = tf.stop_gradient(tf.reduce_max(scores, axis=-1))  # [G, S]
         routing = assign(
-            expert_index, weight, wanted, wanted, self.num_experts, capacity, priority
+            expert_index,
+            weight,
+            wanted,
+            wanted,
+            self.num_experts,
+            capacity,
+            priority,
+            limit,
         )
         if training and self.bias is not None:
             load = routing.load(mask)  # [E], of the global batch
             self.bias.assign_add(
                 self.bias_update_rate * tf.sign(tf.reduce_mean(load) - load)
             )
-        aux_loss = load_balancing_loss(gates, expert_index, mask)
-        return routing, gates, aux_loss * float(self.num_experts**2)
+        aux_loss = load_balancing_loss(gates, expert_index, mask, self.num_open_experts)
+        return routing, gates, aux_loss * float(self.num_open_experts**2)
 
     def get_config(self) -> dict[str, Any]:
         config = super().get_config()
