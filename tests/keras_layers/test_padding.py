@@ -7,7 +7,16 @@ import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keras_layers import MoELayer
+from keras_layers import (
+    DecoderBlock,
+    EncoderBlock,
+    MoELayer,
+    MultiHeadAttention,
+    Transformer,
+    beam_search,
+    greedy_decode,
+    sample_decode,
+)
 from keras_layers.padding import places, zero_padding
 
 GROUPS, SIZE, WIDTH, EXPERTS = 3, 12, 6, 4
@@ -148,6 +157,98 @@ def test_what_is_not_finite_in_a_token_stays_in_it(router, dispatcher, bad):
     others[0, 5] = False
     np.testing.assert_allclose(found[others], clean[others], rtol=1e-5, atol=1e-6)
     assert not np.any(np.isfinite(found[0, 5])) or not np.any(found[0, 5])
+
+
+def moved(ids, how):
+    """`ids` `[B, L]` with five positions of padding."""
+    zeros = np.zeros((len(ids), 5), ids.dtype)
+    half = ids.shape[1] // 2
+    parts = {
+        "right": [ids, zeros],
+        "left": [zeros, ids],
+        "within": [ids[:, :half], zeros, ids[:, half:]],
+    }[how]
+    return np.concatenate(parts, axis=1)
+
+
+@pytest.fixture(scope="module")
+def transformer():
+    keras.utils.set_random_seed(0)
+    model = Transformer(
+        24, 24, 2, 2, 16, 16, 2, num_experts=4, dropout=0.0,
+        moe_options={"router": {"capacity_factor": 0.9}},
+    )  # fmt: skip
+    model.build()
+    return model
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_transformer_sees_no_padding(transformer, training):
+    source, target = np.random.default_rng(0).integers(3, 24, (2, 3, 8))
+    seeds = [v for v in transformer.variables if "seed" in v.path]
+    start = [v.numpy() for v in seeds]
+
+    def run(source, target):
+        for variable, value in zip(seeds, start, strict=True):
+            variable.assign(value)
+        transformer._clear_losses()
+        logits = transformer((source, target), training=training)
+        return logits.numpy()[target != 0], [float(x) for x in transformer.losses]
+
+    expected, losses = run(source, target)
+    assert len(losses) == 2 * training
+    for how in ("right", "left", "within"):
+        found, others = run(moved(source, how), moved(target, how))
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4, err_msg=how)
+        np.testing.assert_allclose(others, losses, rtol=1e-5)
+
+
+def test_decoding_sees_no_padding(transformer):
+    source = np.random.default_rng(1).integers(3, 24, (4, 8))
+    arguments = {"max_length": 6, "bos_id": 1, "eos_id": 2}
+    ways = [
+        lambda ids: greedy_decode(transformer, ids, **arguments),
+        lambda ids: beam_search(transformer, ids, beam_size=2, **arguments),
+        lambda ids: beam_search(transformer, ids, beam_size=2, flat=True, **arguments),
+        lambda ids: sample_decode(transformer, ids, seed=[1, 2], **arguments),
+    ]
+    for decode in ways:
+        expected = decode(source)
+        for how in ("right", "left", "within"):
+            found = decode(moved(source, how))
+            np.testing.assert_array_equal(found[0], expected[0])
+            np.testing.assert_allclose(found[-1], expected[-1], rtol=1e-3)
+
+
+BLOCKS = {
+    "attention": lambda: MultiHeadAttention(2, 4, seed=0),
+    "encoder": lambda: EncoderBlock(2, 4, 7, num_experts=4, seed=0),
+    "decoder": lambda: DecoderBlock(2, 4, 7, seed=0),
+}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("bad", [np.nan, -np.inf])
+def test_what_padding_holds_reaches_no_gradient(name, bad):
+    keras.utils.set_random_seed(0)
+    layer = BLOCKS[name]()
+    x = np.random.default_rng(0).normal(size=(2, 6, WIDTH)).astype("float32")
+    mask = np.arange(6)[None] < [[4], [6]]
+    # Attention and the decoder have a memory; it is padded as the inputs are.
+    two = name != "encoder"
+
+    def run(padding):
+        inputs = np.where(mask[..., None], x, np.float32(padding))
+        arguments = {"memory": inputs, "memory_mask": mask} if two else {}
+        with tf.GradientTape() as tape:
+            y = layer(inputs, mask=mask, training=False, **arguments)
+            real = tf.boolean_mask(y, mask)
+            loss = tf.reduce_sum(tf.sin(real))
+        return [real, *tape.gradient(loss, layer.trainable_variables)]
+
+    for found, expected in zip(run(bad), run(0.0), strict=True):
+        assert np.any(expected != 0)
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_zeros_in_place_of_padding():
