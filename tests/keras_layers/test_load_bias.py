@@ -4,9 +4,9 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from parity import run_on_mesh, run_plain
 from processes import run_python
 
-import gshard_tf
 from keras_layers import MoELayer, TopKRouter, Transformer
 from keras_layers.routing.balancing import towards_balance
 
@@ -120,6 +120,21 @@ def test_it_moves_once_for_each_update_of_the_weights():
     np.testing.assert_array_equal(parts.get_layer("moe").router.bias, expected)
 
 
+def test_micro_batches_on_a_mesh_are_those_of_one_device():
+    x = uneven(16, 16, 8)
+
+    def make():
+        return model_of(keras.optimizers.SGD(0.1, gradient_accumulation_steps=2))
+
+    def use(model):
+        model.fit(x, x[..., :1], batch_size=4, epochs=1, verbose=0, shuffle=False)
+        return model.get_layer("moe").router.bias.numpy()
+
+    plain, meshed = run_plain(make, use), run_on_mesh(make, use, 4)
+    assert np.abs(plain.result).max() > RATE
+    np.testing.assert_array_equal(meshed.result, plain.result)
+
+
 def test_a_loop_of_ones_own_says_how_many_it_accumulates():
     x = uneven(8, 16, 8)
     router = TopKRouter(4, bias_update_rate=RATE, bias_update_every=2)
@@ -146,30 +161,6 @@ def test_a_loop_of_ones_own_says_how_many_it_accumulates():
 def test_files_of_weights_hold_the_bias_alone():
     router = model_of("sgd").get_layer("moe").router
     assert [v.name for v in router.weights] == ["kernel", "bias"]
-
-
-def test_which_optimizer_accumulates():
-    class Probe(keras.layers.Layer):
-        def call(self, x):
-            self.found = gshard_tf.accumulated_batches()
-            return x
-
-    def found(optimizer, policy=None):
-        probe = Probe()
-        model = keras.Sequential([keras.Input((2,)), probe, keras.layers.Dense(1)])
-        model.compile(optimizer, "mse", run_eagerly=True)
-        model.train_on_batch(np.ones((2, 2)), np.ones((2, 1)))
-        return probe.found
-
-    sgd = keras.optimizers.SGD
-    assert found(sgd()) == 1
-    assert found(sgd(gradient_accumulation_steps=3)) == 3
-    scaled = keras.optimizers.LossScaleOptimizer(sgd(gradient_accumulation_steps=2))
-    assert found(scaled) == 2
-    probe = Probe()
-    probe(np.ones((2, 2)))
-    assert probe.found is None
-    assert gshard_tf.accumulated_batches() is None
 
 
 def test_replicas_have_one_bias():
