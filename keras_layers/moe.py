@@ -14,6 +14,7 @@ from keras_layers.dispatch import EinsumDispatcher, IndexDispatcher
 from keras_layers.dropout import Dropout
 from keras_layers.feed_forward import FeedForward
 from keras_layers.initializers import per_expert
+from keras_layers.packing import Packing
 from keras_layers.padding import zero_padding
 from keras_layers.router_metrics import DEFAULT_METRICS, RouterHealth
 from keras_layers.routing import ROUTERS
@@ -158,6 +159,11 @@ class MoELayer(keras.layers.Layer):
             at the same capacity factor, but choose it so that there are at least as
             many groups as devices. With "einsum" cost grows with it (S / H of the
             experts' FLOPs).
+        pack_groups: Whether, with a `group_size` and a mask, the real tokens of the
+            batch are laid together before they are cut into groups. Padding then
+            changes nothing at all. Without, it lies in the groups where it is in the
+            batch, and who shares room with whom depends on it. On a mesh each device
+            then gathers the tokens of the whole batch, there and back.
         aux_loss_coef: What the router's balancing loss is multiplied by before it is
             added to the model's losses, during training only. The paper does not give
             its value; 0.01 with the router's default scale, which is 1 at perfect
@@ -208,12 +214,19 @@ class MoELayer(keras.layers.Layer):
         metrics_per_expert: bool = False,
         decoding_group_size: int = 1,
         seed: int | None = None,
+        pack_groups: bool = False,
         **kwargs: Any,
     ):
         check_int("num_experts", num_experts, 2)
         check_choice("dispatcher", dispatcher, tuple(_DISPATCHERS))
         if group_size is not None:
             check_int("group_size", group_size, 1)
+        elif pack_groups:
+            raise ValueError(
+                "pack_groups is for groups of a given size; without, each row of the "
+                "batch is a group, and padding changes nothing. Received: "
+                f"pack_groups={pack_groups}, group_size=None"
+            )
         check_int("decoding_group_size", decoding_group_size, 1)
         check_coefficient("aux_loss_coef", aux_loss_coef)
         check_coefficient("z_loss_coef", z_loss_coef)
@@ -236,6 +249,7 @@ class MoELayer(keras.layers.Layer):
         self.router = router
         self.dispatcher = dispatcher
         self.group_size = group_size
+        self.pack_groups = bool(pack_groups)
         self.aux_loss_coef = aux_loss_coef
         self.z_loss_coef = z_loss_coef
         self.num_shared_experts = num_shared_experts
@@ -320,6 +334,12 @@ class MoELayer(keras.layers.Layer):
         """
         if decoding:
             training = False
+        packing = None
+        if self.pack_groups and mask is not None and not decoding:
+            packing = Packing(mask)
+            inputs, mask = packing.together(inputs), packing.together(mask)
+            if token_ids is not None:
+                token_ids = packing.together(token_ids)
         tokens, token_mask = self._to_groups(inputs, mask, decoding)
         tokens = annotate(tokens, ("group", None, "embed"))  # [G, S, M]
         tokens = zero_padding(tokens, token_mask)
@@ -348,7 +368,8 @@ class MoELayer(keras.layers.Layer):
                 self.add_loss(self.aux_loss_coef * report.aux_loss)
             if self.z_loss_coef:
                 self.add_loss(self.z_loss_coef * report.z_loss)
-        return self._from_groups(outputs, inputs, decoding)
+        outputs = self._from_groups(outputs, inputs, decoding)
+        return outputs if packing is None else packing.apart(outputs)
 
     def _may_regroup(self, routing: Routing | SlotRouting) -> bool:
         """Whether tokens routed one by one may share the slots of one group.
@@ -425,6 +446,7 @@ class MoELayer(keras.layers.Layer):
             router=keras.saving.serialize_keras_object(self.router),
             dispatcher=self.dispatcher,
             group_size=self.group_size,
+            pack_groups=self.pack_groups,
             aux_loss_coef=self.aux_loss_coef,
             z_loss_coef=self.z_loss_coef,
             activation=experts["activation"],

@@ -6,6 +6,7 @@ import pytest
 import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from parity import assert_equal_runs
 
 from keras_layers import (
     DecoderBlock,
@@ -118,6 +119,51 @@ def test_real_tokens_are_as_without_padding(
     padded_ids[mask] = ids.reshape(-1)
     found = outcome(layer, padded, padded_ids, mask, training, mask)
     check_same(found, expected)
+
+
+@pytest.mark.parametrize("router", ["top2", "choice", "hash"])
+def test_packed_groups_are_those_of_a_batch_without_padding(router):
+    layer = layer_of(router, group_size=8, pack_groups=True)
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(GROUPS, 7, WIDTH)).astype("float32")
+    ids = rng.integers(0, 50, (GROUPS, 7))
+    everything = np.ones((GROUPS, 7), bool)
+    expected = outcome(layer, x, ids, None, True, everything)
+    mask = rng.permuted(np.arange(SIZE) < np.full((GROUPS, 1), 7), axis=1)
+    padded = np.full((GROUPS, SIZE, WIDTH), np.nan, np.float32)
+    padded[mask] = x.reshape(-1, WIDTH)
+    padded_ids = np.zeros((GROUPS, SIZE), ids.dtype)
+    padded_ids[mask] = ids.reshape(-1)
+    check_same(outcome(layer, padded, padded_ids, mask, True, mask), expected)
+    # And not without: this shows that the case tells the two apart.
+    layer.pack_groups = False
+    found = outcome(layer, padded, padded_ids, mask, True, mask)["outputs"]
+    assert np.abs(found - expected["outputs"]).max() > 1e-3
+
+
+def test_packed_groups_on_a_mesh_are_those_of_one_device():
+    x = np.random.default_rng(0).normal(size=(8, 12, WIDTH)).astype("float32")
+    x[::2, 3:9] = 0.0  # padding, for a mask
+
+    def make():
+        moe = MoELayer(4, 8, group_size=16, pack_groups=True, seed=1, name="moe")
+        model = keras.Sequential(
+            [keras.layers.Masking(), keras.layers.Dense(WIDTH), moe]
+        )
+        model.compile(keras.optimizers.SGD(0.1), "mse")
+        return model
+
+    def use(model):
+        return model.fit(x, x, batch_size=8, epochs=2, verbose=0).history
+
+    assert_equal_runs(make, use, 4)
+
+
+def test_packing_is_for_groups_of_a_size():
+    with pytest.raises(ValueError, match="Received: pack_groups=True, group_size=None"):
+        MoELayer(4, 8, pack_groups=True)
+    config = MoELayer(4, 8, group_size=8, pack_groups=True).get_config()
+    assert MoELayer.from_config(config).pack_groups
 
 
 @pytest.mark.parametrize("router", ["top2", "priority", "choice"])
