@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from gshard_tf.checkpoints.data import ResumableData
     from gshard_tf.checkpoints.manager import Checkpoints
     from gshard_tf.checkpoints.state import state_of
+    from gshard_tf.compat.keras_calls import accumulated_batches
     from gshard_tf.devices import request_cpu_devices
     from gshard_tf.guard import GuardNumbers
     from gshard_tf.mesh import active_mesh, create_mesh, use_mesh
@@ -41,6 +42,7 @@ __all__ = [
     "ResumableData",
     "SaveCheckpoints",
     "SpmdStrategy",
+    "accumulated_batches",
     "active_mesh",
     "annotate",
     "counter_rng",
@@ -71,6 +73,7 @@ _HOME = {
     "ResumableData": "checkpoints.data",
     "SaveCheckpoints": "checkpoints.callback",
     "SpmdStrategy": "strategy",
+    "accumulated_batches": "compat.keras_calls",
     "active_mesh": "mesh",
     "annotate": "annotations",
     "counter_rng": None,

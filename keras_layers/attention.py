@@ -10,6 +10,7 @@ from gshard_tf import annotate, name_axes
 from keras_layers.checks import check_int
 from keras_layers.dropout import Dropout
 from keras_layers.initializers import as_matrix
+from keras_layers.padding import zero_padding
 from keras_layers.remat import rematerialize
 from keras_layers.shapes import sizes
 
@@ -100,8 +101,8 @@ class MultiHeadAttention(keras.layers.Layer):
             inputs: Where the queries come from.
             memory: Where keys and values come from. None: `inputs`.
             mask: `[B, T]` bool, False for padding of `inputs`: hides keys in
-                self-attention.
-            memory_mask: `[B, L]` bool, False for padding of `memory`.
+                self-attention. What it holds, NaN too, reaches nothing.
+            memory_mask: `[B, L]` bool, False for padding of `memory`; likewise.
             causal: Whether position t sees only positions up to t.
             training: Whether to drop out.
 
@@ -111,8 +112,11 @@ class MultiHeadAttention(keras.layers.Layer):
         self._check_shapes(inputs.shape, None if memory is None else memory.shape)
         if causal and memory is not None:
             raise ValueError("causal is for self-attention. Received: memory as well")
+        inputs = zero_padding(inputs, mask)
         if memory is None:
             memory, memory_mask = inputs, mask
+        else:
+            memory = zero_padding(memory, memory_mask)
         visible = None
         if memory_mask is not None:
             visible = tf.cast(memory_mask, tf.bool)[:, None, None, :]  # [B, 1, 1, L]

@@ -12,6 +12,7 @@ from keras_layers.checks import check_choice, check_int, check_rate
 from keras_layers.dropout import Dropout
 from keras_layers.feed_forward import FeedForward
 from keras_layers.moe import MoELayer
+from keras_layers.padding import zero_padding
 from keras_layers.remat import rematerialize
 from keras_layers.shapes import sizes
 
@@ -193,6 +194,7 @@ class EncoderBlock(_Block):
         """
 
         def block(inputs, mask, token_ids):
+            inputs = zero_padding(inputs, mask)
             attended = self.self_attention(
                 self.attention_norm(inputs), mask=mask, training=training
             )
@@ -260,6 +262,7 @@ class DecoderBlock(_Block):
         """
 
         def block(inputs, memory, mask, memory_mask, token_ids):
+            inputs = zero_padding(inputs, mask)
             attended = self.self_attention(
                 self.attention_norm(inputs), mask=mask, causal=True, training=training
             )

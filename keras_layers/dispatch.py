@@ -11,6 +11,7 @@ import tensorflow as tf
 
 from gshard_tf import annotate
 from keras_layers.moves import moves_of
+from keras_layers.padding import zero_padding
 from keras_layers.routing.plans import Routing, SlotRouting
 from keras_layers.shapes import sizes
 
@@ -38,13 +39,13 @@ class EinsumDispatcher:
 
     def dispatch(self, inputs: tf.Tensor, routing: Plan) -> tf.Tensor:
         mask = self._one_hots(routing, inputs, weighted=False)
-        buffers = tf.einsum("GSEC,GSM->GECM", mask, inputs)
+        buffers = _row_by_row("GSEC,GSM->GECM", "GSEC,GS->GEC", mask, inputs)
         return _to_experts(buffers)
 
     def combine(self, expert_outputs: tf.Tensor, routing: Plan) -> tf.Tensor:
         buffers = _to_groups(expert_outputs)  # [G, E, C, M]
         combine = self._one_hots(routing, buffers, weighted=True)
-        outputs = tf.einsum("GSEC,GECM->GSM", combine, buffers)
+        outputs = _row_by_row("GSEC,GECM->GSM", "GSEC,GEC->GS", combine, buffers)
         return annotate(outputs, ("group", None, "embed"))
 
     @staticmethod
@@ -56,7 +57,9 @@ class EinsumDispatcher:
             # A token of -1 is a row of zeros.
             hot = tf.one_hot(routing.token_index, tokens, dtype=dtype)  # [G, E, C, S]
             if weighted:
-                hot = hot * tf.cast(routing.weight, dtype)[..., None]
+                # Not a product: a weight that is NaN is that of one token.
+                weight = tf.cast(routing.weight, dtype)[..., None]
+                hot = tf.where(hot > 0, weight, tf.zeros([], dtype))
             return tf.transpose(hot, [0, 3, 1, 2])
         values = tf.cast(routing.weight if weighted else routing.kept, dtype)
         expert = tf.one_hot(routing.expert_index, routing.num_experts, dtype=dtype)
@@ -91,6 +94,31 @@ class IndexDispatcher:
         buffers = tf.reshape(buffers, [shape[0], shape[1] * shape[2], width])
         outputs = moves_of(routing).to_tokens(buffers)  # [G, S, M]
         return annotate(outputs, ("group", None, "embed"))
+
+
+def _row_by_row(
+    product: str, places: str, weights: tf.Tensor, rows: tf.Tensor
+) -> tf.Tensor:
+    """`einsum(product, weights, rows)`, in which each row goes where its weight is.
+
+    0 times a NaN or an infinity is NaN: one such row would make all results so. So it
+    is left out, and results with a weight for it are made NaN.
+
+    Args:
+        product: Of the rows `[..., M]`.
+        places: The same of one number per row, without M.
+        weights: `[G, S, E, C]`.
+        rows: `[G, S, M]` or `[G, E, C, M]`.
+    """
+    finite = tf.reduce_all(tf.math.is_finite(rows), axis=-1)
+    results = tf.einsum(product, weights, zero_padding(rows, finite))
+    hit = tf.einsum(
+        places,
+        tf.cast(tf.not_equal(weights, 0), rows.dtype),
+        tf.cast(tf.logical_not(finite), rows.dtype),
+    )
+    nan = tf.constant(float("nan"), rows.dtype)
+    return tf.where((hit > 0)[..., None], nan, results)
 
 
 def _to_experts(buffers: tf.Tensor) -> tf.Tensor:

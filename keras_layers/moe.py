@@ -14,6 +14,8 @@ from keras_layers.dispatch import EinsumDispatcher, IndexDispatcher
 from keras_layers.dropout import Dropout
 from keras_layers.feed_forward import FeedForward
 from keras_layers.initializers import per_expert
+from keras_layers.packing import Packing
+from keras_layers.padding import zero_padding
 from keras_layers.router_metrics import DEFAULT_METRICS, RouterHealth
 from keras_layers.routing import ROUTERS
 from keras_layers.routing.foreign import report_of, serialize_router, use
@@ -164,6 +166,11 @@ class MoELayer(keras.layers.Layer):
             at the same capacity factor, but choose it so that there are at least as
             many groups as devices. With "einsum" cost grows with it (S / H of the
             experts' FLOPs).
+        pack_groups: Whether, with a `group_size` and a mask, the real tokens of the
+            batch are laid together before they are cut into groups. Padding then
+            changes nothing at all. Without, it lies in the groups where it is in the
+            batch, and who shares room with whom depends on it. On a mesh each device
+            then gathers the tokens of the whole batch, there and back.
         aux_loss_coef: What the router's balancing loss is multiplied by before it is
             added to the model's losses, during training only. The paper does not give
             its value; 0.01 with the router's default scale, which is 1 at perfect
@@ -214,6 +221,7 @@ class MoELayer(keras.layers.Layer):
         metrics_per_expert: bool = False,
         decoding_group_size: int = 1,
         seed: int | None = None,
+        pack_groups: bool = False,
         **kwargs: Any,
     ):
         num_experts = check_int("num_experts", num_experts, 2)
@@ -221,6 +229,12 @@ class MoELayer(keras.layers.Layer):
         check_choice("dispatcher", dispatcher, tuple(_DISPATCHERS))
         if group_size is not None:
             group_size = check_int("group_size", group_size, 1)
+        elif pack_groups:
+            raise ValueError(
+                "pack_groups is for groups of a given size; without, each row of the "
+                "batch is a group, and padding changes nothing. Received: "
+                f"pack_groups={pack_groups}, group_size=None"
+            )
         decoding_group_size = check_int("decoding_group_size", decoding_group_size, 1)
         aux_loss_coef = check_coefficient("aux_loss_coef", aux_loss_coef)
         z_loss_coef = check_coefficient("z_loss_coef", z_loss_coef)
@@ -245,6 +259,7 @@ class MoELayer(keras.layers.Layer):
         self.router = router
         self.dispatcher = dispatcher
         self.group_size = group_size
+        self.pack_groups = bool(pack_groups)
         self.aux_loss_coef = aux_loss_coef
         self.z_loss_coef = z_loss_coef
         self.num_shared_experts = num_shared_experts
@@ -267,7 +282,12 @@ class MoELayer(keras.layers.Layer):
                 num_shared_experts * hidden_dim, name="shared_experts", **alike
             )
         self.health = RouterHealth(
-            num_experts, metrics_per_expert, router_metrics, name=self.name
+            num_experts,
+            metrics_per_expert,
+            router_metrics,
+            name=self.name,
+            # A router of somebody else's need not know of it.
+            masked_experts=getattr(router, "masked_experts", ()),
         )
         # What it has to know of the router's report.
         self._of_report = [*self.health.sums, *(["z_loss"] if z_loss_coef else [])]
@@ -315,8 +335,9 @@ class MoELayer(keras.layers.Layer):
 
         Args:
             inputs: The tokens, of any dtype, which is cast to the layer's.
-            mask: `[..., L]` bool, False for padding: it takes no slot, counts in no
-                loss and no metric, and comes out as 0.
+            mask: `[..., L]` bool, False for padding: it takes no slot and makes no
+                room, counts in no loss and no metric, and comes out as 0. Whatever it
+                holds, NaN too, reaches nothing.
             training: Whether to route at random, drop out and add the balancing loss.
             decoding: True while generating, for source and target: groups are of
                 `decoding_group_size` tokens, by default each by itself, so that none
@@ -327,8 +348,15 @@ class MoELayer(keras.layers.Layer):
         if decoding:
             training = False
         inputs = tf.cast(inputs, self.compute_dtype)
+        packing = None
+        if self.pack_groups and mask is not None and not decoding:
+            packing = Packing(mask)
+            inputs, mask = packing.together(inputs), packing.together(mask)
+            if token_ids is not None:
+                token_ids = packing.together(token_ids)
         tokens, token_mask = self._to_groups(inputs, mask, decoding)
         tokens = annotate(tokens, ("group", None, "embed"))  # [G, S, M]
+        tokens = zero_padding(tokens, token_mask)
         routing, report = recorded(self.name), None
         if routing is None:
             extra = {}
@@ -345,9 +373,7 @@ class MoELayer(keras.layers.Layer):
             outputs = self._dispatcher.combine(buffers, routing)  # [G, S, M]
         if self.shared_experts is not None:
             shared = self.shared_experts(tokens, training=training)
-            if token_mask is not None:
-                shared = tf.where(token_mask[..., None], shared, 0)
-            outputs = outputs + shared
+            outputs = outputs + zero_padding(shared, token_mask)
         if not decoding:
             self.health.count(self.path, training, routing, token_mask, report)
         if training and report is not None:
@@ -355,7 +381,8 @@ class MoELayer(keras.layers.Layer):
                 self.add_loss(self.aux_loss_coef * report.aux_loss)
             if self.z_loss_coef:
                 self.add_loss(self.z_loss_coef * report.z_loss)
-        return self._from_groups(outputs, inputs, decoding)
+        outputs = self._from_groups(outputs, inputs, decoding)
+        return outputs if packing is None else packing.apart(outputs)
 
     def _may_regroup(self, routing: Routing | SlotRouting) -> bool:
         """Whether tokens routed one by one may share the slots of one group.
@@ -432,6 +459,7 @@ class MoELayer(keras.layers.Layer):
             router=serialize_router(self.router),
             dispatcher=self.dispatcher,
             group_size=self.group_size,
+            pack_groups=self.pack_groups,
             aux_loss_coef=self.aux_loss_coef,
             z_loss_coef=self.z_loss_coef,
             activation=experts["activation"],

@@ -21,11 +21,12 @@ DEFAULT_METRICS = ("dropped", "load_entropy", "max_load")
 class RouterHealth(StepMetric):
     """Dropped tokens and balance of load, over all batches since the last reset.
 
-    Padding counts in none of them. Results, each named `<name>_...`:
+    Padding counts in none of them, masked experts neither: E is here the number of
+    experts that tokens may go to. Results, each named `<name>_...`:
 
     * `dropped`: share of tokens that no expert took (their output is 0), in [0, 1].
-    * `utilisation`: share of the experts' slots that hold a token; the rest is computed
-      for nothing.
+    * `utilisation`: share of the slots that may be filled which hold a token; the rest
+      is computed for nothing.
     * `load_entropy`: entropy of the experts' shares of the load over `log E`: 1 when
       even, 0 when one expert gets everything.
     * `max_load`: load of the busiest expert over the even share: 1 when even, E when
@@ -42,6 +43,7 @@ class RouterHealth(StepMetric):
         num_experts: E.
         per_expert: Whether to report the load of each expert, for small E.
         report: Which of `NAMES`, or "all".
+        masked_experts: Experts that no token may go to, by number.
 
     Raises:
         ValueError: for a name that is none of `NAMES`.
@@ -64,6 +66,7 @@ class RouterHealth(StepMetric):
         report: str | Sequence[str] = DEFAULT_METRICS,
         name: str = "router",
         dtype: Any = None,
+        masked_experts: Sequence[int] = (),
     ):
         # Counts: not to be rounded by a mixed policy.
         super().__init__(name=name, dtype="float32")
@@ -77,6 +80,8 @@ class RouterHealth(StepMetric):
         self.num_experts = num_experts
         self.per_expert = per_expert
         self.report = names
+        self.masked_experts = list(masked_experts)
+        self._num_open = num_experts - len(set(self.masked_experts))
         self.load = self.add_variable((num_experts,), "zeros", name="load")
         self.tokens = self._sum("tokens")
         self.dropped = self._sum("dropped")
@@ -119,7 +124,8 @@ class RouterHealth(StepMetric):
         self.dropped.assign_add(tf.reduce_sum(tf.cast(lost, tf.float32)))
         if "utilisation" in self.report:
             self.filled.assign_add(routing.slots_filled())
-            self.slots.assign_add(routing.slots())
+            share = self._num_open / self.num_experts
+            self.slots.assign_add(routing.slots() * share)
         if report is not None:
             for name, total in self.sums.items():
                 total.assign_add(getattr(report, name) * tokens)
@@ -132,8 +138,8 @@ class RouterHealth(StepMetric):
         found = {
             "dropped": self._ratio(self.dropped, self.tokens),
             "load_entropy": -tf.reduce_sum(tf.math.xlogy(share, share))
-            / math.log(self.num_experts),
-            "max_load": tf.reduce_max(share) * self.num_experts,
+            / math.log(max(self._num_open, 2)),
+            "max_load": tf.reduce_max(share) * self._num_open,
         }
         if "utilisation" in self.report:
             found["utilisation"] = self._ratio(self.filled, self.slots)
@@ -156,4 +162,5 @@ class RouterHealth(StepMetric):
             "num_experts": self.num_experts,
             "per_expert": self.per_expert,
             "report": list(self.report),
+            "masked_experts": self.masked_experts,
         }

@@ -231,6 +231,8 @@ class Stacked(keras.layers.Layer):
         for block in self._blocks.value:
             # Private to Keras, which does it for the layers that it can see.
             block._clear_losses()
+            # Nor does Keras freeze what it cannot see.
+            block.trainable = self.trainable
 
         def blocks():
             outputs = x

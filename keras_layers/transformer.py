@@ -11,6 +11,7 @@ from keras_layers.blocks import DecoderBlock, EncoderBlock
 from keras_layers.checks import check_int, check_rate, check_token_id
 from keras_layers.dropout import Dropout
 from keras_layers.embedding import TokenEmbedding, VocabularyProjection, sinusoids
+from keras_layers.padding import places
 from keras_layers.shapes import sizes
 from keras_layers.stacked import Stacked
 
@@ -24,7 +25,8 @@ class Transformer(keras.Model):
     Called on source and target ids, it gives logits for the next target token at each
     position. Shift the target yourself: inputs start with BOS, labels end with EOS.
     Padding is wherever an id is `pad_id`; the logits carry the target's mask, so
-    Keras's losses and metrics leave padding out.
+    Keras's losses and metrics leave padding out. Positions are counted over what is no
+    padding, so a sequence is the same padded on the left, on the right or within.
 
     Args:
         source_vocab_size: Size of the source vocabulary (the paper: 64,000).
@@ -458,10 +460,14 @@ class Transformer(keras.Model):
         training: bool | None,
         positions: tf.Tensor | None = None,
     ) -> tf.Tensor:
-        if positions is None:
-            positions = tf.range(tf.shape(ids)[1])
         x = table(ids)  # [B, L, M]
-        x = x + tf.cast(sinusoids(positions, self.model_dim), x.dtype)[None]
+        if positions is None:
+            # Made for each position once and looked up: a sine costs more than a copy.
+            encoding = sinusoids(tf.range(tf.shape(ids)[1]), self.model_dim)  # [L, M]
+            encoding = tf.cast(encoding, x.dtype)
+            x = x + tf.gather(encoding, places(self._mask(ids)))
+        else:
+            x = x + tf.cast(sinusoids(positions, self.model_dim), x.dtype)[None]
         x = self.embedding_dropout(x, training=training)
         return annotate(x, ("batch", "length", "embed"))
 

@@ -17,6 +17,7 @@ def assign(
     num_experts: int,
     capacity: Any,
     priority: tf.Tensor | None = None,
+    limit: tf.Tensor | None = None,
 ) -> Routing:
     """Gives slots: all first choices, then all second choices, and so on.
 
@@ -29,11 +30,14 @@ def assign(
         capacity: C.
         priority: `[G, S]` float32: among choices of the same rank, tokens of higher
             priority come first. None: in token order, as in the paper.
+        limit: `[G]` int32, how many of the C slots may be filled (`Routing.limit`).
     """
     if priority is None:
         position = _positions(expert_index, counted, num_experts)  # [G, S, K]
     else:
         # Batch-prioritised routing (V-MoE, section 4): count in another order.
+        # A NaN compares with nothing: it would upset the order of the others.
+        priority = tf.where(tf.math.is_nan(priority), 0.0, priority)
         order = tf.argsort(priority, axis=-1, direction="DESCENDING", stable=True)
         place = tf.argsort(order, axis=-1)  # the inverse permutation
         in_order = _positions(
@@ -42,7 +46,8 @@ def assign(
             num_experts,
         )
         position = tf.gather(in_order, place, batch_dims=1)
-    kept = tf.logical_and(wanted, position < capacity)
+    room = capacity if limit is None else limit[:, None, None]
+    kept = tf.logical_and(wanted, position < room)
     return Routing(
         expert_index=expert_index,
         slot=tf.where(kept, position, -1),
@@ -50,6 +55,7 @@ def assign(
         kept=kept,
         num_experts=num_experts,
         capacity=capacity,
+        limit=limit,
     )
 
 

@@ -20,6 +20,35 @@ def check_capacity_factor(name: str, value: Any) -> int | float | str:
     return value if isinstance(value, str) else check_positive(name, value)
 
 
+def capacity_in_force(
+    mask: tf.Tensor,
+    num_experts: int,
+    capacity_factor: float | str,
+    min_capacity: int = 1,
+    multiple: int = 1,
+) -> tf.Tensor:
+    """The slots of each expert that may be filled in each group: `[G]` int32.
+
+    `expert_capacity` of the group's real tokens, so that padding makes no room. The
+    buffers keep their static size, that of a group without padding.
+
+    Args:
+        mask: `[G, S]` bool, False for padding.
+        num_experts: E, of `expert_capacity`, as the others.
+        capacity_factor: Slots per token, over all experts, or "dropless".
+        min_capacity: Lower bound.
+        multiple: What it is rounded up to.
+    """
+    arguments = (num_experts, capacity_factor, min_capacity, multiple)
+    real = tf.reduce_sum(tf.cast(mask, tf.int32), axis=1)  # [G]
+    size = mask.shape[1]
+    if size is None:
+        return expert_capacity(real, *arguments)
+    # Looked up, so that it is to the bit what a batch without padding has.
+    table = [expert_capacity(n, *arguments) for n in range(size + 1)]
+    return tf.gather(tf.constant(table, tf.int32), real)
+
+
 def expert_capacity(
     group_size: int | tf.Tensor,
     num_experts: int,
@@ -34,15 +63,15 @@ def expert_capacity(
     choices of a token differ and no expert can receive more than each token once.
 
     Args:
-        group_size: S, an int or a scalar int tensor.
-        num_experts: E.
+        group_size: S, an int or a tensor of ints.
+        num_experts: E, those that tokens may go to.
         capacity_factor: Slots per token, over all experts. "dropless": C = S, room for
             whatever the router chooses.
         min_capacity: Lower bound on C (still at most S).
         multiple: C is rounded up to a multiple of this (still at most S).
 
     Returns:
-        An int for an int, else a scalar int32 tensor.
+        An int for an int, else an int32 tensor of the shape of `group_size`.
     """
     static = isinstance(group_size, int)
     if capacity_factor == DROPLESS:

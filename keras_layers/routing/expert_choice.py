@@ -52,6 +52,7 @@ class ExpertChoiceRouter(Router):
         capacity: int | tf.Tensor,
         mask: tf.Tensor | None,
         training: bool | None,
+        limit: tf.Tensor | None = None,
     ) -> tuple[SlotRouting, tf.Tensor, tf.Tensor]:
         gates = tf.nn.softmax(logits, axis=-1)  # [G, S, E]
         scores = tf.transpose(gates, [0, 2, 1])  # [G, E, S]
@@ -63,16 +64,20 @@ class ExpertChoiceRouter(Router):
         if self.masked_experts:
             takes = tf.logical_and(takes, tf.transpose(logits, [0, 2, 1]) > -1e29)
         ranked = tf.where(takes, ranked, -1.0)
+        # A NaN compares with nothing: it would upset the order of the others.
+        ranked = tf.where(tf.math.is_nan(ranked), 0.0, ranked)
         order = tf.argsort(ranked, axis=-1, direction="DESCENDING", stable=True)
         rank = tf.argsort(order, axis=-1)  # the inverse permutation, [G, E, S]
-        chosen = tf.logical_and(takes, rank < capacity)  # [G, E, S]
+        room = capacity if limit is None else limit[:, None, None]
+        chosen = tf.logical_and(takes, rank < room)  # [G, E, S]
         token_index = order[..., :capacity]  # [G, E, C]
-        filled = tf.gather(takes, token_index, batch_dims=2)
+        filled = tf.gather(chosen, token_index, batch_dims=2)
         weight = _take(scores, token_index, rank, chosen)
         routing = SlotRouting(
             token_index=tf.where(filled, token_index, -1),
             weight=tf.where(filled, weight, 0.0),
             chosen=tf.transpose(chosen, [0, 2, 1]),
+            limit=limit,
         )
         return routing, gates, tf.zeros([], tf.float32)
 

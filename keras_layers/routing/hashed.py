@@ -86,6 +86,7 @@ class HashRouter(Router):
             wanted,
             self.num_experts,
             self.capacity(sizes(inputs)[1], training),
+            limit=self.limit(mask, training),
         )
         zero = tf.zeros([], tf.float32)
         return routing, RouterReport(zero, zero, tf.ones([], tf.float32))

@@ -6,7 +6,10 @@ from keras_layers.routing.counting import choices_of_real, count_choices
 
 
 def load_balancing_loss(
-    gates: tf.Tensor, choices: tf.Tensor, mask: tf.Tensor | None = None
+    gates: tf.Tensor,
+    choices: tf.Tensor,
+    mask: tf.Tensor | None = None,
+    num_open_experts: int | None = None,
 ) -> tf.Tensor:
     """The paper's line 13: `(1/E) sum_e (c_e / S) m_e`, averaged over groups.
 
@@ -20,6 +23,7 @@ def load_balancing_loss(
         choices: `[G, S]` int32 the first choices, as in the paper; or `[G, S, K]`, of
             which each counts 1 / K.
         mask: `[G, S]` bool or None.
+        num_open_experts: E of the formula, where some are masked; None: all.
 
     Returns:
         A float32 scalar.
@@ -37,7 +41,8 @@ def load_balancing_loss(
     counted = choices_of_real(choices, mask)
     count = count_choices(choices, counted, num_experts) / choices.shape[-1]  # [G, E]
     gate_sum = tf.reduce_sum(gates, axis=1)  # [G, E]
-    per_group = tf.reduce_sum(count * gate_sum, axis=-1) / num_experts  # [G]
+    per_group = tf.reduce_sum(count * gate_sum, axis=-1)  # [G]
+    per_group = per_group / (num_open_experts or num_experts)
     per_group = per_group / tf.square(tf.maximum(size, 1.0))
     groups = tf.reduce_sum(tf.cast(size > 0, tf.float32))
     return tf.reduce_sum(per_group) / tf.maximum(groups, 1.0)

@@ -27,6 +27,8 @@ class Routing(NamedTuple):
         num_experts: E.
         capacity: C, slots per expert and group: an int, or a scalar int32 tensor
             where the group size is not known when the program is traced.
+        limit: `[G]` int32, how many of an expert's C slots may be filled: those that
+            the group would have without its padding. None: all.
     """
 
     expert_index: tf.Tensor
@@ -35,6 +37,7 @@ class Routing(NamedTuple):
     kept: tf.Tensor
     num_experts: int
     capacity: Any
+    limit: tf.Tensor | None = None
 
     def taken(self) -> tf.Tensor:
         """Whether any expert took the token, `[G, S]` bool."""
@@ -54,7 +57,9 @@ class Routing(NamedTuple):
         return tf.reduce_sum(tf.cast(self.kept, tf.float32))
 
     def slots(self) -> tf.Tensor:
-        """Number of slots there are, of all groups and experts: a float32 scalar."""
+        """Number of slots that may be filled, of all groups: a float32 scalar."""
+        if self.limit is not None:
+            return _sum_of_limits(self.limit) * self.num_experts
         groups = tf.cast(tf.shape(self.slot)[0], tf.float32)
         return groups * self.num_experts * tf.cast(self.capacity, tf.float32)
 
@@ -67,11 +72,13 @@ class SlotRouting(NamedTuple):
         weight: `[G, E, C]` float32, weight of this slot's output in the token's; 0
             where there is no token. The differentiable part.
         chosen: `[G, S, E]` bool, which experts took each token.
+        limit: As of `Routing`.
     """
 
     token_index: tf.Tensor
     weight: tf.Tensor
     chosen: tf.Tensor
+    limit: tf.Tensor | None = None
 
     @property
     def num_experts(self) -> int:
@@ -96,5 +103,11 @@ class SlotRouting(NamedTuple):
         return tf.reduce_sum(tf.cast(self.chosen, tf.float32))
 
     def slots(self) -> tf.Tensor:
-        """Number of slots there are, of all groups and experts: a float32 scalar."""
+        """Number of slots that may be filled, of all groups: a float32 scalar."""
+        if self.limit is not None:
+            return _sum_of_limits(self.limit) * self.num_experts
         return tf.cast(tf.size(self.token_index), tf.float32)
+
+
+def _sum_of_limits(limit: tf.Tensor) -> tf.Tensor:
+    return tf.reduce_sum(tf.cast(annotate(limit, ("group",)), tf.float32))

@@ -8,7 +8,12 @@ import tensorflow as tf
 
 from gshard_tf import annotate, counter_rng, name_axes
 from keras_layers.checks import check_int, check_positive, check_rate
-from keras_layers.routing.capacity import check_capacity_factor, expert_capacity
+from keras_layers.padding import places, zero_padding
+from keras_layers.routing.capacity import (
+    capacity_in_force,
+    check_capacity_factor,
+    expert_capacity,
+)
 from keras_layers.routing.losses import masked_mean, router_z_loss
 from keras_layers.routing.plans import Routing, SlotRouting
 from keras_layers.shapes import sizes
@@ -36,8 +41,9 @@ class Router(keras.layers.Layer):
 
     Args:
         num_experts: E, at least 2.
-        capacity_factor: C = ceil(S * factor / E). Time of the experts and bytes of the
-            all-to-all grow with it, dropped tokens shrink; watch the `dropped` metric
+        capacity_factor: C = ceil(S * factor / E), of the tokens S that are not padding
+            and the experts E that are not masked. Time of the experts and bytes of
+            the all-to-all grow with it, dropped tokens shrink; watch `dropped`
             of `MoELayer`. "dropless": C = S, so that nothing can be dropped, at
             E / factor times the experts' computation.
         eval_capacity_factor: The same at `training=False`. None: `capacity_factor`.
@@ -48,7 +54,8 @@ class Router(keras.layers.Layer):
             exploration.
         logit_cap: Logits are `cap * tanh(logits / cap)`, where an unbounded router
             makes training diverge; 30 is common. None: as they are.
-        masked_experts: Experts that no token goes to, by number.
+        masked_experts: Experts that no token goes to, by number. Capacity, balance and
+            metrics are those of a layer of the others.
         seed: Of what is random.
         kernel_initializer: Of the `[M, E]` gating weights.
         kernel_regularizer: Of the same.
@@ -115,9 +122,13 @@ class Router(keras.layers.Layer):
         self.seed_generator = keras.random.SeedGenerator(seed)
         self.supports_masking = True
 
+    @property
+    def num_open_experts(self) -> int:
+        """How many experts tokens may go to."""
+        return self.num_experts - len(self.masked_experts)
+
     def _check_enough_experts(self, choices: int) -> None:
-        left = self.num_experts - len(self.masked_experts)
-        if choices > left:
+        if choices > self.num_open_experts:
             raise ValueError(
                 "A token cannot choose more experts than there are. Received: "
                 f"{choices} choices, num_experts={self.num_experts}, "
@@ -139,12 +150,27 @@ class Router(keras.layers.Layer):
         self, group_size: int | tf.Tensor, training: bool | None = None
     ) -> int | tf.Tensor:
         """C for groups of `group_size` tokens."""
+        return expert_capacity(group_size, *self._capacity_arguments(training))
+
+    def limit(
+        self, mask: tf.Tensor | None, training: bool | None = None
+    ) -> tf.Tensor | None:
+        """`[G]` int32, the slots that may be filled (`Routing.limit`).
+
+        Args:
+            mask: `[G, S]` bool, False for padding. None: there is no limit but C.
+            training: Which capacity factor holds.
+        """
+        if mask is None:
+            return None
+        return capacity_in_force(mask, *self._capacity_arguments(training))
+
+    def _capacity_arguments(self, training: bool | None) -> tuple[Any, ...]:
         factor = self.capacity_factor
         if not training and self.eval_capacity_factor is not None:
             factor = self.eval_capacity_factor
-        return expert_capacity(
-            group_size,
-            self.num_experts,
+        return (
+            self.num_open_experts,
             factor,
             self.min_capacity,
             self.capacity_multiple,
@@ -166,8 +192,11 @@ class Router(keras.layers.Layer):
         Returns:
             The routing, and what to say of it.
         """
+        if mask is not None:
+            mask = tf.cast(mask, tf.bool)
+        inputs = zero_padding(inputs, mask)
         if training and self.jitter:
-            noise = self.uniform(inputs, 3)  # [G, S, M]
+            noise = self.uniform(inputs, 3, mask)  # [G, S, M]
             inputs = inputs * (1.0 + self.jitter * (2.0 * noise - 1.0))
         # Annotated where it is used, as in the paper: the partitioner would split its
         # gradient by experts, and gather the new weights.
@@ -186,7 +215,9 @@ class Router(keras.layers.Layer):
             logits = tf.where(tf.reduce_any(hot > 0, 0), -1e30, logits)
         # A static S gives a static C, which partitioning needs.
         capacity = self.capacity(sizes(inputs)[1], training)
-        routing, gates, aux_loss = self.route(logits, capacity, mask, training)
+        routing, gates, aux_loss = self.route(
+            logits, capacity, mask, training, self.limit(mask, training)
+        )
         report = RouterReport(
             aux_loss=aux_loss,
             z_loss=router_z_loss(logits, mask),
@@ -200,13 +231,32 @@ class Router(keras.layers.Layer):
         capacity: int | tf.Tensor,
         mask: tf.Tensor | None,
         training: bool | None,
+        limit: tf.Tensor | None = None,
     ) -> tuple[Routing | SlotRouting, tf.Tensor, tf.Tensor]:
-        """From logits `[G, S, E]` to the routing, gates `[G, S, E]` and aux loss."""
+        """From logits `[G, S, E]` to the routing, gates `[G, S, E]` and aux loss.
+
+        Args:
+            logits: `[G, S, E]` float32.
+            capacity: C.
+            mask: `[G, S]` bool, False for padding; or None.
+            training: Whether what is random is.
+            limit: `[G]` int32, how many of the C slots may be filled; None: all.
+        """
         raise NotImplementedError(f"{type(self).__name__} must define route()")
 
-    def uniform(self, like: tf.Tensor, rank: int) -> tf.Tensor:
-        """Random numbers in [0, 1) of the first dimensions of `like`."""
-        return counter_rng.uniform(self.seed_generator.next(), sizes(like)[:rank])
+    def uniform(
+        self, like: tf.Tensor, rank: int, mask: tf.Tensor | None = None
+    ) -> tf.Tensor:
+        """Random numbers in [0, 1) of the first dimensions of `like` `[G, S, ...]`.
+
+        With a mask `[G, S]` a real token's numbers are those that it has without
+        padding: they go by its place among the real tokens of its group.
+        """
+        numbers = counter_rng.uniform(self.seed_generator.next(), sizes(like)[:rank])
+        if mask is None:
+            return numbers
+        numbers = annotate(numbers, ("group", *[None] * (rank - 1)))
+        return tf.gather(numbers, places(mask), batch_dims=1)
 
     def compute_mask(self, inputs: Any, previous_mask: Any) -> None:
         return None

@@ -39,6 +39,7 @@ def top2_assignment(
     policy: str = "random",
     threshold: float = 0.5,
     legacy_mtf_behavior: bool = True,
+    limit: tf.Tensor | None = None,
 ) -> Routing:
     """The assignments of Algorithm 1, for all groups at once.
 
@@ -56,6 +57,7 @@ def top2_assignment(
         policy: See `Top2Router`.
         threshold: See `Top2Router`.
         legacy_mtf_behavior: See `Top2Router`.
+        limit: `[G]` int32, how many of the C slots may be filled (`Routing.limit`).
 
     Returns:
         The routing, K = 2.
@@ -87,9 +89,17 @@ def top2_assignment(
     wanted = tf.stack([real, second_wanted], axis=-1)  # [G, S, 2]
     counted = tf.stack([real, second_wanted if drop_frees_slot else real], axis=-1)
 
+    routing = assign(
+        expert_index,
+        weight if legacy_mtf_behavior else gate,
+        wanted,
+        counted,
+        num_experts,
+        capacity,
+        limit=limit,
+    )
     if legacy_mtf_behavior:
-        return assign(expert_index, weight, wanted, counted, num_experts, capacity)
-    routing = assign(expert_index, gate, wanted, counted, num_experts, capacity)
+        return routing
     total = tf.reduce_sum(routing.weight, axis=-1, keepdims=True)
     return routing._replace(weight=tf.math.divide_no_nan(routing.weight, total))
 
@@ -177,13 +187,14 @@ class Top2Router(Router):
         capacity: int | tf.Tensor,
         mask: tf.Tensor | None,
         training: bool | None,
+        limit: tf.Tensor | None = None,
     ) -> tuple[Routing, tf.Tensor, tf.Tensor]:
         gates = tf.nn.softmax(logits, axis=-1)  # [G, S, E]
         uniforms = None
         if training and self.second_expert_policy == "random":
-            uniforms = self.uniform(gates, 2)
+            uniforms = self.uniform(gates, 2, mask)
         elif training and self.second_expert_policy == "sampling":
-            uniforms = self.uniform(gates, 3)
+            uniforms = self.uniform(gates, 3, mask)
         routing = top2_assignment(
             gates,
             capacity,
@@ -193,10 +204,12 @@ class Top2Router(Router):
             policy=self.second_expert_policy,
             threshold=self.second_expert_threshold,
             legacy_mtf_behavior=self.legacy_mtf_behavior,
+            limit=limit,
         )
-        aux_loss = load_balancing_loss(gates, routing.expert_index[..., 0], mask)
+        first = routing.expert_index[..., 0]
+        aux_loss = load_balancing_loss(gates, first, mask, self.num_open_experts)
         if self.aux_loss_scale == "lingvo":
-            aux_loss = aux_loss * float(self.num_experts**2)
+            aux_loss = aux_loss * float(self.num_open_experts**2)
         return routing, gates, aux_loss
 
     def get_config(self) -> dict[str, Any]:

@@ -5,11 +5,17 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from gshard_tf import accumulated_batches
 from keras_layers.checks import check_choice, check_coefficient, check_int
 from keras_layers.routing.assignment import (
     assign,
     read_out,
     top_choices,
+)
+from keras_layers.routing.balancing import (
+    LoadSoFar,
+    sum_over_replicas,
+    towards_balance,
 )
 from keras_layers.routing.counting import choices_of_real
 from keras_layers.routing.losses import load_balancing_loss
@@ -42,7 +48,14 @@ class TopKRouter(Router):
             adds this to the bias of experts with less than their share of the batch
             and takes it from the others. The bias counts in choosing, not in the
             weights. 0: no bias; 0.001 is the paper's. Set MoELayer's `aux_loss_coef`
-            to 0 or to something small with it.
+            to 0 or to something small with it. The batch is that of all replicas;
+            masked experts have no share; the bias of a layer with `trainable=False`
+            stays as it is.
+        bias_update_every: Over how many calls with `training=True` the load is summed
+            up before the bias moves. None: as many as the `optimizer` of the Keras
+            model that is being called accumulates gradients over, so that the bias
+            moves once for each update of the weights; 1 where there is none, as in a
+            loop of one's own: say there how many it accumulates.
         **kwargs: Of `Router`.
 
     The balancing loss is `E * sum_e f_e P_e`: 1 at perfect balance. `f_e` is the share
@@ -61,11 +74,14 @@ class TopKRouter(Router):
         normalize_weights: bool | None = None,
         batch_prioritized: bool = False,
         bias_update_rate: float = 0.0,
+        bias_update_every: int | None = None,
         **kwargs: Any,
     ):
         k = check_int("k", k, 1)
         check_choice("scores", scores, ("softmax", "sigmoid"))
         bias_update_rate = check_coefficient("bias_update_rate", bias_update_rate)
+        if bias_update_every is not None:
+            bias_update_every = check_int("bias_update_every", bias_update_every, 1)
         if capacity_factor is None:
             capacity_factor = float(k)
         super().__init__(num_experts, capacity_factor, **kwargs)
@@ -78,6 +94,7 @@ class TopKRouter(Router):
         self.batch_prioritized = bool(batch_prioritized)
         self.looks_ahead = self.batch_prioritized
         self.bias_update_rate = bias_update_rate
+        self.bias_update_every = bias_update_every
         self.bias = None
 
     def build(self, input_shape: Any) -> None:
@@ -89,6 +106,7 @@ class TopKRouter(Router):
                 initializer="zeros",
                 trainable=False,
             )
+            self.load_so_far = LoadSoFar(self.num_experts)
 
     def route(
         self,
@@ -96,6 +114,7 @@ class TopKRouter(Router):
         capacity: int | tf.Tensor,
         mask: tf.Tensor | None,
         training: bool | None,
+        limit: tf.Tensor | None = None,
     ) -> tuple[Routing, tf.Tensor, tf.Tensor]:
         if self.scores == "softmax":
             scores = gates = tf.nn.softmax(logits, axis=-1)  # [G, S, E]
@@ -119,15 +138,33 @@ class TopKRouter(Router):
         if self.batch_prioritized:
             priority = tf.stop_gradient(tf.reduce_max(scores, axis=-1))  # [G, S]
         routing = assign(
-            expert_index, weight, wanted, wanted, self.num_experts, capacity, priority
+            expert_index,
+            weight,
+            wanted,
+            wanted,
+            self.num_experts,
+            capacity,
+            priority,
+            limit,
         )
-        if training and self.bias is not None:
-            load = routing.load(mask)  # [E], of the global batch
-            self.bias.assign_add(
-                self.bias_update_rate * tf.sign(tf.reduce_mean(load) - load)
-            )
-        aux_loss = load_balancing_loss(gates, expert_index, mask)
-        return routing, gates, aux_loss * float(self.num_experts**2)
+        if training and self.trainable and self.bias is not None:
+            self._move_bias(routing.load(mask))
+        aux_loss = load_balancing_loss(gates, expert_index, mask, self.num_open_experts)
+        return routing, gates, aux_loss * float(self.num_open_experts**2)
+
+    def _move_bias(self, load: tf.Tensor) -> None:
+        """By the load `[E]` of this replica's batch and of those that wait for it."""
+        every = self.bias_update_every or accumulated_batches() or 1
+        due = None
+        if every > 1:
+            self.load_so_far.update_state(load)
+            load = tf.convert_to_tensor(self.load_so_far.load)
+            due = tf.convert_to_tensor(self.load_so_far.batches) >= every
+            self.load_so_far.start_anew(due)
+        # The sum, so that all replicas' copies of the bias stay one.
+        step = towards_balance(sum_over_replicas(load), self.masked_experts)
+        step = step * self.bias_update_rate
+        self.bias.assign_add(step if due is None else tf.where(due, step, 0.0))
 
     def get_config(self) -> dict[str, Any]:
         config = super().get_config()
@@ -137,5 +174,6 @@ class TopKRouter(Router):
             normalize_weights=self.normalize_weights,
             batch_prioritized=self.batch_prioritized,
             bias_update_rate=self.bias_update_rate,
+            bias_update_every=self.bias_update_every,
         )
         return config

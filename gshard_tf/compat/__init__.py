@@ -1,0 +1,1 @@
+"""What is private in TensorFlow, Keras and jax, and used all the same."""

@@ -1,0 +1,67 @@
+"""Balance of load without a loss: a bias on the scores, moved by what was asked for."""
+
+from collections.abc import Sequence
+
+import keras
+import tensorflow as tf
+
+
+def towards_balance(load: tf.Tensor, masked_experts: Sequence[int] = ()) -> tf.Tensor:
+    """Which way the bias of each expert moves, DeepSeek-V3 (arXiv 2412.19437, 2.1.2).
+
+    Args:
+        load: `[E]` float32, how many tokens asked for each expert.
+        masked_experts: Experts that no token goes to: they have no share of the load.
+
+    Returns:
+        `[E]` float32: 1 for experts with less than their share, -1 for those with more,
+        0 for those that are masked.
+    """
+    experts = range(load.shape[0])
+    is_open = tf.constant([float(e not in masked_experts) for e in experts])
+    share = tf.reduce_sum(load * is_open) / tf.reduce_sum(is_open)
+    return is_open * tf.sign(share - load)
+
+
+def sum_over_replicas(x: tf.Tensor) -> tf.Tensor:
+    """The sum over the replicas of a `tf.distribute` strategy, the same in each.
+
+    Of a partitioned step there is one replica, which sees the global batch.
+    """
+    context = tf.distribute.get_replica_context()
+    if context is None or context.num_replicas_in_sync == 1:
+        return x
+    return context.all_reduce(tf.distribute.ReduceOp.SUM, x)
+
+
+class LoadSoFar(keras.metrics.Metric):
+    """The load of the batches since weights were updated, and how many they are.
+
+    A metric, since those are what is state but no weight: files of weights do not hold
+    it, and checkpoints may. It reports nothing.
+
+    Args:
+        num_experts: E.
+    """
+
+    def __init__(self, num_experts: int):
+        super().__init__(name="load_so_far", dtype="float32")
+        self.load = self.add_variable((num_experts,), "zeros", name="load")
+        self.batches = self.add_variable((), "zeros", name="batches")
+
+    def update_state(self, load: tf.Tensor) -> None:
+        """Adds the load `[E]` of a batch."""
+        self.load.assign_add(load)
+        self.batches.assign_add(1.0)
+
+    def start_anew(self, due: tf.Tensor) -> None:
+        """Forgets all if `due`, a bool scalar."""
+        for variable in self.variables:
+            value = tf.convert_to_tensor(variable)
+            variable.assign(tf.where(due, tf.zeros_like(value), value))
+
+    def reset_state(self) -> None:
+        """Nothing: updates of the weights do not go by epochs."""
+
+    def result(self) -> dict[str, tf.Tensor]:
+        return {}
