@@ -19,6 +19,7 @@ from tensorflow.compiler.xla.service import hlo_pb2
 # the captures, and results the outputs followed by the updated variables.
 from tensorflow.python.eager.polymorphic_function import compiler_ir
 
+from gshard_tf.stateful_random import warn_of_stateful_random
 from gshard_tf.variables import raw_handles
 
 
@@ -169,6 +170,7 @@ def lower(function: Any, structure: Any) -> LoweredStep:
             ) from error
     proto = hlo_pb2.HloModuleProto.FromString(hlo)
     _check_static(proto)
+    warn_of_stateful_random(proto)
     if _without_copies(proto):
         hlo = proto.SerializeToString()
     # A lone result is no tuple, so it has no index.

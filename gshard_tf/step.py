@@ -13,6 +13,8 @@ import tensorflow as tf
 from tensorflow.experimental import dtensor
 
 from gshard_tf import lowering
+from gshard_tf.borrowed import BorrowedVariable
+from gshard_tf.compat.keras import global_seed_state
 from gshard_tf.keras_threads import keras_state, use_keras_state
 from gshard_tf.layouts import Layouts
 from gshard_tf.placed import PlacedVariable
@@ -22,6 +24,8 @@ from gshard_tf.variables import MeshVariable
 
 # Stands for a tensor among the arguments of a step.
 _ARGUMENT = lowering.LEAF
+# What a step captures and may change; the rest are constants.
+_VARIABLES = (MeshVariable, BorrowedVariable)
 
 
 class NonFiniteError(FloatingPointError, ValueError):
@@ -70,9 +74,10 @@ class Step:
         """Puts a call of the program into the graph that is being traced."""
         specs = self.extended.global_specs(self.tensors)
         function, structure = self.trace(specs)
+        # With what the trace made: Keras's global seed generator, say.
+        self.keras_state = keras_state()
         for value in lowering.captured(function):
-            if isinstance(value, tf.Variable):
-                self.extended.ours(value)
+            self._resident(value)
         if all(spec.shape.is_fully_defined() for spec in specs):
             self._add(specs, function, structure)
         tensors, self.tensors = self.tensors, []
@@ -112,9 +117,23 @@ class Step:
 
     def _add(self, specs: list[tf.TensorSpec], function: Any, structure: Any) -> None:
         step = lowering.lower(function, structure)
+        captures = [self._resident(value) for value in step.captures]
+        step = dataclasses.replace(step, captures=captures)
         self.executables[_key(specs)] = _Executable(
             self.extended, step, self.name, self.arguments
         )
+
+    def _resident(self, value: Any) -> Any:
+        """What stands for a captured variable or constant while the step runs.
+
+        Raises:
+            ValueError: for a variable that was made outside the strategy's scope.
+        """
+        if not isinstance(value, tf.Variable) or self.extended.is_ours(value):
+            return value
+        if value is global_seed_state():
+            return BorrowedVariable(value, self.extended.residence.to_host)
+        return self.extended.ours(value)
 
 
 class _Call:
@@ -190,7 +209,7 @@ class _Executable:
                 value.take_device_value(
                     lambda array, layout=layout: extended.placement.put(array, layout)
                 )
-                if isinstance(value, MeshVariable)
+                if isinstance(value, _VARIABLES)
                 else self.constants[i]
                 for i, (value, layout) in enumerate(
                     zip(step.captures, layouts, strict=True)
@@ -261,7 +280,7 @@ class _Executable:
             for i, (value, layout) in enumerate(
                 zip(self.step.captures, self.program.capture_layouts, strict=True)
             )
-            if not isinstance(value, MeshVariable)
+            if not isinstance(value, _VARIABLES)
         }
         extended.programs.append(weakref.ref(self.program))
 

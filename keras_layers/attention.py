@@ -75,14 +75,14 @@ class MultiHeadAttention(keras.layers.Layer):
             weight = self.add_weight(
                 name=name,
                 shape=(rows, self.num_heads, self.key_dim),
-                initializer=as_matrix(self.kernel_initializer, rows, inner),
+                initializer=as_matrix(self.kernel_initializer, rows, inner, name),
             )
             name_axes(weight, ("embed", "heads", "kv"))
             setattr(self, f"{name}_kernel", weight)
         self.output_kernel = self.add_weight(
             name="output",
             shape=(self.num_heads, self.key_dim, model_dim),
-            initializer=as_matrix(self.kernel_initializer, inner, model_dim),
+            initializer=as_matrix(self.kernel_initializer, inner, model_dim, "output"),
         )
         name_axes(self.output_kernel, ("heads", "kv", "embed"))
 

@@ -12,8 +12,10 @@ from keras_layers.checks import check_choice, check_int, check_rate
 from keras_layers.dropout import Dropout
 from keras_layers.feed_forward import FeedForward
 from keras_layers.moe import MoELayer
+from keras_layers.moe_options import moe_options_of
 from keras_layers.padding import zero_padding
 from keras_layers.remat import rematerialize
+from keras_layers.seeds import child_seed
 from keras_layers.shapes import sizes
 
 REMAT = (False, "attention", True)
@@ -31,7 +33,8 @@ class _Block(keras.layers.Layer):
         dropout: Rate on attention weights, on the hidden layer of a dense
             feed-forward, and on each sublayer's output before the residual.
         moe_options: Further arguments of `MoELayer`.
-        seed: Seed of all random numbers of the block; None: from the global seed.
+        seed: What the seeds of the block's layers follow from, each another one. None:
+            from the global seed. Two blocks of one seed draw the same numbers.
         remat: What training computes again for the gradient instead of keeping it.
             False: nothing. "attention": the attention weights, the largest tensors of
             a long sequence, for a few percent more computation. True: everything but
@@ -75,7 +78,11 @@ class _Block(keras.layers.Layer):
         self.remat = remat
         self.self_attention = self._attention("self_attention")
         if num_experts:
-            options = {"seed": seed, "name": f"{self.name}_moe", **self.moe_options}
+            options = {
+                "seed": child_seed(seed, "feed_forward"),
+                "name": f"{self.name}_moe",
+                **moe_options_of(self.moe_options, seed),
+            }
             self.feed_forward = MoELayer(
                 num_experts, hidden_dim, dtype=self.dtype_policy, **options
             )
@@ -83,13 +90,15 @@ class _Block(keras.layers.Layer):
             self.feed_forward = FeedForward(
                 hidden_dim,
                 dropout=dropout,
-                seed=seed,
+                seed=child_seed(seed, "feed_forward"),
                 dtype=self.dtype_policy,
                 name="feed_forward",
             )
         self.attention_norm = self._norm("attention_norm")
         self.feed_forward_norm = self._norm("feed_forward_norm")
-        self.residual_dropout = Dropout(dropout, seed=seed, dtype=self.dtype_policy)
+        self.residual_dropout = Dropout(
+            dropout, seed=child_seed(seed, "residual"), dtype=self.dtype_policy
+        )
         self.supports_masking = True
 
     def _attention(self, name: str) -> MultiHeadAttention:
@@ -97,7 +106,7 @@ class _Block(keras.layers.Layer):
             self.num_heads,
             self.key_dim,
             dropout=self.dropout,
-            seed=self.seed,
+            seed=child_seed(self.seed, name),
             remat=self.remat == "attention",
             dtype=self.dtype_policy,
             name=name,

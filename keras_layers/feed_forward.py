@@ -8,7 +8,7 @@ import tensorflow as tf
 from gshard_tf import annotate, name_axes
 from keras_layers.checks import check_int
 from keras_layers.dropout import Dropout
-from keras_layers.initializers import fresh
+from keras_layers.seeds import child_initializer
 from keras_layers.shapes import at_each_position, check_positions, positions
 
 
@@ -63,14 +63,14 @@ class FeedForward(keras.layers.Layer):
             weight = self.add_weight(
                 name=name,
                 shape=(model_dim, self.hidden_dim),
-                initializer=fresh(self.kernel_initializer),
+                initializer=child_initializer(self.kernel_initializer, name),
             )
             setattr(self, name, name_axes(weight, ("embed", "mlp")))
         self.wo = name_axes(
             self.add_weight(
                 name="wo",
                 shape=(self.hidden_dim, model_dim),
-                initializer=fresh(self.kernel_initializer),
+                initializer=child_initializer(self.kernel_initializer, "wo"),
             ),
             ("mlp", "embed"),
         )

@@ -11,28 +11,23 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-
-def fresh(initializer: Callable) -> Callable:
-    """A copy for one weight.
-
-    Keras's initializers return the same values whenever they are called, so weights of
-    one shape that share an initializer would start equal; unseeded copies do not. (One
-    with a seed that somebody chose gives the same values everywhere, as in Keras.)
-    """
-    return initializer.clone() if hasattr(initializer, "clone") else initializer
+from keras_layers.seeds import child_initializer
 
 
-def per_expert(initializer: keras.initializers.Initializer) -> Callable:
+def per_expert(initializer: keras.initializers.Initializer, name: str) -> Callable:
     """`initializer` with its fan counted within one expert, for `[E, ...]` weights.
 
     The dimension of experts multiplies every fan (in, out and their mean) of a
     `VarianceScaling` by E, so the values are scaled back by the square root of E.
-    Initializers that do not scale by a fan are returned as they are.
-    """
-    if not isinstance(initializer, keras.initializers.VarianceScaling):
-        return fresh(initializer)
+    Initializers that do not scale by a fan are only copied.
 
-    initializer = fresh(initializer)
+    Args:
+        initializer: Of all weights of a layer.
+        name: Of the weight, to tell its seed from the others'.
+    """
+    initializer = child_initializer(initializer, name)
+    if not isinstance(initializer, keras.initializers.VarianceScaling):
+        return initializer
 
     def scaled(shape: Sequence[int], dtype: Any = None) -> tf.Tensor:
         return initializer(shape, dtype=dtype) * shape[0] ** 0.5
@@ -41,11 +36,17 @@ def per_expert(initializer: keras.initializers.Initializer) -> Callable:
 
 
 def as_matrix(
-    initializer: keras.initializers.Initializer, rows: int, columns: int
+    initializer: keras.initializers.Initializer, rows: int, columns: int, name: str
 ) -> Callable:
-    """`initializer` of a `[rows, columns]` matrix, reshaped to the weight's shape."""
+    """`initializer` of a `[rows, columns]` matrix, reshaped to the weight's shape.
 
-    initializer = fresh(initializer)
+    Args:
+        initializer: Of all weights of a layer.
+        rows: Of the matrix.
+        columns: Of the matrix.
+        name: Of the weight, to tell its seed from the others'.
+    """
+    initializer = child_initializer(initializer, name)
 
     def reshaped(shape: Sequence[int], dtype: Any = None) -> tf.Tensor:
         return tf.reshape(initializer((rows, columns), dtype=dtype), shape)

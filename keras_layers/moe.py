@@ -21,6 +21,7 @@ from keras_layers.routing import ROUTERS
 from keras_layers.routing.foreign import report_of, serialize_router, use
 from keras_layers.routing.plans import Routing, SlotRouting
 from keras_layers.routing.replay import record, recorded
+from keras_layers.seeds import child_seed
 from keras_layers.shapes import sizes
 
 _DISPATCHERS = {"index": IndexDispatcher, "einsum": EinsumDispatcher}
@@ -79,14 +80,14 @@ class Experts(keras.layers.Layer):
             weight = self.add_weight(
                 name=name,
                 shape=(self.num_experts, model_dim, self.hidden_dim),
-                initializer=per_expert(self.kernel_initializer),
+                initializer=per_expert(self.kernel_initializer, name),
             )
             setattr(self, name, name_axes(weight, ("expert", "embed", "mlp")))
         self.wo = name_axes(
             self.add_weight(
                 name="wo",
                 shape=(self.num_experts, self.hidden_dim, model_dim),
-                initializer=per_expert(self.kernel_initializer),
+                initializer=per_expert(self.kernel_initializer, "wo"),
             ),
             ("expert", "mlp", "embed"),
         )
@@ -193,7 +194,8 @@ class MoELayer(keras.layers.Layer):
             decoding (see `call`). 1: nothing can be dropped, and every expert has a
             slot for every token, E / 2 times what is needed. More: as many slots as
             the router's evaluation capacity says, and what does not fit is dropped.
-        seed: Seed of the dropout, and of the router unless it is a layer.
+        seed: What the seeds of experts and shared experts follow from, and that of
+            the router unless it is a layer or has its own. None: from the global seed.
 
     Metrics of the router's health appear in `fit`'s logs under the layer's name: see
     `RouterHealth`. `record_routing` and `replay_routing` see and set who goes where.
@@ -245,10 +247,12 @@ class MoELayer(keras.layers.Layer):
         if isinstance(router, str):
             router = {"kind": router}
         if isinstance(router, Mapping):
-            arguments = {"seed": seed, **router}
+            arguments = dict(router)
             kind = arguments.pop("kind", "top2")
             check_choice("router kind", kind, tuple(ROUTERS))
-            router = ROUTERS[kind](num_experts, **arguments)
+            chosen = ROUTERS[kind].seed_is_a_choice
+            own_seed = seed if chosen else child_seed(seed, "router")
+            router = ROUTERS[kind](num_experts, **{"seed": own_seed, **arguments})
         if getattr(router, "num_experts", None) != num_experts:
             raise ValueError(
                 f"The router must be for num_experts={num_experts}. Received: "
@@ -272,14 +276,22 @@ class MoELayer(keras.layers.Layer):
             "dropout": dropout,
             "kernel_initializer": kernel_initializer,
             "gated": gated,
-            "seed": seed,
             "dtype": self.dtype_policy,
         }
-        self.experts = Experts(num_experts, hidden_dim, name="experts", **alike)
+        self.experts = Experts(
+            num_experts,
+            hidden_dim,
+            seed=child_seed(seed, "experts"),
+            name="experts",
+            **alike,
+        )
         self.shared_experts = None
         if num_shared_experts:
             self.shared_experts = FeedForward(
-                num_shared_experts * hidden_dim, name="shared_experts", **alike
+                num_shared_experts * hidden_dim,
+                seed=child_seed(seed, "shared_experts"),
+                name="shared_experts",
+                **alike,
             )
         self.health = RouterHealth(
             num_experts,

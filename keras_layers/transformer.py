@@ -11,7 +11,9 @@ from keras_layers.blocks import DecoderBlock, EncoderBlock
 from keras_layers.checks import check_int, check_rate, check_token_id
 from keras_layers.dropout import Dropout
 from keras_layers.embedding import TokenEmbedding, VocabularyProjection, sinusoids
+from keras_layers.moe_options import moe_options_of
 from keras_layers.padding import places
+from keras_layers.seeds import child_seed
 from keras_layers.shapes import sizes
 from keras_layers.stacked import Stacked
 
@@ -52,7 +54,10 @@ class Transformer(keras.Model):
             Only a model whose targets begin with `pad_id`, as T5's do, has to say it:
             their first position is then no padding, whatever follows. Where a batch is
             filled up with rows of padding, give those a sample weight of 0.
-        seed: Seed of dropout and routing.
+        seed: What the seeds of dropout and routing follow from, another one for each
+            layer. None: from the global seed. So do seeds in `moe_options`, for each
+            block. (A `HashRouter`'s says which hash, and is the same in all.) Initial
+            weights are drawn from the global seed (`keras.utils.set_random_seed`).
         remat: What is computed again for the gradient instead of being kept for it:
             False (nothing), "attention" or True (see `EncoderBlock`). Where training
             does not fit, try "attention", then True.
@@ -208,7 +213,9 @@ class Transformer(keras.Model):
         self.decoder_norm = keras.layers.LayerNormalization(
             epsilon=1e-6, dtype=policy, name="decoder_norm"
         )
-        self.embedding_dropout = Dropout(dropout, seed=seed, dtype=policy)
+        self.embedding_dropout = Dropout(
+            dropout, seed=child_seed(seed, "embedding"), dtype=policy
+        )
         self.supports_masking = True
 
     def _block_arguments(self, side: str, number: int) -> dict[str, Any]:
@@ -223,8 +230,12 @@ class Transformer(keras.Model):
             "hidden_dim": self.hidden_dim,
             "num_experts": self.num_experts if has_experts else None,
             "dropout": self.dropout,
-            "moe_options": options if has_experts else None,
-            "seed": self.seed,
+            "moe_options": (
+                moe_options_of(options, self.seed, side, number)
+                if has_experts
+                else None
+            ),
+            "seed": child_seed(self.seed, side, number),
             # A stack computes whole repetitions again by itself.
             "remat": False if self.stacked and self.remat is True else self.remat,
             "dtype": self.dtype_policy,

@@ -12,6 +12,7 @@ from gshard_tf.checkpoints.manager import Checkpoints, Restored, array_reader
 from gshard_tf.checkpoints.manifest import Manifest
 from gshard_tf.checkpoints.state import Variable, array_of, section, state_of
 from gshard_tf.checkpoints.transfer import load
+from gshard_tf.compat.keras import give_global_seed_generator, global_seed_state
 from gshard_tf.keras_steps import complete
 
 
@@ -120,6 +121,9 @@ class SaveCheckpoints(keras.callbacks.Callback):
                 self.data.restart()
             return
         found = self.restored.manifest
+        if found.global_seed is not None:
+            with self.model.distribute_strategy.scope():
+                give_global_seed_generator(found.global_seed)
         self.step = found.step
         self._done_before = found.epoch_step
         # Private API, of Keras's own BackupAndRestore: where `fit` begins. On an
@@ -226,7 +230,13 @@ def _check_complete(model: keras.Model, state: Mapping[str, Variable]) -> None:
         changed = [program.step.captures[i] for i in program.step.updates]
         # Other models of the strategy have steps too, and evaluation.
         if any(variable is iterations for variable in changed):
-            forgotten = [v.path for v in changed if id(v) not in known]
+            # The manifest has the state of Keras's global seed generator.
+            known.add(id(global_seed_state()))
+            forgotten = [
+                v.path
+                for v in changed
+                if id(v) not in known and id(getattr(v, "variable", v)) not in known
+            ]
             if forgotten:
                 raise ValueError(
                     "The training step changes variables that the model does not know "

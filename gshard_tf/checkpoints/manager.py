@@ -23,6 +23,7 @@ from gshard_tf.checkpoints.matching import Match, match
 from gshard_tf.checkpoints.state import Variable, array_of
 from gshard_tf.checkpoints.transfer import describe, load, repeated, snapshot
 from gshard_tf.checkpoints.writing import PATIENCE_SECONDS, write
+from gshard_tf.compat.keras import global_seed_state
 from gshard_tf.processes import agree, group, next_turn
 
 
@@ -203,6 +204,7 @@ class Checkpoints:
             },
             config=config,
             model=model,
+            global_seed=_global_seed(),
         )
         turn = next_turn()
         if self.background:
@@ -386,6 +388,11 @@ def _position(folder: Path, manifest: Manifest, data: ResumableData) -> Any:
                 tf.variant,
             )
     return lambda: data.restore(batches, saved)
+
+
+def _global_seed() -> list[int] | None:
+    state = global_seed_state()
+    return None if state is None else [int(word) for word in state.numpy()]
 
 
 def _mesh_of(state: Mapping[str, Variable]) -> dict[str, int] | None:

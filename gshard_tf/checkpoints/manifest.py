@@ -47,6 +47,8 @@ class Manifest:
         data: The position in the input, and its kind; see `ResumableData`.
         config: The configuration that came with it.
         model: Keras's description of the model, if it has one.
+        global_seed: The state of Keras's global seed generator, which is no model's;
+            None where there was none.
     """
 
     step: int
@@ -61,6 +63,7 @@ class Manifest:
     data: dict[str, Any]
     config: Any
     model: Any
+    global_seed: list[int] | None = None
 
     @property
     def bytes(self) -> int:
@@ -68,6 +71,8 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         content = {"format": FORMAT, **dataclasses.asdict(self)}
+        if self.global_seed is None:
+            del content["global_seed"]  # as it was before there was such an entry
         text = _text(content)
         digest = hashlib.sha256(text.encode()).hexdigest()
         whole = _text({"sha256": digest, "content": content}) + "\n"

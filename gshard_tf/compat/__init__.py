@@ -1,1 +1,1 @@
-"""What is private in TensorFlow, Keras and jax, and used all the same."""
+"""Private APIs of the libraries below, a file for each: what is used, and why."""

@@ -14,6 +14,7 @@ import keras
 import tensorflow as tf
 
 import gshard_tf
+from gshard_tf.compat.keras import own_global_seed_generator
 from gshard_tf.planning import planner
 from gshard_tf.planning.abstract import AbstractStrategy
 from gshard_tf.planning.compare import compare
@@ -175,7 +176,8 @@ def _returned_batch(function: Callable[[], Any], options: argparse.Namespace) ->
             f"The rules name the mesh axes {sorted(axes)}; give them sizes by --mesh, "
             "such as --mesh data=4,model=2."
         )
-    with AbstractStrategy(mesh, _rules(options)).scope():
+    strategy = AbstractStrategy(mesh, _rules(options))
+    with strategy.scope(), own_global_seed_generator():
         _, batch = _split(_call(function, options.target))
     if batch is None:
         raise ValueError(

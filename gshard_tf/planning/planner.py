@@ -13,6 +13,7 @@ import tensorflow as tf
 from tensorflow.experimental import dtensor
 
 from gshard_tf import hlo_text, inspection
+from gshard_tf.compat.keras import own_global_seed_generator
 from gshard_tf.keras_steps import MODES, batch_specs, check_mode, complete
 from gshard_tf.layouts import Layouts
 from gshard_tf.lowering import LoweredStep
@@ -99,7 +100,7 @@ def plan(
     begun = time.perf_counter()
     graph = tf.compat.v1.get_default_graph()  # where TensorFlow keeps the scope
     try:
-        with strategy.scope():
+        with strategy.scope(), own_global_seed_generator():
             built = _build(model)
             complete(built, specs, mode)
             step = lower_abstract(

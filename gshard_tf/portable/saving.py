@@ -21,6 +21,7 @@ from gshard_tf import lowering
 from gshard_tf.checkpoints.manifest import Array
 from gshard_tf.checkpoints.matching import match
 from gshard_tf.checkpoints.state import array_of, state_of
+from gshard_tf.compat.keras import global_seed_state
 from gshard_tf.keras_steps import (
     MODES,
     batch_specs,
@@ -169,6 +170,14 @@ class StepProgram:
                     _tensor(f"constant/{i}", value, layouts.captures[i], "constant")
                 )
                 continue
+            if value is global_seed_state():
+                raise ValueError(
+                    "The step draws from Keras's global seed generator, which is "
+                    "neither the model's nor its optimizer's, so nobody could put its "
+                    "state back. Make a keras.random.SeedGenerator an attribute of a "
+                    "layer, and pass it as seed= to the functions of keras.random. "
+                    f"Received: {value.name!r}"
+                )
             if id(value) not in names:
                 raise ValueError(
                     f"The step uses the variable {value.name!r}, which is neither the "

@@ -44,6 +44,7 @@ class HashRouter(Router):
     """
 
     uses_token_ids = True
+    seed_is_a_choice = True
 
     def __init__(
         self, num_experts: int, capacity_factor: float | str = 1.25, **kwargs: Any

@@ -70,6 +70,9 @@ class Router(keras.layers.Layer):
     looks_ahead = False
     #: Whether somebody consented to that in a causal decoder.
     allow_causal = False
+    #: Whether `seed` says what the router computes, not where random numbers begin:
+    #: layers that share a seed then make the same choice.
+    seed_is_a_choice = False
 
     def __init__(
         self,

@@ -1,0 +1,39 @@
+"""What Keras has no public way to."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import tensorflow as tf
+
+# Private API: Keras keeps the generator of all unseeded `keras.random` functions in the
+# state of the thread, and makes it when it is first drawn from. On an upgrade, check
+# that `global_seed_generator` still looks for it under this name and that
+# `keras.utils.set_random_seed` still drops it.
+from keras.src.backend.common import global_state
+from keras.src.random.seed_generator import (
+    GLOBAL_SEED_GENERATOR,
+    global_seed_generator,
+)
+
+
+def global_seed_state() -> tf.Variable | None:
+    """The state of Keras's global seed generator, or None if there is none yet."""
+    generator = global_state.get_global_attribute(GLOBAL_SEED_GENERATOR)
+    return None if generator is None else generator.state.value
+
+
+@contextlib.contextmanager
+def own_global_seed_generator() -> Iterator[None]:
+    """Inside it Keras has no global seed generator but one that is made inside it."""
+    before = global_state.get_global_attribute(GLOBAL_SEED_GENERATOR)
+    global_state.set_global_attribute(GLOBAL_SEED_GENERATOR, None)
+    try:
+        yield
+    finally:
+        global_state.set_global_attribute(GLOBAL_SEED_GENERATOR, before)
+
+
+def give_global_seed_generator(state: Sequence[int]) -> None:
+    """Gives Keras's global seed generator a state; makes it if there is none yet."""
+    global_seed_generator().state.assign(np.array(state))
