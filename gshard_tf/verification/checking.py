@@ -12,7 +12,6 @@ from gshard_tf import lowering
 from gshard_tf.placed import PlacedVariable
 from gshard_tf.planning.names import LayerNames
 from gshard_tf.portable.names import named_leaves
-from gshard_tf.variables import MeshVariable
 from gshard_tf.verification import measures
 from gshard_tf.verification.measures import Measure
 from gshard_tf.verification.observing import find_first
@@ -221,12 +220,7 @@ def _origin(
 
 def _values(given: StepToCheck) -> list[np.ndarray]:
     """The state of the step, copied from wherever it is fresh."""
-    return [
-        np.array(value.numpy())
-        if isinstance(value, MeshVariable)
-        else np.asarray(value.numpy())
-        for value in given.step.captures
-    ]
+    return [np.array(value.numpy()) for value in given.step.captures]
 
 
 def _names(given: StepToCheck) -> list[tuple[str, str]]:

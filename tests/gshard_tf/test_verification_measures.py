@@ -25,6 +25,11 @@ def test_the_measure_of_a_difference():
     # What rounding does is no difference.
     assert measured([1e-9], [-1e-9], noise=1e-9).ok
     assert not measured([1e-9], [-1e-9]).ok
+    assert measured([1.0, 1.01], [1.0, 1.0], noise=1e-2).ok
+    assert not measured([1.0, 1.1], [1.0, 1.0], noise=1e-2).ok
+    # A square of noise, from another sum of it; and what is no noise.
+    assert measured([9e-17], [1e-18], noise=1e-18).ok
+    assert not measured([1e-6], [1e-18], noise=1e-18).ok
     assert measured([0.0], [0.0]).ok
     assert measured([], []).ok
     assert measured(1.0, 1.0).where == ()
