@@ -21,33 +21,38 @@ class OnDevices:
     """Compiles a step for some devices and runs it, changing no variable.
 
     Args:
+        step: The step.
         placement: The devices.
         layouts: How everything that enters and leaves the step lies on them.
         arrays: The arguments of the step.
     """
 
     def __init__(
-        self, placement: Placement, layouts: StepLayouts, arrays: Sequence[np.ndarray]
+        self,
+        step: lowering.LoweredStep,
+        placement: Placement,
+        layouts: StepLayouts,
+        arrays: Sequence[np.ndarray],
     ):
         self.placement = placement
         self.layouts = layouts
         self.arrays = arrays
+        # A new value lies as the old one does.
+        self.results = [*layouts.outputs, *(layouts.captures[i] for i in step.updates)]
 
     def compile(self, step: lowering.LoweredStep) -> Run:
         """The step as a function of its captures.
 
         Args:
-            step: The step that the layouts are for, or the same one with results of
-                its own, all of them outputs.
+            step: The step that the layouts are for; or the same one with more results,
+                all of them outputs, of which every device is given the whole.
         """
         found = self.layouts
-        outputs = found.outputs
-        if step.num_outputs > len(outputs):
-            whole = [
-                dtensor.Layout.replicated(self.placement.mesh, spec.shape.rank)
-                for spec in step.results[len(outputs) :]
-            ]
-            outputs = [*outputs, *whole]
+        more = [
+            dtensor.Layout.replicated(self.placement.mesh, spec.shape.rank)
+            for spec in step.results[len(self.results) :]
+        ]
+        outputs = [*self.results, *more][: step.num_outputs]
         program = SpmdProgram(
             step,
             self.placement,
@@ -72,7 +77,8 @@ class OnDevices:
 
 def on_mesh(extended: Any, step: lowering.LoweredStep, arrays: Any) -> OnDevices:
     """As the strategy runs it."""
-    return OnDevices(extended.placement, step_layouts(extended.layouts, step), arrays)
+    layouts = step_layouts(extended.layouts, step)
+    return OnDevices(step, extended.placement, layouts, arrays)
 
 
 def on_one_device(extended: Any, step: lowering.LoweredStep, arrays: Any) -> OnDevices:
@@ -92,7 +98,7 @@ def on_one_device(extended: Any, step: lowering.LoweredStep, arrays: Any) -> OnD
         whole(step.captures),
         [None] * len(step.captures),
     )
-    return OnDevices(placement, layouts, arrays)
+    return OnDevices(step, placement, layouts, arrays)
 
 
 def in_tensorflow(
