@@ -24,7 +24,7 @@ _PRECISIONS = {
 # larger by many orders.
 _MARGIN = 8.0
 _MARGIN_OF_NOISE = 1e4
-_NOISE = 0.05
+_NOISE = 0.25
 # Storing a new value rounds it, on either side.
 _ROUNDINGS = 4.0
 _PERTURBATIONS = 3

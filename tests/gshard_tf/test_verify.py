@@ -10,7 +10,7 @@ from planted import X, Y, assert_same_bits, on_mesh, sparse_loss, state, three_l
 import gshard_tf
 import keras_layers
 from gshard_tf.processes import Group
-from gshard_tf.verification import checking, references
+from gshard_tf.verification import checking, measures, references
 from gshard_tf.verification import verify as verify_module
 
 
@@ -95,6 +95,7 @@ def test_what_is_equal_stays_as_it_was(make):
     assert_same_bits(state(model), state(expected))
 
 
+@pytest.mark.slow
 def test_one_that_is_not_built_is_built_as_fit_builds_it():
     def make():
         model = keras.Sequential(
@@ -109,6 +110,33 @@ def test_one_that_is_not_built_is_built_as_fit_builds_it():
     assert gshard_tf.verify(model, (X[:8].astype("float64"), Y[:8])).ok
     model.fit(X, Y, batch_size=8, verbose=0, shuffle=False)
     assert_same_bits(state(model), state(expected))
+
+
+def test_what_is_nothing_but_rounding_is_no_difference(monkeypatch):
+    def make():
+        model = keras.Sequential(
+            [
+                keras.layers.Input([8, 4]),
+                keras.layers.Flatten(),
+                # The normalisation takes the bias out again: its gradient is 0.
+                keras.layers.Dense(6, name="below"),
+                keras.layers.BatchNormalization(),
+                keras.layers.Dense(3),
+            ]
+        )
+        model.compile("adam", sparse_loss())
+        return model
+
+    model = on_mesh(make)
+    report = gshard_tf.verify(model, (X, Y))
+    assert report.ok, str(report)
+    assert any("Rounding" in note and "below/bias" in note for note in report.notes)
+    monkeypatch.setattr(measures, "_PERTURBATIONS", 0)
+    report = gshard_tf.verify(model, (X, Y))
+    assert {row.name for row in report.differing} >= {
+        "sequential/below/bias",
+        "adam/sequential_below_bias_momentum",
+    }
 
 
 @pytest.mark.parametrize("mode", ["evaluate", "predict"])
