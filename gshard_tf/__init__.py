@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from gshard_tf.rules import AxisRules
     from gshard_tf.strategy import SpmdStrategy
     from gshard_tf.tpu.strategy import tpu_strategy
+    from gshard_tf.verification.callback import VerifyFirstStep
+    from gshard_tf.verification.report import VerificationError, VerificationReport
+    from gshard_tf.verification.verify import verify
 
 __version__ = "0.1.0"
 
@@ -42,6 +45,9 @@ __all__ = [
     "ResumableData",
     "SaveCheckpoints",
     "SpmdStrategy",
+    "VerificationError",
+    "VerificationReport",
+    "VerifyFirstStep",
     "accumulated_batches",
     "active_mesh",
     "annotate",
@@ -62,6 +68,7 @@ __all__ = [
     "stop_all",
     "tpu_strategy",
     "use_mesh",
+    "verify",
 ]
 
 # Where each name is; None: it is a module of this package.
@@ -73,6 +80,9 @@ _HOME = {
     "ResumableData": "checkpoints.data",
     "SaveCheckpoints": "checkpoints.callback",
     "SpmdStrategy": "strategy",
+    "VerificationError": "verification.report",
+    "VerificationReport": "verification.report",
+    "VerifyFirstStep": "verification.callback",
     "accumulated_batches": "compat.keras_calls",
     "active_mesh": "mesh",
     "annotate": "annotations",
@@ -93,6 +103,7 @@ _HOME = {
     "state_of": "checkpoints.state",
     "stop_all": "processes",
     "use_mesh": "mesh",
+    "verify": "verification.verify",
 }
 # They need neither TensorFlow nor the versions that it is tested with.
 _ALONE = ("devices", "portable")

@@ -68,8 +68,10 @@ def complete(model: keras.Model, specs: Any, mode: str) -> None:
     # Private API: what `fit` calls before it traces a step; a model's own train_step
     # does not. On an upgrade, check that it still builds model, loss and metrics.
     model._symbolic_build(data_batch=(x, y, sample_weight))
-    if mode == "train" and not model.optimizer.built:
-        model.optimizer.build(model.trainable_variables)
+    # A model with a train_step of its own may have none, or several elsewhere.
+    optimizer = model.optimizer
+    if mode == "train" and optimizer is not None and not optimizer.built:
+        optimizer.build(model.trainable_variables)
 
 
 def roles_of(model: keras.Model) -> dict[int, str]:

@@ -55,8 +55,15 @@ class _Leaf:
 LEAF = _Leaf()
 
 
-def trace(fn: Callable[..., Any], specs: Sequence[tf.TensorSpec]) -> tuple[Any, Any]:
+def trace(
+    fn: Callable[..., Any], specs: Sequence[tf.TensorSpec], jit_compile: bool = True
+) -> tuple[Any, Any]:
     """Traces `fn(*tensors)`.
+
+    Args:
+        fn: The step.
+        specs: The specs of its arguments.
+        jit_compile: Whether to trace it for a compiler, as `lower` needs it.
 
     Returns:
         The concrete function, whose outputs are the tensors that `fn` returns, flat;
@@ -84,7 +91,7 @@ def trace(fn: Callable[..., Any], specs: Sequence[tf.TensorSpec]) -> tuple[Any, 
 
     with raw_handles(), _unwatched_outside():
         function = tf.function(
-            step, jit_compile=True, autograph=False
+            step, jit_compile=jit_compile, autograph=False
         ).get_concrete_function(*specs)
     return function, structure
 

@@ -8,8 +8,9 @@ has rented yet.
 import contextlib
 import contextvars
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tensorflow as tf
@@ -108,3 +109,17 @@ def use_mesh(mesh: dtensor.Mesh, rules: "AxisRules") -> Iterator[ActiveMesh]:
 def active_mesh() -> ActiveMesh | None:
     """The mesh that annotations apply to now, or None."""
     return _ACTIVE.get()
+
+
+def without_mesh(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """`fn`, in which every annotation is the identity whatever mesh is active."""
+
+    @functools.wraps(fn)
+    def plain(*args: Any, **kwargs: Any) -> Any:
+        token = _ACTIVE.set(None)
+        try:
+            return fn(*args, **kwargs)
+        finally:
+            _ACTIVE.reset(token)
+
+    return plain

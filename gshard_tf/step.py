@@ -1,10 +1,11 @@
 """One function that Keras runs as a step, and its programs, one per set of shapes."""
 
+import contextlib
 import dataclasses
 import json
 import weakref
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -17,6 +18,7 @@ from gshard_tf.borrowed import BorrowedVariable
 from gshard_tf.compat.keras import global_seed_state
 from gshard_tf.keras_threads import keras_state, use_keras_state
 from gshard_tf.layouts import Layouts
+from gshard_tf.mesh import without_mesh
 from gshard_tf.placed import PlacedVariable
 from gshard_tf.processes import agree, group, together
 from gshard_tf.program import Placement, SpmdProgram
@@ -61,14 +63,25 @@ class Step:
         self.executables: dict[Any, _Executable] = {}
 
     def trace(self, specs: list[tf.TensorSpec]) -> tuple[Any, Any]:
+        return self._trace(self.fn, specs)
+
+    def trace_alone(self, arrays: Sequence[np.ndarray], jit_compile: bool) -> Any:
+        """The step for `arrays`, traced without a mesh, for compiling or not."""
+        specs = self.extended.global_specs(arrays)
+        with self._where_it_was_made():
+            return self._trace(without_mesh(self.fn), specs, jit_compile)[0]
+
+    def _trace(
+        self, fn: Callable, specs: list[tf.TensorSpec], jit_compile: bool = True
+    ) -> tuple[Any, Any]:
         def step(*tensors):
             values = iter(tensors)
             args, kwargs = tf.nest.map_structure(
                 lambda leaf: next(values) if leaf is _ARGUMENT else leaf, self.arguments
             )
-            return self.extended.call_fn(self.fn, args, kwargs)
+            return self.extended.call_fn(fn, args, kwargs)
 
-        return lowering.trace(step, specs)
+        return lowering.trace(step, specs, jit_compile)
 
     def emit(self) -> Any:
         """Puts a call of the program into the graph that is being traced."""
@@ -99,7 +112,12 @@ class Step:
     def run(self, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Runs the program for arrays of these shapes."""
         try:
-            return self._executable(arrays)(arrays)
+            executable = self._executable(arrays)
+            if self.extended.before_step is not None:
+                # Once, and not again when it raises.
+                check, self.extended.before_step = self.extended.before_step, None
+                check(self, executable.step, arrays)
+            return executable(arrays)
         except Exception as error:
             # TensorFlow makes a `tf.errors` of it with the same message.
             self.extended.last_error = error
@@ -109,11 +127,17 @@ class Step:
         specs = self.extended.global_specs(arrays)
         if _key(specs) not in self.executables:
             # A shape that was unknown when the graph was traced: the length of this
-            # batch, say. This thread has no strategy, so enter it.
-            strategy = self.extended._container_strategy()
-            with use_keras_state(self.keras_state), strategy.scope():
+            # batch, say.
+            with self._where_it_was_made():
                 self._add(specs, *self.trace(specs))
         return self.executables[_key(specs)]
+
+    @contextlib.contextmanager
+    def _where_it_was_made(self) -> Iterator[None]:
+        # A thread of TensorFlow's has neither Keras's state nor a strategy.
+        strategy = self.extended._container_strategy()
+        with use_keras_state(self.keras_state), strategy.scope():
+            yield
 
     def _add(self, specs: list[tf.TensorSpec], function: Any, structure: Any) -> None:
         step = lowering.lower(function, structure)

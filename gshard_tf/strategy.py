@@ -188,6 +188,10 @@ class SpmdExtended(MeshExtended):
         # Set by `GuardNumbers`.
         self.keep_finite = False
         self.skipped_steps: list[SkippedStep] = []
+        # Set by `VerifyFirstStep`: called with the next step, its HLO and arguments.
+        self.before_step: Callable[[Step, Any, Sequence[np.ndarray]], None] | None = (
+            None
+        )
         self.last_error: Exception | None = None
         self._graph_functions = weakref.WeakKeyDictionary()
 

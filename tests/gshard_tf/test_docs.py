@@ -16,7 +16,14 @@ def blocks(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["annotations.md", "checkpoints.md", "multihost.md", "strategies.md"]
+    "name",
+    [
+        "annotations.md",
+        "checkpoints.md",
+        "multihost.md",
+        "strategies.md",
+        "verify.md",
+    ],
 )
 def test_examples(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -1,0 +1,1 @@
+"""Compares a step on the mesh with the same step on one device."""

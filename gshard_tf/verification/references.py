@@ -1,0 +1,201 @@
+"""The same step on the mesh, on one device, and in TensorFlow alone."""
+
+import uuid
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+from tensorflow.experimental import dtensor
+
+from gshard_tf import lowering
+from gshard_tf.mesh import create_mesh
+from gshard_tf.program import Placement, SpmdProgram
+from gshard_tf.step import StepLayouts, step_layouts
+
+# From the values of all captures to all results, outputs first.
+Run = Callable[[Sequence[np.ndarray]], list[np.ndarray]]
+
+
+class OnDevices:
+    """Compiles a step for some devices and runs it, changing no variable.
+
+    Args:
+        step: The step.
+        placement: The devices.
+        layouts: How everything that enters and leaves the step lies on them.
+        arrays: The arguments of the step.
+    """
+
+    def __init__(
+        self,
+        step: lowering.LoweredStep,
+        placement: Placement,
+        layouts: StepLayouts,
+        arrays: Sequence[np.ndarray],
+    ):
+        self.placement = placement
+        self.layouts = layouts
+        self.arrays = arrays
+        # A new value lies as the old one does.
+        self.results = [*layouts.outputs, *(layouts.captures[i] for i in step.updates)]
+
+    def compile(self, step: lowering.LoweredStep) -> Run:
+        """The step as a function of its captures.
+
+        Args:
+            step: The step that the layouts are for; or the same one with more results,
+                all of them outputs, of which every device is given the whole.
+        """
+        found = self.layouts
+        more = [
+            dtensor.Layout.replicated(self.placement.mesh, spec.shape.rank)
+            for spec in step.results[len(self.results) :]
+        ]
+        outputs = [*self.results, *more][: step.num_outputs]
+        program = SpmdProgram(
+            step,
+            self.placement,
+            found.inputs,
+            outputs,
+            found.captures,
+            found.uses,
+            # The state is used again.
+            donate=False,
+        )
+
+        def run(captures: Sequence[np.ndarray]) -> list[np.ndarray]:
+            values = [
+                self.placement.put(value, layout)
+                for value, layout in zip(captures, found.captures, strict=True)
+            ]
+            outputs, updated = program(program.put_inputs(self.arrays), values)
+            return [self.placement.get(value) for value in [*outputs, *updated]]
+
+        return run
+
+
+def on_mesh(extended: Any, step: lowering.LoweredStep, arrays: Any) -> OnDevices:
+    """As the strategy runs it."""
+    layouts = step_layouts(extended.layouts, step)
+    return OnDevices(step, extended.placement, layouts, arrays)
+
+
+def on_one_device(extended: Any, step: lowering.LoweredStep, arrays: Any) -> OnDevices:
+    """On the first device of the mesh, which holds everything.
+
+    XLA leaves the annotations of a module out where there is one partition.
+    """
+    mesh = create_mesh({"one": 1}, extended.mesh.device_type())
+    placement = Placement(mesh, [extended.placement.jax_mesh.devices.flat[0]])
+
+    def whole(specs: Sequence[Any]) -> list[dtensor.Layout]:
+        return [dtensor.Layout.replicated(mesh, spec.shape.rank) for spec in specs]
+
+    layouts = StepLayouts(
+        whole(step.inputs),
+        whole(step.results[: step.num_outputs]),
+        whole(step.captures),
+        [None] * len(step.captures),
+    )
+    return OnDevices(step, placement, layouts, arrays)
+
+
+def in_tensorflow(
+    function: Any,
+    step: lowering.LoweredStep,
+    arrays: Sequence[np.ndarray],
+    jit_compile: bool,
+) -> Run:
+    """By TensorFlow alone, on the CPU.
+
+    Args:
+        function: The step, traced without a mesh.
+        step: The step as it was lowered, whose captures and results it shall have.
+        arrays: The arguments.
+        jit_compile: Whether TensorFlow compiles it, with its own build of XLA, rather
+            than runs its kernels one after the other.
+    """
+    found = lowering.captured(function)
+    replay = _replay(function, [*step.inputs, *found], jit_compile)
+    place = {id(value): i for i, value in enumerate(step.captures)}
+
+    def run(captures: Sequence[np.ndarray]) -> list[np.ndarray]:
+        # Resources of their own stand for the variables, which must not change.
+        handles: dict[int, tf.Tensor] = {}
+        with tf.init_scope(), tf.device("/cpu:0"):
+            try:
+                for value in found:
+                    if isinstance(value, tf.Variable):
+                        at = place.get(id(value))
+                        old = value.numpy() if at is None else captures[at]
+                        handles[id(value)] = _resource(old, value.dtype)
+                fed = [handles.get(id(value), value) for value in found]
+                results = replay(*map(tf.constant, arrays), *fed)
+                results = [np.array(value) for value in results]
+                for i in step.updates:
+                    variable = step.captures[i]
+                    handle = handles.get(id(variable))
+                    new = captures[i]
+                    if handle is not None:
+                        new = tf.raw_ops.ReadVariableOp(
+                            resource=handle, dtype=variable.dtype
+                        )
+                    results.append(np.array(new))
+                return results
+            finally:
+                for handle in handles.values():
+                    tf.raw_ops.DestroyResourceOp(resource=handle)
+
+    return run
+
+
+def _replay(function: Any, given: Sequence[Any], jit_compile: bool) -> Callable:
+    """The graph of a function as a function of its arguments and captures.
+
+    Args:
+        function: A concrete function.
+        given: What has the shapes of its arguments and captures, or is a variable.
+        jit_compile: Whether TensorFlow compiles it.
+    """
+    graph = function.graph.as_graph_def()
+    inputs = [tensor.name for tensor in function.inputs]
+    outputs = [tensor.name for tensor in function.outputs]
+    # What is fed takes the place of the placeholders; one that is left is no operation
+    # that compiles, and one that nothing uses cannot be fed.
+    own = {name.partition(":")[0] for name in inputs}
+    used = {name.partition(":")[0] for node in graph.node for name in node.input}
+    kept = [node for node in graph.node if node.name not in own]
+    del graph.node[:]
+    graph.node.extend(kept)
+
+    @tf.function(autograph=False, jit_compile=jit_compile)
+    def replay(*tensors: tf.Tensor) -> list[tf.Tensor]:
+        fed = {
+            name: tensor
+            for name, tensor in zip(inputs, tensors, strict=True)
+            if name.partition(":")[0] in used
+        }
+        return tf.graph_util.import_graph_def(
+            graph, input_map=fed, return_elements=outputs, name="step"
+        )
+
+    with tf.init_scope(), tf.device("/cpu:0"):
+        # Traced once, here, however often it is run.
+        return replay.get_concrete_function(
+            *[
+                tf.TensorSpec([], tf.resource)
+                if isinstance(each, tf.Variable)
+                else tf.TensorSpec(each.shape, each.dtype)
+                for each in given
+            ]
+        )
+
+
+def _resource(value: np.ndarray, dtype: tf.DType) -> tf.Tensor:
+    """A variable's bare resource: in a strategy's scope, `tf.Variable` is another."""
+    handle = tf.raw_ops.VarHandleOp(
+        dtype=dtype, shape=value.shape, shared_name=f"gshard_verify_{uuid.uuid4().hex}"
+    )
+    tf.raw_ops.AssignVariableOp(resource=handle, value=tf.constant(value, dtype))
+    return handle
