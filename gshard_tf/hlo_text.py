@@ -12,11 +12,13 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
+from gshard_tf.hlo_loops import Frame
+
 # Modules before optimization have no % before names, and no arguments of computations.
 _COMPUTATION = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) (?:\(.*)?\{\s*$")
 # %name = shape opcode(operands), attributes. A shape is one word, or a tuple.
 _INSTRUCTION = re.compile(
-    r"^\s+(?:ROOT )?%?(?P<name>[\w.\-]+) = (?P<shape>\(.*?\)|\S+) "
+    r"^\s+(?P<root>ROOT )?%?(?P<name>[\w.\-]+) = (?P<shape>\(.*?\)|\S+) "
     r"(?P<opcode>[a-z][\w\-]*)\((?P<rest>.*)$"
 )
 _ARRAY = re.compile(r"(?P<dtype>[a-z]+\d*\w*)\[(?P<dims>[\d,]*)\]")
@@ -28,13 +30,13 @@ _CALLED = re.compile(
     r"%?([\w.\-]+)"
 )
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
-_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 
-# Their `to_apply` is what combines two numbers, not a part of the program.
-_COMBINING = frozenset(
+# The `to_apply` of most is what combines two numbers, not a part of the program. What
+# an asynchronous pair calls runs once, and its start names it.
+_NOT_CALLING = frozenset(
     "all-reduce all-reduce-start map reduce reduce-scatter reduce-window scatter "
-    "select-and-scatter sort".split()
+    "select-and-scatter sort async-update async-done".split()
 )
 
 
@@ -65,6 +67,7 @@ class Instruction:
         operands: The names of what it is applied to.
         attributes: The rest of its line.
         op_name: The TensorFlow operation that it stems from, or "".
+        root: Whether its computation results in it.
     """
 
     name: str
@@ -73,6 +76,7 @@ class Instruction:
     operands: tuple[str, ...]
     attributes: str
     op_name: str
+    root: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,21 +87,28 @@ class Module:
     entry: str
 
     def executed(
-        self, loops: Mapping[str, int] | None = None
-    ) -> Iterator[tuple[Instruction, dict[str, Instruction], int]]:
+        self, loops: Mapping[str, int | None] | None = None
+    ) -> Iterator[tuple[Instruction, dict[str, Instruction], int | None]]:
         """Each instruction that runs, its computation, and how often it runs.
 
         One without a name of its own is given that of what it is applied to, or else
         its caller's: the compiler names little of what it makes itself.
 
-        Of the branches of a conditional, all count. A loop counts as often as the
-        module says that it turns, or as `loops` says, from `Module.loops` of the
-        module that this one was compiled from; else once.
+        Of the branches of a conditional, all count. How often a loop turns is what
+        the module says, or what follows from its constants; else what `loops` says,
+        from `Module.loops` of the module that this one was compiled from. Where
+        nobody knows, what is in the loop runs None times.
         """
-        yield from self._run(self.entry, 1, loops or {}, "")
+        yield from self._run(self.entry, Frame(self.computations, self.entry), 1, "",
+                             loops or {})  # fmt: skip
 
     def _run(
-        self, name: str, times: int, loops: Mapping[str, int], caller: str
+        self,
+        name: str,
+        frame: Frame,
+        times: int | None,
+        caller: str,
+        loops: Mapping[str, int | None],
     ) -> Iterator:
         computation = self.computations[name]
         for instruction in computation.values():
@@ -105,58 +116,78 @@ class Module:
                 name_ = _nearest_name(instruction, computation, 3) or caller
                 instruction = dataclasses.replace(instruction, op_name=name_)
             yield instruction, computation, times
-            if instruction.opcode in _COMBINING:
+            if instruction.opcode in _NOT_CALLING:
                 continue
             inner = times
             if instruction.opcode == "while":
-                inner *= self._trips(instruction) or _trips_of(instruction, loops)
-            for called in _called(instruction):
-                if called in self.computations:
-                    yield from self._run(called, inner, loops, instruction.op_name)
+                turns = _turns(instruction, frame, loops)
+                inner = None if None in (turns, times) else times * turns
+            for each, within in _frames(instruction, frame):
+                yield from self._run(each, within, inner, instruction.op_name, loops)
 
-    def loops(self) -> dict[str, int]:
-        """How often each loop turns, by `op_name`, where the module says so."""
-        found = {}
-        for computation in self.computations.values():
-            for instruction in computation.values():
-                if instruction.opcode == "while":
-                    count = self._trips(instruction)
-                    if count:
-                        found[instruction.op_name] = count
-        return found
+    def loops(self) -> dict[str, int | None]:
+        """How often each loop turns, by `op_name`; None where that is not known.
 
-    def _trips(self, instruction: Instruction) -> int:
-        """How often a loop turns; 0 where the module does not say."""
-        known = _TRIPS.search(instruction.attributes)
-        if known:
-            return int(known[1])
-        # TensorFlow counts from 0 while the counter is below a constant.
-        condition = re.search(r"condition=%?([\w.\-]+)", instruction.attributes)
-        return min(self._bounds(condition[1]), default=0) if condition else 0
+        Nor is it where loops of one name differ.
+        """
+        found: dict[str, set[int | None]] = {}
+        entry = Frame(self.computations, self.entry)
+        for name, turns in self._loops(self.entry, entry, {}):
+            found.setdefault(name, set()).add(turns)
+        return {
+            name: turns.pop() if len(turns) == 1 else None
+            for name, turns in found.items()
+        }
 
-    def _bounds(self, name: str) -> Iterator[int]:
-        """The constants that a condition compares with, by "less than"."""
-        computation = self.computations.get(name, {})
-        for each in computation.values():
-            if each.opcode == "call":
-                for called in _called(each):
-                    yield from self._bounds(called)
-            if each.opcode != "compare" or "direction=LT" not in each.attributes:
+    def unknown_loops(self, loops: Mapping[str, int | None] | None = None) -> list[str]:
+        """The `op_name` of each loop of which nobody knows how often it turns.
+
+        `loops` as for `executed`.
+        """
+        entry = Frame(self.computations, self.entry)
+        found = self._loops(self.entry, entry, loops or {})
+        return [name for name, turns in found if turns is None]
+
+    def _loops(
+        self, name: str, frame: Frame, loops: Mapping[str, int | None]
+    ) -> Iterator[tuple[str, int | None]]:
+        for instruction in self.computations[name].values():
+            if instruction.opcode in _NOT_CALLING:
                 continue
-            bound = computation.get(each.operands[-1])
-            if bound is not None and bound.opcode == "constant":
-                if bound.operands[0].isdigit():
-                    yield int(bound.operands[0])
+            if instruction.opcode == "while":
+                yield instruction.op_name, _turns(instruction, frame, loops)
+            for each, within in _frames(instruction, frame):
+                yield from self._loops(each, within, loops)
 
 
-def _trips_of(instruction: Instruction, loops: Mapping[str, int]) -> int:
-    """How often a loop turns, as known of the module before it was compiled.
+def _frames(instruction: Instruction, frame: Frame) -> Iterator[tuple[str, Frame]]:
+    """The computations that an instruction calls, and what they know."""
+    branch = 0
+    for name in called(instruction):
+        if name not in frame.computations:
+            continue
+        if instruction.opcode == "while":
+            yield name, frame.body(instruction)
+        elif instruction.opcode == "conditional":
+            branch += 1
+            yield name, frame.calls(instruction, name, branch)
+        else:
+            yield name, frame.calls(instruction, name)
 
-    Names are longer afterwards. The loop of a gradient is called after the loop that
-    it is the gradient of, and turns as often.
+
+def _turns(
+    loop: Instruction, frame: Frame, loops: Mapping[str, int | None]
+) -> int | None:
+    """How often a loop turns: as its module says, or else the one it is made of.
+
+    Names are longer after compilation, by the calls around them.
     """
-    name = instruction.op_name.removesuffix("_grad")
-    return next((n for known, n in loops.items() if name.endswith(known)), 1)
+    turns = frame.turns(loop)
+    if turns is None:
+        name = f"/{loop.op_name}"
+        known = [each for each in loops if each and name.endswith(f"/{each}")]
+        turns = loops[max(known, key=len)] if known else None
+    return turns
 
 
 def _nearest_name(
@@ -173,7 +204,8 @@ def _nearest_name(
     return ""
 
 
-def _called(instruction: Instruction) -> list[str]:
+def called(instruction: Instruction) -> list[str]:
+    """The names of the computations that an instruction calls or applies."""
     if "=" not in instruction.attributes:
         return []
     names = _CALLED.findall(instruction.attributes)
@@ -207,6 +239,7 @@ def parse(text: str) -> Module:
             operands=tuple(_OPERAND.findall(_COMMENT.sub("", operands))),
             attributes=attributes,
             op_name=op_name[1] if op_name else "",
+            root=bool(found["root"]),
         )
     if not entry:
         raise ValueError(

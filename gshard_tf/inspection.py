@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from gshard_tf import hlo_text
-from gshard_tf.program import SpmdProgram
+from gshard_tf.program import SpmdProgram, hlo_as_text
 
 KINDS = (
     "all-to-all",
@@ -17,6 +17,9 @@ KINDS = (
     "reduce-scatter",
     "collective-permute",
 )
+
+# What the piece of an asynchronous collective that starts it is passed to, on a TPU.
+_STARTS = 'custom_call_target="AsyncCollectiveStart"'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +31,8 @@ class Collective:
         shapes: The arrays that each device receives, `(dtype, dimensions)` each.
         bytes: Their size in bytes, per device.
         op_name: The operation that it stems from, if the program says.
-        times: How often it runs: more than once in a loop.
+        times: How often it runs: more than once in a loop; None in a loop of which
+            nobody knows how often it turns, because that depends on values.
         groups: The devices that communicate with each other, one row per group;
             None for a permutation.
         pairs: Of a permutation, `[number, 2]` sources and targets; else None.
@@ -39,7 +43,7 @@ class Collective:
     shapes: tuple[tuple[str, tuple[int, ...]], ...]
     bytes: int
     op_name: str
-    times: int = 1
+    times: int | None = 1
     groups: np.ndarray | None = dataclasses.field(default=None, compare=False)
     pairs: np.ndarray | None = dataclasses.field(default=None, compare=False)
     dimension: int | None = None
@@ -47,21 +51,30 @@ class Collective:
 
 def collectives(program: SpmdProgram) -> list[Collective]:
     """The communication of a compiled program, in program order."""
-    return collectives_of(hlo_text.parse(program.compiled.as_text()))
+    written = hlo_text.parse(hlo_as_text(program.step.hlo))
+    return collectives_of(hlo_text.parse(program.compiled.as_text()), written.loops())
 
 
 def collectives_of(
-    module: hlo_text.Module, loops: Mapping[str, int] | None = None
+    module: hlo_text.Module, loops: Mapping[str, int | None] | None = None
 ) -> list[Collective]:
     """The same, of a module that has been read; `loops`: see `Module.executed`."""
     found = []
-    for instruction, _, times in module.executed(loops):
+    begun = _begun_in_pieces(module)
+    fused = _fused(module)
+    for instruction, computation, times in module.executed(loops):
         # Of an asynchronous pair the start counts, not the end.
         kind = instruction.opcode.removesuffix("-start")
         if kind not in KINDS:
             continue
+        if _channel(instruction) in begun and not _begins(instruction, computation):
+            continue
         arrays = instruction.arrays
-        if instruction.opcode != kind and len(arrays) > 1:
+        if kind == "all-reduce" and id(computation) in fused:
+            parts = _scattered(instruction, computation)
+            if parts:
+                kind, arrays = "reduce-scatter", parts
+        elif instruction.opcode != kind and len(arrays) > 1:
             # (operands, results, what else the pair needs)
             count = len(instruction.operands)
             arrays = arrays[count : 2 * count]
@@ -79,6 +92,68 @@ def collectives_of(
             )
         )
     return found
+
+
+def _channel(instruction: hlo_text.Instruction) -> str:
+    channel = re.search(r"channel_id=(\d+)", instruction.attributes)
+    return channel[1] if channel else ""
+
+
+def _begins(
+    instruction: hlo_text.Instruction, computation: Mapping[str, hlo_text.Instruction]
+) -> bool:
+    """Whether this is the piece of a collective that starts it."""
+    return any(
+        instruction.name in user.operands and _STARTS in user.attributes
+        for user in computation.values()
+    )
+
+
+def _begun_in_pieces(module: hlo_text.Module) -> set[str]:
+    """The channels of collectives that the TPU compiler splits over fusions.
+
+    It writes such a collective once into the fusion that starts it, where it says so,
+    and again into each that computes while it goes on ("async collective fusion").
+    """
+    return {
+        _channel(instruction)
+        for computation in module.computations.values()
+        for instruction in computation.values()
+        if _channel(instruction) and _begins(instruction, computation)
+    }
+
+
+def _fused(module: hlo_text.Module) -> set[int]:
+    """The identities of the computations that are called by a fusion."""
+    return {
+        id(module.computations[called])
+        for computation in module.computations.values()
+        for instruction in computation.values()
+        if instruction.opcode == "fusion"
+        for called in hlo_text.called(instruction)
+    }
+
+
+def _scattered(
+    instruction: hlo_text.Instruction, computation: Mapping[str, hlo_text.Instruction]
+) -> tuple[hlo_text.Array, ...]:
+    """The parts that are kept of a fused all-reduce, or () where some is kept whole.
+
+    The TPU compiler has no other form of a reduce-scatter: an all-reduce of which each
+    device slices its own part, in one fusion, which never makes the whole sum.
+    """
+    parts = []
+    whole = [instruction.name]
+    for name in whole:  # grows on the way
+        users = [i for i in computation.values() if name in i.operands]
+        for user in users:
+            if user.opcode == "dynamic-slice":
+                parts += user.arrays
+            elif user.opcode in ("get-tuple-element", "bitcast"):
+                whole.append(user.name)
+            else:
+                return ()
+    return tuple(parts)
 
 
 def _groups(attributes: str) -> np.ndarray | None:

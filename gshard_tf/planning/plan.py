@@ -4,8 +4,9 @@ import dataclasses
 import json
 from typing import Any
 
-#: Raised when the fields change, so that an old file is refused and not misread.
-FORMAT = 2
+#: Raised when the fields change or are counted otherwise, so that an old file is
+#: refused and not misread.
+FORMAT = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +95,8 @@ class Communication:
         kind: Such as "all-to-all".
         layer: The layer that they belong to, or "".
         axis: The mesh axes over which devices communicate, joined by "+".
-        count: How many run in a step.
+        count: How many run in a step; those of a loop as often as it turns, or once
+            where that depends on values (`Plan.complaints` then says so).
         bytes: What a core receives by all of them.
         seconds: By the roofline.
         asked: Whether annotations ask for it; sums of partial results (all-reduce,
@@ -187,7 +189,8 @@ class Plan:
         communication: By kind, layer and axis.
         reshards: Those that nobody asked for.
         time: The estimate; None on a CPU or if it does not fit.
-        complaints: Rules that match nothing, large weights that no rule mentions.
+        complaints: Loops that cannot be counted, rules that match nothing, large
+            weights that no rule mentions.
         advice: What to try.
         trace_seconds: To trace and lower the step.
         compile_seconds: To partition and compile it.

@@ -138,6 +138,7 @@ def plan(
     judge = Judge(annotations(written_module, layers), weights, mesh, layouts.rules)
     loops = written_module.loops()
     facts = _program_facts(program, found, layers, judge, loops)
+    uncounted = _uncounted(facts.pop("unknown_loops"), layers)
     written = _flops(written_module, loops)
     memory = None if program is None else memory_of(program, found.hbm_bytes)
     made = Plan(
@@ -156,7 +157,7 @@ def plan(
         memory=memory,
         out_of_memory=oom,
         flops_as_written=sum(written.values()) / mesh.size,
-        complaints=layouts.complaints(),
+        complaints=uncounted + layouts.complaints(),
         advice=advice_for(weights, memory, oom, found.hbm_bytes, mesh),
         trace_seconds=trace_seconds,
         compile_seconds=compile_seconds,
@@ -277,7 +278,7 @@ def _program_facts(
     topology: Topology,
     layers: names.LayerNames,
     judge: Judge,
-    loops: Mapping[str, int],
+    loops: Mapping[str, int | None],
 ) -> dict[str, Any]:
     """What is read off the compiled program; nothing without one."""
     if program is None:
@@ -288,6 +289,7 @@ def _program_facts(
             "communication": [],
             "reshards": [],
             "time": None,
+            "unknown_loops": [name for name, n in loops.items() if n is None],
         }
     module = hlo_text.parse(program.compiled.as_text())
     by_layer: dict[str, float] = {}
@@ -296,7 +298,10 @@ def _program_facts(
         by_layer[layer] = by_layer.get(layer, 0.0) + flops
     total = sum(by_layer.values())
     cost = program.compiled.cost_analysis() or {}
-    collectives = inspection.collectives_of(module, loops)
+    collectives = [
+        dataclasses.replace(c, times=1) if c.times is None else c
+        for c in inspection.collectives_of(module, loops)
+    ]
     seconds: Sequence[float] = [0.0] * len(collectives)
     time_: StepTime | None = None
     if topology.chip is not None:
@@ -318,11 +323,23 @@ def _program_facts(
         "communication": communication,
         "reshards": reshards,
         "time": time_,
+        "unknown_loops": module.unknown_loops(loops),
     }
 
 
+def _uncounted(loops: Sequence[str], layers: names.LayerNames) -> list[str]:
+    """A sentence about the loops whose turns nobody can count."""
+    if not loops:
+        return []
+    where = sorted({layers.layer_of(name) or name for name in loops})
+    return [
+        f"How often the loops in {', '.join(where)} turn depends on values, so that "
+        "what is in them counts once."
+    ]
+
+
 def _flops(
-    module: hlo_text.Module, loops: Mapping[str, int] | None = None
+    module: hlo_text.Module, loops: Mapping[str, int | None] | None = None
 ) -> dict[str, float]:
     """FLOPs of the products of a module, by the name of their operation."""
     found: dict[str, float] = {}
@@ -330,7 +347,8 @@ def _flops(
         flops = hlo_text.product_flops(instruction, computation)
         if flops:
             name = instruction.op_name
-            found[name] = found.get(name, 0.0) + times * flops
+            # In a loop that nobody can count: once; see `_uncounted`.
+            found[name] = found.get(name, 0.0) + (1 if times is None else times) * flops
     return found
 
 

@@ -62,45 +62,6 @@ def test_loops_count_as_often_as_they_turn():
     assert list(module.loops().values()) == [7]
 
 
-BEFORE = """HloModule before
-
-cond.1 {
-  p.1 = (s32[], f32[4,4]{1,0}) parameter(0)
-  i.1 = s32[] get-tuple-element(p.1), index=0
-  n.1 = s32[] constant(5)
-  ROOT less.1 = pred[] compare(i.1, n.1), direction=LT
-}
-
-wrapper.1 {
-  p.4 = (s32[], f32[4,4]{1,0}) parameter(0)
-  ROOT c.4 = pred[] call(p.4), to_apply=cond.1
-}
-
-body.1 {
-  p.2 = (s32[], f32[4,4]{1,0}) parameter(0)
-  x.2 = f32[4,4]{1,0} get-tuple-element(p.2), index=1
-  y.2 = f32[4,4]{1,0} dot(x.2, x.2), lhs_contracting_dims={1}, rhs_contracting_dims={0}
-  i.2 = s32[] get-tuple-element(p.2), index=0
-  ROOT t.2 = (s32[], f32[4,4]{1,0}) tuple(i.2, y.2)
-}
-
-ENTRY main.1 {
-  t.3 = (s32[], f32[4,4]{1,0}) parameter(0)
-  ROOT w.3 = (s32[], f32[4,4]{1,0}) while(t.3), condition=wrapper.1, body=body.1, metadata={op_name="a/while"}
-}
-"""  # noqa: E501
-
-
-def test_a_bound_in_the_condition_is_a_count_too():
-    module = hlo_text.parse(BEFORE)
-    assert module.loops() == {"a/while": 5}
-    assert flops(module) == 5 * 2 * 4**3
-    # A compiler that drops the bound keeps the name; a gradient's loop has another.
-    for name in ("jit(step)/a/while", "jit(step)/gradient_tape/a/while/b/a/while_grad"):
-        after = BEFORE.replace("a/while", name).replace("constant(5)", "copy(i.1)")
-        assert flops(hlo_text.parse(after), module.loops()) == 5 * 2 * 4**3
-
-
 def test_what_has_no_name_is_called_after_what_it_is_applied_to():
     text = """HloModule m
 

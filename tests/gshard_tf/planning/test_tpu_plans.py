@@ -17,7 +17,8 @@ def test_a_model_on_slices_that_are_not_there():
         import keras, tensorflow as tf
         import gshard_tf
         from gshard_tf.planning.chips import CHIPS, find_topology
-        from keras_layers import MoELayer
+        from keras_layers import EncoderBlock, MoELayer, TokenEmbedding
+        from keras_layers import VocabularyProjection
 
         for name in ("v5:2x2", "v5e:3x5", "v3:7x7"):
             try:
@@ -68,6 +69,53 @@ def test_a_model_on_slices_that_are_not_there():
         for topology in ("v3:2x2", "v4:2x2x1", "v5p:2x2x2", "v6e:2x4"):
             plan = gshard_tf.plan(moe(256), topology, batch=(x, x), cache=False)
             print(topology, plan.fits, plan.count("all-to-all"))
+
+        def blocks():
+            ids = keras.Input((64,), dtype="int32")
+            x = TokenEmbedding(512, 64)(ids)
+            for i in range(2):
+                x = EncoderBlock(8, 8, 256, dropout=0.0, seed=i)(x)
+            model = keras.Model(ids, VocabularyProjection(512)(x))
+            model.compile(
+                "adam",
+                keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+            )
+            return model
+
+        ids = tf.TensorSpec([8, 64], tf.int32)
+        rules = gshard_tf.AxisRules({"batch": "x"}, fsdp="x", fsdp_min_bytes=1024)
+        plan = gshard_tf.plan(
+            blocks, "v5e:2x4", {"x": 8}, rules, (ids, ids), cache=False
+        )
+        split = [w for w in plan.weights if w.rule.startswith("fsdp")]
+        print(plan.count("all-gather") == sum(w.role == "weight" for w in split))
+        print(plan.count("reduce-scatter"), plan.count("all-reduce"))
+
+        class Loop(keras.layers.Layer):
+            def __init__(self, goes_on):
+                super().__init__(name="loop")
+                self.goes_on = goes_on
+
+            def call(self, x):
+                def body(i, x):
+                    x = gshard_tf.annotate(tf.transpose(x), ("batch", None))
+                    return i + 1, gshard_tf.annotate(tf.tanh(x), ("batch", None))
+
+                first = tf.constant(0, tf.int64)
+                return tf.while_loop(
+                    self.goes_on, body, (first, x), maximum_iterations=9
+                )[1]
+
+        x = tf.TensorSpec([64, 64], tf.float32)
+        for goes_on in (lambda i, x: i < 7, lambda i, x: x[0, 0] < 0.5):
+            def turning():
+                inputs = keras.Input([64], batch_size=64)
+                return keras.Model(inputs, Loop(goes_on)(inputs), name="model")
+
+            plan = gshard_tf.plan(
+                turning, "v5e:2x4", {"x": 8}, rules, x, "predict", cache=False
+            )
+            print(plan.count("all-to-all"), plan.complaints)
         """
     )
     lines = printed.strip().split("\n")
@@ -85,4 +133,12 @@ def test_a_model_on_slices_that_are_not_there():
     # Spread over the axis, the same model fits.
     assert lines[12] == "True True"
     # The other chips.
-    assert [line.split()[1:] for line in lines[13:]] == [["True", "4"]] * 4
+    assert [line.split()[1:] for line in lines[13:17]] == [["True", "4"]] * 4
+    # A gather of each split weight, though the compiler overlaps some with several
+    # products; and their gradients are added up and split in one fusion.
+    assert lines[17:19] == ["True", "1 1"]
+    # A counter of 64 bits, which the compiler takes apart; and no counter at all.
+    assert lines[19] == "7 []"
+    assert lines[20].startswith('1 ["How often the loops in model/loop turn') or (
+        lines[20].startswith("1 ['How often the loops in model/loop turn")
+    )
