@@ -1,0 +1,1 @@
+"""Private APIs of TensorFlow, Keras and jax, each use with its reason."""
