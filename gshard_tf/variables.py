@@ -189,6 +189,8 @@ class MeshVariable(InPieces, resource_variable_ops.ResourceVariable):
     @_handle.setter
     def _handle(self, handle: tf.Tensor) -> None:
         self._resource = handle
+        # A step may use a handle alone, as Keras 2's legacy optimizers do.
+        handle._gshard_variable = weakref.ref(self)
 
     def _read_variable_op(self, no_copy: bool = False) -> tf.Tensor:
         if self._is_read_by_step():
@@ -245,3 +247,9 @@ class MeshVariable(InPieces, resource_variable_ops.ResourceVariable):
     def is_initialized(self, name: str | None = None) -> tf.Tensor:
         with raw_handles():
             return super().is_initialized(name)
+
+
+def variable_of(handle: tf.Tensor) -> MeshVariable | None:
+    """The variable that a handle is of, if it is one of a mesh."""
+    found = getattr(handle, "_gshard_variable", None)
+    return None if found is None else found()
