@@ -59,23 +59,22 @@ class Layouts:
         if isinstance(reference, PlacedVariable):
             variable.reference = reference
             variable.reference_dims = tuple(range(reference.shape.rank))
-            self._adopt_factors(reference, _scope(variable))
+            self._adopt_factors(reference, variable)
         else:
             self._loose.append(weakref.ref(variable))
 
-    def _adopt_factors(self, reference: PlacedVariable, scope: str | None) -> None:
+    def _adopt_factors(self, reference: PlacedVariable, slot: PlacedVariable) -> None:
         # Keras's Adafactor makes a weight's row and column factors just before the
-        # slot that names the weight, and gives them nothing else to go by than the
-        # optimizer's own name scope.
+        # slot that names the weight.
         rank = reference.shape.rank
         wanted = [tuple(range(rank - 1)), (*range(rank - 2), rank - 1)]
         for ref in self._loose[-2:] if rank >= 2 else []:
-            variable = ref()
-            if variable is None or scope is None or _scope(variable) != scope:
+            factor = ref()
+            if factor is None or not _of_one_optimizer(factor, slot, reference):
                 continue
             for dims in wanted:
-                if variable.shape.as_list() == [reference.shape[d] for d in dims]:
-                    variable.reference, variable.reference_dims = reference, dims
+                if factor.shape.as_list() == [reference.shape[d] for d in dims]:
+                    factor.reference, factor.reference_dims = reference, dims
                     wanted.remove(dims)
                     break
         self._loose.clear()
@@ -135,6 +134,9 @@ class Layouts:
         pattern = self.rules.path_axes(name)
         if pattern is not None:
             self._patterns_used.add(pattern[0])
+        # The path of a slot may hold that of its weight, whose pattern then matches
+        # both; a slot of another rank goes by its weight.
+        if pattern is not None and not self._is_factor_under(pattern, variable):
             if len(pattern[1]) != len(shape):
                 raise ValueError(
                     f"The path pattern {pattern[0]!r} names {len(pattern[1])} "
@@ -158,6 +160,16 @@ class Layouts:
         if size > LARGE_BYTES and self.mesh.size > 1:
             self._large[name] = size
         return Decision(dtensor.Layout.replicated(self.mesh, len(shape)), NO_RULE)
+
+    def _is_factor_under(
+        self, pattern: tuple[str, tuple[str | None, ...]], variable: PlacedVariable
+    ) -> bool:
+        reference = variable.reference
+        return (
+            reference is not None
+            and len(variable.shape) != len(reference.shape)
+            and self.rules.path_axes(reference.path) == pattern
+        )
 
     def _by_axes(
         self, axes: tuple[str | None, ...], shape: tuple, rule: str, name: str
@@ -229,10 +241,16 @@ def _names(axes: tuple[str | None, ...]) -> str:
     return "(" + ", ".join("-" if axis is None else axis for axis in axes) + ")"
 
 
-def _scope(variable: PlacedVariable) -> str | None:
-    """The name scope that a Keras variable was made in, such as an optimizer's."""
-    keras_variable = variable.keras_variable and variable.keras_variable()
-    return None if keras_variable is None else keras_variable.path.rpartition("/")[0]
+def _of_one_optimizer(
+    factor: PlacedVariable, slot: PlacedVariable, reference: PlacedVariable
+) -> bool:
+    """Whether `factor` may be of the same weight as `slot`, by its name alone."""
+    if factor.keras_variable is None:
+        # Keras 2: Adafactor/r/dense/kernel and Adafactor/v/dense/kernel.
+        return factor.path.endswith(f"/{reference.path}")
+    scope, other = (each.path.rpartition("/")[0] for each in (factor, slot))
+    # Keras 3: adafactor/dense_kernel_velocity; a factor says no more than adafactor.
+    return slot.keras_variable is not None and scope == other
 
 
 def keras_variable_being_made() -> keras.Variable | None:

@@ -20,7 +20,7 @@ from tensorflow.compiler.xla.service import hlo_pb2
 from tensorflow.python.eager.polymorphic_function import compiler_ir
 
 from gshard_tf.stateful_random import warn_of_stateful_random
-from gshard_tf.variables import raw_handles
+from gshard_tf.variables import raw_handles, variable_of
 
 
 @dataclasses.dataclass
@@ -147,6 +147,8 @@ def captured(function: Any) -> list[Any]:
             found.append(tensor)
         elif id(tensor) in variables:
             found.append(variables[id(tensor)])
+        elif (variable := variable_of(tensor)) is not None:
+            found.append(variable)
         else:
             raise ValueError(
                 "The step uses a resource that is no variable (a lookup table, an "

@@ -28,9 +28,15 @@ class PlacedVariable:
 
     @property
     def path(self) -> str:
-        """Keras's path of the weight where it is Keras's, else TensorFlow's name."""
+        """Keras's path of the weight where it is Keras's, else TensorFlow's name.
+
+        Keras 2 has no paths: its weights are TensorFlow's variables, `dense/kernel:0`.
+        Here they are called `dense/kernel`, as Keras 3 calls them.
+        """
         keras_variable = self.keras_variable and self.keras_variable()
-        return self.name if keras_variable is None else keras_variable.path
+        if keras_variable is None:
+            return self.name.removesuffix(":0")
+        return keras_variable.path
 
 
 class InPieces(PlacedVariable):

@@ -30,9 +30,10 @@ class AxisRules:
             usual ones (`batch group expert length embed mlp heads kv vocab`) are
             welcome: they are whatever layers pass to `annotate` and `name_axes`.
         paths: `(pattern, axes)` pairs for weights: a regular expression that must
-            match the whole of the weight's Keras `path`, and one logical axis (or
-            None) per dimension. Patterns win over the names that a layer gives. A
-            weight that two patterns match is an error.
+            match the whole of the weight's Keras `path` (of a weight of Keras 2: its
+            name, without `:0`), and one logical axis (or None) per dimension.
+            Patterns win over the names that a layer gives. A weight that two patterns
+            match is an error.
         fsdp: A mesh axis over which every large weight is stored split too, along its
             largest dimension that no other rule splits and that divides (ZeRO stage
             3, "fully sharded data parallel"). It is gathered where it is used, so

@@ -27,6 +27,7 @@ from keras.src.backend.common.symbolic_scope import in_symbolic_scope
 from tensorflow.python.eager import context
 from tensorflow.python.ops import gen_resource_variable_ops, resource_variable_ops
 
+from gshard_tf.compat.tf_gradients import with_dense_gradient
 from gshard_tf.placed import InPieces
 from gshard_tf.shards import Region, own_pieces, splits
 
@@ -188,14 +189,41 @@ class MeshVariable(InPieces, resource_variable_ops.ResourceVariable):
     @_handle.setter
     def _handle(self, handle: tf.Tensor) -> None:
         self._resource = handle
+        # A step may use a handle alone, as Keras 2's legacy optimizers do.
+        handle._gshard_variable = weakref.ref(self)
 
     def _read_variable_op(self, no_copy: bool = False) -> tf.Tensor:
+        if self._is_read_by_step():
+            return with_dense_gradient(
+                lambda: super(MeshVariable, self)._read_variable_op(no_copy),
+                "ReadVariableOp",
+                self.handle,
+            )
         if self.residence is None or _RAW.depth or not context.executing_eagerly():
             return super()._read_variable_op(no_copy)
         with self.residence.lock:
             self._refresh_host()
             with raw_handles():
                 return super()._read_variable_op(no_copy)
+
+    # -- a step looks rows up in the value, whose gradient is dense -----------------
+
+    def sparse_read(self, indices: Any, name: str | None = None) -> tf.Tensor:
+        if self._is_read_by_step():
+            return tf.gather(self._read_variable_op(), indices, name=name)
+        return super().sparse_read(indices, name)
+
+    def gather_nd(self, indices: Any, name: str | None = None) -> tf.Tensor:
+        if self._is_read_by_step():
+            return tf.gather_nd(self._read_variable_op(), indices, name=name)
+        return super().gather_nd(indices, name)
+
+    def _is_read_by_step(self) -> bool:
+        return (
+            self.residence is not None
+            and _RAW.depth > 0
+            and not context.executing_eagerly()
+        )
 
     # -- a new value needs no old one ----------------------------------------------
 
@@ -219,3 +247,9 @@ class MeshVariable(InPieces, resource_variable_ops.ResourceVariable):
     def is_initialized(self, name: str | None = None) -> tf.Tensor:
         with raw_handles():
             return super().is_initialized(name)
+
+
+def variable_of(handle: tf.Tensor) -> MeshVariable | None:
+    """The variable that a handle is of, if it is one of a mesh."""
+    found = getattr(handle, "_gshard_variable", None)
+    return None if found is None else found()

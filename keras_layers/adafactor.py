@@ -3,6 +3,7 @@
 from typing import Any
 
 import keras
+import tensorflow as tf
 from keras import ops
 
 from gshard_tf import name_axes, named_axes
@@ -17,6 +18,9 @@ class Adafactor(keras.optimizers.Adafactor):
     one keeps the factors alone (Adafactor, arXiv 1804.04235, algorithm 4), which is
     what the paper trained with. For a weight of more than two dimensions, `[E, M, H]`
     say, the last two are factored, for each expert by itself.
+
+    The gradient of a table is summed over the look-ups of each row before it is
+    squared; Keras's own squares each look-up by itself.
 
     Arguments are those of `keras.optimizers.Adafactor`.
     """
@@ -58,6 +62,9 @@ class Adafactor(keras.optimizers.Adafactor):
         if len(variable.shape) < 2:
             super().update_step(gradient, variable, learning_rate)
             return
+        if isinstance(gradient, tf.IndexedSlices):
+            # Of a table: the sum of what its rows were looked up for.
+            gradient = tf.convert_to_tensor(gradient)
         index = self._get_variable_index(variable)
         rows, columns = self._r[index], self._c[index]
         dtype = variable.dtype

@@ -23,6 +23,7 @@ from tensorflow.experimental import dtensor
 # the attribute `handle` of what is passed.
 from tensorflow.python.eager import tape
 
+from gshard_tf.compat.tf_gradients import with_dense_gradient
 from gshard_tf.layouts import keras_variable_being_made
 from gshard_tf.mesh_extended import MeshExtended
 from gshard_tf.placed import PlacedVariable
@@ -83,6 +84,8 @@ class AbstractVariable(PlacedVariable, tf.Variable):
         if self._tensor is not None and not in_symbolic_scope():
             # Tapes watch the handle, from which what follows is made.
             tape.variable_accessed(self)
+            tensor = self._tensor
+            return with_dense_gradient(lambda: tf.identity(tensor), "Identity", tensor)
         return tf.identity(self.handle)
 
     read_value = value

@@ -209,3 +209,27 @@ def test_the_other_methods_of_a_strategy(strategy):
         )
     strategy.run(tf.function(lambda: metric.assign_add(2.0)))
     assert float(metric) == 2.0
+
+
+def test_a_variable_of_which_a_step_uses_the_handle_alone():
+    """As the fused operations of Keras 2's legacy optimizers do with their slots."""
+    strategy = parity.strategy_of(8)
+    with strategy.scope():
+        weight = tf.Variable(tf.ones([8]))
+        momentum = tf.Variable(tf.zeros([8]), trainable=False)
+
+    @tf.function(autograph=False)
+    def step(gradient):
+        tf.raw_ops.ResourceApplyMomentum(
+            var=weight.handle,
+            accum=momentum.handle,
+            lr=0.5,
+            grad=gradient,
+            momentum=0.9,
+        )
+        return tf.reduce_sum(gradient)
+
+    for _ in range(2):
+        strategy.run(step, args=(tf.ones([8]),))
+    np.testing.assert_allclose(momentum.numpy(), np.full([8], 1.9), rtol=1e-6)
+    np.testing.assert_allclose(weight.numpy(), np.full([8], -0.45), rtol=1e-6)

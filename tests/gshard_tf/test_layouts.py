@@ -6,6 +6,7 @@ import keras
 import numpy as np
 import parity
 import pytest
+import tensorflow as tf
 
 import gshard_tf
 
@@ -318,3 +319,39 @@ def test_the_program_holds_an_eighth_of_the_experts_and_their_slots(optimizer):
         for i in program.step.updates
     )
     assert program.compiled.memory_analysis().alias_size_in_bytes == updated
+
+
+# -- variables without a Keras path ----------------------------------------------------
+
+
+def test_patterns_match_the_names_of_plain_variables():
+    """As Keras 2 names its weights, TensorFlow's `:0` left out."""
+    rules = gshard_tf.AxisRules(
+        {"mlp": "expert"}, paths=[(r"dense/kernel", (None, "mlp"))]
+    )
+    strategy = parity.strategy_of(8, rules=rules)
+    with strategy.scope():
+        kernel = tf.Variable(tf.zeros([4, 16]), name="dense/kernel")
+    assert kernel.name == "dense/kernel:0" and kernel.path == "dense/kernel"
+    decision = strategy.extended.layouts.of(kernel)
+    assert decision.layout.sharding_specs[1] == "expert"
+    assert decision.rule == "path 'dense/kernel'"
+    assert strategy.extended.layouts.complaints() == []
+
+
+def test_factors_named_after_a_weight_go_by_it():
+    """As Keras 2's Adafactor names them: a pattern for the weight matches them too."""
+    rules = gshard_tf.AxisRules(
+        {"batch": "expert", "mlp": "expert"},
+        paths=[(r".*dense/kernel", (None, "mlp"))],
+    )
+    strategy = parity.strategy_of(8, rules=rules)
+    with strategy.scope():
+        kernel = tf.Variable(tf.zeros([8, 16]), name="dense/kernel")
+        rows = tf.Variable(tf.zeros([8]), name="Adafactor/r/dense/kernel")
+        columns = tf.Variable(tf.zeros([16]), name="Adafactor/c/dense/kernel")
+        with strategy.extended.colocate_vars_with(kernel):
+            slot = tf.Variable(tf.zeros([8, 16]), name="Adafactor/v/dense/kernel")
+    layouts = strategy.extended.layouts
+    found = [layouts.of(v).layout.sharding_specs for v in (rows, columns, slot)]
+    assert found == [["unsharded"], ["expert"], ["unsharded", "expert"]]

@@ -35,6 +35,31 @@ def test_it_takes_the_steps_of_keras(relative_step):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
 
 
+def test_a_tables_gradient_is_summed_by_rows():
+    """An embedding, whose gradient is sparse in plain Keras, is a one-hot product."""
+
+    class OneHot(keras.layers.Embedding):
+        def call(self, ids):
+            return keras.ops.one_hot(ids, self.input_dim) @ self.embeddings
+
+    ids = np.random.RandomState(2).randint(0, 6, size=(32, 4))
+    found = []
+    for embedding in (keras.layers.Embedding, OneHot):
+        keras.utils.set_random_seed(0)
+        made = keras.Sequential(
+            [
+                keras.layers.Input([4], dtype="int32"),
+                embedding(6, 8, name="embedding"),
+                keras.layers.Dense(3),
+            ]
+        )
+        made.compile(Adafactor(0.05), "mse")
+        made.fit(ids, DATA[1], batch_size=8, shuffle=False, verbose=0)
+        found.append(made.get_weights())
+    for one, other in zip(*found, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
 def test_it_keeps_factors_only_and_splits_them_as_their_weight():
     strategy = parity.strategy_of(8)
     with strategy.scope():

@@ -1,0 +1,160 @@
+"""Models of Keras 2 (`tf_keras`) under a strategy, beside plain `tf_keras`."""
+
+import contextlib
+
+import numpy as np
+import parity
+import pytest
+import tensorflow as tf
+
+import gshard_tf
+
+tf_keras = pytest.importorskip("tf_keras")
+K = tf_keras.optimizers
+
+IDS = np.random.default_rng(0).integers(0, 12, size=[24, 4]).astype("int32")
+TARGETS = (IDS[:, :1] * 0.1).astype("float32")
+
+# But for Nadam, which counts in Python how often it was traced, and computes with that.
+OPTIMIZERS = {
+    "SGD": lambda: K.SGD(0.05, momentum=0.9),
+    "RMSprop": lambda: K.RMSprop(1e-2),
+    "Adam": lambda: K.Adam(1e-2),
+    "AdamW": lambda: K.AdamW(1e-2),
+    "Adadelta": lambda: K.Adadelta(1.0),
+    "Adagrad": lambda: K.Adagrad(1e-1),
+    "Adamax": lambda: K.Adamax(1e-2),
+    "Adafactor": lambda: K.Adafactor(1e-2),
+    "Ftrl": lambda: K.Ftrl(1e-1),
+    "Lion": lambda: K.Lion(1e-3),
+    "legacy Adam": lambda: K.legacy.Adam(1e-2),
+}
+RULES = gshard_tf.AxisRules(
+    {"batch": "data", "mlp": "model", "vocab": "model"},
+    paths=[(r".*/embeddings", ("vocab", None)), (r".*hidden/kernel", (None, "mlp"))],
+)
+
+
+def classifier(optimizer):
+    model = tf_keras.Sequential(
+        [
+            tf_keras.layers.Input([4], dtype="int32"),
+            tf_keras.layers.Embedding(16, 8, name="embedding"),
+            tf_keras.layers.Flatten(),
+            tf_keras.layers.Dense(16, "relu", name="hidden"),
+            tf_keras.layers.Dense(1, name="head"),
+        ]
+    )
+    model.compile(OPTIMIZERS[optimizer](), "mse", metrics=["mae"])
+    return model
+
+
+def fitted(make, strategy, *data):
+    tf_keras.backend.clear_session()
+    tf_keras.utils.set_random_seed(7)
+    with strategy.scope() if strategy else contextlib.nullcontext():
+        model = make()
+    history = model.fit(*data, batch_size=8, epochs=2, shuffle=False, verbose=0)
+    return model, history.history
+
+
+def optimizer_state(model):
+    variables = model.optimizer.variables
+    return [v.numpy() for v in (variables() if callable(variables) else variables)]
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_model_trains_as_in_plain_keras_2(optimizer):
+    plain, expected = fitted(lambda: classifier(optimizer), None, IDS, TARGETS)
+    strategy = parity.strategy_of({"data": 2, "model": 2}, rules=RULES)
+    model, found = fitted(lambda: classifier(optimizer), strategy, IDS, TARGETS)
+    parity.assert_close(found, expected, parity.RTOL, "history")
+    parity.assert_close(
+        model.get_weights(), plain.get_weights(), parity.RTOL, "weights"
+    )
+    parity.assert_close(
+        optimizer_state(model), optimizer_state(plain), parity.RTOL, "slots"
+    )
+    assert strategy.programs, "nothing ran on the mesh"
+
+
+@pytest.mark.parametrize("optimizer", ["Adam", "Adafactor"])
+def test_path_rules_match_weights_and_slots_follow(optimizer):
+    strategy = parity.strategy_of({"data": 2, "model": 2}, rules=RULES)
+    model, _ = fitted(lambda: classifier(optimizer), strategy, IDS, TARGETS)
+    description = strategy.describe(model)
+    found = {row.path: row.layout for row in description.rows}
+    assert found["embedding/embeddings"] == ("model", None)
+    assert found["hidden/kernel"] == (None, "model")
+    assert found["head/kernel"] == (None, None)
+    if optimizer == "Adam":
+        assert found["Adam/m/embedding/embeddings"] == ("model", None)
+        assert found["Adam/v/hidden/kernel"] == (None, "model")
+    else:
+        assert found["Adafactor/r/embedding/embeddings"] == ("model",)
+        assert found["Adafactor/c/embedding/embeddings"] == (None,)
+        assert found["Adafactor/r/hidden/kernel"] == (None,)
+        assert found["Adafactor/c/hidden/kernel"] == ("model",)
+        assert found["Adafactor/v/hidden/kernel"] == (None, "model")
+    assert not description.complaints
+
+
+@pytest.mark.slow
+def test_a_bert_of_the_model_garden_trains_as_on_one_device():
+    pytest.importorskip("official")
+    from official.nlp import modeling
+
+    def make():
+        encoder = modeling.networks.BertEncoderV2(
+            vocab_size=64,
+            hidden_size=32,
+            num_layers=2,
+            num_attention_heads=4,
+            inner_dim=64,
+            output_dropout=0.0,
+            attention_dropout=0.0,
+            max_sequence_length=16,
+        )
+        model = modeling.models.BertClassifier(encoder, 3, dropout_rate=0.0)
+        loss = tf_keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        model.compile(K.Adam(1e-3), loss, metrics=["accuracy"])
+        return model
+
+    rng = np.random.default_rng(0)
+    ids = rng.integers(1, 64, (32, 16)).astype("int32")
+    x = {
+        "input_word_ids": ids,
+        "input_mask": np.ones_like(ids),
+        "input_type_ids": np.zeros_like(ids),
+    }
+    y = rng.integers(0, 3, 32)
+    plain, expected = fitted(make, None, x, y)
+    rules = gshard_tf.AxisRules(
+        {"batch": "data", "mlp": "model", "vocab": "model"},
+        paths=[
+            (r".*/word_embeddings/embeddings", ("vocab", None)),
+            (r".*/intermediate/kernel", (None, "mlp")),
+            (r".*/output/kernel", ("mlp", None)),
+        ],
+    )
+    strategy = parity.strategy_of({"data": 2, "model": 2}, rules=rules)
+    model, found = fitted(make, strategy, x, y)
+    parity.assert_close(found, expected, parity.RTOL, "history")
+    for one, other in zip(model.get_weights(), plain.get_weights(), strict=True):
+        # The biases of keys have no gradient but for rounding.
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
+    description = strategy.describe(model)
+    split = [row.path for row in description.rows if "model" in row.layout]
+    # Of five weights, each with two slots.
+    assert len(split) == 15, split
+    assert not description.complaints
+
+
+def test_the_value_on_the_mesh_is_read_by_keras_2():
+    strategy = parity.strategy_of({"data": 2, "model": 2}, rules=RULES)
+    model, _ = fitted(lambda: classifier("Adam"), strategy, IDS, TARGETS)
+    weights = model.get_weights()
+    predicted = model.predict(IDS, verbose=0)
+    twin = classifier("Adam")
+    twin.set_weights(weights)
+    np.testing.assert_allclose(predicted, twin(tf.constant(IDS)), rtol=1e-4, atol=1e-5)
