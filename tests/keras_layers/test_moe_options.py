@@ -135,8 +135,8 @@ def test_all_metrics(kind):
     taken = routing.taken().numpy()
     assert result["moe_dropped"] == pytest.approx(np.mean(~taken[mask]))
     filled = routing.slots_filled().numpy()
-    capacity = int(routing.capacity)
-    assert result["moe_utilisation"] == pytest.approx(filled / (2 * 4 * capacity))
+    # Four experts with a capacity of 10 * 2 / 4, and of 6 * 2 / 4 without the padding.
+    assert result["moe_utilisation"] == pytest.approx(filled / (4 * (5 + 3)))
     gates = tf.nn.softmax(x @ layer.router.kernel.numpy()).numpy()
     assert result["moe_confidence"] == pytest.approx(gates.max(-1)[mask].mean(), 1e-5)
     assert result["moe_z_loss"] == pytest.approx(float(report.z_loss), rel=1e-5)
