@@ -240,16 +240,17 @@ class _Builder:
         size = int(tf.size(value))
         if size == 0 or size > MOST or value.shape.rank > 5:
             raise _Unfit(f"{expression} has shape {value.shape}")
-        self.lines.append(f"h = {expression}")
+        lines = [f"h = {expression}"]
         if value.dtype != tf.float32:
-            self.lines.append('h = tf.cast(h, "float32")')
+            lines.append('h = tf.cast(h, "float32")')
             value = tf.cast(value, "float32")
         largest = float(tf.reduce_max(tf.abs(value)))
         if not np.isfinite(largest):
             raise _Unfit(f"{expression} is not finite")
         if largest > 3.0:
             # Keeps what follows, and the loss, well conditioned.
-            self.lines.append(f"h = h * {2.0 / largest:.3g}")
+            lines.append(f"h = h * {2.0 / largest:.3g}")
             value = value * float(f"{2.0 / largest:.3g}")
+        self.lines += lines
         variables["h"] = value
         self.draw.shape = tuple(value.shape)

@@ -58,6 +58,8 @@ class Crew:
                 return found
 
     def _gone(self, found: dict[str, Any], said: str) -> dict[str, str]:
+        if "verdict" in found:
+            return {}  # a smaller form of it ended the process: the case itself did not
         if found["script"] is None:
             # TensorFlow alone did not survive it.
             return {"verdict": "unusable", "said": said}

@@ -55,6 +55,11 @@ _each("trace fliplr flipud rot90 vstack hstack diag diagflat", "h", (2,))
 _each("diag diagflat vander", "h", (1,))
 _each("segment_sum segment_prod", "h, {ids0}, num_segments=9", (1, 2, 3))
 
+for name in ("max", "min"):  # of an empty segment: the largest number there is
+    operations.templates(
+        f"tf.clip_by_value(keras.ops.segment_{name}(h, {{ids0}}, 9), -3.0, 3.0)",
+        (1, 2, 3),
+    )
 operations.templates(
     """
     keras.ops.append(h, {same}, axis={axis})

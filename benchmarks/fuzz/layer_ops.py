@@ -160,8 +160,8 @@ _layers(
 )
 
 EXCLUDED = {
-    "stands for what it is derived into": "InputSpec Layer Wrapper Pipeline",
-    "an input of a model, no computation": "Input InputLayer",
+    "stands for what it is derived into": "Layer Wrapper Pipeline",
+    "an input of a model, no computation": "InputLayer",
     "turns text to numbers, or looks up a table, in the input pipeline": (
         "Hashing HashedCrossing IntegerLookup StringLookup TextVectorization"
     ),

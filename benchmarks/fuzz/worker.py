@@ -1,7 +1,7 @@
 """The process in which cases run: jobs on standard input, events on standard output.
 
-A job is a JSON line `{"seed", "name", "shrink"}`, or `{"path"}` of a script. A case may
-end the process; whoever watches knows by the last event how far it came.
+A job is a JSON line `{"seed", "name", "shrink"}`. A case may end the process; whoever
+watches knows by the last event how far it came.
 """
 
 import contextlib
@@ -30,6 +30,7 @@ def run(job: dict[str, Any], tell: Any) -> None:
         return
     tell(event="case", script=case.script())
     found = shrinking.verdict(program, want)
+    tell(event="found", **found)
     if job["shrink"] and found["verdict"] in ("wrong", "error"):
         case = shrinking.shrink(case, found["verdict"])
     tell(event="end", **found, script=case.script())
