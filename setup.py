@@ -48,7 +48,14 @@ BENCHMARKS = [
 ]
 # The TPU compiler, for planning; no TPU is needed.
 AOT = ["libtpu==0.0.52"]
-TEST = ["pytest>=9,<10", "pytest-xdist>=3.8,<4", "hypothesis>=6,<7", "ruff==0.17.*"]
+TEST = [
+    "pytest>=9,<10",
+    "pytest-xdist>=3.8,<4",
+    "hypothesis>=6,<7",
+    "ruff==0.17.*",
+    # Keras 2, whose models train under the strategy too.
+    "tf_keras==2.20.1",
+]
 
 setup(
     name="gshard-tf",

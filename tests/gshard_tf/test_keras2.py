@@ -63,7 +63,16 @@ def optimizer_state(model):
     return [v.numpy() for v in (variables() if callable(variables) else variables)]
 
 
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+QUICK = ("Adam", "Adagrad", "Adafactor", "legacy Adam")
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
+        for name in OPTIMIZERS
+    ],
+)
 def test_a_model_trains_as_in_plain_keras_2(optimizer):
     plain, expected = fitted(lambda: classifier(optimizer), None, IDS, TARGETS)
     strategy = parity.strategy_of({"data": 2, "model": 2}, rules=RULES)
