@@ -220,10 +220,14 @@ class SpmdExtended(MeshExtended):
         if not tf.executing_eagerly():
             _check_not_compiled()
             return Step(self, fn, (args, kwargs)).emit()
-        if isinstance(fn, tf.types.experimental.PolymorphicFunction):
+        if (
+            isinstance(fn, tf.types.experimental.PolymorphicFunction)
+            and not tf.config.functions_run_eagerly()
+        ):
             return self._in_graph(fn)(args, kwargs)
         # Eager mode runs operation by operation, on the host, as everywhere in
-        # TensorFlow: for debugging (`run_eagerly=True`).
+        # TensorFlow: for debugging (`run_eagerly=True` of one model,
+        # `tf.config.run_functions_eagerly` of all functions).
         return super()._call_for_each_replica(fn, args, kwargs)
 
     def _in_graph(self, fn: Callable) -> Callable:

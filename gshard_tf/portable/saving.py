@@ -151,7 +151,8 @@ class StepProgram:
                 data = tf.nest.map_structure(
                     lambda spec: None if spec is None else next(values), self.specs
                 )
-                return extended.call_fn(on_mesh, (data,), {})
+                outputs = extended.call_fn(on_mesh, (data,), {})
+                return lowering.as_results(outputs)
 
             return lowering.lower(*lowering.trace(step, given))
 
@@ -180,7 +181,9 @@ class StepProgram:
             tensor = _tensor(name, value, layouts.captures[i], role)
             state.append(dataclasses.replace(tensor, path=variable.path))
         inputs = list(named_batch(self.specs))
-        outputs = [name for name, _ in named_leaves(step.structure)]
+        outputs = [
+            name for name, leaf in named_leaves(step.structure) if leaf is lowering.LEAF
+        ]
         return Manifest(
             model=self.model.name,
             mode=self.mode,
