@@ -15,6 +15,7 @@ from tensorflow.experimental import dtensor
 # Private API: whether a graph is going to be compiled by TensorFlow itself.
 from tensorflow.python.ops import control_flow_util
 
+from gshard_tf.compat.keras import BuildingMayFail, read_no_batch_to_build
 from gshard_tf.layouts import Layouts
 from gshard_tf.mesh_extended import MeshExtended
 from gshard_tf.on_mesh import OnMesh
@@ -201,10 +202,14 @@ class SpmdExtended(MeshExtended):
     def is_ours(self, value: Any) -> bool:
         return getattr(value, "residence", None) is self.residence
 
+    def _scope(self, strategy: tf.distribute.Strategy) -> BuildingMayFail:
+        return BuildingMayFail(super()._scope(strategy))
+
     def _experimental_distribute_dataset(self, dataset: Any, options: Any) -> Any:
         # One replica takes the global batch, and the program cuts it up; a
         # distributed iterator would only add threads that are slow to stop.
         del options
+        read_no_batch_to_build()
         return dataset
 
     def _distribute_datasets_from_function(
