@@ -7,9 +7,12 @@ be rewritten or made stateless.
 
 import contextlib
 import dataclasses
+import numbers
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import keras
+import numpy as np
 import tensorflow as tf
 from tensorflow.compiler.xla import xla_data_pb2
 from tensorflow.compiler.xla.service import hlo_pb2
@@ -35,7 +38,8 @@ class LoweredStep:
         results: The specs of the results.
         num_outputs: How many of them are outputs.
         updates: Index into `captures` of each new value, in order.
-        structure: What the step returns, with each output replaced by `LEAF`.
+        structure: What the step returns, with each output replaced by `LEAF`; what is
+            no tensor is there as it was returned.
     """
 
     hlo: bytes
@@ -66,8 +70,10 @@ def trace(
         jit_compile: Whether to trace it for a compiler, as `lower` needs it.
 
     Returns:
-        The concrete function, whose outputs are the tensors that `fn` returns, flat;
-        and the structure that `fn` returns, with each tensor replaced by `LEAF`.
+        The concrete function, whose outputs are the tensors and variables that `fn`
+        returns, flat; and the structure that `fn` returns, with each of those replaced
+        by `LEAF`. What else it holds (None, Python's and numpy's numbers, strings) is
+        no result of the program and stays as it is.
     """
     structure = None
 
@@ -83,17 +89,32 @@ def trace(
                     "A step on a mesh returns dense tensors; ragged and sparse ones "
                     f"have no static shape. Received: {leaf}"
                 )
-        kept = [None if leaf is None else tf.convert_to_tensor(leaf) for leaf in flat]
         structure = tf.nest.pack_sequence_as(
-            outputs, [None if leaf is None else LEAF for leaf in kept]
+            outputs, [LEAF if _is_result(leaf) else leaf for leaf in flat]
         )
-        return [leaf for leaf in kept if leaf is not None]
+        return [tf.convert_to_tensor(leaf) for leaf in flat if _is_result(leaf)]
 
     with raw_handles(), _unwatched_outside():
         function = tf.function(
             step, jit_compile=jit_compile, autograph=False
         ).get_concrete_function(*specs)
     return function, structure
+
+
+def _is_result(leaf: Any) -> bool:
+    return tf.is_tensor(leaf) or isinstance(leaf, tf.Variable | keras.Variable)
+
+
+def as_results(outputs: Any) -> Any:
+    """A nest in which variables, Python's and numpy's numbers are tensors.
+
+    For a program that runs where the function that returned them is not there.
+    """
+    kinds = tf.Variable | keras.Variable | numbers.Number | np.generic | np.ndarray
+    return tf.nest.map_structure(
+        lambda leaf: tf.convert_to_tensor(leaf) if isinstance(leaf, kinds) else leaf,
+        outputs,
+    )
 
 
 @contextlib.contextmanager

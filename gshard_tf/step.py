@@ -15,7 +15,7 @@ from tensorflow.experimental import dtensor
 
 from gshard_tf import lowering
 from gshard_tf.borrowed import BorrowedVariable
-from gshard_tf.compat.keras import global_seed_state
+from gshard_tf.compat.keras_seeds import global_seed_state
 from gshard_tf.keras_threads import keras_state, use_keras_state
 from gshard_tf.layouts import Layouts
 from gshard_tf.mesh import without_mesh

@@ -16,6 +16,7 @@ from tensorflow.experimental import dtensor
 # Private API: whether a graph is going to be compiled by TensorFlow itself.
 from tensorflow.python.ops import control_flow_util
 
+from gshard_tf.compat.keras_fit import BuildingMayFail, read_no_batch_to_build
 from gshard_tf.layouts import Layouts
 from gshard_tf.mesh_extended import MeshExtended
 from gshard_tf.on_mesh import OnMesh
@@ -218,10 +219,14 @@ class SpmdExtended(MeshExtended):
     def is_ours(self, value: Any) -> bool:
         return getattr(value, "residence", None) is self.residence
 
+    def _scope(self, strategy: tf.distribute.Strategy) -> BuildingMayFail:
+        return BuildingMayFail(super()._scope(strategy))
+
     def _experimental_distribute_dataset(self, dataset: Any, options: Any) -> Any:
         # One replica takes the global batch, and the program cuts it up; a
         # distributed iterator would only add threads that are slow to stop.
         del options
+        read_no_batch_to_build()
         return dataset
 
     def _distribute_datasets_from_function(
@@ -237,10 +242,14 @@ class SpmdExtended(MeshExtended):
         if not tf.executing_eagerly():
             _check_not_compiled()
             return Step(self, fn, (args, kwargs)).emit()
-        if isinstance(fn, tf.types.experimental.PolymorphicFunction):
+        if (
+            isinstance(fn, tf.types.experimental.PolymorphicFunction)
+            and not tf.config.functions_run_eagerly()
+        ):
             return self._in_graph(fn)(args, kwargs)
         # Eager mode runs operation by operation, on the host, as everywhere in
-        # TensorFlow: for debugging (`run_eagerly=True`).
+        # TensorFlow: for debugging (`run_eagerly=True` of one model,
+        # `tf.config.run_functions_eagerly` of all functions).
         return super()._call_for_each_replica(fn, args, kwargs)
 
     def _in_graph(self, fn: Callable) -> Callable:

@@ -27,6 +27,7 @@ from keras.src.backend.common.symbolic_scope import in_symbolic_scope
 from tensorflow.python.eager import context
 from tensorflow.python.ops import gen_resource_variable_ops, resource_variable_ops
 
+from gshard_tf.compat.tensorflow import out_of_graphs
 from gshard_tf.compat.tf_gradients import with_dense_gradient
 from gshard_tf.placed import InPieces
 from gshard_tf.shards import Region, own_pieces, splits
@@ -153,7 +154,9 @@ class MeshVariable(InPieces, resource_variable_ops.ResourceVariable):
         if not self._host_is_fresh:
             self._check_not_lost()
             value = self.residence.to_host(self._device_value)
-            with tf.init_scope():
+            # A reader may be building a graph of any kind: a function's, or the plain
+            # one of a SavedModel.
+            with out_of_graphs():
                 gen_resource_variable_ops.assign_variable_op(
                     self._resource, tf.constant(value, dtype=self._dtype)
                 )

@@ -12,7 +12,7 @@ from gshard_tf.checkpoints.manager import Checkpoints, Restored, array_reader
 from gshard_tf.checkpoints.manifest import Manifest
 from gshard_tf.checkpoints.state import Variable, array_of, section, state_of
 from gshard_tf.checkpoints.transfer import load
-from gshard_tf.compat.keras import give_global_seed_generator, global_seed_state
+from gshard_tf.compat.keras_seeds import give_global_seed_generator, global_seed_state
 from gshard_tf.keras_steps import complete
 
 

@@ -23,7 +23,7 @@ from gshard_tf.checkpoints.matching import Match, match
 from gshard_tf.checkpoints.state import Variable, array_of
 from gshard_tf.checkpoints.transfer import describe, load, repeated, snapshot
 from gshard_tf.checkpoints.writing import PATIENCE_SECONDS, write
-from gshard_tf.compat.keras import global_seed_state
+from gshard_tf.compat.keras_seeds import global_seed_state
 from gshard_tf.processes import agree, group, next_turn
 
 

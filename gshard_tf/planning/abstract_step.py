@@ -35,10 +35,7 @@ def lower_abstract(
                 fn, tf.nest.pack_sequence_as(arguments, list(inputs)), {}
             )
             # While they still stand for tensors: outputs may hold variables.
-            outputs = tf.nest.map_structure(
-                lambda leaf: None if leaf is None else tf.convert_to_tensor(leaf),
-                outputs,
-            )
+            outputs = lowering.as_results(outputs)
         updates[:] = sorted(traced.assigned)
         return outputs, [traced.assigned[i] for i in updates]
 

@@ -14,7 +14,7 @@ import keras
 import tensorflow as tf
 
 import gshard_tf
-from gshard_tf.compat.keras import own_global_seed_generator
+from gshard_tf.compat.keras_seeds import own_global_seed_generator
 from gshard_tf.planning import planner
 from gshard_tf.planning.abstract import AbstractStrategy
 from gshard_tf.planning.compare import compare

@@ -13,7 +13,7 @@ import tensorflow as tf
 from tensorflow.experimental import dtensor
 
 from gshard_tf import hlo_text, inspection
-from gshard_tf.compat.keras import own_global_seed_generator
+from gshard_tf.compat.keras_seeds import own_global_seed_generator
 from gshard_tf.keras_steps import MODES, batch_specs, check_mode, complete
 from gshard_tf.layouts import Layouts
 from gshard_tf.lowering import LoweredStep

@@ -21,7 +21,7 @@ from gshard_tf import lowering
 from gshard_tf.checkpoints.manifest import Array
 from gshard_tf.checkpoints.matching import match
 from gshard_tf.checkpoints.state import array_of, state_of
-from gshard_tf.compat.keras import global_seed_state
+from gshard_tf.compat.keras_seeds import global_seed_state
 from gshard_tf.keras_steps import (
     MODES,
     batch_specs,
@@ -152,7 +152,8 @@ class StepProgram:
                 data = tf.nest.map_structure(
                     lambda spec: None if spec is None else next(values), self.specs
                 )
-                return extended.call_fn(on_mesh, (data,), {})
+                outputs = extended.call_fn(on_mesh, (data,), {})
+                return lowering.as_results(outputs)
 
             return lowering.lower(*lowering.trace(step, given))
 
@@ -189,7 +190,9 @@ class StepProgram:
             tensor = _tensor(name, value, layouts.captures[i], role)
             state.append(dataclasses.replace(tensor, path=variable.path))
         inputs = list(named_batch(self.specs))
-        outputs = [name for name, _ in named_leaves(step.structure)]
+        outputs = [
+            name for name, leaf in named_leaves(step.structure) if leaf is lowering.LEAF
+        ]
         return Manifest(
             model=self.model.name,
             mode=self.mode,

@@ -7,8 +7,9 @@ import tensorflow as tf
 
 # Private API: a variable that has a shape and no value, as TensorFlow's own export
 # makes them.
-from tensorflow.python.eager import context
 from tensorflow.python.ops import resource_variable_ops
+
+from gshard_tf.compat.tensorflow import out_of_graphs
 
 # Keras traces what it exports from within this package.
 _KERAS_EXPORT = "keras.src.export"
@@ -31,7 +32,7 @@ def stand_in(shape: tf.TensorShape, dtype: tf.DType, name: str) -> Any:
     When the SavedModel is loaded, the variable that takes its place gets the value
     that was saved, part by part.
     """
-    with tf.init_scope(), context.eager_mode(), tf.device("CPU:0"):
+    with out_of_graphs(), tf.device("CPU:0"):
         return resource_variable_ops.UninitializedVariable(
             shape=shape, dtype=dtype, name=name, trainable=False
         )

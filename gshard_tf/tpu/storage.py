@@ -12,10 +12,10 @@ from tensorflow.experimental import dtensor
 
 # Private API: the class of `tf.Variable`'s instances; inside a strategy's scope
 # `tf.Variable` would come back to the strategy.
-from tensorflow.python.eager import context
 from tensorflow.python.ops import resource_variable_ops
 
 from gshard_tf import hlo_sharding
+from gshard_tf.compat.tensorflow import out_of_graphs
 from gshard_tf.layouts import Layouts
 from gshard_tf.shards import Region, whole
 from gshard_tf.tpu.exporting import stand_in
@@ -66,7 +66,7 @@ class Storage:
         """What each core of a replica holds, in the order of the mesh."""
         if self._cores is None:
             # In eager mode also where a SavedModel's graph is being made.
-            with tf.init_scope(), context.eager_mode():
+            with out_of_graphs():
                 self._cores = self._make()
             self._initial = None
         return self._cores[replica]

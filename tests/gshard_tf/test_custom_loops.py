@@ -233,3 +233,57 @@ def test_a_variable_of_which_a_step_uses_the_handle_alone():
         strategy.run(step, args=(tf.ones([8]),))
     np.testing.assert_allclose(momentum.numpy(), np.full([8], 1.9), rtol=1e-6)
     np.testing.assert_allclose(weight.numpy(), np.full([8], -0.45), rtol=1e-6)
+
+
+KINDS = {
+    "python": {"int": 3, "float": 1.5, "bool": True, "complex": 1j},
+    "numpy": [np.float32(2), np.float64(2), np.int64(4), np.ones(2)],
+    "strings": {"text": "abc", "bytes": (b"a", None)},
+    "none": None,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_step_returns_besides_tensors(strategy, kind):
+    """As TensorFlow's strategy of one device hands it out, where `run` is called."""
+    calls = {}
+    plain = tf.distribute.OneDeviceStrategy("/cpu:0")
+    for name, where in {"mesh": strategy, "plain": plain}.items():
+
+        @tf.function
+        def run(x, where=where, name=name):
+            found = where.run(
+                lambda x: {"sum": tf.reduce_sum(x), kind: KINDS[kind]}, (x,)
+            )
+            calls[name] = [type(leaf) for leaf in tf.nest.flatten(found)]
+            return found
+
+        calls[name, "result"] = run(tf.ones([8]))
+    assert calls["mesh"] == calls["plain"]
+    ours, theirs = calls["mesh", "result"], calls["plain", "result"]
+    tf.nest.assert_same_structure(ours, theirs)
+    for a, b in zip(tf.nest.flatten(ours), tf.nest.flatten(theirs), strict=True):
+        if b is None:
+            assert a is None
+        else:
+            assert a.dtype == b.dtype
+            np.testing.assert_array_equal(a, b)
+    assert len(strategy.programs) == 1
+
+
+def test_functions_that_run_eagerly(strategy):
+    """`tf.config.run_functions_eagerly`: as plain, then on the mesh again."""
+    expected, plain = plain_losses()
+    model, step = make(strategy)
+    step = tf.function(step)
+    first, second = batches()
+    tf.config.run_functions_eagerly(True)
+    try:
+        found = [float(strategy.run(step, args=(first,)))]
+    finally:
+        tf.config.run_functions_eagerly(False)
+    assert not strategy.programs
+    found.append(float(strategy.run(step, args=(second,))))
+    assert len(strategy.programs) == 1
+    parity.assert_close(found, expected, parity.RTOL, "loss")
+    parity.assert_same_state(model, plain)

@@ -128,6 +128,32 @@ def test_any_output_of_a_step():
     assert_equal_runs(Outputs, use, rtol=5e-3)
 
 
+def test_logs_that_are_no_tensors():
+    class Logs(Subclassed):
+        def train_step(self, data):
+            logs = super().train_step(data)
+            return {**logs, "text": "abc", "none": None, "nested": {"three": 3}}
+
+        def test_step(self, data):
+            return {**super().test_step(data), "text": "abc", "numpy": np.float32(2)}
+
+    def make():
+        model = Logs()
+        model.compile("adam", sparse_loss())
+        return model
+
+    def use(model):
+        evaluated = model.evaluate(X, Y, batch_size=16, verbose=0, return_dict=True)
+        found = [fit(model).history, evaluated]
+        # (Keras makes an array of a string.)
+        texts = [found[0].pop("text"), found[1].pop("text")]
+        return found, [str(text) for text in texts]
+
+    plain, meshed = assert_equal_runs(make, use)
+    assert plain.result[0][0]["three"] == [3.0, 3.0]
+    assert meshed.strategy.programs
+
+
 # -- everything that fit, evaluate and predict take --------------------------------
 
 
@@ -169,13 +195,21 @@ def test_steps_per_execution():
     assert_equal_runs(lambda: parity.compiled(steps_per_execution=2), use)
 
 
-def test_run_eagerly():
+@pytest.mark.parametrize("by", ["model", "tensorflow"])
+def test_run_eagerly(by):
     def make():
-        return parity.compiled(run_eagerly=True)
+        return parity.compiled(run_eagerly=by == "model")
 
-    plain = parity.run_plain(make, fit)
-    meshed = parity.run_on_mesh(make, fit)
-    parity.assert_close(meshed.result, plain.result, parity.RTOL, "history")
+    def use(model):
+        return fit(model).history, model.evaluate(X, Y), model.predict(X)
+
+    tf.config.run_functions_eagerly(by == "tensorflow")
+    try:
+        plain = parity.run_plain(make, use)
+        meshed = parity.run_on_mesh(make, use)
+    finally:
+        tf.config.run_functions_eagerly(False)
+    parity.assert_close(meshed.result, plain.result, parity.RTOL, "results")
     parity.assert_same_state(meshed.model, plain.model)
     # Eager mode is for debugging: it runs on the host, operation by operation.
     assert meshed.strategy.programs == []

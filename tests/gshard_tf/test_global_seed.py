@@ -13,7 +13,7 @@ import pytest
 import tensorflow as tf
 
 import gshard_tf
-from gshard_tf.compat import keras as compat
+from gshard_tf.compat import keras_seeds as compat
 
 X = np.random.default_rng(0).normal(size=[8, 4]).astype("float32")
 
@@ -183,7 +183,7 @@ def test_a_plan_leaves_the_generator_alone():
 
 
 def test_where_keras_keeps_its_generator():
-    """What `gshard_tf.compat.keras` relies on."""
+    """What `gshard_tf.compat.keras_seeds` relies on."""
     start()
     assert compat.global_seed_state() is None
     keras.random.normal([1])

@@ -390,3 +390,18 @@ def test_by_default_a_file_is_for_every_halving_of_the_mesh():
         list(m.values()) for m in halvings(gshard_tf.create_mesh({"a": 6, "b": 2}))
     ]
     assert sizes == [[6, 2], [3, 2], [1, 2], [1, 1]]
+
+
+def test_a_program_returns_numbers_and_no_strings(tmp_path):
+    class Logs(keras.Sequential):
+        def train_step(self, data):
+            return {**super().train_step(data), "two": 2.0, "text": "abc", "none": None}
+
+    strategy = strategy_of(2)
+    with strategy.scope():
+        model = Logs([keras.layers.Input([4]), keras.layers.Dense(1)])
+        model.compile("sgd", "mse")
+    x = np.ones([4, 4], "float32")
+    program = strategy.program(model, "train", (x, x[:, :1]))
+    manifest = program.save(tmp_path / "train.gshard")
+    assert [t.name for t in manifest.outputs] == ["loss", "two"]

@@ -1,0 +1,22 @@
+"""What the package uses of TensorFlow that is not public."""
+
+import contextlib
+from collections.abc import Iterator
+
+import tensorflow as tf
+
+# Private API: the eager mode of this thread. On an upgrade, check that `eager_mode`
+# still leaves every kind of graph, also a plain `tf.Graph` (which `init_scope` does
+# not), and that the graph is current again behind it.
+from tensorflow.python.eager import context
+
+
+@contextlib.contextmanager
+def out_of_graphs() -> Iterator[None]:
+    """Inside it, operations run at once, whatever graph is being built around it.
+
+    `tf.init_scope` alone leaves functions, and stays in a plain `tf.Graph`: the one
+    that `tf.saved_model.save` builds, say.
+    """
+    with tf.init_scope(), context.eager_mode():
+        yield
