@@ -170,7 +170,7 @@ def test_any_rank_on_a_mesh(shape):
 
 
 def test_masks_pass_at_any_rank():
-    masked = keras.layers.Masking()(np.ones([2, 3, 6], "float32"))
+    masked = keras.layers.Masking()(np.ones([2, 3, 4, 6], "float32"))
     assert FeedForward(8)(masked)._keras_mask is masked._keras_mask
 
 
