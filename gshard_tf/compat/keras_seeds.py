@@ -1,4 +1,4 @@
-"""What Keras has no public way to."""
+"""Keras's global seed generator, which unseeded `keras.random` draws from."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
