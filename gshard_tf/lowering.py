@@ -19,6 +19,7 @@ from tensorflow.compiler.xla.service import hlo_pb2
 # the captures, and results the outputs followed by the updated variables.
 from tensorflow.python.eager.polymorphic_function import compiler_ir
 
+from gshard_tf.hlo_rewrites.recomputed_maxima import compute_compared_maxima_once
 from gshard_tf.variables import raw_handles
 
 
@@ -169,7 +170,8 @@ def lower(function: Any, structure: Any) -> LoweredStep:
             ) from error
     proto = hlo_pb2.HloModuleProto.FromString(hlo)
     _check_static(proto)
-    if _without_copies(proto):
+    changes = [_without_copies(proto), compute_compared_maxima_once(proto)]
+    if any(changes):
         hlo = proto.SerializeToString()
     # A lone result is no tuple, so it has no index.
     result_of = {

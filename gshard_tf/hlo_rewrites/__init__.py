@@ -1,0 +1,1 @@
+"""Changes of a lowered step that keep what it means."""
