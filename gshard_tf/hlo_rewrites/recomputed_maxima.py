@@ -95,6 +95,8 @@ def _same(module: hlo_pb2.HloModuleProto) -> _Same:
             result, operands = (each.id, ()), [(id_, ()) for id_ in each.operand_ids]
             if each.opcode in _MOVING or each.opcode == "opt-barrier":
                 join(result, operands[0], each.shape)
+            elif each.opcode == "select":  # of segments: a maximum where there is one
+                join(result, operands[1], each.shape)
             elif each.opcode == "tuple":
                 for i, part in enumerate(each.shape.tuple_shapes):
                     join((each.id, (i,)), operands[i], part)
