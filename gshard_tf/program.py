@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from tensorflow.experimental import dtensor
 
+from gshard_tf.compat.xla import compiler_options
 from gshard_tf.devices import mesh_devices
 from gshard_tf.hlo_rewrites import partition_safely
 from gshard_tf.lowering import LoweredStep
@@ -274,7 +275,8 @@ class SpmdProgram:
                 donate,
                 keep_finite,
             )
-            self.compiled = jitted.lower(*shapes).compile()
+            options = compiler_options(mesh.devices.flat[0].platform)
+            self.compiled = jitted.lower(*shapes).compile(compiler_options=options)
 
     def put_inputs(self, arrays: Sequence[np.ndarray]) -> list[Any]:
         """The arguments of a call, on the devices.

@@ -1,0 +1,177 @@
+"""Keeps a tensor and its maximum together.
+
+TensorFlow's gradient of a maximum goes to the elements that equal it, by comparing all
+of them with it. A compiler may compute these elements twice, once for the maximum and
+once for the comparison, each in a loop of its own. Where one loop rounds a product and
+the other only the sum that follows, no element equals the maximum any more: its
+gradient is lost, or 0 / 0. So what is compared with its own maximum is computed once.
+"""
+
+from tensorflow.compiler.xla import xla_data_pb2
+from tensorflow.compiler.xla.service import hlo_pb2
+
+# The value that an instruction, by its id, has at a place in a nest of tuples.
+Value = tuple[int, tuple[int, ...]]
+
+_FLOATS = frozenset(
+    (xla_data_pb2.F16, xla_data_pb2.BF16, xla_data_pb2.F32, xla_data_pb2.F64)
+)
+# Their result has the elements of their first operand, or some of them.
+_MOVING = frozenset(
+    "bitcast broadcast convert copy dynamic-slice gather reshape reverse slice "
+    "transpose".split()
+)
+_STRUCTURE = frozenset(
+    "call conditional get-tuple-element opt-barrier parameter tuple while".split()
+)
+_GIVEN = frozenset(["constant", "iota"])
+
+
+class _Same:
+    """Sets of values that have the same elements."""
+
+    def __init__(self):
+        self._parent: dict[Value, Value] = {}
+
+    def of(self, value: Value) -> Value:
+        """The value that stands for all of its set."""
+        passed = []
+        while value in self._parent:
+            passed.append(value)
+            value = self._parent[value]
+        self._parent.update(dict.fromkeys(passed, value))
+        return value
+
+    def join(self, one: Value, other: Value) -> None:
+        """Makes one set of those of two values."""
+        one, other = self.of(one), self.of(other)
+        if one != other:
+            self._parent[one] = other
+
+
+def compute_compared_maxima_once(module: hlo_pb2.HloModuleProto) -> bool:
+    """Has a tensor that is compared with its own maximum or minimum computed once.
+
+    Args:
+        module: A lowered step. It is changed in place.
+
+    Returns:
+        Whether it was changed.
+    """
+    same = _same(module)
+    compared = _compared(module, same)
+    if not compared:
+        return False
+    last = max(i.id for c in module.computations for i in c.instructions)
+    changed = False
+    for computation in module.computations:
+        for instruction in list(computation.instructions):
+            if (
+                same.of((instruction.id, ())) in compared
+                and instruction.opcode not in _MOVING | _STRUCTURE | _GIVEN
+                and instruction.shape.element_type in _FLOATS
+            ):
+                last = _hold(computation, instruction, last)
+                changed = True
+    return changed
+
+
+def _same(module: hlo_pb2.HloModuleProto) -> _Same:
+    """Which values of a module have the same elements, through calls and tuples.
+
+    What a loop changes from turn to turn is taken for the same in all turns.
+    """
+    same = _Same()
+    computations = {c.id: c for c in module.computations}
+
+    def join(one: Value, other: Value, shape: xla_data_pb2.ShapeProto) -> None:
+        if shape.element_type != xla_data_pb2.TUPLE:
+            same.join(one, other)
+        for i, part in enumerate(shape.tuple_shapes):
+            join((one[0], (*one[1], i)), (other[0], (*other[1], i)), part)
+
+    for computation in module.computations:
+        for each in computation.instructions:
+            result, operands = (each.id, ()), [(id_, ()) for id_ in each.operand_ids]
+            if each.opcode in _MOVING or each.opcode == "opt-barrier":
+                join(result, operands[0], each.shape)
+            elif each.opcode == "select":  # of segments: a maximum where there is one
+                join(result, operands[1], each.shape)
+            elif each.opcode == "tuple":
+                for i, part in enumerate(each.shape.tuple_shapes):
+                    join((each.id, (i,)), operands[i], part)
+            elif each.opcode == "get-tuple-element":
+                join(result, (operands[0][0], (each.tuple_index,)), each.shape)
+            elif each.opcode in ("call", "conditional", "while"):
+                for n, id_ in enumerate(each.called_computation_ids):
+                    called = computations[id_]
+                    if each.opcode == "conditional":
+                        passed = [operands[n + 1]]
+                    else:
+                        passed = operands
+                    for inner in called.instructions:
+                        if inner.opcode == "parameter":
+                            argument = passed[inner.parameter_number]
+                            join((inner.id, ()), argument, inner.shape)
+                    if each.opcode != "while" or n == 0:  # the body, not the condition
+                        join(result, (called.root_id, ()), each.shape)
+    return same
+
+
+def _compared(module: hlo_pb2.HloModuleProto, same: _Same) -> set[Value]:
+    """The sets of values that are compared with their own maximum or minimum."""
+    computations = {c.id: c for c in module.computations}
+    reduced: dict[Value, set[Value]] = {}
+    for computation in module.computations:
+        for each in computation.instructions:
+            operand = _reduced(each, computations)
+            if operand is not None:
+                found = reduced.setdefault(same.of((each.id, ())), set())
+                found.add(same.of((operand, ())))
+    compared = set()
+    for computation in module.computations:
+        for each in computation.instructions:
+            if each.opcode == "compare" and each.comparison_direction in ("EQ", "NE"):
+                one, other = (same.of((id_, ())) for id_ in each.operand_ids)
+                compared |= {one} & reduced.get(other, set())
+                compared |= {other} & reduced.get(one, set())
+    return compared
+
+
+def _reduced(
+    instruction: hlo_pb2.HloInstructionProto,
+    computations: dict[int, hlo_pb2.HloComputationProto],
+) -> int | None:
+    """What an instruction takes maxima or minima of, by its id; None of others."""
+    # A scatter's operands: what it adds to, the indices, the updates.
+    place = {"reduce": 0, "reduce-window": 0, "scatter": 2}.get(instruction.opcode)
+    if place is None or instruction.shape.element_type == xla_data_pb2.TUPLE:
+        return None
+    combine = computations[instruction.called_computation_ids[0]]
+    if not any(i.opcode in ("maximum", "minimum") for i in combine.instructions):
+        return None
+    return instruction.operand_ids[place]
+
+
+def _hold(
+    computation: hlo_pb2.HloComputationProto,
+    held: hlo_pb2.HloInstructionProto,
+    last: int,
+) -> int:
+    """Puts a barrier between a tensor and its users; the last id that is used."""
+    place = next(i for i, x in enumerate(computation.instructions) if x.id == held.id)
+    barrier = hlo_pb2.HloInstructionProto(
+        name=f"kept.{last + 1}", id=last + 1, opcode="opt-barrier"
+    )
+    barrier.shape.CopyFrom(held.shape)
+    barrier.metadata.CopyFrom(held.metadata)
+    barrier.operand_ids.append(held.id)
+    for user in computation.instructions:
+        ids = [barrier.id if id_ == held.id else id_ for id_ in user.operand_ids]
+        user.operand_ids[:] = ids
+    if computation.root_id == held.id:
+        computation.root_id = barrier.id
+    rest = list(computation.instructions[place + 1 :])
+    del computation.instructions[place + 1 :]
+    computation.instructions.extend([barrier, *rest])
+    return barrier.id
