@@ -23,6 +23,7 @@ from tensorflow.compiler.xla.service import hlo_pb2
 from tensorflow.python.eager.polymorphic_function import compiler_ir
 
 from gshard_tf.hlo_rewrites.recomputed_maxima import compute_compared_maxima_once
+from gshard_tf.hlo_rewrites.recomputed_rounding import compute_rounding_once
 from gshard_tf.stateful_random import warn_of_stateful_random
 from gshard_tf.variables import raw_handles, variable_of
 
@@ -202,7 +203,11 @@ def lower(function: Any, structure: Any) -> LoweredStep:
     proto = hlo_pb2.HloModuleProto.FromString(hlo)
     _check_static(proto)
     warn_of_stateful_random(proto)
-    changes = [_without_copies(proto), compute_compared_maxima_once(proto)]
+    changes = [
+        _without_copies(proto),
+        compute_compared_maxima_once(proto),
+        compute_rounding_once(proto),
+    ]
     if any(changes):
         hlo = proto.SerializeToString()
     # A lone result is no tuple, so it has no index.
