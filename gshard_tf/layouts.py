@@ -49,6 +49,8 @@ class Layouts:
         self._loose: list[weakref.ref] = []
         self._patterns_used: set[str] = set()
         self._large: dict[str, int] = {}
+        # Of a large weight by its name: the sizes that do not divide, and their axes.
+        self._uneven: dict[str, list[tuple[int, str]]] = {}
         self._warned: set[str] = set()
 
     def note_created(self, variable: PlacedVariable, reference: Any) -> None:
@@ -143,10 +145,10 @@ class Layouts:
                     f"dimensions and matches the weight {name!r} of shape {shape}. "
                     "Give one name (or None) per dimension."
                 )
-            return self._by_axes(pattern[1], shape, f"path {pattern[0]!r}", name)
+            return self._by_axes(pattern[1], variable, f"path {pattern[0]!r}")
         axes = None if keras_variable is None else named_axes(keras_variable)
         if axes is not None:
-            return self._by_axes(axes, shape, f"axes {_names(axes)}", name)
+            return self._by_axes(axes, variable, f"axes {_names(axes)}")
         if variable.reference is not None:
             weight = self.of(variable.reference)
             specs = [
@@ -172,12 +174,16 @@ class Layouts:
         )
 
     def _by_axes(
-        self, axes: tuple[str | None, ...], shape: tuple, rule: str, name: str
+        self, axes: tuple[str | None, ...], variable: PlacedVariable, rule: str
     ) -> Decision:
+        shape, name = tuple(variable.shape), variable.path
         layout = self.rules.layout(axes, self.mesh, f"the weight {name!r}")
         stored, uneven = _storable(layout, shape)
         if uneven:
             rule += f"; dimension {uneven} does not divide: whole"
+            if int(np.prod(shape)) * variable.dtype.size > LARGE_BYTES:
+                specs = layout.sharding_specs
+                self._uneven[name] = [(shape[d], specs[d]) for d in uneven]
         return Decision(stored, rule)
 
     def of_batch(self, shape: tf.TensorShape) -> dtensor.Layout:
@@ -207,7 +213,21 @@ class Layouts:
             "(an axis of None says that replicating it is meant)."
             for name, size in self._large.items()
         ]
+        if self._uneven:
+            name, sizes = next(iter(self._uneven.items()))
+            found.append(
+                "Large weights have a dimension that does not divide by its mesh axis, "
+                "and so are whole on every device along it. The first of "
+                f"{len(self._uneven)} is {name!r}: "
+                f"{' and '.join(self._fitting(*each) for each in sizes)}."
+            )
         return found
+
+    def _fitting(self, size: int, axis: str) -> str:
+        count = self.mesh.dim_size(axis)
+        below, above = size // count * count, -(-size // count) * count
+        fitting = f"{below} or {above}" if below else f"{above}"
+        return f"{size} over the {count} devices of {axis!r}, where {fitting} would do"
 
     def warn_once(self) -> None:
         """Issues each complaint as a warning, the first time that it stands."""

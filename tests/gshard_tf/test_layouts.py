@@ -225,6 +225,19 @@ def test_does_not_complain_of_a_large_weight_on_one_device():
     assert complaints(dense=large, mesh=1) == []
 
 
+def test_complains_once_of_large_weights_that_do_not_divide():
+    rules = gshard_tf.AxisRules(
+        {"expert": "expert", "vocab": "expert"},
+        paths=[(".*/dense/kernel", (None, "vocab"))],
+    )
+    uneven = lambda: keras.layers.Dense(10_001, use_bias=False)  # noqa: E731
+    [complaint] = complaints(dense=uneven, rules=rules)
+    assert complaint.startswith("Large weights have a dimension that does not divide")
+    assert (
+        "10001 over the 8 devices of 'expert', where 10000 or 10008 would" in complaint
+    )
+
+
 def test_the_first_step_warns_of_each_complaint_once():
     rules = gshard_tf.AxisRules(
         {"expert": "expert"}, paths=[(".*/kernle", ("expert", None))]
