@@ -238,6 +238,15 @@ def test_a_shard_is_missing(tmp_path):
         data.require(state["iterator"])
 
 
+def test_a_name_that_is_a_pattern(tmp_path):
+    data = gshard_tf.ResumableData(numbers(tmp_path / "[c]"))
+    take(data, 13)
+    state = data.state()
+    (tmp_path / "[c].index").write_bytes(b"")
+    with pytest.raises(ValueError, match="file is too short"):
+        data.require(state["iterator"])
+
+
 def test_a_dataset_too_large_to_look_into(tmp_path, monkeypatch):
     state, _ = saved_after(tmp_path / "c", 13)
     monkeypatch.setattr(caches, "file_caches", lambda _: None)
