@@ -57,7 +57,7 @@ def write(prefix: Path, pieces: Sequence[Piece]) -> None:
                 tensors=[_tensor(piece.value) for piece in pieces],
             )
         except tf.errors.OpError as error:
-            raise OSError(f"could not write {prefix} ({_reason(error)})") from error
+            raise OSError(f"could not write {prefix} ({reason(error)})") from error
 
 
 def _slices(piece: Piece) -> Iterator[Piece]:
@@ -143,8 +143,7 @@ def read(
             tf.errors.InternalError,
         ) as error:
             raise DamagedError(
-                f"{prefix.parent} is damaged: {name!r} cannot be read "
-                f"({_reason(error)})"
+                f"{prefix.parent} is damaged: {name!r} cannot be read ({reason(error)})"
             ) from error
     return value
 
@@ -159,7 +158,7 @@ def sync(paths: Sequence[Path]) -> None:
             os.close(descriptor)
 
 
-def _reason(error: tf.errors.OpError) -> str:
+def reason(error: tf.errors.OpError) -> str:
     """TensorFlow's message without the names of its nodes."""
     return re.sub(r"\{\{.*?\}\} ?| ?\[Op:\w+\]", "", error.message)
 

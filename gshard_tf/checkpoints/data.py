@@ -4,6 +4,8 @@ from typing import Any
 
 import tensorflow as tf
 
+from gshard_tf.checkpoints.caches import require_caches
+
 POSITIONS = ("iterator", "count")
 
 
@@ -43,6 +45,7 @@ class ResumableData:
                 f"of {int(dataset.cardinality())} batches"
             )
         self.position = position
+        self._batches = dataset
         self._source = iter(dataset)
         # To go back to. (A new iterator would shuffle in another order.)
         try:
@@ -93,8 +96,9 @@ class ResumableData:
             iterator: TensorFlow's state; None: read and drop that many.
 
         Raises:
-            ValueError: when the state is that of another dataset, or the position
-                lies behind and there is no way back.
+            ValueError: when the state is that of another dataset, files of a
+                `dataset.cache(FILE)` that it relies on are missing or not whole, or
+                the position lies behind and there is no way back.
         """
         if iterator is not None:
             try:
@@ -116,8 +120,25 @@ class ResumableData:
                 next(self._source)
         self._batches_taken.assign(batches)
 
+    def require(self, iterator: tf.Tensor | None) -> None:
+        """Raises what `restore` would, of files that are missing, and goes nowhere.
+
+        Args:
+            iterator: TensorFlow's state; None relies on no files.
+
+        Raises:
+            ValueError: when files of a `dataset.cache(FILE)` that the state relies on
+                are missing or not whole, or have other elements.
+        """
+        if iterator is not None:
+            require_caches(self._batches, iterator)
+
     def restart(self) -> bool:
-        """Goes to the beginning, if TensorFlow can; whether it could."""
+        """Goes to the beginning, if TensorFlow can; whether it could.
+
+        Raises:
+            ValueError: as `require`.
+        """
         if self._beginning is None:
             return False
         self._deserialize(self._beginning)
@@ -133,6 +154,7 @@ class ResumableData:
         )
 
     def _deserialize(self, state: tf.Tensor) -> None:
+        self.require(state)
         tf.raw_ops.DeserializeIterator(
             resource_handle=self._source._iterator_resource, serialized=state
         )

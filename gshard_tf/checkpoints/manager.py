@@ -387,6 +387,7 @@ def _position(folder: Path, manifest: Manifest, data: ResumableData) -> Any:
                 (),
                 tf.variant,
             )
+    data.require(saved)
     return lambda: data.restore(batches, saved)
 
 

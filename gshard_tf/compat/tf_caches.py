@@ -1,0 +1,88 @@
+"""What TensorFlow tells of `dataset.cache(FILE)`: in a dataset, a position, a file."""
+
+import dataclasses
+import math
+import re
+
+import tensorflow as tf
+
+# Private formats, of TensorFlow's cache_dataset_ops.cc. On an upgrade, check that the
+# state of an iterator still names its entries in plain text, by the path from the last
+# dataset to the first with the number of an input in brackets; that a cache which is
+# being written still saves more than its `cur_index`, and one that is being read does
+# not; and that a cache still is a checkpoint with these keys.
+_CACHE_IN_STATE = re.compile(rb"([\w:\[\]]+)::FileCacheImpl@@cur_index(@@)?")
+
+#: So many entries of a state are copied at a time: it may hold a large shuffle buffer.
+_ENTRIES = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class FileCache:
+    """A `dataset.cache(FILE)`.
+
+    Attributes:
+        file: FILE, which the names of its files begin with.
+        dtypes: Of the components of an element.
+    """
+
+    file: str
+    dtypes: tuple[tf.DType, ...]
+
+    def key(self, component: int) -> str:
+        """The name of a component of the first element in the files."""
+        width = len(str(len(self.dtypes) - 1))
+        return f"{0:7d}_{component:{width}d}"
+
+
+def file_caches(dataset: tf.data.Dataset) -> list[FileCache] | None:
+    """The caches in files that a dataset reads or writes, those of first inputs first.
+
+    Those that a function of the dataset makes for itself are not among them;
+    TensorFlow saves no position in such a dataset.
+
+    Returns:
+        The caches; None for a dataset of more than 2 GB, which has no graph.
+    """
+    graph = tf.compat.v1.GraphDef.FromString(
+        tf.raw_ops.DatasetToGraphV2(
+            input_dataset=tf.data.experimental.to_variant(dataset),
+            external_state_policy=1,  # it is not run: ignore it
+        ).numpy()
+    )
+    if not graph.node:
+        return None
+    nodes = {node.name: node for node in graph.node}
+    caches = []
+    for node in graph.node:
+        if node.op in ("CacheDataset", "CacheDatasetV2"):
+            [file] = nodes[node.input[1]].attr["value"].tensor.string_val
+            if file:  # else it is in memory
+                dtypes = node.attr["output_types"].list.type
+                caches.append(FileCache(file.decode(), tuple(map(tf.as_dtype, dtypes))))
+    return caches
+
+
+def caches_in_state(state: tf.Tensor) -> list[bool]:
+    """For each cache in a file that a saved position has, whether it is being read.
+
+    In the order of `file_caches`. Some may be missing (of datasets that were not
+    begun), and those that several datasets share are there several times.
+
+    Args:
+        state: What `tf.raw_ops.SerializeIterator` returned, [entries].
+    """
+    found = [
+        match
+        for first in range(0, state.shape[0], _ENTRIES)
+        for match in _CACHE_IN_STATE.finditer(
+            tf.io.serialize_tensor(state[first : first + _ENTRIES]).numpy()
+        )
+    ]
+
+    def inputs_first(match: re.Match) -> tuple[list[float], int]:
+        turns = [int(number) for number in re.findall(rb"\[(\d+)\]", match[1])]
+        return [*turns, math.inf], -len(match[1])
+
+    found.sort(key=inputs_first)
+    return [match[2] is None for match in found]
