@@ -300,7 +300,8 @@ class Transformer(keras.Model):
         source_ids, target_ids = _source_and_target(inputs)
         memory, memory_mask = self.encode(source_ids, training, decoding)
         mask = self._target_mask(target_ids)
-        x = self._embed(self.target_embedding, target_ids, training)  # [B, T, M]
+        encoding = self._encoding(mask)  # [B, T, M]
+        x = self._embed(self.target_embedding, target_ids, training, encoding)
         for layer in [self.decoder_stack] if self.stacked else self.decoder_blocks:
             x = layer(
                 x,
@@ -325,7 +326,8 @@ class Transformer(keras.Model):
         neither on the others nor on the padding that they bring (`MoELayer.call`).
         """
         mask = self._mask(source_ids)
-        x = self._embed(self.source_embedding, source_ids, training)
+        encoding = self._encoding(mask)  # [B, L, M]
+        x = self._embed(self.source_embedding, source_ids, training, encoding)
         for layer in [self.encoder_stack] if self.stacked else self.encoder_blocks:
             x = layer(
                 x,
@@ -407,7 +409,8 @@ class Transformer(keras.Model):
         if "visible" in state:
             state["visible"], seen = _see_itself(state["visible"], index)
         position = tf.reshape(tf.convert_to_tensor(index), [1])
-        x = self._embed(self.target_embedding, target_ids, False, position)  # [B, K, M]
+        encoding = sinusoids(position, self.model_dim)[None]  # [1, 1, M]
+        x = self._embed(self.target_embedding, target_ids, False, encoding)  # [B, K, M]
         caches, weights = [], state["weights"]
         blocks = zip(
             self._each_decoder_block(), state["blocks"], weights["blocks"], strict=True
@@ -464,21 +467,21 @@ class Transformer(keras.Model):
             mask = keras.ops.logical_or(mask, first)
         return mask
 
+    def _encoding(self, mask: tf.Tensor) -> tf.Tensor:
+        """The encoding `[B, L, M]` of each token's place among the real ones."""
+        # Made for each position once and looked up: a sine costs more than a copy.
+        encoding = sinusoids(tf.range(tf.shape(mask)[1]), self.model_dim)  # [L, M]
+        return tf.gather(tf.cast(encoding, self.compute_dtype), places(mask))
+
     def _embed(
         self,
         table: TokenEmbedding,
         ids: tf.Tensor,
         training: bool | None,
-        positions: tf.Tensor | None = None,
+        encoding: tf.Tensor,
     ) -> tf.Tensor:
         x = table(ids)  # [B, L, M]
-        if positions is None:
-            # Made for each position once and looked up: a sine costs more than a copy.
-            encoding = sinusoids(tf.range(tf.shape(ids)[1]), self.model_dim)  # [L, M]
-            encoding = tf.cast(encoding, x.dtype)
-            x = x + tf.gather(encoding, places(self._mask(ids)))
-        else:
-            x = x + tf.cast(sinusoids(positions, self.model_dim), x.dtype)[None]
+        x = x + tf.cast(encoding, x.dtype)
         x = self.embedding_dropout(x, training=training)
         return annotate(x, ("batch", "length", "embed"))
 

@@ -16,7 +16,7 @@ from processes import ROOT, run_python
 import gshard_tf
 from gshard_tf import portable, runner
 from gshard_tf.portable.saving import halvings
-from keras_layers import Dropout, MoELayer
+from keras_layers import Dropout, MoELayer, TokenEmbedding
 
 MODES = ("train", "evaluate", "predict")
 BATCH, LENGTH, VOCABULARY, EPOCHS = 16, 8, 30, 10
@@ -72,7 +72,7 @@ def data():
 def make():
     """A mixture of experts with random routing, dropout and metrics of its own."""
     ids = keras.Input([LENGTH], dtype="int32")
-    x = keras.layers.Embedding(VOCABULARY, 16)(ids)
+    x = TokenEmbedding(VOCABULARY, 16)(ids)  # of a dense gradient in plain Keras too
     normal = keras.layers.LayerNormalization()(x)
     x = x + Dropout(0.1, seed=2)(MoELayer(8, 32, seed=1, name="moe")(normal))
     model = keras.Model(ids, keras.layers.Dense(VOCABULARY)(x), name="small")

@@ -78,7 +78,10 @@ def test_what_is_no_size(value):
 def test_a_router_by_its_name():
     layer = MoELayer(4, 8, router="top_k", seed=3)
     assert layer.router.get_config()["k"] == 2
-    assert isinstance(layer.router, TopKRouter) and layer.router.seed == 3
+    assert isinstance(layer.router, TopKRouter)
+    # Its seed follows from the layer's.
+    again = MoELayer(4, 8, router={"kind": "top_k"}, seed=3)
+    assert layer.router.seed == again.router.seed
     with pytest.raises(ValueError, match="Received: router kind='top3'"):
         MoELayer(4, 8, router="top3")
 

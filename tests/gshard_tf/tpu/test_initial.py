@@ -18,8 +18,8 @@ INITIALIZERS = {
     "uniform": keras.initializers.RandomUniform(-3.0, 1.0, seed=1),
     "zeros": keras.initializers.Zeros(),
     "constant": keras.initializers.Constant(2.5),
-    "per_expert": per_expert(keras.initializers.HeNormal(seed=1)),
-    "as_matrix": as_matrix(keras.initializers.GlorotNormal(seed=1), 120, 14),
+    "per_expert": per_expert(keras.initializers.HeNormal(seed=1), "wi"),
+    "as_matrix": as_matrix(keras.initializers.GlorotNormal(seed=1), 120, 14, "query"),
 }
 
 
@@ -29,7 +29,9 @@ def test_a_run_of_elements_is_that_of_the_whole(name):
     shape = (60, 100, 14)
     initializer = INITIALIZERS[name]
     if name == "as_matrix":
-        initializer = as_matrix(keras.initializers.GlorotNormal(seed=1), 6000, 14)
+        initializer = as_matrix(
+            keras.initializers.GlorotNormal(seed=1), 6000, 14, "query"
+        )
     whole = np.ravel(initializer(shape, dtype="float32"))
     part = by_parts(lambda: initializer(shape, dtype="float32"))
     for start, stop in [(0, 7), (4, 8), (5, 4099), (70_001, 84_000)]:
