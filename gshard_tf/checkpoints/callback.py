@@ -1,6 +1,7 @@
 """`model.fit` that can be stopped anywhere and goes on where it was."""
 
 import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import keras
 
 from gshard_tf.checkpoints.data import ResumableData
+from gshard_tf.checkpoints.endings import ended_by, would_end_again
 from gshard_tf.checkpoints.manager import Checkpoints, Restored, array_reader
 from gshard_tf.checkpoints.manifest import Manifest
 from gshard_tf.checkpoints.state import Variable, array_of, section, state_of
@@ -32,6 +34,9 @@ class SaveCheckpoints(keras.callbacks.Callback):
     ```
 
     Put it first among the callbacks: the others then see the restored model.
+
+    A run that `EarlyStopping` ended is finished: with the same settings, `fit` warns
+    and trains nothing. Without it, or with other settings, it goes on.
 
     Args:
         folder: Where the checkpoints are; or a `Checkpoints`.
@@ -137,6 +142,16 @@ class SaveCheckpoints(keras.callbacks.Callback):
         # Private API, of Keras's own BackupAndRestore: where `fit` begins. On an
         # upgrade, check that `fit` reads it after `on_train_begin`.
         self.model._initial_epoch = found.epoch
+        fit = running_fit(self.model)
+        if fit is not None and would_end_again(fit, found.ended_by):
+            self.model._initial_epoch = max(found.epoch, self.params["epochs"])
+            warnings.warn(
+                f"The run in {self.checkpoints.folder} is finished: EarlyStopping "
+                f"ended it at step {found.step}, after {found.epoch} epochs. Nothing "
+                "is trained, and the model is as that epoch left it. To go on, give "
+                "fit another patience, or no EarlyStopping.",
+                stacklevel=2,
+            )
 
     def _check_config(self, manifest: Manifest) -> None:
         # As JSON would give it back.
@@ -252,6 +267,10 @@ class SaveCheckpoints(keras.callbacks.Callback):
     def on_train_end(self, logs: dict | None = None) -> None:
         # Where no epoch was left to begin with.
         self.model._initial_epoch = None
+        fit = running_fit(self.model)
+        ended = [] if fit is None or self._left_early else ended_by(fit, self._epoch)
+        if ended:
+            self.checkpoints.end(self.step, ended)
         self.checkpoints.close()
 
     def _save(self, epoch: int, epoch_step: int, logs: dict | None) -> None:

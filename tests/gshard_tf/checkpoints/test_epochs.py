@@ -215,3 +215,54 @@ def test_a_loop_that_is_not_fit_is_refused_within_an_epoch(tmp_path):
     with pytest.raises(ValueError, match="a loop that calls callbacks by itself"):
         callbacks.on_epoch_begin(0)
     saver.checkpoints.close()
+
+
+def stopped_early(folder, *callbacks, epochs=6):
+    made, data = model(None), feed()
+    saver = gshard_tf.SaveCheckpoints(folder, data=data)
+    # Where "saver" stands, as a callback may stand before it and behind it.
+    given = [saver if c == "saver" else c for c in callbacks]
+    history = made.fit(
+        data.dataset, epochs=epochs, steps_per_epoch=2, verbose=0, callbacks=given
+    )
+    return history.epoch, saver
+
+
+def early_stopping(**kwargs):
+    """No loss falls by so much: it stops after `patience` epochs, two at least."""
+    kwargs = {"monitor": "loss", "min_delta": 1e9, **kwargs}
+    return keras.callbacks.EarlyStopping(**kwargs)
+
+
+@pytest.mark.parametrize("saver_first", [True, False])
+def test_a_run_that_early_stopping_ended_is_finished(tmp_path, saver_first):
+    def callbacks(**kwargs):
+        made = ["saver", early_stopping(**kwargs)]
+        return made if saver_first else made[::-1]
+
+    epochs, saver = stopped_early(tmp_path, *callbacks())
+    assert epochs == [0, 1]
+    assert saver.checkpoints.manifest(4).ended_by[0]["monitor"] == "loss"
+    for length in (6, 9):
+        with pytest.warns(UserWarning, match="finished: EarlyStopping .* step 4, "):
+            epochs, saver = stopped_early(tmp_path, *callbacks(), epochs=length)
+        assert epochs == [] and saver.step == 4
+    # Told to go on, it goes on.
+    epochs, saver = stopped_early(tmp_path, *callbacks(patience=2))
+    assert epochs == [2, 3, 4]
+    epochs, saver = stopped_early(tmp_path, "saver")
+    assert epochs == [5] and saver.step == 12
+
+
+def test_whoever_else_stops_a_run_does_not_finish_it(tmp_path):
+    """A time limit at an epoch's end, say."""
+
+    class Limit(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            self.model.stop_training = True
+
+    for expected in ([0], [1], [2]):
+        patient = early_stopping(patience=5)
+        epochs, saver = stopped_early(tmp_path, "saver", Limit(), patient)
+        assert epochs == expected
+    assert saver.checkpoints.manifest(6).ended_by is None
