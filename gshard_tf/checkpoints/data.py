@@ -24,15 +24,18 @@ class ResumableData:
         position: How the position is saved. `"iterator"`: TensorFlow's own state of
             the pipeline, with what shuffling and prefetching hold; a restart is
             immediate. `"count"`: the number of batches, which a restart reads and
-            drops; for pipelines that TensorFlow cannot save (Python generators), and
-            for restarts on another number of processes.
+            drops; for pipelines that TensorFlow cannot save (Python generators and
+            functions, random operations within `map` or `interleave`), and for restarts
+            on another number of processes. These pipelines must give the same batches
+            each time.
 
     Attributes:
         dataset: What to give to `fit`. There is one position: every iterator over it
             goes on where the last one stopped.
 
     Raises:
-        ValueError: when the dataset ends.
+        ValueError: when the dataset ends, or TensorFlow cannot save its iterator and
+            that is how the position is to be saved.
     """
 
     def __init__(self, dataset: tf.data.Dataset, position: str = "iterator"):
@@ -50,7 +53,10 @@ class ResumableData:
         # To go back to. (A new iterator would shuffle in another order.)
         try:
             self._beginning = self._serialized()
-        except tf.errors.OpError:
+        except tf.errors.OpError as error:
+            if position == "iterator":
+                # Now, and not at the first checkpoint, hours later.
+                raise _cannot_save(error) from error
             self._beginning = None
         self._batches_taken = tf.Variable(0, dtype=tf.int64, trainable=False)
 
@@ -82,10 +88,7 @@ class ResumableData:
             try:
                 saved = self._serialized()
             except tf.errors.OpError as error:
-                raise ValueError(
-                    "TensorFlow cannot save the position in this dataset; use "
-                    f"ResumableData(..., position='count'). It says: {error.message}"
-                ) from error
+                raise _cannot_save(error) from error
         return {"batches": self.batches_taken, "iterator": saved}
 
     def restore(self, batches: int, iterator: tf.Tensor | None) -> None:
@@ -97,8 +100,9 @@ class ResumableData:
 
         Raises:
             ValueError: when the state is that of another dataset, files of a
-                `dataset.cache(FILE)` that it relies on are missing or not whole, or
-                the position lies behind and there is no way back.
+                `dataset.cache(FILE)` that it relies on are missing or not whole, the
+                position lies behind and there is no way back, or the dataset ends
+                before it.
         """
         if iterator is not None:
             try:
@@ -116,8 +120,14 @@ class ResumableData:
                         "where the data is, and TensorFlow cannot go back in this "
                         "dataset. Make it anew."
                     )
-            for _ in range(batches - self.batches_taken):
-                next(self._source)
+            for batch in range(self.batches_taken, batches):
+                try:
+                    next(self._source)
+                except StopIteration as error:
+                    raise ValueError(
+                        f"The checkpoint was written after {batches} batches, and the "
+                        f"dataset ends. Received: a dataset of {batch} batches"
+                    ) from error
         self._batches_taken.assign(batches)
 
     def require(self, iterator: tf.Tensor | None) -> None:
@@ -158,3 +168,13 @@ class ResumableData:
         tf.raw_ops.DeserializeIterator(
             resource_handle=self._source._iterator_resource, serialized=state
         )
+
+
+def _cannot_save(error: tf.errors.OpError) -> ValueError:
+    return ValueError(
+        "TensorFlow cannot save the position in this dataset. Use "
+        "ResumableData(..., position='count'), which reads and drops batches; or have "
+        "no from_generator, tf.py_function or tf.numpy_function in it, "
+        "tf.random.stateless_* in place of other random operations, and shuffle "
+        f"outside of interleave and flat_map. TensorFlow says: {error.message}"
+    )
