@@ -5,6 +5,7 @@ from typing import Any
 import tensorflow as tf
 
 from gshard_tf.checkpoints.caches import require_caches
+from gshard_tf.compat.tf_datasets import operations_with_state
 
 POSITIONS = ("iterator", "count")
 
@@ -47,16 +48,18 @@ class ResumableData:
                 "dataset.repeat(), and fit(steps_per_epoch=...). Received: a dataset "
                 f"of {int(dataset.cardinality())} batches"
             )
+        if position == "iterator":
+            # Now, and not at the first checkpoint, hours later.
+            found = operations_with_state(dataset)
+            if found:
+                raise _cannot_save(f"{found} have a state outside of the dataset")
         self.position = position
         self._batches = dataset
         self._source = iter(dataset)
         # To go back to. (A new iterator would shuffle in another order.)
         try:
             self._beginning = self._serialized()
-        except tf.errors.OpError as error:
-            if position == "iterator":
-                # Now, and not at the first checkpoint, hours later.
-                raise _cannot_save(error) from error
+        except tf.errors.OpError:
             self._beginning = None
         self._batches_taken = tf.Variable(0, dtype=tf.int64, trainable=False)
 
@@ -88,7 +91,7 @@ class ResumableData:
             try:
                 saved = self._serialized()
             except tf.errors.OpError as error:
-                raise _cannot_save(error) from error
+                raise _cannot_save(f"TensorFlow says: {error.message}") from error
         return {"batches": self.batches_taken, "iterator": saved}
 
     def restore(self, batches: int, iterator: tf.Tensor | None) -> None:
@@ -170,11 +173,11 @@ class ResumableData:
         )
 
 
-def _cannot_save(error: tf.errors.OpError) -> ValueError:
+def _cannot_save(reason: str) -> ValueError:
     return ValueError(
         "TensorFlow cannot save the position in this dataset. Use "
         "ResumableData(..., position='count'), which reads and drops batches; or have "
         "no from_generator, tf.py_function or tf.numpy_function in it, "
         "tf.random.stateless_* in place of other random operations, and shuffle "
-        f"outside of interleave and flat_map. TensorFlow says: {error.message}"
+        f"outside of interleave and flat_map. {reason}"
     )
