@@ -1,12 +1,14 @@
 """What to do when a step makes NaN or infinity, and which layer did it."""
 
 import warnings
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import keras
 import numpy as np
 import tensorflow as tf
 
+from gshard_tf.compat.keras_epochs import running_fit
 from gshard_tf.step import NonFiniteError, SkippedStep
 
 if TYPE_CHECKING:
@@ -22,7 +24,7 @@ class GuardNumbers(keras.callbacks.Callback):
     nothing: no weight, counter or seed. Which layer did it is then looked for with the
     same batch, and `action` says how to go on. The test is part of the step's program;
     it costs a look at the new state and room for a second copy of it while the step
-    runs.
+    runs. Only steps of a `fit` that has this callback are guarded.
 
     Args:
         action: `"stop"`: raises `NonFiniteError`. `"skip"`: goes on with the next
@@ -60,6 +62,12 @@ class GuardNumbers(keras.callbacks.Callback):
         self.found: list[str] = []
         self._in_a_row = 0
         self._rolled_back_at: list[int] = []
+        self._skipped: list[SkippedStep] = []
+
+    @property
+    def has_yet_to_look(self) -> bool:
+        """Whether the batch that was trained last had a step that was skipped."""
+        return bool(self._skipped)
 
     def on_train_begin(self, logs: dict | None = None) -> None:
         self._extended = self.model.distribute_strategy.extended
@@ -69,22 +77,40 @@ class GuardNumbers(keras.callbacks.Callback):
                 "keras.callbacks.TerminateOnNaN. Received: a model of "
                 f"{type(self.model.distribute_strategy).__name__}"
             )
-        self._extended.skipped_steps.clear()
+        if running_fit(self.model) is None:
+            raise ValueError(
+                "GuardNumbers guards the steps of Keras's own `fit`. Received: a loop "
+                "that calls callbacks by itself"
+            )
+        self._skipped.clear()
 
     def on_train_batch_begin(self, batch: int, logs: dict | None = None) -> None:
-        # Not while validating, and not after an exception ended `fit`.
+        run = self.model.train_function
+        if isinstance(run, _Guarded):
+            # Of a batch that never ran: a callback raised before.
+            run = run.run
+        self.model.train_function = _Guarded(self, run)
+
+    def run_guarded(self, run: Callable, iterator: Any) -> Any:
+        """Runs a train function with the guard on, whatever becomes of it."""
         self._extended.keep_finite = True
+        try:
+            logs = run(iterator)
+            self._skipped = self._extended.skipped_steps[:]
+            return logs
+        finally:
+            self._extended.keep_finite = False
+            self._extended.skipped_steps.clear()
 
     def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
-        self._extended.keep_finite = False
-        skipped, self._extended.skipped_steps[:] = self._extended.skipped_steps[:], []
+        skipped, self._skipped = self._skipped, []
         if not skipped:
             self._in_a_row = 0
             return
         self._in_a_row += len(skipped)
         message = (
             f"Step {skipped[0].number} would have made NaN or infinity: "
-            f"{blame(self.model, skipped[0])}"
+            f"{_blame_or_say_why_not(self.model, skipped[0])}"
         )
         self.found.append(message)
         if self.action == "stop":
@@ -107,11 +133,55 @@ class GuardNumbers(keras.callbacks.Callback):
         warnings.warn(f"{message}. Rolled back to step {restored}.", stacklevel=2)
 
 
+class _Guarded:
+    """The train function of a model for one batch, run with the guard on.
+
+    Whoever raises, the guard is on for no other step: the model has its own function
+    back when this one is called, by whichever `fit`.
+    """
+
+    def __init__(self, guard: GuardNumbers, run: Callable):
+        self.guard = guard
+        self.run = run
+
+    def __call__(self, iterator: Any) -> Any:
+        model = self.guard.model
+        model.train_function = self.run
+        fit = running_fit(model)
+        if fit is None or not any(c is self.guard for c in fit.callbacks):
+            return self.run(iterator)
+        return self.guard.run_guarded(self.run, iterator)
+
+
+def _blame_or_say_why_not(model: keras.Model, skipped: SkippedStep) -> str:
+    try:
+        return blame(model, skipped)
+    except Exception as error:
+        # Whatever the step does not check and the host does: a label out of range. To
+        # raise it would end a run that was told to skip.
+        said = getattr(error, "message", None) or str(error)
+        return (
+            "sent through the model operation by operation, the batch raises "
+            f"{type(error).__name__}: {said[:300]}"
+        )
+
+
 def blame(model: keras.Model, skipped: SkippedStep) -> str:
     """Says which layer made the first number that is not finite.
 
     The batch is sent through the model once more, operation by operation, with the
     seeds that the step had.
+
+    Args:
+        model: The model, as it was before the step.
+        skipped: The step.
+
+    Returns:
+        A part of a sentence.
+
+    Raises:
+        Exception: what an operation raises on the host that the step's program does
+            not, for a label or an index out of range, say.
     """
     (args, _) = skipped.call_arguments()
     x, y, weights = keras.utils.unpack_x_y_sample_weight(args[0])

@@ -186,7 +186,7 @@ class SpmdExtended(MeshExtended):
         self.residence = _Residence(self.placement, self.layouts)
         self.programs: list[weakref.ref] = []
         self.steps_run: collections.Counter[str] = collections.Counter()
-        # Set by `GuardNumbers`.
+        # Set by `GuardNumbers`, for as long as a step of its `fit` runs.
         self.keep_finite = False
         self.skipped_steps: list[SkippedStep] = []
         # Set by `VerifyFirstStep`: called with the next step, its HLO and arguments.

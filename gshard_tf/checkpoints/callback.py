@@ -1,6 +1,7 @@
 """`model.fit` that can be stopped anywhere and goes on where it was."""
 
 import json
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,11 +9,14 @@ from typing import Any
 import keras
 
 from gshard_tf.checkpoints.data import ResumableData
+from gshard_tf.checkpoints.endings import ended_by, would_end_again
 from gshard_tf.checkpoints.manager import Checkpoints, Restored, array_reader
 from gshard_tf.checkpoints.manifest import Manifest
 from gshard_tf.checkpoints.state import Variable, array_of, section, state_of
 from gshard_tf.checkpoints.transfer import load
+from gshard_tf.compat.keras_epochs import RunningFit, running_fit
 from gshard_tf.compat.keras_seeds import give_global_seed_generator, global_seed_state
+from gshard_tf.guard import GuardNumbers
 from gshard_tf.keras_steps import complete
 
 
@@ -31,14 +35,20 @@ class SaveCheckpoints(keras.callbacks.Callback):
 
     Put it first among the callbacks: the others then see the restored model.
 
+    A run that `EarlyStopping` ended is finished: with the same settings, `fit` warns
+    and trains nothing. Without it, or with other settings, it goes on.
+
     Args:
         folder: Where the checkpoints are; or a `Checkpoints`.
         every: How many steps lie between two of them; None: only at the ends of
             epochs, which are saved in any case.
         data: What `fit` trains on. Without it, an epoch that was under way goes on
-            with whatever `fit` is given; that is exact where you start the data at
-            step `Checkpoints(folder).steps()[-1]` yourself, or where you save only at
-            the ends of epochs and the data does not depend on the epoch.
+            with whatever `fit` is given. Without `steps_per_epoch` an epoch is a pass
+            over all data: the batches before are read and dropped, which is exact
+            where their order is the same each time. With it, that is exact where you
+            start the data at step `Checkpoints(folder).steps()[-1]` yourself, or where
+            you save only at the ends of epochs and the data does not depend on the
+            epoch.
         keep: How many of the newest are kept; None: all.
         best: A metric, such as `"val_loss"`, by which the best one is kept too.
         mode: `"min"` or `"max"`: which value of `best` is good.
@@ -84,10 +94,13 @@ class SaveCheckpoints(keras.callbacks.Callback):
         self.step = 0
         self.restored: Restored | None = None
         self._epoch = 0
-        # Steps done in this epoch, and those of them that another process did.
+        # Steps that an epoch has, those done in this one, and those of them that were
+        # done before the run was stopped.
+        self._length: int | None = None
         self._epoch_step = 0
         self._done_before = 0
-        self._cut_short = False
+        # Of this epoch, which was left in its middle, and is saved as that.
+        self._left_early = False
         self._saved_before = False
 
     def _state(self) -> dict[str, Variable]:
@@ -129,6 +142,16 @@ class SaveCheckpoints(keras.callbacks.Callback):
         # Private API, of Keras's own BackupAndRestore: where `fit` begins. On an
         # upgrade, check that `fit` reads it after `on_train_begin`.
         self.model._initial_epoch = found.epoch
+        fit = running_fit(self.model)
+        if fit is not None and would_end_again(fit, found.ended_by):
+            self.model._initial_epoch = max(found.epoch, self.params["epochs"])
+            warnings.warn(
+                f"The run in {self.checkpoints.folder} is finished: EarlyStopping "
+                f"ended it at step {found.step}, after {found.epoch} epochs. Nothing "
+                "is trained, and the model is as that epoch left it. To go on, give "
+                "fit another patience, or no EarlyStopping.",
+                stacklevel=2,
+            )
 
     def _check_config(self, manifest: Manifest) -> None:
         # As JSON would give it back.
@@ -140,18 +163,38 @@ class SaveCheckpoints(keras.callbacks.Callback):
 
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
         self._epoch, self._epoch_step = epoch, self._done_before
-        self._last_batch = -1
+        self._left_early = False
+        fit = running_fit(self.model)
+        self._length = self.params.get("steps") if fit is None else fit.steps
+        # Without `steps_per_epoch`, the last execution has what is left of the data.
+        self._reads_all = fit is not None and fit.reads_all
         if self._done_before:
-            length = self.params.get("steps")
-            if length is None or length <= self._done_before:
-                raise ValueError(
-                    f"The run was stopped {self._done_before} steps into an epoch. Go "
-                    "on with the same fit(steps_per_epoch=...). Received: "
-                    f"steps_per_epoch={length}"
-                )
+            self._check_goes_on(fit)
+            fit.begin_epoch_at(self._done_before)
             # Keras has just reset the metrics; half of this epoch is in them.
             self._restore_metrics()
         self.model._initial_epoch = None
+
+    def _check_goes_on(self, fit: RunningFit | None) -> None:
+        """Raises `ValueError` unless the epoch can go on where it was."""
+        done, length = self._done_before, self._length
+        if fit is None:
+            raise ValueError(
+                f"The run was stopped {done} steps into an epoch, where only Keras's "
+                "own `fit` can go on. Received: a loop that calls callbacks by itself"
+            )
+        endless = self.data is not None and length is None
+        if endless or (length is not None and length <= done):
+            raise ValueError(
+                f"The run was stopped {done} steps into an epoch. Go on with the same "
+                f"fit(steps_per_epoch=...). Received: steps_per_epoch={length}"
+            )
+        if done % fit.steps_per_execution:
+            raise ValueError(
+                f"The run was stopped {done} steps into an epoch. Go on with the same "
+                "compile(steps_per_execution=...), or one that divides that. Received: "
+                f"steps_per_execution={fit.steps_per_execution}"
+            )
 
     def _restore_metrics(self) -> None:
         folder, manifest = self.restored.folder, self.restored.manifest
@@ -176,33 +219,58 @@ class SaveCheckpoints(keras.callbacks.Callback):
     # -- saving -----------------------------------------------------------------------
 
     def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
-        # `batch` is the last one of an execution, which may have several steps.
-        steps = batch - self._last_batch
-        self._last_batch = batch
-        self._epoch_step += steps
+        # `batch` is the last one of an execution, which may have several steps, and go
+        # beyond the end of the epoch.
+        done = batch + 1
+        if self._reads_all and self._length is not None:
+            done = min(done, self._length)
+        steps = done - self._epoch_step
+        self._epoch_step = done
         self.step += steps
-        length = self.params.get("steps")
-        if self._done_before and self._epoch_step == length:
-            # The steps before the stop count: this epoch ends here, and only it.
-            self.model.stop_training = self._cut_short = True
         crossed = self.every and self.step // self.every > (
             (self.step - steps) // self.every
         )
-        extended = getattr(self.model.distribute_strategy, "extended", None)
-        if getattr(extended, "skipped_steps", None):
-            # `GuardNumbers` has yet to look at this step: no place to come back to.
-            return
         # The last step of an epoch is saved after its validation.
-        if crossed and self._epoch_step != length:
+        if crossed and self._has_steps_left() and not self._is_in_doubt():
             self._save(self._epoch, self._epoch_step, logs)
 
+    def _is_in_doubt(self) -> bool:
+        """Whether a guard has yet to look at this step: no place to come back to."""
+        fit = running_fit(self.model)
+        return fit is not None and any(
+            isinstance(callback, GuardNumbers) and callback.has_yet_to_look
+            for callback in fit.callbacks
+        )
+
+    def _has_steps_left(self) -> bool:
+        return self._length is None or self._epoch_step < self._length
+
+    def on_test_begin(self, logs: dict | None = None) -> None:
+        # Validation resets the metrics; half of an epoch that was left is in them.
+        self._save_if_left_early(None)
+
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
-        if self._cut_short:
-            self.model.stop_training = self._cut_short = False
+        self._save_if_left_early(logs)
         self._done_before = 0
-        self._save(epoch + 1, 0, logs)
+        if not self._left_early:
+            self._save(epoch + 1, 0, logs)
+
+    def _save_if_left_early(self, logs: dict | None) -> None:
+        """Saves an epoch that `stop_training` ended as one that is to go on."""
+        fit = running_fit(self.model)
+        if self._left_early or fit is None or not self.model.stop_training:
+            return
+        if self._epoch_step and self._has_steps_left() and fit.left_early():
+            self._left_early = True
+            self._save(self._epoch, self._epoch_step, logs)
 
     def on_train_end(self, logs: dict | None = None) -> None:
+        # Where no epoch was left to begin with.
+        self.model._initial_epoch = None
+        fit = running_fit(self.model)
+        ended = [] if fit is None or self._left_early else ended_by(fit, self._epoch)
+        if ended:
+            self.checkpoints.end(self.step, ended)
         self.checkpoints.close()
 
     def _save(self, epoch: int, epoch_step: int, logs: dict | None) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 import tensorflow as tf
 
 from gshard_tf.checkpoints.caches import require_caches
+from gshard_tf.compat.tf_datasets import operations_with_state
 
 POSITIONS = ("iterator", "count")
 
@@ -24,15 +25,18 @@ class ResumableData:
         position: How the position is saved. `"iterator"`: TensorFlow's own state of
             the pipeline, with what shuffling and prefetching hold; a restart is
             immediate. `"count"`: the number of batches, which a restart reads and
-            drops; for pipelines that TensorFlow cannot save (Python generators), and
-            for restarts on another number of processes.
+            drops; for pipelines that TensorFlow cannot save (Python generators and
+            functions, random operations within `map` or `interleave`), and for restarts
+            on another number of processes. These pipelines must give the same batches
+            each time.
 
     Attributes:
         dataset: What to give to `fit`. There is one position: every iterator over it
             goes on where the last one stopped.
 
     Raises:
-        ValueError: when the dataset ends.
+        ValueError: when the dataset ends, or TensorFlow cannot save its iterator and
+            that is how the position is to be saved.
     """
 
     def __init__(self, dataset: tf.data.Dataset, position: str = "iterator"):
@@ -44,6 +48,11 @@ class ResumableData:
                 "dataset.repeat(), and fit(steps_per_epoch=...). Received: a dataset "
                 f"of {int(dataset.cardinality())} batches"
             )
+        if position == "iterator":
+            # Now, and not at the first checkpoint, hours later.
+            found = operations_with_state(dataset)
+            if found:
+                raise _cannot_save(f"{found} have a state outside of the dataset")
         self.position = position
         self._batches = dataset
         self._source = iter(dataset)
@@ -82,10 +91,7 @@ class ResumableData:
             try:
                 saved = self._serialized()
             except tf.errors.OpError as error:
-                raise ValueError(
-                    "TensorFlow cannot save the position in this dataset; use "
-                    f"ResumableData(..., position='count'). It says: {error.message}"
-                ) from error
+                raise _cannot_save(f"TensorFlow says: {error.message}") from error
         return {"batches": self.batches_taken, "iterator": saved}
 
     def restore(self, batches: int, iterator: tf.Tensor | None) -> None:
@@ -97,8 +103,9 @@ class ResumableData:
 
         Raises:
             ValueError: when the state is that of another dataset, files of a
-                `dataset.cache(FILE)` that it relies on are missing or not whole, or
-                the position lies behind and there is no way back.
+                `dataset.cache(FILE)` that it relies on are missing or not whole, the
+                position lies behind and there is no way back, or the dataset ends
+                before it.
         """
         if iterator is not None:
             try:
@@ -116,8 +123,14 @@ class ResumableData:
                         "where the data is, and TensorFlow cannot go back in this "
                         "dataset. Make it anew."
                     )
-            for _ in range(batches - self.batches_taken):
-                next(self._source)
+            for batch in range(self.batches_taken, batches):
+                try:
+                    next(self._source)
+                except StopIteration as error:
+                    raise ValueError(
+                        f"The checkpoint was written after {batches} batches, and the "
+                        f"dataset ends. Received: a dataset of {batch} batches"
+                    ) from error
         self._batches_taken.assign(batches)
 
     def require(self, iterator: tf.Tensor | None) -> None:
@@ -158,3 +171,13 @@ class ResumableData:
         tf.raw_ops.DeserializeIterator(
             resource_handle=self._source._iterator_resource, serialized=state
         )
+
+
+def _cannot_save(reason: str) -> ValueError:
+    return ValueError(
+        "TensorFlow cannot save the position in this dataset. Use "
+        "ResumableData(..., position='count'), which reads and drops batches; or have "
+        "no from_generator, tf.py_function or tf.numpy_function in it, "
+        "tf.random.stateless_* in place of other random operations, and shuffle "
+        f"outside of interleave and flat_map. {reason}"
+    )

@@ -215,6 +215,21 @@ class Checkpoints:
         else:
             self._write(manifest, pieces, turn)
 
+    def end(self, step: int, ended_by: Sequence[dict[str, Any]]) -> None:
+        """Notes in a checkpoint that the run ended there, and by what.
+
+        Args:
+            step: Whose checkpoint; one that is there and sound.
+            ended_by: See `endings.ended_by`.
+
+        Raises:
+            OSError: when it could not be written; the checkpoint is as it was.
+        """
+        self.wait()
+        if group().is_chief:
+            ended = dataclasses.replace(self.manifest(step), ended_by=[*ended_by])
+            ended.write(self.path(step))
+
     @property
     def is_writing(self) -> bool:
         """Whether a checkpoint is being written in the background."""

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from gshard_files import write_synced
+from gshard_files import write_file
 from gshard_tf.checkpoints.errors import DamagedError
 
 NAME = "manifest.json"
@@ -49,6 +49,7 @@ class Manifest:
         model: Keras's description of the model, if it has one.
         global_seed: The state of Keras's global seed generator, which is no model's;
             None where there was none.
+        ended_by: What ended the run for good, see `endings`; None while it goes on.
     """
 
     step: int
@@ -64,6 +65,7 @@ class Manifest:
     config: Any
     model: Any
     global_seed: list[int] | None = None
+    ended_by: list[dict[str, Any]] | None = None
 
     @property
     def bytes(self) -> int:
@@ -71,12 +73,13 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         content = {"format": FORMAT, **dataclasses.asdict(self)}
-        if self.global_seed is None:
-            del content["global_seed"]  # as it was before there was such an entry
+        for later in ("global_seed", "ended_by"):
+            if content[later] is None:
+                del content[later]  # as it was before there was such an entry
         text = _text(content)
         digest = hashlib.sha256(text.encode()).hexdigest()
         whole = _text({"sha256": digest, "content": content}) + "\n"
-        write_synced(folder / NAME, whole.encode())
+        write_file(folder / NAME, whole.encode())
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":

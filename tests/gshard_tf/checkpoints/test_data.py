@@ -55,15 +55,79 @@ def test_a_python_generator_is_counted():
         dataset = tf.data.Dataset.from_generator(endless, output_signature=spec)
         return gshard_tf.ResumableData(dataset.repeat(), position)
 
-    data = make("iterator")
-    take(data, 2)
-    with pytest.raises(ValueError, match="position='count'"):
-        data.state()
     counted = make("count")
     take(counted, 2)
     other = make("count")
     other.restore(**counted.state())
     assert take(other, 2) == [2, 3]
+
+
+def unsaveable():
+    """By what TensorFlow cannot save: datasets without end that have it."""
+
+    def ten():
+        yield from range(10)
+
+    def python(x):
+        return tf.py_function(lambda y: y + 1, [x], tf.int64)
+
+    def numpy(x):
+        return tf.numpy_function(lambda y: y + 1, [x], tf.int64)
+
+    def noisy(x):
+        return x + tf.random.uniform((), maxval=9, dtype=tf.int64, seed=1)
+
+    def inner(x):
+        return tf.data.Dataset.range(x, x + 5).shuffle(5, seed=1)
+
+    generator = tf.data.Dataset.from_generator(
+        ten, output_signature=tf.TensorSpec((), tf.int64)
+    )
+    numbers = tf.data.Dataset.range(10)
+    return {
+        "generator": generator.repeat(),
+        "generator, shuffled": generator.shuffle(4, seed=1).repeat(),
+        "py_function, shuffled": numbers.map(python).shuffle(4, seed=1).repeat(),
+        "py_function": numbers.repeat().map(python),
+        "numpy_function": numbers.map(numpy).repeat(),
+        "random operation": numbers.repeat().map(noisy),
+        "inner shuffle": numbers.interleave(inner, cycle_length=2).repeat(),
+    }
+
+
+@pytest.mark.parametrize("kind", unsaveable())
+def test_what_cannot_be_saved_is_refused_at_the_start(kind):
+    dataset = unsaveable()[kind].batch(2).prefetch(1)
+    with pytest.raises(ValueError, match="position='count'.* state outside"):
+        gshard_tf.ResumableData(dataset)
+    counted = gshard_tf.ResumableData(dataset, position="count")
+    take(counted, 1)
+    assert counted.state() == {"batches": 1, "iterator": None}
+
+
+def test_a_full_cache_saves_nothing_of_what_lies_before():
+    dataset = tf.data.Dataset.range(4).map(
+        lambda x: tf.py_function(lambda y: y, [x], tf.int64)
+    )
+    data = gshard_tf.ResumableData(dataset.cache().repeat())
+    take(data, 5)
+    state = data.state()
+    assert take(data, 2) == [1, 2]
+    data.restore(**state)
+    assert take(data, 2) == [1, 2]
+
+
+def test_a_dataset_that_ends_before_the_position():
+    def few(count):
+        yield from range(count)
+
+    for count in (0, 2):
+        dataset = tf.data.Dataset.from_generator(
+            few, args=[count], output_signature=tf.TensorSpec((), tf.int64)
+        )
+        data = gshard_tf.ResumableData(dataset, position="count")
+        with pytest.raises(ValueError, match=f"after 3 .*a dataset of {count} batches"):
+            data.restore(3, None)
 
 
 def test_another_pipeline(tmp_path):

@@ -184,6 +184,84 @@ def test_loss_scaling_on_a_mesh():
     assert guard.found == []
 
 
+class Interrupts(keras.callbacks.Callback):
+    """Ctrl-C at the begin or the end of the second batch, as a callback."""
+
+    def __init__(self, where):
+        super().__init__()
+        self.where = where
+
+    def on_train_batch_begin(self, batch, logs=None):
+        if (self.where, batch) == ("begin", 1):
+            raise KeyboardInterrupt
+
+    def on_train_batch_end(self, batch, logs=None):
+        if (self.where, batch) == ("end", 1):
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("where", ["begin", "step", "end"])
+def test_an_interrupted_guard_is_off(skipping, tmp_path, where):
+    """The batch that it is interrupted in is a bad one, too."""
+    made = skipping[0]
+    extended = made.distribute_strategy.extended
+    before = [(v, v.numpy()) for v in gshard_tf.state_of(made).values()]
+    guard, interrupts = gshard_tf.GuardNumbers("skip"), Interrupts(where)
+    run, calls = made.train_function, []
+
+    def interrupted(iterator):
+        run(iterator)
+        calls.append(None)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    if where == "step":
+        made.train_function = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        # Between what the guard does and the rest.
+        order = [interrupts, guard] if where == "end" else [guard, interrupts]
+        fit(made, order, *batches(1))
+    if where == "step":
+        made.train_function = run
+    assert not extended.keep_finite and extended.skipped_steps == []
+    # A later run without a guard: as if there had never been one.
+    saver = gshard_tf.SaveCheckpoints(tmp_path, every=2, keep=None)
+    losses = []
+    noting = keras.callbacks.LambdaCallback(
+        on_train_batch_end=lambda batch, logs: losses.append(logs["loss"])
+    )
+    fit(made, [saver, noting], *batches(0))
+    assert np.all(np.isnan(losses)) and len(losses) == 6
+    assert saver.checkpoints.steps() == [2, 4, 6]
+    assert extended.skipped_steps == []
+    # Other tests share the model, which is NaN now.
+    for variable, value in before:
+        variable.assign(value)
+
+
+def test_a_diagnosis_that_raises_ends_no_run(skipping):
+    """A label out of range makes NaN in the program, and raises on the host."""
+    made = skipping[0]
+    x, y = batches()
+    y[20] = 7
+    guard = gshard_tf.GuardNumbers("skip")
+    before = int(made.optimizer.iterations)
+    with pytest.warns(UserWarning, match="(?s)label value of 7 .*was left out"):
+        fit(made, [guard], x, y)
+    assert int(made.optimizer.iterations) == before + 5
+    [found] = guard.found
+    assert "Step" in found and "InvalidArgumentError" in found
+    with pytest.raises(NonFiniteError, match="label value of 7"):
+        fit(made, [gshard_tf.GuardNumbers("stop")], x, y)
+
+
+def test_a_loop_that_is_not_fit_is_refused(skipping):
+    guard = gshard_tf.GuardNumbers()
+    guard.set_model(skipping[0])
+    with pytest.raises(ValueError, match="Keras's own `fit`"):
+        guard.on_train_begin()
+
+
 @pytest.mark.parametrize(
     "arguments",
     [{"action": "pray"}, {"action": "roll_back"}, {"checkpoints": "x"}],

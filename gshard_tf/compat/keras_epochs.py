@@ -1,0 +1,100 @@
+"""The `fit` of Keras that is calling: its callbacks, and where it is in an epoch.
+
+Keras tells a callback neither who else listens nor why an epoch ended, and has no way
+to begin an epoch in its middle: stopping the training and starting it again leaves a
+`PyDataset` within an epoch for good.
+"""
+
+import inspect
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import keras
+
+# Private API: the loop of `fit`. On an upgrade, check that its locals are still
+# `self`, `callbacks` (a `CallbackList` before `on_train_begin`) and `epoch_iterator`;
+# that it begins each epoch by `iter(epoch_iterator)`, after `on_epoch_begin`; that
+# `_enumerate_iterator` is the generator of an epoch's executions, `(first step, last
+# step, batches)`, and calls the adapter's `on_epoch_end` when it is exhausted; and that
+# an epoch whose data ran out leaves `_num_batches` and no `_current_iterator`.
+from keras.src.backend.tensorflow.trainer import TensorFlowTrainer, TFEpochIterator
+
+_FIT = inspect.unwrap(TensorFlowTrainer.fit).__code__
+
+
+class RunningFit:
+    """A call of `fit` that has not returned.
+
+    Attributes:
+        callbacks: All that it calls.
+    """
+
+    def __init__(
+        self, callbacks: Sequence[keras.callbacks.Callback], epochs: TFEpochIterator
+    ):
+        self.callbacks = callbacks
+        self._epochs = epochs
+
+    @property
+    def steps(self) -> int | None:
+        """How many steps an epoch has; None as long as nobody knows."""
+        return self._epochs.num_batches
+
+    @property
+    def steps_per_execution(self) -> int:
+        """How many steps lie between a batch's begin and its end."""
+        return self._epochs.steps_per_execution
+
+    @property
+    def reads_all(self) -> bool:
+        """Whether every epoch is a pass over all data, which begins anew with it."""
+        return self._epochs.steps_per_epoch is None
+
+    def begin_epoch_at(self, step: int) -> None:
+        """Lets the epoch that is about to begin leave out its first steps.
+
+        The steps that are left keep their numbers, and the epoch ends as any other.
+
+        Args:
+            step: The first step that is trained, a multiple of `steps_per_execution`.
+                Where an epoch is a pass over all data, the batches before it are read
+                and dropped; elsewhere the data goes on where it is.
+        """
+        epochs, whole = self._epochs, self._epochs._enumerate_iterator
+
+        def rest() -> Iterator[tuple[int, int, Any]]:
+            for begin, end, batches in whole():
+                if begin >= step:
+                    yield begin, end, batches
+                elif self.reads_all:
+                    for _ in range(begin, end + 1):
+                        next(batches, None)
+
+        def rest_once() -> Iterator[tuple[int, int, Any]]:
+            del epochs._enumerate_iterator  # the next epoch is whole
+            return rest()
+
+        epochs._enumerate_iterator = rest_once
+
+    def left_early(self) -> bool:
+        """Whether the epoch was left while it had steps to come, as far as is known.
+
+        That is what `stop_training` does. After the last step it makes no difference,
+        but is not told from it where the number of steps is unknown.
+        """
+        epochs = self._epochs
+        if inspect.getgeneratorstate(epochs._epoch_iterator) != inspect.GEN_SUSPENDED:
+            return False
+        ran_out = epochs._num_batches is not None and epochs._current_iterator is None
+        return not ran_out
+
+
+def running_fit(model: keras.Model) -> RunningFit | None:
+    """The `fit` of a model that called whoever calls this; None when none did."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code is _FIT and frame.f_locals["self"] is model:
+            found = frame.f_locals
+            return RunningFit(found["callbacks"].callbacks, found["epoch_iterator"])
+        frame = frame.f_back
+    return None

@@ -1,0 +1,71 @@
+"""The promises of Keras that `gshard_tf.compat.keras_epochs` relies on."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from gshard_tf.compat.keras_epochs import running_fit
+
+
+class Looking(keras.callbacks.Callback):
+    """Asks for the running `fit` wherever Keras calls."""
+
+    def __init__(self, begin_at=0, leave_after=None):
+        super().__init__()
+        self.begin_at, self.leave_after = begin_at, leave_after
+        self.batches, self.left, self.fits = [], [], []
+
+    def on_train_begin(self, logs=None):
+        self.fits.append(running_fit(self.model))
+
+    def on_epoch_begin(self, epoch, logs=None):
+        if epoch == 0:
+            running_fit(self.model).begin_epoch_at(self.begin_at)
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.batches.append(batch)
+        if len(self.batches) == self.leave_after:
+            self.model.stop_training = True
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.left.append(running_fit(self.model).left_early())
+
+
+def model():
+    made = keras.Sequential([keras.layers.Input([1]), keras.layers.Dense(1)])
+    made.compile("sgd", "mse")
+    return made
+
+
+def batches():
+    return tf.data.Dataset.from_tensor_slices((np.ones([12, 1]), np.ones([12]))).batch(
+        4
+    )
+
+
+def test_a_callback_finds_its_fit():
+    made, looking = model(), Looking()
+    made.fit(batches(), verbose=0, callbacks=[looking])
+    [found] = looking.fits
+    assert looking in found.callbacks
+    assert (found.steps, found.steps_per_execution, found.reads_all) == (3, 1, True)
+    assert running_fit(made) is None
+
+
+def test_one_epoch_begins_late_and_the_next_is_whole():
+    looking = Looking(begin_at=2)
+    model().fit(batches(), epochs=2, verbose=0, callbacks=[looking])
+    assert looking.batches == [2, 0, 1, 2] and looking.left == [False, False]
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_why_an_epoch_ended(known):
+    data = batches() if known else batches().filter(lambda x, y: True)
+    looking = Looking(leave_after=5)
+    model().fit(data, epochs=3, verbose=0, callbacks=[looking])
+    assert looking.left == [False, True]
+    # Data that runs out is no leaving.
+    looking = Looking()
+    model().fit(data, steps_per_epoch=5, verbose=0, callbacks=[looking])
+    assert looking.batches == [0, 1, 2] and looking.left == [False]
