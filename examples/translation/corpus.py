@@ -21,7 +21,7 @@ from examples.translation.files import sha256_of
 from examples.translation.languages import base_language, is_tag, normalise_language
 from examples.translation.sources import NAME_DOMAINS, Source, corpus_sources
 from examples.translation.splitting import SPLITS, assign_splits, message_key
-from gshard_files import Contents, new_folder, write_synced
+from gshard_files import Contents, local_path, new_folder, write_synced
 
 log = logging.getLogger(__name__)
 
@@ -352,7 +352,7 @@ def load_corpus(path: str | Path, verify: bool = True) -> Corpus:
         CorpusError: The folder is not a whole corpus, its files were altered, or
             another version of this program made it.
     """
-    path = Path(path)
+    path = local_path(path)
     if not path.is_dir():
         raise FileNotFoundError(f"no corpus at {path}: prepare one first")
     try:

@@ -26,7 +26,7 @@ from examples.translation.model import make_model, make_strategy, scope
 from examples.translation.pipeline import Batches, tokenize_pairs, tokenize_split
 from examples.translation.settings import Settings
 from examples.translation.vocabulary import Vocabulary
-from gshard_files import write_file
+from gshard_files import local_path, write_file
 
 log = logging.getLogger(__name__)
 
@@ -131,7 +131,7 @@ def train(
     """Trains, or goes on with, the run in a folder.
 
     Args:
-        run: The run's folder.
+        run: The run's folder, on a local or mounted disk.
         settings: Its settings.
         corpus: What to train and validate on.
         vocabulary: The vocabulary, which is copied into the run.
@@ -142,9 +142,12 @@ def train(
         A summary: steps, validation figures, those of a unigram model.
 
     Raises:
-        ValueError: when the folder holds a run of other settings.
+        ValueError: when the folder holds a run of other settings, or is remote, `gs://`
+            say.
         OSError: when something cannot be written, as to a full disk.
     """
+    run = local_path(run, "run")
+    cache = None if cache is None else local_path(cache, "cache")
     check_same_run(run, settings, vocabulary)
     settings.write(run)
     write_file(run / "vocab.model", vocabulary.model_bytes)
@@ -237,8 +240,10 @@ def load_model(run: Path) -> tuple[Settings, Vocabulary, keras.Model]:
     """The translator of a run at its last checkpoint, as a plain Keras model.
 
     Raises:
+        ValueError: when `run` is remote, `gs://` say.
         FileNotFoundError: when there is no run or no checkpoint yet.
     """
+    run = local_path(run, "run")
     settings = Settings.read(run)
     vocabulary = Vocabulary(run / "vocab.model")
     model = make_model(settings, vocabulary)
