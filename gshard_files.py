@@ -287,6 +287,32 @@ def _kept_places() -> Iterator[tuple[str, Path]]:
         yield "the home folder", Path(os.path.realpath(Path.home()))
 
 
+def make_folder(path: str | os.PathLike, name: str = "folder") -> Path:
+    """Makes a folder that may be there already, to write to what is in it.
+
+    Args:
+        path: The folder; see `local_path`, which also says what `name` is.
+
+    Returns:
+        The folder, with `~` expanded.
+
+    Raises:
+        ValueError: It is remote; see `local_path`.
+        FileExistsError: It is a file, or a link to what is not there.
+        OSError: It cannot be made.
+    """
+    path = local_path(path, name)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except FileExistsError as error:
+        if path.is_symlink():
+            raise _refused(
+                path, f"is a link to {os.path.realpath(path)}, which is not there"
+            ) from error
+        raise _refused(path, "is no folder") from error
+    return path
+
+
 @contextlib.contextmanager
 def new_folder(
     path: str | os.PathLike, replace: bool = False, ours: Contents | None = None

@@ -23,7 +23,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from gshard_files import path_option
+from gshard_files import make_folder, path_option
 from gshard_tf.portable import files
 from gshard_tf.portable.data import Batches
 from gshard_tf.portable.manifest import Manifest
@@ -69,7 +69,7 @@ class Log:
     def __init__(self, folder: pathlib.Path | None):
         self._file: TextIO | None = None
         if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
             self._file = open(folder / "log.jsonl", "a", encoding="utf-8")
 
     def __call__(self, event: str, **fields: Any) -> None:

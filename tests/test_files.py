@@ -239,6 +239,21 @@ def test_a_file_is_not_moved_aside(tmp_path):
     assert tree(tmp_path) == {"out": "1"}
 
 
+def test_a_folder_to_write_to(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for _ in range(2):
+        assert publishing.make_folder("~/a/b") == tmp_path / "a" / "b"
+    (tmp_path / "link").symlink_to("a")
+    assert publishing.make_folder(tmp_path / "link").is_symlink()
+    (tmp_path / "nowhere").symlink_to("unmounted")
+    (tmp_path / "file").write_text("1")
+    for name, said in (("nowhere", "link to .*unmounted"), ("file", "no folder")):
+        with pytest.raises(FileExistsError, match=said):
+            publishing.make_folder(tmp_path / name)
+    with pytest.raises(ValueError, match="out must be on a disk"):
+        publishing.make_folder("gs://a", "out")
+
+
 # ----------------------------------------------------------------------- links
 
 

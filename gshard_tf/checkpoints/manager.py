@@ -14,7 +14,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from gshard_files import AlreadyRunningError, local_path, sync_folder
+from gshard_files import AlreadyRunningError, local_path, make_folder
 from gshard_tf.checkpoints import bundle, folders
 from gshard_tf.checkpoints.data import ResumableData
 from gshard_tf.checkpoints.errors import DamagedError
@@ -129,11 +129,12 @@ class Checkpoints:
 
         Raises:
             AlreadyRunningError: when another run writes there.
+            FileExistsError: when it is a file, or a link to what is not there.
             OSError: when it cannot be written to.
         """
         if self._lock is not None or not group().is_chief:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         before = _HOLDERS.get(self.folder)
         if before is not None:
             # Of a `fit` of this process that was interrupted.
@@ -150,7 +151,7 @@ class Checkpoints:
         self._lock = weakref.finalize(self, os.close, descriptor)
         _HOLDERS[self.folder] = self
         # What a run that was killed left half-written. The lock says that it is gone.
-        for leftover in self.folder.glob(".step-*.partial"):
+        for leftover in folders.leftovers(self.folder):
             shutil.rmtree(leftover, ignore_errors=True)
 
     def close(self) -> None:
@@ -255,12 +256,7 @@ class Checkpoints:
             kept.add(self.best())
         for step in sound:
             if step not in kept:
-                # Absent at once, whatever happens while it is being removed.
-                hidden = self.folder / f".{self.path(step).name}.partial"
-                shutil.rmtree(hidden, ignore_errors=True)
-                os.rename(self.path(step), hidden)
-                sync_folder(self.folder)
-                shutil.rmtree(hidden)
+                folders.remove(self.folder, step)
 
     # -- restoring --------------------------------------------------------------------
 

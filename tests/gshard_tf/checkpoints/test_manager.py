@@ -264,6 +264,35 @@ def test_a_step_is_written_again(two):
     assert_values(state, 3)
 
 
+def test_a_step_moved_to_another_disk_is_kept_there(two, tmp_path_factory):
+    disk = tmp_path_factory.mktemp("disk")
+    shutil.move(two / "step-0000000001", disk / "one")
+    (two / "step-0000000001").symlink_to(disk / "one")
+    checkpoints = gshard_tf.Checkpoints(two, keep=1, background=False)
+    state = variables(9)
+    checkpoints.restore(state, step=1)
+    assert_values(state, 1)
+    checkpoints.save(variables(3), 3)
+    assert checkpoints.steps() == [3]
+    assert (disk / "one" / "manifest.json").is_file()
+
+
+def test_hidden_folders_of_others_stay(two):
+    mine = two / ".step-mine.partial"
+    mine.mkdir()
+    (mine / "thesis").write_text("years of work")
+    gshard_tf.Checkpoints(two).claim()
+    assert (mine / "thesis").exists()
+
+
+@pytest.mark.parametrize("kind", ["file", "link"])
+def test_a_folder_that_is_none(tmp_path, kind):
+    place = tmp_path / "run"
+    place.write_text("mine") if kind == "file" else place.symlink_to("nowhere")
+    with pytest.raises(FileExistsError, match="Name another folder"):
+        gshard_tf.Checkpoints(place).claim()
+
+
 @pytest.mark.parametrize("kind", ["notes", "file", "link"])
 def test_what_is_in_the_way_of_a_step_stays(two, tmp_path_factory, kind):
     """A user's notes beside the files, a file or a link of the step's name."""
