@@ -11,6 +11,7 @@ from __future__ import annotations
 import csv
 import json
 import logging
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -144,6 +145,7 @@ def train(
     Raises:
         ValueError: when the folder holds a run of other settings, or is remote, `gs://`
             say.
+        FileExistsError: when it holds no run, but a file that one would replace.
         OSError: when something cannot be written, as to a full disk.
     """
     run = local_path(run, "run")
@@ -215,8 +217,21 @@ def train(
 
 
 def check_same_run(run: Path, settings: Settings, vocabulary: Vocabulary) -> None:
-    """Raises `ValueError` when a folder holds a run that cannot be gone on with."""
+    """Looks whether a folder is a new one, or holds a run to go on with.
+
+    Raises:
+        ValueError: It holds a run of other settings.
+        FileExistsError: It holds no run, but a file that one would replace.
+    """
     if not (run / "settings.json").is_file():
+        # They are written first.
+        for name in ("vocab.model", "layout.txt", "history.csv", "summary.json"):
+            if os.path.lexists(run / name):
+                raise FileExistsError(
+                    f"{run} holds {name!r} and no settings.json, so it is no run's "
+                    "folder, and the file would be replaced. Name another folder with "
+                    "--run."
+                )
         return
     found = Settings.read(run)
     may_differ = {"steps", "partitions", "device", "validation_pairs"}

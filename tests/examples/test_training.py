@@ -362,6 +362,15 @@ def test_remote_folders_are_refused_first(tmp_path, monkeypatch, capsys, command
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("name", ["summary.json", "vocab.model", "history.csv"])
+def test_a_folder_of_another_kind_is_no_run(tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(FileExistsError, match=name):
+        training.train(tmp_path, Settings(**TINY), None, None)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == "mine"
+
+
 def test_remote_folders_are_refused_by_the_functions_too(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     remote = "ram://folder"
