@@ -16,6 +16,8 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
+from gshard_files import path_option
+
 MODES = ("train", "evaluate", "predict")
 DTYPES = frozenset(
     "bool uint8 uint16 uint32 uint64 int8 int16 int32 int64 bfloat16 float16 float32 "
@@ -135,7 +137,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--compare",
         nargs=2,
-        type=Path,
+        type=path_option,
         metavar=("A.json", "B.json"),
         help="instead: show two plans that --json wrote, and the ratio B / A",
     )
@@ -305,7 +307,7 @@ def _no_batch(text: str, why: str) -> str:
 
 def output(text: str) -> Path:
     """A file that can be written when the work is done."""
-    path = Path(text)
+    path = path_option(text)
     if path.is_dir() or not path.parent.is_dir():
         raise argparse.ArgumentTypeError(
             f"a file in a folder that exists. Received: {text!r}"

@@ -23,6 +23,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
+from gshard_files import make_folder, path_option
 from gshard_tf.portable import files
 from gshard_tf.portable.data import Batches
 from gshard_tf.portable.manifest import Manifest
@@ -36,12 +37,12 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m gshard_tf.runner", description=__doc__.split("\n", 1)[0]
     )
     add = made.add_argument
-    add("program", type=pathlib.Path, help="file of the step: train, evaluate, predict")
-    add("--data", type=pathlib.Path, required=True, help="folder of its arrays")
-    add("--out", type=pathlib.Path, help="folder for log, state and predictions")
+    add("program", type=path_option, help="file of the step: train, evaluate, predict")
+    add("--data", type=path_option, required=True, help="folder of its arrays")
+    add("--out", type=path_option, help="folder for log, state and predictions")
     add(
         "--state",
-        type=pathlib.Path,
+        type=path_option,
         help="state to begin with, where OUT/state.npz is not there yet; by default "
         "the one that the program file names",
     )
@@ -54,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
         "--evaluate",
         nargs=2,
         metavar=("PROGRAM", "DATA"),
-        type=pathlib.Path,
+        type=path_option,
         help="evaluate with this program and data each time the state is saved",
     )
     add("--devices", type=int, help="how many to use; by default as many as can be")
@@ -68,7 +69,7 @@ class Log:
     def __init__(self, folder: pathlib.Path | None):
         self._file: TextIO | None = None
         if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
+            make_folder(folder)
             self._file = open(folder / "log.jsonl", "a", encoding="utf-8")
 
     def __call__(self, event: str, **fields: Any) -> None:

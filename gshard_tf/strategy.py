@@ -146,9 +146,13 @@ class SpmdStrategy(OnMesh, tf.distribute.Strategy):
 
         Args:
             model: A model that is built and compiled, as the first step leaves it.
-            path: An `.npz` file; one that is there is replaced.
+            path: An `.npz` file on a local or mounted disk; one that is there is
+                replaced.
             step: How many steps the model has been trained, for the runner to go on
                 with.
+
+        Raises:
+            ValueError: when `path` is remote, `gs://` say.
         """
         saving.save_state(model, path, step)
 

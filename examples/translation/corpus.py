@@ -21,7 +21,7 @@ from examples.translation.files import sha256_of
 from examples.translation.languages import base_language, is_tag, normalise_language
 from examples.translation.sources import NAME_DOMAINS, Source, corpus_sources
 from examples.translation.splitting import SPLITS, assign_splits, message_key
-from gshard_files import new_folder, write_synced
+from gshard_files import Contents, local_path, new_folder, write_synced
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +29,17 @@ log = logging.getLogger(__name__)
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 COLUMNS = ("lang", "domain", "source", "english")
+#: What is in a corpus folder, and so may be replaced: vocabularies and caches too.
+CORPUS = Contents(
+    "a corpus",
+    (
+        MANIFEST,
+        *(f"{split}.tsv" for split in SPLITS),
+        "vocab*.model",
+        "cache/ids-*.npz",
+    ),
+    mark=MANIFEST,
+)
 
 #: Share of the widely translated messages that are tested on, by corpus.
 DEFAULT_HELD_OUT = {"S": 0.2, "M": 0.06, "D": 0.06}
@@ -86,8 +97,9 @@ def prepare_corpus(
             is made before, on all languages, so a subset has the same held-out
             messages as the whole.
         folder: Where the package files of M and D lie.
-        replace: Whether to replace a folder that is there already, with everything
-            else that was put in it (vocabularies, caches: they belong to the old text).
+        replace: Whether to replace a folder that is there already, with its
+            vocabularies and caches, which belong to the old text. It must be empty, or
+            hold a corpus and nothing else.
         progress: Called now and then with (activity, done, total or None).
         sources: The sources themselves, instead of those of a named corpus.
 
@@ -98,7 +110,8 @@ def prepare_corpus(
         ValueError: An option is wrong, or no pair was found.
         MissingPackageError: A package to read from or with is not installed.
         FileNotFoundError: A package file of M or D is not in ``folder``.
-        FileExistsError: ``out_dir`` exists and ``replace`` is false.
+        FileExistsError: ``out_dir`` exists, and ``replace`` is false or it holds
+            anything but a corpus.
         AlreadyRunningError: Another process is making ``out_dir`` just now.
         OSError: It could not be written (disk full, ...); nothing is published.
     """
@@ -113,7 +126,7 @@ def prepare_corpus(
         "languages": sorted(wanted) if wanted is not None else None,
     }
     progress = progress or (lambda activity, done, total: None)
-    with new_folder(out_dir, replace) as partial:
+    with new_folder(out_dir, replace, CORPUS) as partial:
         domain_of, reports = _extract(sources, progress)
         if not domain_of:
             raise ValueError(
@@ -339,7 +352,7 @@ def load_corpus(path: str | Path, verify: bool = True) -> Corpus:
         CorpusError: The folder is not a whole corpus, its files were altered, or
             another version of this program made it.
     """
-    path = Path(path)
+    path = local_path(path)
     if not path.is_dir():
         raise FileNotFoundError(f"no corpus at {path}: prepare one first")
     try:

@@ -18,7 +18,7 @@ from examples.translation.corpus import Corpus, Pair
 from examples.translation.report import plot_scores
 from examples.translation.scoring import format_table, score, write_scores
 from examples.translation.translating import Translator
-from gshard_files import write_file
+from gshard_files import make_folder, write_file
 
 
 def choose(
@@ -57,6 +57,7 @@ def evaluate(
     Returns:
         System name -> `scoring.score`'s result.
     """
+    out = make_folder(out, "out")  # before the work
     begun = time.perf_counter()
     progress(f"translating {len(pairs)} sentences")
     said = translator.translate([p.lang for p in pairs], [p.source for p in pairs])
@@ -69,7 +70,6 @@ def evaluate(
     }
     counts = corpus.languages("train")
     scores = {name: score(pairs, texts, counts) for name, texts in systems.items()}
-    out.mkdir(parents=True, exist_ok=True)
     write_scores(out / "scores.json", scores)
     table = format_table(scores, ("domain", "resources", "family"))
     tables = f"{title}\n\n{table}\n"

@@ -10,12 +10,39 @@ import tensorflow as tf
 
 from examples.translation.files import MissingPackageError
 from examples.translation.translating import Translator
-from gshard_files import new_folder
+from gshard_files import Contents, check_folder, local_path, new_folder
 
 #: Where TensorFlow Serving looks for requests to send itself before it answers others.
 WARM_UP = Path("assets.extra", "tf_serving_warmup_requests")
 #: Words of the texts in these requests, and how many texts are in one.
 WARM_UP_WORDS, WARM_UP_BATCHES = (1, 8, 30), (1, 8)
+#: What `export` writes, and so may replace.
+SAVED_MODEL = Contents(
+    "a SavedModel",
+    (
+        "saved_model.pb",
+        "fingerprint.pb",
+        "variables/variables.index",
+        "variables/variables.data-*",
+        "assets",
+        WARM_UP.as_posix(),
+    ),
+    mark="saved_model.pb",
+)
+
+
+def check_export(folder: str | Path, replace: bool = False) -> Path:
+    """Raises what `export` would for its folder, before there is anything to export.
+
+    Returns:
+        The folder, without links.
+
+    Raises:
+        ValueError: `folder` is remote, `gs://` say.
+        FileExistsError: `folder` exists, and `replace` is false or it holds anything
+            but a SavedModel.
+    """
+    return check_folder(folder, replace, SAVED_MODEL)
 
 
 def export(
@@ -32,7 +59,8 @@ def export(
         translator: What to export. Its model must be a plain Keras model, not one
             on a mesh (`training.load_model` gives such a one).
         folder: Where to write it; it appears only when it is complete.
-        replace: Whether to replace a folder that is there.
+        replace: Whether to replace a folder that is there. Only an empty one and one
+            that holds a SavedModel and nothing else is replaced.
         warm_up_as: Also write requests with which TensorFlow Serving warms up, to a
             model of this name. Needs the package tensorflow-serving-api.
 
@@ -40,20 +68,23 @@ def export(
         `folder`.
 
     Raises:
-        FileExistsError: `folder` exists and `replace` is false.
+        ValueError: `folder` is remote, `gs://` say.
+        FileExistsError: `folder` exists, and `replace` is false or it holds anything
+            but a SavedModel.
         MissingPackageError: requests were asked for without their package.
         OSError: it could not be written.
     """
+    check_export(folder, replace)
     requests = None
     if warm_up_as is not None:
         requests = list(warm_up_requests(translator, warm_up_as))
-    folder = Path(folder)
+    folder = local_path(folder)
     signatures = dict(translator.functions)
     signatures["serving_default"] = signatures["translate"]
     served = tf.Module(name="translator")
     served.vocabulary = translator.vocabulary
     served.weights = translator.weights
-    with new_folder(folder, replace=replace) as partial:
+    with new_folder(folder, replace, SAVED_MODEL) as partial:
         tf.saved_model.save(served, str(partial), signatures=signatures)
         if requests is not None:
             path = partial / WARM_UP

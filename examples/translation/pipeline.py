@@ -27,7 +27,7 @@ import tensorflow as tf
 from examples.translation.corpus import Corpus, Pair
 from examples.translation.vocabulary import BOS, EOS, PAD, Vocabulary
 from examples.translation.vocabulary_training import temperature_shares
-from gshard_files import write_file
+from gshard_files import local_path, write_file
 
 log = logging.getLogger(__name__)
 
@@ -143,7 +143,7 @@ def tokenize_split(
     if cache is not None:
         name = " ".join([corpus.sha256(split), vocabulary.sha256, *sorted(wanted)])
         digest = hashlib.sha256(name.encode()).hexdigest()[:16]
-        file = Path(cache) / f"ids-{split}-{digest}.npz"
+        file = local_path(cache, "cache") / f"ids-{split}-{digest}.npz"
         if file.is_file():
             with np.load(file) as saved:
                 tags = tuple(str(tag) for tag in saved["languages"])

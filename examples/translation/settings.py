@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from gshard_files import write_file
+from gshard_files import local_path, write_file
 
 
 def _flag(default: Any, text: str, choices: tuple | None = None) -> Any:
@@ -133,7 +133,7 @@ class Settings:
         Raises:
             FileNotFoundError: when there is no run in `folder`.
         """
-        path = Path(folder) / "settings.json"
+        path = local_path(folder, "run") / "settings.json"
         if not path.is_file():
             raise FileNotFoundError(
                 f"There is no run in {folder} (no settings.json). Train one first."

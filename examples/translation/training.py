@@ -11,6 +11,7 @@ from __future__ import annotations
 import csv
 import json
 import logging
+import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +27,7 @@ from examples.translation.model import make_model, make_strategy, scope
 from examples.translation.pipeline import Batches, tokenize_pairs, tokenize_split
 from examples.translation.settings import Settings
 from examples.translation.vocabulary import Vocabulary
-from gshard_files import write_file
+from gshard_files import local_path, write_file
 
 log = logging.getLogger(__name__)
 
@@ -131,7 +132,7 @@ def train(
     """Trains, or goes on with, the run in a folder.
 
     Args:
-        run: The run's folder.
+        run: The run's folder, on a local or mounted disk.
         settings: Its settings.
         corpus: What to train and validate on.
         vocabulary: The vocabulary, which is copied into the run.
@@ -142,9 +143,13 @@ def train(
         A summary: steps, validation figures, those of a unigram model.
 
     Raises:
-        ValueError: when the folder holds a run of other settings.
+        ValueError: when the folder holds a run of other settings, or is remote, `gs://`
+            say.
+        FileExistsError: when it holds no run, but a file that one would replace.
         OSError: when something cannot be written, as to a full disk.
     """
+    run = local_path(run, "run")
+    cache = None if cache is None else local_path(cache, "cache")
     check_same_run(run, settings, vocabulary)
     settings.write(run)
     write_file(run / "vocab.model", vocabulary.model_bytes)
@@ -212,8 +217,21 @@ def train(
 
 
 def check_same_run(run: Path, settings: Settings, vocabulary: Vocabulary) -> None:
-    """Raises `ValueError` when a folder holds a run that cannot be gone on with."""
+    """Looks whether a folder is a new one, or holds a run to go on with.
+
+    Raises:
+        ValueError: It holds a run of other settings.
+        FileExistsError: It holds no run, but a file that one would replace.
+    """
     if not (run / "settings.json").is_file():
+        # They are written first.
+        for name in ("vocab.model", "layout.txt", "history.csv", "summary.json"):
+            if os.path.lexists(run / name):
+                raise FileExistsError(
+                    f"{run} holds {name!r} and no settings.json, so it is no run's "
+                    "folder, and the file would be replaced. Name another folder with "
+                    "--run."
+                )
         return
     found = Settings.read(run)
     may_differ = {"steps", "partitions", "device", "validation_pairs"}
@@ -237,8 +255,10 @@ def load_model(run: Path) -> tuple[Settings, Vocabulary, keras.Model]:
     """The translator of a run at its last checkpoint, as a plain Keras model.
 
     Raises:
+        ValueError: when `run` is remote, `gs://` say.
         FileNotFoundError: when there is no run or no checkpoint yet.
     """
+    run = local_path(run, "run")
     settings = Settings.read(run)
     vocabulary = Vocabulary(run / "vocab.model")
     model = make_model(settings, vocabulary)

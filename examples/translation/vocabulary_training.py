@@ -20,7 +20,7 @@ import numpy as np
 
 from examples.translation.corpus import Corpus, Pair
 from examples.translation.files import missing_packages
-from gshard_files import write_file
+from gshard_files import local_path, write_file
 
 PAD, UNK, BOS, EOS = 0, 1, 2, 3
 _SPECIAL_NAMES = ("pad", "unk", "s", "/s")
@@ -134,6 +134,7 @@ def train_vocabulary(
         ValueError: An option is wrong, or ``size`` cannot hold the characters.
         MissingPackageError: sentencepiece is not installed.
     """
+    path = local_path(path)  # before the work
     try:
         import sentencepiece
     except ImportError as error:
@@ -190,6 +191,5 @@ def train_vocabulary(
             f"SentencePiece could not train on this: {error}. Received: size={size}, "
             f"character_coverage={character_coverage}, languages={len(tags)}"
         ) from error
-    path = Path(path)
     write_file(path, model.getvalue())
     return path

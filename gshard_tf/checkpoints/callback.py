@@ -39,7 +39,8 @@ class SaveCheckpoints(keras.callbacks.Callback):
     and trains nothing. Without it, or with other settings, it goes on.
 
     Args:
-        folder: Where the checkpoints are; or a `Checkpoints`.
+        folder: Where the checkpoints are, on a local or mounted disk; or a
+            `Checkpoints`.
         every: How many steps lie between two of them; None: only at the ends of
             epochs, which are saved in any case.
         data: What `fit` trains on. Without it, an epoch that was under way goes on
@@ -64,7 +65,7 @@ class SaveCheckpoints(keras.callbacks.Callback):
         restored: What was restored at the beginning, or None.
 
     Raises:
-        ValueError: when `every` is no positive number.
+        ValueError: when `every` is no positive number, or `folder` is remote.
     """
 
     def __init__(

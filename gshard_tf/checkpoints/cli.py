@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from gshard_files import path_option
 from gshard_tf.checkpoints import folders
 from gshard_tf.checkpoints.errors import DamagedError
 from gshard_tf.checkpoints.manifest import Manifest
@@ -19,7 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     showing = commands.add_parser("show", help="the arrays of one checkpoint")
     verifying = commands.add_parser("verify", help="read every byte and check it")
     for command in (listing, showing, verifying):
-        command.add_argument("folder", type=Path, help="the run's folder")
+        command.add_argument("folder", type=path_option, help="the run's folder")
         command.add_argument(
             "--step", type=int, help="which one; else all, or the last"
         )

@@ -1,9 +1,14 @@
 """Where the checkpoints of a run are, without reading them."""
 
+import os
 import re
+import shutil
 from pathlib import Path
 
+from gshard_files import sync_folder
+
 _NAME = re.compile(r"step-(\d{10,})")
+_HIDDEN = re.compile(r"\.step-\d{10,}\.partial")
 
 
 def steps(folder: Path) -> list[int]:
@@ -17,3 +22,22 @@ def steps(folder: Path) -> list[int]:
 def path_of(folder: Path, step: int) -> Path:
     """The folder of a step's checkpoint."""
     return folder / f"step-{step:010d}"
+
+
+def leftovers(folder: Path) -> list[Path]:
+    """What killed runs left: steps half-written, or half-removed."""
+    return [path for path in folder.iterdir() if _HIDDEN.fullmatch(path.name)]
+
+
+def remove(folder: Path, step: int) -> None:
+    """Removes a step's checkpoint, or the link in its place and nothing behind it."""
+    path = path_of(folder, step)
+    if path.is_symlink():
+        path.unlink()
+        return
+    # Absent at once, whatever happens while it is being removed.
+    hidden = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(hidden, ignore_errors=True)
+    os.rename(path, hidden)
+    sync_folder(folder)
+    shutil.rmtree(hidden)

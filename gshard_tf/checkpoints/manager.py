@@ -14,7 +14,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from gshard_files import AlreadyRunningError, sync_folder
+from gshard_files import AlreadyRunningError, local_path, make_folder
 from gshard_tf.checkpoints import bundle, folders
 from gshard_tf.checkpoints.data import ResumableData
 from gshard_tf.checkpoints.errors import DamagedError
@@ -56,7 +56,8 @@ class Checkpoints:
     folder, which the next one removes.
 
     Args:
-        folder: Where they are. With several processes: on a disk that all of them see.
+        folder: Where they are, on a local or mounted disk; `~` is expanded. With
+            several processes: on a disk that all of them see.
         keep: How many of the newest are kept; None: all.
         best: A metric of `logs` by which the best one is kept as well.
         mode: `"min"` or `"max"`: which value of `best` is good.
@@ -65,7 +66,8 @@ class Checkpoints:
             there is raised by the next `save` or `wait`.
 
     Raises:
-        ValueError: when an argument is none of these.
+        ValueError: when an argument is none of these, or the folder is remote, `gs://`
+            say.
     """
 
     def __init__(
@@ -80,7 +82,7 @@ class Checkpoints:
             raise ValueError(f"keep is at least 1, or None. Received: {keep!r}")
         if mode not in ("min", "max"):
             raise ValueError(f"mode is 'min' or 'max'. Received: {mode!r}")
-        self.folder = Path(folder).absolute()
+        self.folder = local_path(folder, "folder").absolute()
         self.keep = keep
         self.best_metric = best
         self.mode = mode
@@ -127,11 +129,12 @@ class Checkpoints:
 
         Raises:
             AlreadyRunningError: when another run writes there.
+            FileExistsError: when it is a file, or a link to what is not there.
             OSError: when it cannot be written to.
         """
         if self._lock is not None or not group().is_chief:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         before = _HOLDERS.get(self.folder)
         if before is not None:
             # Of a `fit` of this process that was interrupted.
@@ -148,7 +151,7 @@ class Checkpoints:
         self._lock = weakref.finalize(self, os.close, descriptor)
         _HOLDERS[self.folder] = self
         # What a run that was killed left half-written. The lock says that it is gone.
-        for leftover in self.folder.glob(".step-*.partial"):
+        for leftover in folders.leftovers(self.folder):
             shutil.rmtree(leftover, ignore_errors=True)
 
     def close(self) -> None:
@@ -268,12 +271,7 @@ class Checkpoints:
             kept.add(self.best())
         for step in sound:
             if step not in kept:
-                # Absent at once, whatever happens while it is being removed.
-                hidden = self.folder / f".{self.path(step).name}.partial"
-                shutil.rmtree(hidden, ignore_errors=True)
-                os.rename(self.path(step), hidden)
-                sync_folder(self.folder)
-                shutil.rmtree(hidden)
+                folders.remove(self.folder, step)
 
     # -- restoring --------------------------------------------------------------------
 

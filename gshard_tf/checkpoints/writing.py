@@ -5,13 +5,17 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from gshard_files import new_folder
+from gshard_files import Contents, new_folder
 from gshard_tf.checkpoints import bundle
 from gshard_tf.checkpoints.manifest import Manifest, sha256
 from gshard_tf.processes import group
 
 # How long one process waits for what another one writes.
 PATIENCE_SECONDS = 3600
+
+# What is in the folder of a checkpoint, and so may be replaced; damaged ones too, which
+# lack some of it.
+CHECKPOINT = Contents("a checkpoint", ("manifest.json", "state.*", "part-*"))
 
 
 def write(
@@ -26,12 +30,13 @@ def write(
         turn: Which checkpoint of this run it is, the same in all processes.
 
     Raises:
+        FileExistsError: there is something else of that name.
         OSError: the disk is full, or the like. Nothing is there then.
     """
     if group().count > 1:
         _write_together(path, manifest, pieces, turn)
         return
-    with new_folder(path, replace=True) as partial:
+    with new_folder(path, True, CHECKPOINT) as partial:
         bundle.write(partial / "state", pieces)
         _finish(manifest, partial)
 
@@ -74,7 +79,7 @@ def _write_together(
         return
     problem, opened = "", False
     try:
-        with new_folder(path, replace=True) as partial:
+        with new_folder(path, True, CHECKPOINT) as partial:
             opened = True
             processes.tell(f"{key}/open", json.dumps({"error": ""}))
             write_part()

@@ -5,12 +5,12 @@ import json
 import os
 import pathlib
 import re
-import tempfile
 import warnings
 from collections.abc import Sequence
 
 from tensorflow.experimental import dtensor
 
+from gshard_files import local_path, write_file
 from gshard_tf.planning.plan import FORMAT, Plan, Weight
 
 
@@ -54,13 +54,17 @@ class Cache:
 
     @classmethod
     def of(cls, cache: bool | str | os.PathLike) -> "Cache":
-        """The cache that `plan` was asked to use."""
+        """The cache that `plan` was asked to use.
+
+        Raises:
+            ValueError: for a remote folder, `gs://` say.
+        """
         if cache is False:
             return cls(None)
         if cache is True:
             base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
             return cls(pathlib.Path(base).expanduser() / "gshard_tf" / "plans")
-        return cls(pathlib.Path(cache))
+        return cls(local_path(cache, "cache"))
 
     def load(self, key: str) -> Plan | None:
         """The plan of a key, or None."""
@@ -79,9 +83,4 @@ class Cache:
         """Keeps a plan; a reader never sees half of one."""
         if self.folder is None:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            "w", dir=self.folder, suffix=".part", delete=False
-        ) as file:
-            file.write(plan.to_json())
-        os.replace(file.name, self.folder / f"{plan.key}.json")
+        write_file(self.folder / f"{plan.key}.json", plan.to_json().encode())

@@ -87,10 +87,12 @@ def plan(
 
     Raises:
         ValueError: for an unknown topology or mode, a mesh of another size, a batch
-            without static shapes, or a model that cannot be planned, with the reason.
+            without static shapes, a remote cache, or a model that cannot be planned,
+            with the reason.
         ImportError: when a TPU is asked for and libtpu is not installed.
     """
     check_mode(mode)
+    store = Cache.of(cache)
     specs = batch_specs(batch)
     found = find_topology(topology)
     mesh = _mesh_for(found, mesh)
@@ -121,7 +123,6 @@ def plan(
     versions = _versions()
     written_text = hlo_as_text(step.hlo)
     key = content_key(written_text, weights, found.name, mesh, mode, versions)
-    store = Cache.of(cache)
     known = store.load(key)
     if known is not None:
         return known

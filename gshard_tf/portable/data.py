@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from gshard_files import local_path
 from gshard_tf.portable.manifest import Tensor
 
 
@@ -36,7 +37,8 @@ class Batches:
     ):
         self.inputs = list(inputs)
         self.shuffle = shuffle
-        self.arrays = [_open(pathlib.Path(folder), tensor) for tensor in inputs]
+        folder = local_path(folder, "folder")
+        self.arrays = [_open(folder, tensor) for tensor in inputs]
         rows = {t.name: len(a) for t, a in zip(inputs, self.arrays, strict=True)}
         sizes = {tensor.shape[0] for tensor in inputs}
         if len(set(rows.values())) != 1 or len(sizes) != 1:

@@ -11,14 +11,13 @@ from __future__ import annotations
 import io
 import json
 import os
-import pathlib
 import zipfile
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from gshard_files import write_file
+from gshard_files import local_path, write_file
 from gshard_tf.portable.manifest import Manifest
 
 Path = str | os.PathLike
@@ -62,7 +61,7 @@ def read_programs(path: Path) -> tuple[bytes, dict[str, np.ndarray]]:
 
 def _open_program(path: Path) -> zipfile.ZipFile:
     try:
-        archive = zipfile.ZipFile(path)
+        archive = zipfile.ZipFile(local_path(path))
     except zipfile.BadZipFile as error:
         raise ValueError(f"{path} is no program file: {error}") from error
     if "manifest.json" not in archive.namelist():
@@ -86,7 +85,7 @@ def write_state(path: Path, arrays: Mapping[str, np.ndarray], **meta: Any) -> No
 
 def read_state(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """The arrays of a state file, and what `write_state` was given besides."""
-    return _arrays(path)
+    return _arrays(local_path(path))
 
 
 def _npz(arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> bytes:
@@ -121,11 +120,12 @@ def write_data(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Writes packed data: for each input of a program all of its rows.
 
     Args:
-        folder: Where; it is made.
+        folder: Where, on a local or mounted disk; it is made.
         arrays: `[N, ...]` by the name of the input (`gshard_tf.portable.named_batch`
             names the parts of a batch). Integers may be of a smaller type than the
             program's: token ids fit `uint16`.
     """
+    folder = local_path(folder, "folder")
     lengths = {name: len(array) for name, array in arrays.items()}
     if not arrays or len(set(lengths.values())) > 1:
         raise ValueError(
@@ -134,4 +134,4 @@ def write_data(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
     for name, array in arrays.items():
         out = io.BytesIO()
         np.save(out, np.asarray(array))
-        write_file(pathlib.Path(folder) / f"{name}.npy", out.getvalue())
+        write_file(folder / f"{name}.npy", out.getvalue())

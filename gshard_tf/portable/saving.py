@@ -17,6 +17,7 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.experimental import dtensor
 
+from gshard_files import local_path
 from gshard_tf import lowering
 from gshard_tf.checkpoints.manifest import Array
 from gshard_tf.checkpoints.matching import match
@@ -88,7 +89,7 @@ class StepProgram:
         the meshes need no devices.
 
         Args:
-            path: The file, `train.gshard` say.
+            path: The file, `train.gshard` say, on a local or mounted disk.
             meshes: The meshes that it can be loaded on: axes and sizes, or a number of
                 devices for a mesh of one axis. None: the strategy's own and all that
                 halving its axes leads to, down to one device.
@@ -100,9 +101,11 @@ class StepProgram:
             The manifest of the file.
 
         Raises:
-            ValueError: when a mesh has other axes than the strategy's, or the step
-                uses variables that neither the model nor its optimizer holds.
+            ValueError: when `path` is remote, a mesh has other axes than the
+                strategy's, or the step uses variables that neither the model nor its
+                optimizer holds.
         """
+        path = local_path(path)  # before minutes of tracing
         own = self.strategy.extended.mesh
         axes = [_axes(own, mesh) for mesh in meshes or halvings(own)]
         if _sizes(own) not in axes:
@@ -280,6 +283,7 @@ def _export(
 
 def save_state(model: keras.Model, path: str | os.PathLike, step: int = 0) -> None:
     """Writes everything that a model, its metrics and its optimizer remember."""
+    path = local_path(path)  # before everything is copied
     arrays = {
         name: array_of(variable).numpy() for name, variable in state_of(model).items()
     }

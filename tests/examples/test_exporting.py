@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from examples.translation import exporting, translating
+from examples.translation import cli, exporting, translating
 from examples.translation.model import make_model
 from examples.translation.settings import Settings
 from examples.translation.vocabulary import BOS, EOS, PAD
@@ -193,6 +193,7 @@ def test_the_requests_to_warm_up_with(translator, saved, tmp_path):
 
     folder = exporting.export(translator, tmp_path / "warm", warm_up_as="translator")
     path = folder / "assets.extra" / "tf_serving_warmup_requests"
+    exporting.check_export(folder, replace=True)  # nothing in it but what is ours
     loaded = tf.saved_model.load(str(folder))
     seen = set()
     for record in tf.data.TFRecordDataset(str(path)).as_numpy_iterator():
@@ -229,3 +230,36 @@ def test_without_the_package_it_says_what_to_install(translator, tmp_path, monke
     with pytest.raises(ImportError, match=r"gshard-tf\[serve\]"):
         exporting.export(translator, tmp_path / "x", warm_up_as="translator")
     assert not (tmp_path / "x").exists()
+
+
+def test_an_export_replaces_an_export(saved):
+    assert exporting.check_export(saved, replace=True) == saved
+    with pytest.raises(FileExistsError, match="exists already"):
+        exporting.check_export(saved)
+
+
+@pytest.mark.parametrize("thesis", ["thesis.tex", "variables/thesis.tex", None])
+def test_an_export_replaces_nothing_else(translator, tmp_path, monkeypatch, thesis):
+    folder = tmp_path / "mine"
+    (folder / "variables").mkdir(parents=True)
+    if thesis is not None:
+        (folder / "saved_model.pb").write_text("")
+        (folder / thesis).write_text("years of work")
+    before = sorted(folder.rglob("*"))
+    monkeypatch.setattr(tf.saved_model, "save", None)  # no work is done
+    with pytest.raises(FileExistsError, match=str(folder)):
+        exporting.export(translator, folder, replace=True)
+    assert sorted(folder.rglob("*")) == before
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+@pytest.mark.parametrize("command", ["export", "run"])
+def test_the_command_asks_first(tmp_path, monkeypatch, capsys, command):
+    """Before the corpus is made, the model trained or loaded."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("years of work")
+    for folder, said in (("mine", "thesis.tex"), (".", "working folder")):
+        assert cli.main([command, "--run", "r", "--saved-model", folder]) == 1
+        assert said in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["mine", "thesis.tex"]

@@ -15,8 +15,16 @@ import pytest
 import tensorflow as tf
 from processes import ROOT, run_python
 
-from examples.translation import cli, evaluating, exporting, training, translating
+from examples.translation import (
+    cli,
+    evaluating,
+    exporting,
+    training,
+    translating,
+    vocabulary_training,
+)
 from examples.translation.baselines import ApertiumResult
+from examples.translation.corpus import load_corpus, prepare_corpus
 from examples.translation.settings import Settings
 
 TINY = {
@@ -329,6 +337,56 @@ def test_settings_are_checked_and_come_back(tmp_path):
 def test_the_command_answers_mistakes_with_a_sentence(arguments, message, capsys):
     assert cli.main(arguments) == 1
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "flag"),
+    [
+        ("run", "--run"),
+        ("run", "--data"),
+        ("run", "--saved-model"),
+        ("train", "--run"),
+        ("prepare", "--data"),
+        ("evaluate", "--run"),
+        ("export", "--saved-model"),
+    ],
+)
+def test_remote_folders_are_refused_first(tmp_path, monkeypatch, capsys, command, flag):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as caught:
+        cli.main([command, flag, "gs://bucket/folder"])
+    assert caught.value.code == 2
+    said = capsys.readouterr().err
+    assert f"argument {flag}" in said and "copy what is written there" in said
+    assert "'gs://bucket/folder'" in said
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["summary.json", "vocab.model", "history.csv"])
+def test_a_folder_of_another_kind_is_no_run(tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(FileExistsError, match=name):
+        training.train(tmp_path, Settings(**TINY), None, None)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == "mine"
+
+
+def test_remote_folders_are_refused_by_the_functions_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    remote = "ram://folder"
+    for call in (
+        lambda: training.train(remote, Settings(**TINY), None, None),
+        lambda: training.train("run", Settings(**TINY), None, None, cache=remote),
+        lambda: training.load_model(remote),
+        lambda: exporting.export(None, remote),
+        lambda: evaluating.evaluate(None, None, [], remote, "", print),
+        lambda: prepare_corpus(remote, sources=[]),
+        lambda: load_corpus(remote),
+        lambda: vocabulary_training.train_vocabulary(None, remote),
+    ):
+        with pytest.raises(ValueError, match="on a disk of this machine"):
+            call()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_schedule_is_the_papers():

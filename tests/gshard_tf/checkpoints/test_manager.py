@@ -5,6 +5,7 @@ import gc
 import os
 import random
 import resource
+import shutil
 import signal
 import threading
 
@@ -251,6 +252,63 @@ def test_what_a_killed_run_left_is_removed(two):
     checkpoints.claim()
     assert not list(two.glob(".step-*"))
     assert checkpoints.steps() == [1, 2]
+
+
+def test_a_step_is_written_again(two):
+    """One that lacks a file, too: it was passed over, and training came by again."""
+    (two / "step-0000000002" / "manifest.json").unlink()
+    checkpoints = gshard_tf.Checkpoints(two, background=False)
+    checkpoints.save(variables(3), 2)
+    state = variables(9)
+    assert checkpoints.restore(state).manifest.step == 2
+    assert_values(state, 3)
+
+
+def test_a_step_moved_to_another_disk_is_kept_there(two, tmp_path_factory):
+    disk = tmp_path_factory.mktemp("disk")
+    shutil.move(two / "step-0000000001", disk / "one")
+    (two / "step-0000000001").symlink_to(disk / "one")
+    checkpoints = gshard_tf.Checkpoints(two, keep=1, background=False)
+    state = variables(9)
+    checkpoints.restore(state, step=1)
+    assert_values(state, 1)
+    checkpoints.save(variables(3), 3)
+    assert checkpoints.steps() == [3]
+    assert (disk / "one" / "manifest.json").is_file()
+
+
+def test_hidden_folders_of_others_stay(two):
+    mine = two / ".step-mine.partial"
+    mine.mkdir()
+    (mine / "thesis").write_text("years of work")
+    gshard_tf.Checkpoints(two).claim()
+    assert (mine / "thesis").exists()
+
+
+@pytest.mark.parametrize("kind", ["file", "link"])
+def test_a_folder_that_is_none(tmp_path, kind):
+    place = tmp_path / "run"
+    place.write_text("mine") if kind == "file" else place.symlink_to("nowhere")
+    with pytest.raises(FileExistsError, match="Name another folder"):
+        gshard_tf.Checkpoints(place).claim()
+
+
+@pytest.mark.parametrize("kind", ["notes", "file", "link"])
+def test_what_is_in_the_way_of_a_step_stays(two, tmp_path_factory, kind):
+    """A user's notes beside the files, a file or a link of the step's name."""
+    step = two / "step-0000000002"
+    if kind == "notes":
+        (step / "notes.txt").write_text("mine")
+    else:
+        shutil.rmtree(step)
+        other = tmp_path_factory.mktemp("other") / "mine"
+        other.write_text("mine")
+        step.write_text("mine") if kind == "file" else step.symlink_to(other.parent)
+    mine = {"notes": step / "notes.txt", "file": step, "link": step / "mine"}[kind]
+    with pytest.raises(FileExistsError, match="step-0000000002|other"):
+        gshard_tf.Checkpoints(two, background=False).save(variables(3), 2)
+    assert mine.read_text() == "mine"
+    assert step.is_symlink() == (kind == "link")
 
 
 def test_a_checkpoint_of_another_model(two):
