@@ -190,6 +190,11 @@ def test_names_that_fit_do_not_make_it_ours(tmp_path, missing):
     assert tree(tmp_path) == before
 
 
+def test_an_empty_folder_of_another_name_is_a_stranger(tmp_path):
+    (make_thing(tmp_path / "out") / "thesis").mkdir()
+    refuse(tmp_path / "out", "thesis")
+
+
 def test_without_contents_only_an_empty_folder_is_replaced(tmp_path):
     out = make_thing(tmp_path / "out")
     with pytest.raises(FileExistsError, match="not empty"):
