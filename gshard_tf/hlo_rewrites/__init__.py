@@ -15,6 +15,7 @@ from gshard_tf.hlo_rewrites import (
     uneven_scatters,
     windows,
 )
+from gshard_tf.hlo_rewrites.shardings import MeshAxes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,22 +42,23 @@ def partition_safely(
         batch_axes: The axes that the batch is split over; they come first where a
             rewrite has to choose.
     """
-    if all(size == 1 for size in mesh_shape.values()):
+    mesh = MeshAxes(mesh_shape, batch_axes)
+    if mesh.devices == 1:
         return SafeModule(hlo)
     module = hlo_pb2.HloModuleProto.FromString(hlo)
     counts = {
         "{} scatters whose rows do not divide by the devices are padded.": (
-            uneven_scatters.make_even(module, mesh_shape, batch_axes)
+            uneven_scatters.make_even(module, mesh)
         ),
         "{} convolutions and gradients of maxima hold their images whole along the "
         "windows: height and width are not split there.": (
-            windows.keep_whole(module, mesh_shape)
+            windows.keep_whole(module, mesh)
         ),
         # The last two: nothing may be held inside of their manual regions.
         "{} grouped convolutions split the batch alone, over the axes that divide "
-        "it.": grouped_convolutions.keep_local(module, mesh_shape, batch_axes),
+        "it.": grouped_convolutions.keep_local(module, mesh),
         "{} Fourier transforms split the first dimension alone, over the axes that "
-        "divide it.": transforms.keep_local(module, mesh_shape, batch_axes),
+        "divide it.": transforms.keep_local(module, mesh),
     }
     notes = tuple(note.format(count) for note, count in counts.items() if count)
     return SafeModule(module.SerializeToString() if notes else hlo, notes)

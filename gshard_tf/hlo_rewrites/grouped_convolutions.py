@@ -11,8 +11,6 @@ kernel is whole, each device convolves its rows. Of the kernel's gradient each d
 makes its rows' part, and the parts are summed outside of the region.
 """
 
-from collections.abc import Mapping, Sequence
-
 from tensorflow.compiler.xla.service import hlo_pb2
 
 from gshard_tf.hlo_rewrites import shardings
@@ -23,82 +21,55 @@ from gshard_tf.hlo_rewrites.editing import (
     edit_module,
     resized,
 )
+from gshard_tf.hlo_rewrites.shardings import MeshAxes
 
 
-def keep_local(
-    module: hlo_pb2.HloModuleProto,
-    mesh_shape: Mapping[str, int],
-    batch_axes: Sequence[str],
-) -> int:
-    """Puts every grouped convolution in a manual region; returns how many.
-
-    Args:
-        module: The module.
-        mesh_shape: The size of each axis of the mesh, in its order.
-        batch_axes: The axes to split the batch over first.
-    """
+def keep_local(module: hlo_pb2.HloModuleProto, mesh: MeshAxes) -> int:
+    """Puts every grouped convolution in a manual region; returns how many."""
 
     def replace(editor: Editor, old: Instruction) -> Instruction | None:
         if old.opcode != "convolution":
             return None
         if old.batch_group_count > 1:
-            return _kernel_gradient(editor, old, mesh_shape, batch_axes)
+            return _kernel_gradient(editor, old, mesh)
         if old.feature_group_count > 1:
-            return _forward(editor, old, mesh_shape, batch_axes)
+            return _forward(editor, old, mesh)
         return None
 
     return edit_module(module, replace)
 
 
-def _forward(
-    editor: Editor,
-    old: Instruction,
-    mesh_shape: Mapping[str, int],
-    batch_axes: Sequence[str],
-) -> Instruction:
+def _forward(editor: Editor, old: Instruction, mesh: MeshAxes) -> Instruction:
     """The convolution itself, or the gradient of its input."""
     numbers = old.convolution_dimension_numbers
     batch, batch_out = numbers.input_batch_dimension, numbers.output_batch_dimension
     images, kernel = editor.operands(old)
-    axes = shardings.axes_that_divide(
-        images.shape.dimensions[batch], mesh_shape, batch_axes
-    )
+    axes = mesh.that_divide(images.shape.dimensions[batch])
     rank = len(images.shape.dimensions)
-    rows = shardings.split_dimension(axes, mesh_shape, rank, batch)
+    rows = mesh.split_dimension(axes, rank, batch)
     local = shardings.enter_manual(editor, images, rows, batch)
     whole = shardings.enter_manual(editor, kernel, shardings.whole(), 0)
     shape = resized(old.shape, batch_out, local.shape.dimensions[batch])
     result = editor.copy(old, [local, whole], shape)
-    rows = shardings.split_dimension(axes, mesh_shape, rank, batch_out)
+    rows = mesh.split_dimension(axes, rank, batch_out)
     return shardings.leave_manual(editor, result, rows, batch_out)
 
 
-def _kernel_gradient(
-    editor: Editor,
-    old: Instruction,
-    mesh_shape: Mapping[str, int],
-    batch_axes: Sequence[str],
-) -> Instruction:
+def _kernel_gradient(editor: Editor, old: Instruction, mesh: MeshAxes) -> Instruction:
     """The gradient of the kernel, which contracts the batch."""
     numbers = old.convolution_dimension_numbers
     # Of this convolution the channels are the batch, in groups, and the images the
     # features of input and kernel.
     batches = numbers.input_feature_dimension, numbers.kernel_input_feature_dimension
     operands = editor.operands(old)
-    axes = shardings.axes_that_divide(
-        operands[0].shape.dimensions[batches[0]], mesh_shape, batch_axes
-    )
+    axes = mesh.that_divide(operands[0].shape.dimensions[batches[0]])
     rank = len(old.shape.dimensions)
-    locals_ = [
-        shardings.enter_manual(
-            editor,
-            operand,
-            shardings.split_dimension(axes, mesh_shape, rank, batch),
-            batch,
-        )
-        for operand, batch in zip(operands, batches, strict=True)
+    rows = [mesh.split_dimension(axes, rank, batch) for batch in batches]
+    local = [
+        shardings.enter_manual(editor, *each)
+        for each in zip(operands, rows, batches, strict=True)
     ]
-    part = editor.copy(old, locals_, old.shape)
+    part = editor.copy(old, local, old.shape)
     if not axes:
         return shardings.leave_manual(editor, part, shardings.whole(), 0)
     # [...] on each device -> [shards, ...] -> [...]
@@ -106,7 +77,5 @@ def _kernel_gradient(
     part = editor.emit(
         "reshape", array_shape(element_type, [1, *old.shape.dimensions]), [part]
     )
-    parts = shardings.leave_manual(
-        editor, part, shardings.split_dimension(axes, mesh_shape, rank + 1, 0), 0
-    )
-    return editor.sum_over_first(parts)
+    shards = mesh.split_dimension(axes, rank + 1, 0)
+    return editor.sum_over_first(shardings.leave_manual(editor, part, shards, 0))

@@ -1,5 +1,6 @@
 """Shardings and manual regions as instructions of HLO."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -12,55 +13,65 @@ _MANUAL = OpSharding(type=OpSharding.MANUAL)
 _REPLICATED = OpSharding(type=OpSharding.REPLICATED)
 
 
-def axes_that_divide(
-    size: int, mesh_shape: Mapping[str, int], preferred: Sequence[str]
-) -> list[str]:
-    """Mesh axes over all of which a dimension of `size` splits into equal shards.
+@dataclasses.dataclass(frozen=True)
+class MeshAxes:
+    """The axes of a mesh, and which of them come first where a rewrite has to choose.
 
-    Args:
-        size: The dimension's.
-        mesh_shape: The size of each axis of the mesh.
-        preferred: The axes to take first.
+    Attributes:
+        sizes: The size of each axis, in the mesh's order.
+        batch: The axes that the batch is split over.
     """
-    found = []
-    for axis in dict.fromkeys([*preferred, *mesh_shape]):
-        if mesh_shape[axis] > 1 and size % mesh_shape[axis] == 0:
-            found.append(axis)
-            size //= mesh_shape[axis]
-    return found
 
+    sizes: Mapping[str, int]
+    batch: Sequence[str] = ()
 
-def split_over(
-    axes: Sequence[Sequence[str]], mesh_shape: Mapping[str, int]
-) -> OpSharding:
-    """Each dimension split over its mesh axes; the axes of none hold copies."""
-    used = [axis for those in axes for axis in those]
-    if not used:
-        return _REPLICATED
-    names = list(mesh_shape)
-    unused = [name for name in names if name not in used]
-    sizes = list(mesh_shape.values())
-    # [*mesh] -> [*axes in the order of the tensor's dimensions, *copies]
-    devices = np.arange(np.prod(sizes)).reshape(sizes)
-    devices = devices.transpose([names.index(name) for name in [*used, *unused]])
-    tiles = [int(np.prod([mesh_shape[axis] for axis in those])) for those in axes]
-    sharding = OpSharding(
-        type=OpSharding.OTHER,
-        tile_assignment_dimensions=tiles,
-        tile_assignment_devices=devices.reshape(-1).tolist(),
-    )
-    copies = devices.size // int(np.prod(tiles))
-    if copies > 1:
-        sharding.tile_assignment_dimensions.append(copies)
-        sharding.replicate_on_last_tile_dim = True
-    return sharding
+    @property
+    def devices(self) -> int:
+        """How many devices there are."""
+        return int(np.prod(list(self.sizes.values())))
 
+    def that_divide(self, size: int, without: Sequence[str] = ()) -> list[str]:
+        """The axes over all of which a dimension of `size` splits into equal shards.
 
-def split_dimension(
-    axes: Sequence[str], mesh_shape: Mapping[str, int], rank: int, dimension: int
-) -> OpSharding:
-    """One dimension split over mesh axes."""
-    return split_over([axes if d == dimension else [] for d in range(rank)], mesh_shape)
+        Args:
+            size: The dimension's.
+            without: Axes that are not to be taken.
+        """
+        found = []
+        for axis in dict.fromkeys([*self.batch, *self.sizes]):
+            count = self.sizes[axis]
+            if axis not in without and count > 1 and size % count == 0:
+                found.append(axis)
+                size //= count
+        return found
+
+    def split(self, axes: Sequence[Sequence[str]]) -> OpSharding:
+        """Each dimension split over its axes; the axes of none hold copies."""
+        used = [axis for those in axes for axis in those]
+        if not used:
+            return _REPLICATED
+        names = list(self.sizes)
+        unused = [name for name in names if name not in used]
+        # [*mesh] -> [*axes in the order of the tensor's dimensions, *copies]
+        devices = np.arange(self.devices).reshape(list(self.sizes.values()))
+        devices = devices.transpose([names.index(name) for name in [*used, *unused]])
+        tiles = [int(np.prod([self.sizes[axis] for axis in those])) for those in axes]
+        sharding = OpSharding(
+            type=OpSharding.OTHER,
+            tile_assignment_dimensions=tiles,
+            tile_assignment_devices=devices.reshape(-1).tolist(),
+        )
+        copies = devices.size // int(np.prod(tiles))
+        if copies > 1:
+            sharding.tile_assignment_dimensions.append(copies)
+            sharding.replicate_on_last_tile_dim = True
+        return sharding
+
+    def split_dimension(
+        self, axes: Sequence[str], rank: int, dimension: int
+    ) -> OpSharding:
+        """One dimension of `rank` split over axes."""
+        return self.split([axes if d == dimension else [] for d in range(rank)])
 
 
 def constrained(

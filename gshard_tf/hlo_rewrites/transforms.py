@@ -8,8 +8,6 @@ out and so have one layout only. The first dimension is split over the mesh axes
 divide it, where it is not transformed; the other axes repeat the work.
 """
 
-from collections.abc import Mapping, Sequence
-
 import numpy as np
 from tensorflow.compiler.xla.service import hlo_pb2
 
@@ -21,37 +19,26 @@ from gshard_tf.hlo_rewrites.editing import (
     edit_module,
     resized,
 )
+from gshard_tf.hlo_rewrites.shardings import MeshAxes
 
 
-def keep_local(
-    module: hlo_pb2.HloModuleProto,
-    mesh_shape: Mapping[str, int],
-    batch_axes: Sequence[str],
-) -> int:
-    """Puts every transform in a manual region; returns how many.
-
-    Args:
-        module: The module.
-        mesh_shape: The size of each axis of the mesh, in its order.
-        batch_axes: The axes to split the first dimension over first.
-    """
+def keep_local(module: hlo_pb2.HloModuleProto, mesh: MeshAxes) -> int:
+    """Puts every transform in a manual region; returns how many."""
 
     def replace(editor: Editor, old: Instruction) -> Instruction | None:
         if old.opcode != "fft":
             return None
         [value] = editor.operands(old)
         rank = len(value.shape.dimensions)
-        axes = []
+        axes, shape = [], old.shape
         if rank > len(old.fft_length):
-            rows = value.shape.dimensions[0]
-            axes = shardings.axes_that_divide(rows, mesh_shape, batch_axes)
-        sharding = shardings.split_dimension(axes, mesh_shape, rank, 0)
-        local = shardings.enter_manual(editor, value, sharding, 0)
-        shape = old.shape
+            axes = mesh.that_divide(value.shape.dimensions[0])
+        rows = mesh.split_dimension(axes, rank, 0)
+        local = shardings.enter_manual(editor, value, rows, 0)
         if axes:  # then the first dimension is not transformed
             shape = resized(shape, 0, local.shape.dimensions[0])
         new = editor.copy(old, [_row_major(editor, local)], shape)
-        return shardings.leave_manual(editor, _row_major(editor, new), sharding, 0)
+        return shardings.leave_manual(editor, _row_major(editor, new), rows, 0)
 
     return edit_module(module, replace)
 

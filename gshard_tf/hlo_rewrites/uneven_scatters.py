@@ -9,9 +9,8 @@ bounds, so it has no effect. Where a scatter has several dimensions of rows, pad
 of them could multiply its size, so they are held on a layout that divides them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-import numpy as np
 from tensorflow.compiler.xla.service import hlo_pb2
 
 from gshard_tf.hlo_rewrites import shardings
@@ -22,37 +21,19 @@ from gshard_tf.hlo_rewrites.editing import (
     edit_module,
     resized,
 )
+from gshard_tf.hlo_rewrites.shardings import MeshAxes
 
 
-def make_even(
-    module: hlo_pb2.HloModuleProto,
-    mesh_shape: Mapping[str, int],
-    batch_axes: Sequence[str],
-) -> int:
-    """Makes the rows of every scatter divide; returns how many did not.
-
-    Args:
-        module: The module.
-        mesh_shape: The size of each axis of the mesh, in its order.
-        batch_axes: The axes that rows are split over first, where they are held.
-    """
-    devices = int(np.prod(list(mesh_shape.values())))
+def make_even(module: hlo_pb2.HloModuleProto, mesh: MeshAxes) -> int:
+    """Makes the rows of every scatter divide; returns how many did not."""
 
     def replace(editor: Editor, old: Instruction) -> Instruction | None:
-        if old.opcode != "scatter":
-            return None
-        return _even(editor, old, devices, mesh_shape, batch_axes)
+        return _even(editor, old, mesh) if old.opcode == "scatter" else None
 
     return edit_module(module, replace)
 
 
-def _even(
-    editor: Editor,
-    old: Instruction,
-    devices: int,
-    mesh_shape: Mapping[str, int],
-    batch_axes: Sequence[str],
-) -> Instruction | None:
+def _even(editor: Editor, old: Instruction, mesh: MeshAxes) -> Instruction | None:
     numbers = old.scatter_dimension_numbers
     operands = editor.operands(old)
     # The arrays, their common indices, the updates of each.
@@ -60,7 +41,7 @@ def _even(
     indices, updates = operands[count], operands[count + 1 :]
     rank = len(indices.shape.dimensions)
     rows = [d for d in range(rank) if d != numbers.index_vector_dim]
-    if all(indices.shape.dimensions[d] % devices == 0 for d in rows):
+    if all(indices.shape.dimensions[d] % mesh.devices == 0 for d in rows):
         return None
     if numbers.index_vector_dim == rank:
         # [n] -> [n, 1]: the index vectors are made explicit.
@@ -72,13 +53,13 @@ def _even(
     update_rank = len(updates[0].shape.dimensions)
     update_rows = [d for d in range(update_rank) if d not in numbers.update_window_dims]
     if len(rows) == 1 and not numbers.scatter_indices_batching_dims:
-        size = -(-indices.shape.dimensions[rows[0]] // devices) * devices
+        size = -(-indices.shape.dimensions[rows[0]] // mesh.devices) * mesh.devices
         indices = _padded(editor, indices, rows[0], size, -1)
         updates = [_padded(editor, u, update_rows[0], size, 0) for u in updates]
     else:
-        axes = _axes(indices, rows, mesh_shape, batch_axes)
-        indices = _held(editor, indices, rows, axes, mesh_shape)
-        updates = [_held(editor, u, update_rows, axes, mesh_shape) for u in updates]
+        axes = _axes(indices, rows, mesh)
+        indices = _held(editor, indices, rows, axes, mesh)
+        updates = [_held(editor, u, update_rows, axes, mesh) for u in updates]
     new = editor.copy(old, [*operands[:count], indices, *updates], old.shape)
     new.indices_are_sorted = new.unique_indices = False
     return new
@@ -98,20 +79,12 @@ def _padded(
     return padded
 
 
-def _axes(
-    indices: Instruction,
-    rows: Sequence[int],
-    mesh_shape: Mapping[str, int],
-    batch_axes: Sequence[str],
-) -> list[list[str]]:
+def _axes(indices: Instruction, rows: Sequence[int], mesh: MeshAxes) -> list[list[str]]:
     """The mesh axes that each dimension of rows is split over."""
-    left = dict(mesh_shape)
-    found = []
+    found: list[list[str]] = []
     for dimension in rows:
-        preferred = [axis for axis in batch_axes if axis in left]
-        size = indices.shape.dimensions[dimension]
-        found.append(shardings.axes_that_divide(size, left, preferred))
-        left = {axis: left[axis] for axis in left if axis not in found[-1]}
+        taken = [axis for those in found for axis in those]
+        found.append(mesh.that_divide(indices.shape.dimensions[dimension], taken))
     return found
 
 
@@ -120,9 +93,9 @@ def _held(
     value: Instruction,
     rows: Sequence[int],
     axes: Sequence[Sequence[str]],
-    mesh_shape: Mapping[str, int],
+    mesh: MeshAxes,
 ) -> Instruction:
-    rank = len(value.shape.dimensions)
     over = dict(zip(rows, axes, strict=True))
-    sharding = shardings.split_over([over.get(d, []) for d in range(rank)], mesh_shape)
+    rank = len(value.shape.dimensions)
+    sharding = mesh.split([over.get(d, []) for d in range(rank)])
     return shardings.constrained(editor, value, sharding)

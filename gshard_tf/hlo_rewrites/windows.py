@@ -11,22 +11,18 @@ compiler lays them out. On a mesh of one axis, convolutions without strides and 
 are right, and stay split.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from tensorflow.compiler.xla.service import hlo_pb2
 
 from gshard_tf.hlo_rewrites import shardings
 from gshard_tf.hlo_rewrites.editing import Editor, Instruction, edit_module
+from gshard_tf.hlo_rewrites.shardings import MeshAxes
 
 
-def keep_whole(module: hlo_pb2.HloModuleProto, mesh_shape: Mapping[str, int]) -> int:
-    """Holds dimensions under windows whole where need be; returns how many.
-
-    Args:
-        module: The module.
-        mesh_shape: The size of each axis of the mesh, in its order.
-    """
-    one_axis = sum(size > 1 for size in mesh_shape.values()) == 1
+def keep_whole(module: hlo_pb2.HloModuleProto, mesh: MeshAxes) -> int:
+    """Holds dimensions under windows whole where need be; returns how many times."""
+    one_axis = sum(size > 1 for size in mesh.sizes.values()) == 1
 
     def replace(editor: Editor, old: Instruction) -> Instruction | None:
         if old.opcode == "convolution" and not (
