@@ -1,6 +1,7 @@
 """The mixture-of-experts layer: router, dispatcher and experts put together."""
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -306,6 +307,7 @@ class MoELayer(keras.layers.Layer):
         use(router, self)
         self._dispatcher = _DISPATCHERS[dispatcher]()
         self.supports_masking = True
+        self._warned = False
 
     def build(self, input_shape: Any) -> None:
         model_dim = input_shape[-1]
@@ -361,6 +363,8 @@ class MoELayer(keras.layers.Layer):
             training = False
         inputs = tf.cast(inputs, self.compute_dtype)
         packing = None
+        if self.group_size and not self.pack_groups and mask is not None:
+            self._warn_of_padding()
         if self.pack_groups and mask is not None and not decoding:
             packing = Packing(mask)
             inputs, mask = packing.together(inputs), packing.together(mask)
@@ -404,6 +408,18 @@ class MoELayer(keras.layers.Layer):
         """
         alone = self.decoding_group_size == 1 and isinstance(routing, Routing)
         return alone and active_mesh() is None
+
+    def _warn_of_padding(self) -> None:
+        """Warns once that padding has a say in what a group is."""
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{self.path}: with group_size={self.group_size}, padding decides "
+                "where a group ends, and so which tokens share its capacity. Leave out "
+                "group_size, or pass pack_groups=True, for results that do not depend "
+                "on padding.",
+                stacklevel=2,
+            )
 
     def _to_groups(
         self, inputs: tf.Tensor, mask: tf.Tensor | None, decoding: bool

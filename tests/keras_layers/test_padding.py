@@ -1,5 +1,7 @@
 """Padding changes nothing for real tokens, wherever it is and whatever it holds."""
 
+import warnings
+
 import keras
 import numpy as np
 import pytest
@@ -162,6 +164,15 @@ def test_packed_groups_on_a_mesh_are_those_of_one_device():
 def test_packing_is_for_groups_of_a_size():
     with pytest.raises(ValueError, match="Received: pack_groups=True, group_size=None"):
         MoELayer(4, 8, pack_groups=True)
+    x, mask = tf.ones([2, 8, 4]), tf.ones([2, 8], tf.bool)
+    layer = MoELayer(4, 8, group_size=8)
+    with pytest.warns(UserWarning, match="or pass pack_groups=True"):
+        layer(x, mask=mask)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        layer(x, mask=mask)  # once
+        MoELayer(4, 8, group_size=8)(x)
+        MoELayer(4, 8, group_size=8, pack_groups=True)(x, mask=mask)
     config = MoELayer(4, 8, group_size=8, pack_groups=True).get_config()
     assert MoELayer.from_config(config).pack_groups
 
