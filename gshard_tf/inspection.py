@@ -8,7 +8,8 @@ from collections.abc import Mapping
 import numpy as np
 
 from gshard_tf import hlo_text
-from gshard_tf.program import SpmdProgram, hlo_as_text
+from gshard_tf.compat.xla import hlo_as_text
+from gshard_tf.program import SpmdProgram
 
 KINDS = (
     "all-to-all",

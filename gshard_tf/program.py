@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from tensorflow.experimental import dtensor
 
-from gshard_tf.compat.xla import compiler_options
+from gshard_tf.compat.xla import compiler_options, operation_that_failed
 from gshard_tf.devices import mesh_devices
 from gshard_tf.hlo_rewrites import partition_safely
 from gshard_tf.lowering import LoweredStep
@@ -61,17 +61,6 @@ class _ByIdentity:
 
     def __init__(self, value: Any):
         self.value = value
-
-
-def hlo_as_text(hlo: bytes) -> str:
-    """The text of a serialised HLO module."""
-    # Private API: jaxlib's own printer of its modules, which has no public name.
-    from jaxlib import _hlo
-
-    options = _hlo.HloPrintOptions()
-    options.print_metadata = True  # which operation each instruction stems from
-    module = _hlo.HloModule.from_serialized_hlo_module_proto(hlo)
-    return module.to_string(options)
 
 
 def named_sharding(layout: dtensor.Layout, mesh: Any) -> Any:
@@ -276,7 +265,12 @@ class SpmdProgram:
                 keep_finite,
             )
             options = compiler_options(mesh.devices.flat[0].platform)
-            self.compiled = jitted.lower(*shapes).compile(compiler_options=options)
+            lowered = jitted.lower(*shapes)
+            try:
+                self.compiled = lowered.compile(compiler_options=options)
+            except RuntimeError as error:  # jaxlib's errors are all of this class
+                _raise_with_operation(error, dict(mesh.shape))
+                raise
 
     def put_inputs(self, arrays: Sequence[np.ndarray]) -> list[Any]:
         """The arguments of a call, on the devices.
@@ -310,6 +304,18 @@ class SpmdProgram:
         import jax
 
         jax.block_until_ready(list(values))
+
+
+def _raise_with_operation(error: RuntimeError, mesh_shape: dict[str, int]) -> None:
+    operation = operation_that_failed(str(error))
+    if operation is not None:
+        raise ValueError(
+            "XLA's partitioner could not split an operation of this model over the "
+            f"mesh: an error of the compiler, not of the model. Hold the arguments of "
+            "that operation whole with `gshard_tf.replicate`, or lay them out over "
+            f"other mesh axes. Received: {operation} on the mesh {mesh_shape}; the "
+            f"compiler says {str(error).splitlines()[0]!r}"
+        ) from error
 
 
 def _aval(value: Any) -> Any:

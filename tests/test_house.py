@@ -71,6 +71,7 @@ def test_jax_is_imported_late_and_in_few_places():
         "runner.py",
         "saving.py",
         "shards.py",
+        "xla.py",
     }
     for path in python_files("gshard_tf"):
         for module, line, at_top in imported(path):

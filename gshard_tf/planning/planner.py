@@ -14,6 +14,7 @@ from tensorflow.experimental import dtensor
 
 from gshard_tf import hlo_text, inspection
 from gshard_tf.compat.keras_seeds import own_global_seed_generator
+from gshard_tf.compat.xla import hlo_as_text
 from gshard_tf.keras_steps import MODES, batch_specs, check_mode, complete
 from gshard_tf.layouts import Layouts
 from gshard_tf.lowering import LoweredStep
@@ -33,7 +34,7 @@ from gshard_tf.planning.memory import (
 from gshard_tf.planning.plan import OutOfMemory, Plan, StepTime, Weight
 from gshard_tf.planning.reshards import Judge, annotations, summarise
 from gshard_tf.planning.roofline import Interconnect, step_time
-from gshard_tf.program import Placement, SpmdProgram, hlo_as_text
+from gshard_tf.program import Placement, SpmdProgram
 from gshard_tf.report import describe_one
 from gshard_tf.rules import AxisRules
 from gshard_tf.step import compile_step

@@ -8,7 +8,7 @@ import tensorflow as tf
 
 import gshard_tf
 from gshard_tf import hlo_text, inspection
-from gshard_tf.program import hlo_as_text
+from gshard_tf.compat.xla import hlo_as_text
 
 RULES = gshard_tf.AxisRules({"rows": "data"})
 

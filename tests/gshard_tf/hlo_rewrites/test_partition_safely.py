@@ -267,3 +267,23 @@ def test_modules_that_need_nothing_stay_as_they_are():
     safe = program.partition_safely(hlo, {"data": 8})
     assert safe.hlo is hlo
     assert not safe.notes
+
+
+def test_what_the_partitioner_cannot_compile_is_a_sentence():
+    # Ids and the width of the rows over one axis, the result over another.
+    def rows(x, ids):
+        h = gshard_tf.annotate(x, (None, "a"))
+        h = tf.gather(h, gshard_tf.annotate(ids, ("a",)))
+        return gshard_tf.annotate(h, ("b", "a"))
+
+    with pytest.raises(
+        tf.errors.InvalidArgumentError,
+        match=r"replicate.*Received: .*Gather.* on the mesh",
+    ):
+        differences(
+            rows,
+            {"a": 2, "b": 4},
+            {"a": "a", "b": "b"},
+            values(8, 8),
+            tf.constant([0, 3, 1, 7, 2, 2, 5, 6]),
+        )

@@ -1,5 +1,7 @@
 """What is rounded to a whole number is the same number for all that use it."""
 
+from importlib.metadata import version
+
 import numpy as np
 import parity
 import pytest
@@ -25,6 +27,9 @@ def test_bilinear_resizing_equals_tensorflows_kernel(devices):
     assert on_mesh(devices) < 1e-5
 
 
+@pytest.mark.skipif(
+    int(version("jaxlib").split(".")[1]) >= 11, reason="jaxlib 0.12 has it mended"
+)
 def test_the_compiler_still_needs_it(monkeypatch):
     monkeypatch.setattr(lowering, "compute_rounding_once", lambda module: False)
     assert on_mesh(1) > 0.1
