@@ -191,7 +191,7 @@ def test_layers_are_named():
         [
             layers.Embedding(9, 4, name="words"),
             layers.Conv1D(4, 3, groups=2, name="grouped"),
-            layers.SeparableConv1D(4, 2, name="separable"),
+            layers.DepthwiseConv1D(2, name="apart"),
             layers.MaxPooling1D(3, 1, name="maxima"),
             layers.Flatten(),
             layers.Dense(1),
@@ -211,7 +211,7 @@ def test_layers_are_named():
     names = found(step, tf.TensorSpec([2, 9], tf.int32), tf.TensorSpec([2, 1]))
     wanted = {
         faults.SCATTER: ["words"],
-        faults.GROUPED: ["grouped", "separable"],
+        faults.GROUPED: ["grouped", "apart"],
         faults.MAXIMA: ["maxima"],
     }
     assert set(names) == set(wanted)
