@@ -25,6 +25,7 @@ from gshard_tf.tpu.assignment import assign_cores
 from gshard_tf.tpu.connecting import connect
 from gshard_tf.tpu.core_layouts import CoreLayouts
 from gshard_tf.tpu.initial import InitialValue
+from gshard_tf.tpu.partitioner_faults import PartitionerFaults
 from gshard_tf.tpu.restoring import pass_on_all_slices
 from gshard_tf.tpu.storage import Storage
 from gshard_tf.tpu.variables import CoreShards, MeshTPUSyncOnRead, MeshTPUVariable
@@ -128,6 +129,9 @@ class MeshTPUExtended(tf_tpu_strategy.TPUExtended):
         )
         self.mesh = mesh
         self.layouts = CoreLayouts(mesh, rules)
+        self._faults = PartitionerFaults(
+            dict(zip(mesh.dim_names, mesh.shape(), strict=True))
+        )
         pass_on_all_slices()
 
     # -- variables -------------------------------------------------------------------
@@ -220,13 +224,18 @@ class MeshTPUExtended(tf_tpu_strategy.TPUExtended):
     def _on_the_mesh(self, fn: Callable) -> Callable:
         """`fn` with its arguments split by examples before anything else sees them.
 
-        A TPU's host then sends each core its part of them, and no more.
+        A TPU's host then sends each core its part of them, and no more. Of what XLA may
+        get wrong in it, it warns.
         """
 
         @functools.wraps(fn)
         def step(*args, **kwargs):
             args, kwargs = tf.nest.map_structure(self._split_examples, (args, kwargs))
-            return fn(*args, **kwargs)
+            graph = tf.compat.v1.get_default_graph()
+            before = len(graph.get_operations())
+            result = fn(*args, **kwargs)
+            self._faults.warn_once(graph.get_operations()[before:])
+            return result
 
         return step
 

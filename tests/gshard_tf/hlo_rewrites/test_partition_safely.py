@@ -5,12 +5,25 @@ the partitioner still has it is a test too: once it fails, the rewrite can go.
 """
 
 import contextlib
+import functools
 
 import keras
 import numpy as np
 import parity
 import pytest
 import tensorflow as tf
+from partitioner_faults import (
+    FAULTS,
+    ROWS,
+    SPATIAL,
+    arguments,
+    batch,
+    depthwise,
+    height,
+    on,
+    values,
+    with_gradients,
+)
 
 import gshard_tf
 from gshard_tf import inspection, program
@@ -18,27 +31,6 @@ from gshard_tf.hlo_rewrites import SafeModule
 
 # Large enough to tell a wrong sum from rounding, for losses that bend.
 RTOL = 1e-4
-
-
-def values(*shape, seed=0):
-    """Distinct numbers: a maximum has no ties."""
-    size = int(np.prod(shape))
-    numbers = np.random.default_rng(seed).permutation(size)
-    return tf.constant((numbers / size - 0.4).reshape(shape).astype("float32"))
-
-
-def with_gradients(operation):
-    """`operation(*x)`, and the gradients of a loss of it, as a step of a mesh."""
-
-    def step(*x):
-        floats = [value for value in x if value.dtype.is_floating]
-        with tf.GradientTape() as tape:
-            tape.watch(floats)
-            y = operation(*x)
-            loss = tf.reduce_sum(tf.sin(3.0 * y))
-        return y, *(tf.convert_to_tensor(g) for g in tape.gradient(loss, floats))
-
-    return step
 
 
 def differences(operation, mesh, rules, *x, gradients=True):
@@ -60,70 +52,6 @@ def without_rewrites(monkeypatch):
         yield
 
 
-def on(*axes):
-    return lambda x: gshard_tf.annotate(x, axes)
-
-
-batch, height = on("batch", None, None, None), on(None, "height", None, None)
-
-
-def depthwise(x, w):
-    return tf.nn.depthwise_conv2d(batch(x), w, [1, 1, 1, 1], "SAME")
-
-
-def grouped(x, w):
-    return tf.nn.conv2d(batch(x), w, 1, "SAME")
-
-
-def strided(x, w):
-    return height(tf.nn.conv2d(height(x), w, 3, "SAME"))
-
-
-def spread(x, w):
-    return tf.nn.conv2d(height(x), w, 1, "SAME")
-
-
-def pooled(x):
-    return tf.nn.max_pool2d(height(x), 3, 1, "SAME")
-
-
-def segments(x, ids):
-    rows = on("rows", None)(on("rows", None)(x) + 1.0)
-    return tf.math.unsorted_segment_sum(rows, ids, 16)
-
-
-def looked_up(x, ids):
-    return on("rows", None)(tf.gather(x, ids))
-
-
-TWO_BY_THREE = {"data": 2, "model": 3}, {"batch": "data"}
-SPATIAL = {"rows": 8}, {"height": "rows"}
-ROWS = {"data": 8}, {"rows": "data"}
-IDS = np.arange(1, 13, dtype="int32") * 5 % 16
-FAULTS = {
-    "depthwise kernel": (depthwise, *TWO_BY_THREE, (6, 8, 8, 4), (3, 3, 4, 2)),
-    "grouped kernel": (grouped, *TWO_BY_THREE, (6, 8, 8, 4), (3, 3, 2, 6)),
-    "strided kernel": (strided, *SPATIAL, (2, 32, 12, 4), (3, 3, 4, 6)),
-    "image on two axes": (
-        spread,
-        {"data": 2, "rows": 3},
-        {"height": "data"},
-        (8, 16, 6, 1),
-        (2, 3, 1, 2),
-    ),
-    "overlapping maxima": (pooled, *SPATIAL, (2, 16, 8, 3)),
-    "sums": (segments, *ROWS, (12, 4), IDS),
-    "looked-up rows": (looked_up, *ROWS, (16, 8), IDS),
-}
-
-
-def arguments(given):
-    return [
-        values(*x, seed=i) if isinstance(x, tuple) else tf.constant(x)
-        for i, x in enumerate(given)
-    ]
-
-
 @pytest.mark.parametrize("fault", FAULTS)
 def test_right_on_a_mesh(fault):
     operation, mesh, rules, *given = FAULTS[fault]
@@ -141,6 +69,17 @@ def test_the_compiler_still_needs_it(fault, monkeypatch):
             "This compiler is right without the rewrite. Where the oldest supported "
             "one is too, the rewrite can go."
         )
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_replicating_is_right_where_nothing_is_rewritten(fault, monkeypatch):
+    # What the warning of tpu_strategy says to do.
+    operation, mesh, rules, *given = FAULTS[fault]
+    operation = functools.partial(operation, keep=gshard_tf.replicate)
+    x = arguments(given)
+    with without_rewrites(monkeypatch):
+        error, _ = differences(operation, mesh, rules, *x, gradients=fault != "sums")
+    assert error < RTOL
 
 
 @pytest.mark.parametrize("rows", [1, 5, 8, 12])

@@ -41,6 +41,20 @@ def test_fit_with_dropout_and_callbacks(one_replica):
     assert {"loss", "mae", "moe_dropped", "learning_rate"} <= set(one_replica["names"])
 
 
+def test_a_step_on_several_replicas_of_two_axes():
+    run = run_script("tiny_step.py", json.dumps({"data": 2, "model": 2}))
+    assert run["size"] == [2, 4]
+    # A table in four parts, which the step gathers to two.
+    assert run["layout"] == ["model", "data"]
+    ours, theirs = run["losses"]
+    assert ours == pytest.approx(theirs, abs=CLOSE)
+    assert run["difference"] < CLOSE
+    assert run["moved"] > 1e3 * CLOSE
+    # Each replica has its own number, and each core of each its own part.
+    assert run["numbers"] == [1.0 + 2.0] * 2
+    assert run["wrong"] == []
+
+
 @slow
 @pytest.mark.parametrize("cores", [4, 2])
 def test_fit_on_several_replicas(cores):

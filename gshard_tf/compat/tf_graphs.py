@@ -1,0 +1,57 @@
+"""The functions that the operations of a TensorFlow graph call."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import tensorflow as tf
+
+_CALLING = frozenset(
+    {
+        "Case",
+        "If",
+        "PartitionedCall",
+        "StatefulPartitionedCall",
+        "StatelessCase",
+        "StatelessIf",
+        "StatelessWhile",
+        "While",
+    }
+)
+
+
+def called_graphs(operation: tf.Operation) -> list[Any]:
+    """The graphs of the functions that an operation calls: bodies, branches, ...
+
+    Their `inputs` and `outputs` are in the order of the operation's own; those of a
+    branch lack its condition.
+    """
+    if operation.type not in _CALLING:
+        return []
+    names: list[str] = []
+    for value in operation.node_def.attr.values():
+        if value.HasField("func"):
+            names.append(value.func.name)
+        names += [each.name for each in value.list.func]
+    # Private API: a graph's functions by their names; what is public of them, the
+    # `GraphDef`, has no shapes. On an upgrade, check that a function still has the
+    # graph that it was traced to, and that a graph within knows those that it calls.
+    functions = [operation.graph._get_function(name) for name in names]
+    return [function.graph for function in functions if function is not None]
+
+
+def with_called(
+    operations: Iterable[tf.Operation],
+) -> Iterator[tuple[tf.Operation, tf.Operation]]:
+    """Operations, each with itself and with those of the functions that it calls.
+
+    Yields:
+        An operation of the list; and itself, or one within a function. The name of the
+        first tells where in a model it stands.
+    """
+    for operation in operations:
+        todo = [operation]
+        while todo:
+            within = todo.pop()
+            yield operation, within
+            for graph in called_graphs(within):
+                todo += graph.get_operations()

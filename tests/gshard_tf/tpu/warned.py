@@ -1,0 +1,77 @@
+"""Traces training steps on a synthetic TPU; prints the warnings as JSON.
+
+python warned.py '{"data": 2, "model": 2}'     the mesh of one replica, on 8 cores
+"""
+
+import json
+import sys
+import warnings
+
+import keras
+import models
+import tensorflow as tf
+
+import gshard_tf
+from gshard_tf.tpu.synthetic import SyntheticTPU
+
+
+def convolutions():
+    layers = keras.layers
+    model = keras.Sequential(
+        [
+            layers.Input((16, 16, 3)),
+            layers.Conv2D(8, 3, name="plain"),
+            layers.DepthwiseConv2D(3, name="depth"),
+            layers.MaxPooling2D(3, strides=2, name="pool"),
+            layers.GlobalAveragePooling2D(),
+            layers.Dense(1),
+        ]
+    )
+    model = keras.Model(model.inputs, model.outputs)
+    model.compile("sgd", "mse")
+    return model
+
+
+def warned(strategy, model, *specs):
+    """The warnings of tracing a step of a model."""
+    with strategy.scope():
+        model.optimizer.build(model.trainable_variables)
+
+    @tf.function(autograph=False)
+    def step(x, y):
+        def train(x, y):
+            with tf.GradientTape() as tape:
+                loss = tf.reduce_mean((model(x, training=True) - y) ** 2)
+            weights = model.trainable_variables
+            model.optimizer.apply(tape.gradient(loss, [w.value for w in weights]))
+            return loss
+
+        return strategy.run(train, args=(x, y))
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        step.get_concrete_function(*specs)
+    messages = [str(each.message) for each in caught]
+    return [message for message in messages if "partitioner" in message]
+
+
+def main(mesh):
+    tpu = SyntheticTPU((2, 4, 1, 1))
+    strategy = gshard_tf.tpu_strategy(tpu, mesh)
+    alone = gshard_tf.tpu_strategy(tpu, {"data": 1})
+    images = tf.TensorSpec([4, 16, 16, 3]), tf.TensorSpec([4, 1])
+    ids = tf.TensorSpec([8, 8], tf.int32), tf.TensorSpec([8, 8, 2])
+    with strategy.scope():
+        model, experts = convolutions(), models.model("sparse")
+    with alone.scope():
+        single = convolutions()
+    found = {
+        "convolutions": warned(strategy, model, *images),
+        "again": warned(strategy, model, *images),
+        "experts": warned(strategy, experts, *ids),
+        "one core": warned(alone, single, *images),
+    }
+    print(json.dumps(found))
+
+
+main(json.loads(sys.argv[1]))
