@@ -16,7 +16,6 @@ from gshard_tf.checkpoints.state import Variable, array_of, section, state_of
 from gshard_tf.checkpoints.transfer import load
 from gshard_tf.compat.keras_epochs import RunningFit, running_fit
 from gshard_tf.compat.keras_seeds import give_global_seed_generator, global_seed_state
-from gshard_tf.guard import GuardNumbers
 from gshard_tf.keras_steps import complete
 
 
@@ -232,16 +231,8 @@ class SaveCheckpoints(keras.callbacks.Callback):
             (self.step - steps) // self.every
         )
         # The last step of an epoch is saved after its validation.
-        if crossed and self._has_steps_left() and not self._is_in_doubt():
+        if crossed and self._has_steps_left():
             self._save(self._epoch, self._epoch_step, logs)
-
-    def _is_in_doubt(self) -> bool:
-        """Whether a guard has yet to look at this step: no place to come back to."""
-        fit = running_fit(self.model)
-        return fit is not None and any(
-            isinstance(callback, GuardNumbers) and callback.has_yet_to_look
-            for callback in fit.callbacks
-        )
 
     def _has_steps_left(self) -> bool:
         return self._length is None or self._epoch_step < self._length

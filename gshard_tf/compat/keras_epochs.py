@@ -6,13 +6,14 @@ to begin an epoch in its middle: stopping the training and starting it again lea
 """
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import keras
 
 # Private API: the loop of `fit`. On an upgrade, check that its locals are still
-# `self`, `callbacks` (a `CallbackList` before `on_train_begin`) and `epoch_iterator`;
+# `self`, `callbacks` (a `CallbackList` before `on_train_begin`, which goes through its
+# list by index and gives all of it the same `logs`) and `epoch_iterator`;
 # that it begins each epoch by `iter(epoch_iterator)`, after `on_epoch_begin`; that
 # `_enumerate_iterator` is the generator of an epoch's executions, `(first step, last
 # step, batches)`, and calls the adapter's `on_epoch_end` when it is exhausted; and that
@@ -30,7 +31,7 @@ class RunningFit:
     """
 
     def __init__(
-        self, callbacks: Sequence[keras.callbacks.Callback], epochs: TFEpochIterator
+        self, callbacks: list[keras.callbacks.Callback], epochs: TFEpochIterator
     ):
         self.callbacks = callbacks
         self._epochs = epochs
@@ -49,6 +50,12 @@ class RunningFit:
     def reads_all(self) -> bool:
         """Whether every epoch is a pass over all data, which begins anew with it."""
         return self._epochs.steps_per_epoch is None
+
+    def put_first(self, callback: keras.callbacks.Callback) -> None:
+        """Lets a callback be called before the others, from its `on_train_begin` on."""
+        # In place: the loop over them that is calling goes on behind it.
+        self.callbacks.remove(callback)
+        self.callbacks.insert(0, callback)
 
     def begin_epoch_at(self, step: int) -> None:
         """Lets the epoch that is about to begin leave out its first steps.

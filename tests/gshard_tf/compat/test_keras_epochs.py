@@ -69,3 +69,35 @@ def test_why_an_epoch_ended(known):
     looking = Looking()
     model().fit(data, steps_per_epoch=5, verbose=0, callbacks=[looking])
     assert looking.batches == [0, 1, 2] and looking.left == [False]
+
+
+class Noting(keras.callbacks.Callback):
+    """Notes who is called when, and may put itself first or change the logs."""
+
+    def __init__(self, name, calls, first=False):
+        super().__init__()
+        self.name, self.calls, self.first = name, calls, first
+
+    def on_train_begin(self, logs=None):
+        self.calls.append(("begin", self.name))
+        if self.first:
+            running_fit(self.model).put_first(self)
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.calls.append((logs["loss"] == -1.0, self.name))
+        if self.first:
+            logs["loss"] = -1.0
+
+    on_epoch_end = on_train_batch_end
+
+
+def test_a_callback_is_put_first_and_its_logs_are_those_of_all():
+    calls = []
+    given = [Noting(name, calls, first=name == "c") for name in "abcd"]
+    history = model().fit(
+        batches(), steps_per_epoch=1, verbose=0, callbacks=list(given)
+    )
+    assert calls[:4] == [("begin", name) for name in "abcd"]
+    once = [(False, "c"), (True, "a"), (True, "b"), (True, "d")]
+    assert calls[4:] == once + once
+    assert history.history["loss"] == [-1.0]
