@@ -20,6 +20,14 @@ import keras
 # an epoch whose data ran out leaves `_num_batches` and no `_current_iterator`.
 from keras.src.backend.tensorflow.trainer import TensorFlowTrainer, TFEpochIterator
 
+# Private API: what `fit` was given. On an upgrade, check that arrays shuffled by
+# TensorFlow's global seed have one order in all epochs, and that whether they and a
+# `PyDataset` are shuffled is in `_shuffle` and `shuffle`.
+from keras.src.trainers.data_adapters import ArrayDataAdapter, GeneratorDataAdapter
+
+# Private API: `tf.random.set_seed` has no public counterpart that reads.
+from tensorflow.python.eager import context
+
 _FIT = inspect.unwrap(TensorFlowTrainer.fit).__code__
 
 
@@ -50,6 +58,33 @@ class RunningFit:
     def reads_all(self) -> bool:
         """Whether every epoch is a pass over all data, which begins anew with it."""
         return self._epochs.steps_per_epoch is None
+
+    def why_not_at(self, step: int) -> str | None:
+        """Why the data is not where it was when the epoch was left.
+
+        None: it is, or nobody knows. (What `tf.data` and generators read in a pass over
+        all data, the same each time or not, only their author knows.)
+
+        Args:
+            step: The first step of the epoch that is trained.
+        """
+        data = self._epochs.data_adapter
+        if not self.reads_all:
+            if step or isinstance(data, GeneratorDataAdapter):
+                return "begins anew: its first batches are trained again"
+            return None
+        if isinstance(data, ArrayDataAdapter):
+            # With a seed, every pass has the same order.
+            in_order = not data._shuffle or context.global_seed() is not None
+        else:
+            in_order = not getattr(data, "shuffle", False)
+        if in_order or not step:
+            return None
+        return (
+            "is shuffled in another order than before: some of it is trained twice in "
+            "this epoch, and some is not (fit(shuffle=False) has one order; arrays "
+            "have one after keras.utils.set_random_seed, too)"
+        )
 
     def put_first(self, callback: keras.callbacks.Callback) -> None:
         """Lets a callback be called before the others, from its `on_train_begin` on."""
