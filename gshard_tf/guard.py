@@ -26,6 +26,10 @@ class GuardNumbers(keras.callbacks.Callback):
     it costs a look at the new state and room for a second copy of it while the step
     runs. Only steps of a `fit` that has this callback are guarded.
 
+    It is called before all other callbacks, wherever it stands among them. What they
+    see of an epoch whose every step was skipped so far is NaN: the metrics of nothing,
+    which Keras says are 0.
+
     Args:
         action: `"stop"`: raises `NonFiniteError`. `"skip"`: goes on with the next
             batch, as loss scaling does. `"roll_back"`: restores the newest checkpoint
@@ -63,11 +67,11 @@ class GuardNumbers(keras.callbacks.Callback):
         self._in_a_row = 0
         self._rolled_back_at: list[int] = []
         self._skipped: list[SkippedStep] = []
-
-    @property
-    def has_yet_to_look(self) -> bool:
-        """Whether the batch that was trained last had a step that was skipped."""
-        return bool(self._skipped)
+        # Of the latest batch, and of the epoch: whether the metrics have seen anything.
+        self._steps_run = 0
+        self._first_batch: int | None = None
+        self._has_trained = False
+        self._of_nothing: list[str] = []
 
     def on_train_begin(self, logs: dict | None = None) -> None:
         self._extended = self.model.distribute_strategy.extended
@@ -77,14 +81,24 @@ class GuardNumbers(keras.callbacks.Callback):
                 "keras.callbacks.TerminateOnNaN. Received: a model of "
                 f"{type(self.model.distribute_strategy).__name__}"
             )
-        if running_fit(self.model) is None:
+        fit = running_fit(self.model)
+        if fit is None:
             raise ValueError(
                 "GuardNumbers guards the steps of Keras's own `fit`. Received: a loop "
                 "that calls callbacks by itself"
             )
+        # A step that was skipped is nothing for others to judge, or to save.
+        fit.put_first(self)
         self._skipped.clear()
 
+    def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
+        self._first_batch = None
+        self._has_trained = False
+        self._of_nothing = []
+
     def on_train_batch_begin(self, batch: int, logs: dict | None = None) -> None:
+        if self._first_batch is None:
+            self._first_batch = batch
         run = self.model.train_function
         if isinstance(run, _Guarded):
             # Of a batch that never ran: a callback raised before.
@@ -94,8 +108,10 @@ class GuardNumbers(keras.callbacks.Callback):
     def run_guarded(self, run: Callable, iterator: Any) -> Any:
         """Runs a train function with the guard on, whatever becomes of it."""
         self._extended.keep_finite = True
+        before = self._extended.steps_run.total()
         try:
             logs = run(iterator)
+            self._steps_run = self._extended.steps_run.total() - before
             self._skipped = self._extended.skipped_steps[:]
             return logs
         finally:
@@ -104,6 +120,9 @@ class GuardNumbers(keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
         skipped, self._skipped = self._skipped, []
+        self._has_trained |= self._steps_run > len(skipped) or self._has_gone_on()
+        self._of_nothing = [] if self._has_trained else [*(logs or {})]
+        self._say_of_nothing(logs)
         if not skipped:
             self._in_a_row = 0
             return
@@ -131,6 +150,23 @@ class GuardNumbers(keras.callbacks.Callback):
                 f"{self.most} times."
             )
         warnings.warn(f"{message}. Rolled back to step {restored}.", stacklevel=2)
+
+    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
+        self._say_of_nothing(logs)
+
+    def on_train_end(self, logs: dict | None = None) -> None:
+        self._say_of_nothing(logs)
+
+    def _has_gone_on(self) -> bool:
+        """Whether the metrics are of an epoch that was left in its middle before."""
+        return bool(self._first_batch) and any(
+            np.any(v.numpy()) for v in self.model.metrics_variables
+        )
+
+    def _say_of_nothing(self, logs: dict | None) -> None:
+        # Keras gives all callbacks the same dict.
+        if logs:
+            logs.update(dict.fromkeys(self._of_nothing, float("nan")))
 
 
 class _Guarded:

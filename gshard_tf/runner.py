@@ -130,6 +130,17 @@ def _start_jax(options: argparse.Namespace, manifest: Manifest) -> None:
 
     # (Where jax finds other devices, nobody uses these.)
     request_cpu_devices(options.devices or manifest.variants[0].devices)
+    import jax
+
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        # (It only asserts where it lacks the plugin of a platform.)
+        wanted = options.platform or os.environ.get("JAX_PLATFORMS") or "any platform"
+        raise ValueError(
+            f"jax finds no devices of {wanted} here. Take another --platform, or "
+            f"install what this one needs. jax says: {error!r}"
+        ) from error
 
 
 def _state(options: argparse.Namespace) -> tuple[dict[str, np.ndarray], int]:

@@ -16,6 +16,8 @@ from tensorflow.experimental import dtensor
 from gshard_tf import lowering
 from gshard_tf.borrowed import BorrowedVariable
 from gshard_tf.compat.keras_seeds import global_seed_state
+from gshard_tf.index_uses import IndexUse, index_uses
+from gshard_tf.input_checks import argument_names, check_indices
 from gshard_tf.keras_threads import keras_state, use_keras_state
 from gshard_tf.layouts import Layouts
 from gshard_tf.mesh import without_mesh
@@ -113,6 +115,8 @@ class Step:
         """Runs the program for arrays of these shapes."""
         try:
             executable = self._executable(arrays)
+            if self.extended.input_checks.is_due(self):
+                executable.check_inputs(arrays)
             if self.extended.before_step is not None:
                 # Once, and not again when it raises.
                 check, self.extended.before_step = self.extended.before_step, None
@@ -142,9 +146,12 @@ class Step:
     def _add(self, specs: list[tf.TensorSpec], function: Any, structure: Any) -> None:
         step = lowering.lower(function, structure)
         captures = [self._resident(value) for value in step.captures]
+        uses = []
+        if self.extended.input_checks.steps:
+            uses = index_uses(function, captures)
         step = dataclasses.replace(step, captures=captures)
         self.executables[_key(specs)] = _Executable(
-            self.extended, step, self.name, self.arguments
+            self.extended, step, self.name, self.arguments, uses
         )
 
     def _resident(self, value: Any) -> Any:
@@ -211,12 +218,18 @@ class _Executable:
     """A program and the variables that it runs on; compiled when first called."""
 
     def __init__(
-        self, extended: Any, step: lowering.LoweredStep, name: str, arguments: Any
+        self,
+        extended: Any,
+        step: lowering.LoweredStep,
+        name: str,
+        arguments: Any,
+        uses: list[IndexUse],
     ):
         self.extended = extended
         self.step = step
         self.name = name
         self.arguments = arguments
+        self.uses = uses
         self.program: SpmdProgram | None = None
         self.constants: dict[int, Any] = {}
 
@@ -261,6 +274,17 @@ class _Executable:
             if program.keep_finite and np.any(broken):
                 self._note_skipped(np.asarray(broken), arrays)
             return [np.asarray(output) for output in outputs]
+
+    def check_inputs(self, arrays: Sequence[np.ndarray]) -> None:
+        """Raises `InputRangeError` for an id or a label that is out of range."""
+        extended = self.extended
+        check_indices(
+            # A guard that finds NaN is told what to do about it.
+            [use for use in self.uses if not (use.makes_nan and extended.keep_finite)],
+            arrays,
+            argument_names(self.name, self.arguments),
+            extended.row_share,
+        )
 
     def _note_skipped(self, broken: np.ndarray, arrays: Sequence[np.ndarray]) -> None:
         step, extended = self.step, self.extended

@@ -17,6 +17,7 @@ from tensorflow.experimental import dtensor
 from tensorflow.python.ops import control_flow_util
 
 from gshard_tf.compat.keras_fit import BuildingMayFail, read_no_batch_to_build
+from gshard_tf.input_checks import InputChecks
 from gshard_tf.layouts import Layouts
 from gshard_tf.mesh_extended import MeshExtended
 from gshard_tf.on_mesh import OnMesh
@@ -60,10 +61,16 @@ class SpmdStrategy(OnMesh, tf.distribute.Strategy):
             its own rows of every batch, in their order, rather than all rows. Defaults
             to False: the same input pipeline everywhere, of which each process keeps
             its part.
+        check_inputs: Of how many steps the ids and labels are looked at on the host,
+            before the step: of the first so many after `fit`, `evaluate` or `predict`
+            begins; True: of all; False: of none. Defaults to 100. One that is out of
+            range raises `tf.errors.InvalidArgumentError`, as in plain Keras on a CPU,
+            with the layer or the loss, the value and the range. Without it, XLA reads
+            the row of another id, and gives NaN for a label.
 
     Raises:
-        ValueError: when the mesh does not fit the devices, or a rule does not fit
-            the mesh.
+        ValueError: when the mesh does not fit the devices, a rule does not fit the
+            mesh, or `check_inputs` is no such number.
     """
 
     def __init__(
@@ -72,6 +79,7 @@ class SpmdStrategy(OnMesh, tf.distribute.Strategy):
         rules: AxisRules | None = None,
         check_numerics: bool = False,
         own_rows: bool = False,
+        check_inputs: bool | int = 100,
     ):
         if not isinstance(mesh, dtensor.Mesh):
             raise ValueError(
@@ -83,7 +91,11 @@ class SpmdStrategy(OnMesh, tf.distribute.Strategy):
                 "SpmdStrategy runs on CPU and GPU devices; on TPUs, TensorFlow's own "
                 "TPUStrategy partitions. Received: mesh of TPU devices"
             )
-        super().__init__(SpmdExtended(self, mesh, rules, check_numerics, own_rows))
+        super().__init__(
+            SpmdExtended(
+                self, mesh, rules, check_numerics, own_rows, InputChecks(check_inputs)
+            )
+        )
 
     @property
     def last_error(self) -> Exception | None:
@@ -182,11 +194,13 @@ class SpmdExtended(MeshExtended):
         rules: AxisRules | None,
         check_numerics: bool,
         own_rows: bool,
+        input_checks: InputChecks,
     ):
         super().__init__(container, mesh, rules)
         self.placement = Placement(mesh)
         self.check_numerics = check_numerics
         self._own_rows = own_rows
+        self.input_checks = input_checks
         self.residence = _Residence(self.placement, self.layouts)
         self.programs: list[weakref.ref] = []
         self.steps_run: collections.Counter[str] = collections.Counter()
@@ -200,13 +214,18 @@ class SpmdExtended(MeshExtended):
         self.last_error: Exception | None = None
         self._graph_functions = weakref.WeakKeyDictionary()
 
+    @property
+    def row_share(self) -> int:
+        """How many times as many rows a step has as this process feeds."""
+        return group().count if self._own_rows else 1
+
     def global_specs(self, values: Sequence[Any]) -> list[tf.TensorSpec]:
         """The specs of the arguments of a step over all processes.
 
         Args:
             values: What this process feeds.
         """
-        share = group().count if self._own_rows else 1
+        share = self.row_share
         specs = []
         for value in values:
             shape = tf.TensorShape(value.shape)
@@ -231,6 +250,7 @@ class SpmdExtended(MeshExtended):
         # distributed iterator would only add threads that are slow to stop.
         del options
         read_no_batch_to_build()
+        self.input_checks.restart()
         return dataset
 
     def _distribute_datasets_from_function(

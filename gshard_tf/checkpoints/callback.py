@@ -10,13 +10,18 @@ import keras
 
 from gshard_tf.checkpoints.data import ResumableData
 from gshard_tf.checkpoints.endings import ended_by, would_end_again
+from gshard_tf.checkpoints.going_on import (
+    learning_rates,
+    of_the_callbacks,
+    of_the_data,
+    of_the_rates,
+)
 from gshard_tf.checkpoints.manager import Checkpoints, Restored, array_reader
 from gshard_tf.checkpoints.manifest import Manifest
 from gshard_tf.checkpoints.state import Variable, array_of, section, state_of
 from gshard_tf.checkpoints.transfer import load
 from gshard_tf.compat.keras_epochs import RunningFit, running_fit
 from gshard_tf.compat.keras_seeds import give_global_seed_generator, global_seed_state
-from gshard_tf.guard import GuardNumbers
 from gshard_tf.keras_steps import complete
 
 
@@ -49,9 +54,10 @@ class SaveCheckpoints(keras.callbacks.Callback):
             where their order is the same each time. With it, that is exact where you
             start the data at step `Checkpoints(folder).steps()[-1]` yourself, or where
             you save only at the ends of epochs and the data does not depend on the
-            epoch.
+            epoch. Where the data is known to be elsewhere, `fit` warns.
         keep: How many of the newest are kept; None: all.
-        best: A metric, such as `"val_loss"`, by which the best one is kept too.
+        best: A metric, such as `"val_loss"`, by which the best one is kept too. NaN is
+            never best. The first epoch without it warns.
         mode: `"min"` or `"max"`: which value of `best` is good.
         config: Your own configuration, of JSON's types; restoring a run that was begun
             with another one is an error.
@@ -103,6 +109,7 @@ class SaveCheckpoints(keras.callbacks.Callback):
         # Of this epoch, which was left in its middle, and is saved as that.
         self._left_early = False
         self._saved_before = False
+        self._warned_of_best = False
 
     def _state(self) -> dict[str, Variable]:
         return state_of(self.model, self.extra)
@@ -126,6 +133,7 @@ class SaveCheckpoints(keras.callbacks.Callback):
         if self.data is not None:
             # Metrics too: outside a strategy, Keras makes them in the first step.
             complete(self.model, self.data.dataset.element_spec, "train")
+        compiled = learning_rates(self._state())
         self.restored = self.checkpoints.restore(
             self._state(), data=self.data, accept=self._check_config
         )
@@ -153,6 +161,20 @@ class SaveCheckpoints(keras.callbacks.Callback):
                 "fit another patience, or no EarlyStopping.",
                 stacklevel=2,
             )
+        else:
+            self._warn_of_what_begins_anew(fit, compiled)
+
+    def _warn_of_what_begins_anew(
+        self, fit: RunningFit | None, compiled: Mapping[str, float]
+    ) -> None:
+        found = self.restored.manifest
+        said = [of_the_rates(fit, compiled, learning_rates(self._state()))]
+        if fit is not None:
+            said.append(of_the_callbacks(fit, found))
+            if self.data is None:
+                said.append(of_the_data(fit, found))
+        for sentence in filter(None, said):
+            warnings.warn(sentence, stacklevel=2)
 
     def _check_config(self, manifest: Manifest) -> None:
         # As JSON would give it back.
@@ -232,16 +254,8 @@ class SaveCheckpoints(keras.callbacks.Callback):
             (self.step - steps) // self.every
         )
         # The last step of an epoch is saved after its validation.
-        if crossed and self._has_steps_left() and not self._is_in_doubt():
+        if crossed and self._has_steps_left():
             self._save(self._epoch, self._epoch_step, logs)
-
-    def _is_in_doubt(self) -> bool:
-        """Whether a guard has yet to look at this step: no place to come back to."""
-        fit = running_fit(self.model)
-        return fit is not None and any(
-            isinstance(callback, GuardNumbers) and callback.has_yet_to_look
-            for callback in fit.callbacks
-        )
 
     def _has_steps_left(self) -> bool:
         return self._length is None or self._epoch_step < self._length
@@ -253,6 +267,14 @@ class SaveCheckpoints(keras.callbacks.Callback):
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
         self._save_if_left_early(logs)
         self._done_before = 0
+        best = self.checkpoints.best_metric
+        if best is not None and best not in (logs or {}) and not self._warned_of_best:
+            self._warned_of_best = True
+            warnings.warn(
+                f"No checkpoint of this epoch can be the best one: best={best!r} is "
+                f"not among the logs. Received: {sorted(logs or {})}",
+                stacklevel=2,
+            )
         if not self._left_early:
             self._save(epoch + 1, 0, logs)
 

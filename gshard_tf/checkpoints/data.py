@@ -37,6 +37,8 @@ class ResumableData:
     Raises:
         ValueError: when the dataset ends, or TensorFlow cannot save its iterator and
             that is how the position is to be saved.
+        tf.errors.InvalidArgumentError: by the step that reads beyond the end, of a
+            dataset of which nobody could know that it ends.
     """
 
     def __init__(self, dataset: tf.data.Dataset, position: str = "iterator"):
@@ -64,8 +66,19 @@ class ResumableData:
         self._batches_taken = tf.Variable(0, dtype=tf.int64, trainable=False)
 
         def take(_):
-            self._batches_taken.assign_add(1)
-            return self._source.get_next()
+            batch = self._source.get_next_as_optional()
+            # (An end of the source within a map is an error that says nothing.)
+            check = tf.debugging.Assert(
+                batch.has_value(),
+                [
+                    "The dataset of ResumableData has ended. Give one without end, "
+                    "dataset.repeat(), that has a batch at least. Batches received:",
+                    self._batches_taken.read_value(),
+                ],
+            )
+            with tf.control_dependencies([check]):
+                self._batches_taken.assign_add(1)
+                return batch.get_value()
 
         options = tf.data.Options()
         # Nothing may be read ahead of the step that uses it.

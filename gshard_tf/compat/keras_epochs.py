@@ -6,18 +6,27 @@ to begin an epoch in its middle: stopping the training and starting it again lea
 """
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import keras
 
 # Private API: the loop of `fit`. On an upgrade, check that its locals are still
-# `self`, `callbacks` (a `CallbackList` before `on_train_begin`) and `epoch_iterator`;
+# `self`, `callbacks` (a `CallbackList` before `on_train_begin`, which goes through its
+# list by index and gives all of it the same `logs`) and `epoch_iterator`;
 # that it begins each epoch by `iter(epoch_iterator)`, after `on_epoch_begin`; that
 # `_enumerate_iterator` is the generator of an epoch's executions, `(first step, last
 # step, batches)`, and calls the adapter's `on_epoch_end` when it is exhausted; and that
 # an epoch whose data ran out leaves `_num_batches` and no `_current_iterator`.
 from keras.src.backend.tensorflow.trainer import TensorFlowTrainer, TFEpochIterator
+
+# Private API: what `fit` was given. On an upgrade, check that arrays shuffled by
+# TensorFlow's global seed have one order in all epochs, and that whether they and a
+# `PyDataset` are shuffled is in `_shuffle` and `shuffle`.
+from keras.src.trainers.data_adapters import ArrayDataAdapter, GeneratorDataAdapter
+
+# Private API: `tf.random.set_seed` has no public counterpart that reads.
+from tensorflow.python.eager import context
 
 _FIT = inspect.unwrap(TensorFlowTrainer.fit).__code__
 
@@ -30,7 +39,7 @@ class RunningFit:
     """
 
     def __init__(
-        self, callbacks: Sequence[keras.callbacks.Callback], epochs: TFEpochIterator
+        self, callbacks: list[keras.callbacks.Callback], epochs: TFEpochIterator
     ):
         self.callbacks = callbacks
         self._epochs = epochs
@@ -49,6 +58,39 @@ class RunningFit:
     def reads_all(self) -> bool:
         """Whether every epoch is a pass over all data, which begins anew with it."""
         return self._epochs.steps_per_epoch is None
+
+    def why_not_at(self, step: int) -> str | None:
+        """Why the data is not where it was when the epoch was left.
+
+        None: it is, or nobody knows. (What `tf.data` and generators read in a pass over
+        all data, the same each time or not, only their author knows.)
+
+        Args:
+            step: The first step of the epoch that is trained.
+        """
+        data = self._epochs.data_adapter
+        if not self.reads_all:
+            if step or isinstance(data, GeneratorDataAdapter):
+                return "begins anew: its first batches are trained again"
+            return None
+        if isinstance(data, ArrayDataAdapter):
+            # With a seed, every pass has the same order.
+            in_order = not data._shuffle or context.global_seed() is not None
+        else:
+            in_order = not getattr(data, "shuffle", False)
+        if in_order or not step:
+            return None
+        return (
+            "is shuffled in another order than before: some of it is trained twice in "
+            "this epoch, and some is not (fit(shuffle=False) has one order; arrays "
+            "have one after keras.utils.set_random_seed, too)"
+        )
+
+    def put_first(self, callback: keras.callbacks.Callback) -> None:
+        """Lets a callback be called before the others, from its `on_train_begin` on."""
+        # In place: the loop over them that is calling goes on behind it.
+        self.callbacks.remove(callback)
+        self.callbacks.insert(0, callback)
 
     def begin_epoch_at(self, step: int) -> None:
         """Lets the epoch that is about to begin leave out its first steps.

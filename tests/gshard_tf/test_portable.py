@@ -405,3 +405,20 @@ def test_a_program_returns_numbers_and_no_strings(tmp_path):
     program = strategy.program(model, "train", (x, x[:, :1]))
     manifest = program.save(tmp_path / "train.gshard")
     assert [t.name for t in manifest.outputs] == ["loss", "two"]
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_a_platform_that_is_not_here_is_said(platform):
+    code = f"""
+        import os
+        os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # or it asks a cloud, for minutes
+        from gshard_tf import runner
+        options = ["p.gshard", "--data", "d", "--devices", "1", "--platform"]
+        options = runner.parser().parse_args([*options, {platform!r}])
+        try:
+            runner._start_jax(options, None)
+        except ValueError as error:
+            print(error)
+    """
+    said = run_python(code)
+    assert f"jax finds no devices of {platform} here. Take another" in said

@@ -136,3 +136,17 @@ def test_another_pipeline(tmp_path):
     with pytest.raises(ValueError, match="another input pipeline"):
         other.restore(**state)
     assert np.ndim(state["batches"]) == 0
+
+
+@pytest.mark.parametrize("position", ["iterator", "count"])
+@pytest.mark.parametrize("batches", [0, 3])
+def test_data_that_ends_says_so(position, batches):
+    """Nobody could know: its length depends on its values."""
+    dataset = tf.data.Dataset.range(8).filter(lambda i: i < batches)
+    iterator = iter(gshard_tf.ResumableData(dataset, position).dataset)
+    assert [int(next(iterator)) for _ in range(batches)] == [*range(batches)]
+    with pytest.raises(
+        tf.errors.InvalidArgumentError,
+        match=rf"has ended\. Give one without end.*Batches received:\] \[{batches}\]",
+    ):
+        next(iterator)

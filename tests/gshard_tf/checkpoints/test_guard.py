@@ -108,6 +108,58 @@ def test_many_in_a_row_are_an_error(skipping):
     assert len(guard.found) == 3
 
 
+@pytest.mark.parametrize("guard_first", [True, False])
+def test_an_epoch_of_skipped_steps_is_of_nothing(skipping, tmp_path, guard_first):
+    """Its metrics are not 0, which would be the best of all."""
+    x, y = batches(0, 1, 2)
+    dataset = tf.data.Dataset.from_tensor_slices((x, y)).batch(16).repeat()
+    saver = gshard_tf.SaveCheckpoints(tmp_path, every=1, keep=None, best="loss")
+    seen = []
+    noting = keras.callbacks.LambdaCallback(
+        on_train_batch_end=lambda batch, logs: seen.append(logs["loss"]),
+        on_train_end=lambda logs: seen.append(logs["loss"]),
+    )
+    callbacks = [saver, noting]
+    callbacks.insert(0 if guard_first else 2, gshard_tf.GuardNumbers("skip"))
+    with pytest.warns(UserWarning, match="left out"):
+        history = skipping[0].fit(
+            dataset,
+            epochs=3,
+            steps_per_epoch=2,
+            validation_data=(x[48:], y[48:]),
+            callbacks=callbacks,
+            verbose=0,
+        )
+    losses = history.history["loss"]
+    # Batch 2 is skipped too, but not batch 3, of the same epoch.
+    assert np.isnan(losses).tolist() == [True, False, False]
+    assert np.isnan(seen).tolist() == [True] * 3 + [False] * 4
+    assert np.all(np.isfinite(history.history["val_loss"]))
+    logs = {step: saver.checkpoints.manifest(step).logs["loss"] for step in range(1, 7)}
+    assert [step for step in logs if np.isnan(logs[step])] == [1, 2, 3]
+    assert saver.checkpoints.best() == min({4, 5, 6}, key=logs.get)
+
+
+def test_an_epoch_without_a_step_that_counts():
+    """The same where an execution has several steps."""
+
+    def make():
+        made = model()
+        made.compile("adam", made.loss, steps_per_execution=2)
+        return made
+
+    made = runs.scoped(2, make)
+    with pytest.warns(UserWarning, match="left out"):
+        history = made.fit(
+            tf.data.Dataset.from_tensor_slices(batches(0, 1, 2)).batch(16),
+            epochs=2,
+            steps_per_epoch=2,
+            callbacks=[gshard_tf.GuardNumbers("skip")],
+            verbose=0,
+        )
+    assert np.isnan(history.history["loss"]).tolist() == [True, False]
+
+
 def test_nan_in_the_batch_is_said(skipping):
     x, y = batches()
     x[5, 0, 0] = np.nan

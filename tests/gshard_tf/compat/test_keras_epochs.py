@@ -69,3 +69,62 @@ def test_why_an_epoch_ended(known):
     looking = Looking()
     model().fit(data, steps_per_epoch=5, verbose=0, callbacks=[looking])
     assert looking.batches == [0, 1, 2] and looking.left == [False]
+
+
+class Noting(keras.callbacks.Callback):
+    """Notes who is called when, and may put itself first or change the logs."""
+
+    def __init__(self, name, calls, first=False):
+        super().__init__()
+        self.name, self.calls, self.first = name, calls, first
+
+    def on_train_begin(self, logs=None):
+        self.calls.append(("begin", self.name))
+        if self.first:
+            running_fit(self.model).put_first(self)
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.calls.append((logs["loss"] == -1.0, self.name))
+        if self.first:
+            logs["loss"] = -1.0
+
+    on_epoch_end = on_train_batch_end
+
+
+def test_a_callback_is_put_first_and_its_logs_are_those_of_all():
+    calls = []
+    given = [Noting(name, calls, first=name == "c") for name in "abcd"]
+    history = model().fit(
+        batches(), steps_per_epoch=1, verbose=0, callbacks=list(given)
+    )
+    assert calls[:4] == [("begin", name) for name in "abcd"]
+    once = [(False, "c"), (True, "a"), (True, "b"), (True, "d")]
+    assert calls[4:] == once + once
+    assert history.history["loss"] == [-1.0]
+
+
+class Asking(keras.callbacks.Callback):
+    """Why the data is not at step 2 of an epoch, nor at the beginning of one."""
+
+    def on_train_begin(self, logs=None):
+        fit = running_fit(self.model)
+        self.reasons = [fit.why_not_at(2), fit.why_not_at(0)]
+
+
+@pytest.mark.parametrize("shuffle", [True, False, "batch"])
+@pytest.mark.parametrize("seed", [None, 3])
+def test_whether_arrays_are_in_the_order_of_before(shuffle, seed):
+    tf.random.set_seed(seed)
+    made, asking, x = model(), Asking(), np.arange(12.0)[:, None]
+    seen = []
+    made.train_step = lambda data: {"first": tf.reduce_sum(data[0] * [[1.0], [13.0]])}
+    noting = keras.callbacks.LambdaCallback(
+        on_train_batch_end=lambda batch, logs: seen.append(float(logs["first"]))
+    )
+    options = {"batch_size": 2, "epochs": 4, "verbose": 0, "shuffle": shuffle}
+    made.fit(x, x, callbacks=[asking, noting], **options)
+    passes = [seen[i : i + 6] for i in range(0, 24, 6)]
+    in_order = asking.reasons[0] is None
+    assert in_order == all(p == passes[0] for p in passes)
+    assert in_order == (seed is not None or not shuffle)
+    assert asking.reasons[1] is None
