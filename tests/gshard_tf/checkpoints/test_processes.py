@@ -80,6 +80,14 @@ def one(tmp_path_factory):
     return losses(folder)
 
 
+@pytest.fixture(scope="module")
+def one_whole(tmp_path_factory):
+    """The same of a model that no mesh splits."""
+    folder = tmp_path_factory.mktemp("one-whole")
+    many.train(0, 4, folder, {"weights": "whole"})
+    return losses(folder)
+
+
 def assert_same_losses(folder, count, one):
     for index in range(count):
         found = losses(folder, index)
@@ -95,15 +103,55 @@ def test_two_processes_are_one(one, tmp_path):
     assert "weights" in (tmp_path / "out-0.txt").read_text()
     assert (tmp_path / "out-1.txt").read_text() == ""
     # One process reads what two wrote.
-    state = gshard_tf.state_of(many_model())
+    state = gshard_tf.state_of(many_model({}))
     found = gshard_tf.Checkpoints(tmp_path / "checkpoints").restore(state)
     assert found.manifest.processes == 2 and found.manifest.step == STEPS
 
 
-def many_model():
-    import parity
+def idle_of(folder, count, step, given):
+    """Which processes wrote no file, after restoring what the others wrote."""
+    checkpoints = gshard_tf.Checkpoints(folder / "checkpoints")
+    manifest = checkpoints.manifest(step)
+    idle = manifest.wrote_nothing or []
+    assert len([name for name in manifest.files if ".data-" in name]) == (
+        count - len(idle)
+    )
+    found = checkpoints.restore(gshard_tf.state_of(many_model(given)))
+    assert found.manifest.step == step
+    return idle
 
-    model = parity.classifier(dropout=0.3)
+
+def test_a_process_without_a_shard_of_its_own(tmp_path):
+    codes, errors, _ = run(2, tmp_path, "mesh=data", "weights=whole", "epochs=1")
+    assert codes == [0, 0], errors
+    assert idle_of(tmp_path, 2, 4, {"weights": "whole"}) == [1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("position", ["count", "iterator"])
+@pytest.mark.parametrize("weights", ["whole", "split"])
+@pytest.mark.parametrize("mesh", ["data", "expert", "both"])
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_every_mesh_saves_and_resumes(
+    one, one_whole, tmp_path, count, mesh, weights, position
+):
+    given = {"mesh": mesh, "weights": weights, "position": position}
+    said = [f"{key}={value}" for key, value in given.items()]
+    devices = 2 * count
+    for epochs in (1, 2):
+        codes, errors, _ = run(
+            count, tmp_path, *said, f"epochs={epochs}", devices=devices
+        )
+        assert codes == [0] * count, errors
+    assert_same_losses(tmp_path, count, one if weights == "split" else one_whole)
+    # Where weights are copied, the others have their positions in the data at most.
+    nothing = weights == "whole" and position == "count"
+    idle = [*range(1, count)] if nothing else []
+    assert idle_of(tmp_path, count, STEPS, given) == idle
+
+
+def many_model(given):
+    model = many.classifier(given)
     model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     return model
 
