@@ -192,6 +192,8 @@ def join_processes(
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, 1)
         os.close(nowhere)
+    # It would take SIGTERM for itself, and tell nobody who does not ask.
+    jax.config.update("jax_enable_preemption_service", False)
     # On CPUs; GPUs have NCCL.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(
