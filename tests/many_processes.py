@@ -3,7 +3,7 @@
 What may be given: `rows=own`, `seeds=differ`, `mesh=data|expert|both`,
 `weights=whole` (a model that no mesh splits), `position=iterator`, `epochs=`, and
 `do=`, what process 1 (or those of `who=0,1`) does after step `step=`: `raise`, `hang`,
-`die`, `exit`, or `term`, a SIGTERM.
+`die`, `stop`, `exit`, or `term`, a SIGTERM.
 """
 
 import json
@@ -49,6 +49,8 @@ class Note(keras.callbacks.Callback):
                 time.sleep(1000)
             if self.goes_wrong == "die":
                 os.kill(os.getpid(), 9)
+            if self.goes_wrong == "stop":
+                os.kill(os.getpid(), signal.SIGSTOP)
             if self.goes_wrong == "exit":
                 sys.exit(0)
             if self.goes_wrong == "term":
