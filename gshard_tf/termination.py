@@ -76,6 +76,14 @@ class Termination:
         self._before: tuple[Any, int] = (signal.SIG_DFL, -1)
         self._thread: threading.Thread | None = None
 
+    def __enter__(self) -> Termination:
+        self.start()
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if not isinstance(error, Terminated):
+            self.close()
+
     def start(self) -> None:
         """Listens from now on. Only the main thread may: elsewhere, nothing happens."""
         if threading.current_thread() is not threading.main_thread():
