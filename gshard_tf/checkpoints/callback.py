@@ -367,7 +367,8 @@ class SaveCheckpoints(keras.callbacks.Callback):
             )
         self.checkpoints.close()
         self._termination = None
-        termination.leave(f"the run is saved at step {self.step}.")
+        saved = f"the run is saved at step {self.step}."
+        termination.leave(saved if self.step else "no step was done yet.")
 
     # ---------------------------------------------------------------------------------
 
