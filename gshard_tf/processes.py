@@ -178,7 +178,8 @@ def join_processes(
             neither is given, and nothing happens.
         index: Which one this is, from 0. Defaults to `GSHARD_PROCESS`.
         patience: After how many seconds in one step a process asks who holds it up, and
-            ends the run. Longer than the longest compilation.
+            ends the run. Longer than the longest compilation. So long it waits for
+            the others to join, too, and then ends by the exit code 70.
         heartbeat: After how many seconds without a sign of life a process is taken for
             dead. (One that dies in the middle of a step is noticed at once, and one
             that ends while others need it after about a second.)
@@ -222,14 +223,19 @@ def join_processes(
     if index:
         host, _, port = coordinator.rpartition(":")
         relay = Relay(host.strip("[]"), int(port), heartbeat)
-    jax.distributed.initialize(
-        coordinator_address=coordinator if relay is None else relay.address,
-        num_processes=count,
-        process_id=index,
-        initialization_timeout=int(patience),
-        heartbeat_timeout_seconds=_NEVER_SECONDS,
-        shutdown_timeout_seconds=int(heartbeat),
-    )
+    with _patience_to_join(
+        f"process {index} of {count} has waited {patience:g} s for the others at "
+        f"{coordinator}: give all of them this address and this number of processes",
+        patience,
+    ):
+        jax.distributed.initialize(
+            coordinator_address=coordinator if relay is None else relay.address,
+            num_processes=count,
+            process_id=index,
+            initialization_timeout=_NEVER_SECONDS,
+            heartbeat_timeout_seconds=_NEVER_SECONDS,
+            shutdown_timeout_seconds=int(heartbeat),
+        )
     # Private API: messages between processes have no public form. On an upgrade, check
     # that the client still has `key_value_set`, `blocking_key_value_get` and
     # `key_value_dir_get`.
@@ -242,6 +248,22 @@ def join_processes(
     atexit.register(watch.part)
     watch.start()
     return _RUN.group
+
+
+@contextlib.contextmanager
+def _patience_to_join(text: str, seconds: float) -> Iterator[None]:
+    """Around joining, which jax would end by aborting, with a stack of C++."""
+    joined = threading.Event()
+
+    def wait() -> None:
+        if not joined.wait(seconds):
+            say_and_exit(text, STOPPED_BY_ANOTHER, tell=False)
+
+    threading.Thread(target=wait, daemon=True).start()
+    try:
+        yield
+    finally:
+        joined.set()
 
 
 def own_rows(batch: Any) -> Any:

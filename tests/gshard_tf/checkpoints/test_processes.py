@@ -293,6 +293,21 @@ def test_wrong_arguments(arguments):
         gshard_tf.join_processes(**arguments)
 
 
+@pytest.mark.parametrize("index", [0, 1])
+def test_the_others_never_start(index):
+    given = f"'127.0.0.1:{free_port()}', 2, {index}, patience=1"
+    code = f"from gshard_tf.processes import join_processes; join_processes({given})"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == STOPPED_BY_ANOTHER, done.stderr
+    assert f"process {index} of 2 has waited 1 s for the others" in done.stderr
+
+
 def test_one_process_joins_nobody():
     group = gshard_tf.join_processes()
     assert group.is_chief and group.count == 1
