@@ -55,6 +55,7 @@ class Note(keras.callbacks.Callback):
                 sys.exit(0)
             if self.goes_wrong == "term":
                 os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(0.5)  # the thread that listens hears of it
 
 
 def classifier(given):
