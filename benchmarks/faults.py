@@ -1,6 +1,6 @@
 """What a run survives: `kill -9` at random moments, and damaged checkpoints.
 
-    python -m benchmarks.faults [--kills N] [--seed S] [--json]
+    python -m benchmarks.faults [--kills N] [--seed S] [--processes] [--json]
 
 * kills: a small run is killed N times, half of them at a random moment of its life
   (start, restore, compilation and training), half while a checkpoint is written; each
@@ -8,8 +8,10 @@
   state, must be those of a run that nobody killed, to the bit; a restart may not begin
   before the newest checkpoint that was announced as written.
 * cases: a full disk, a read-only folder, a flipped byte, ...: what a run says to each.
+* processes, with `--processes`: SIGTERM to a run of one, two and four processes, to one
+  of them or to all; see `benchmarks.fault_processes`.
 
-Each life of the run is a fork of this process, which has loaded the modules and
+Each life of the killed run is a fork of this process, which has loaded the modules and
 started nothing.
 """
 
@@ -34,7 +36,7 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="faults-compil
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
-from benchmarks import faulty_run
+from benchmarks import fault_processes, faulty_run
 from benchmarks.fault_cases import CASES, try_case
 from benchmarks.report import circumstances, options_of, say, show
 
@@ -218,12 +220,19 @@ def main() -> None:
     parser = options_of(__doc__)
     parser.add_argument("--kills", type=int, default=20, help="how often (20)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (0)")
+    parser.add_argument(
+        "--processes", action="store_true", help="SIGTERM to one process and to several"
+    )
     options = parser.parse_args()
     begun = time.perf_counter()
     folder = Path(tempfile.mkdtemp(prefix="faults-"))
     try:
         result: dict[str, Any] = {"kills": kills(options.kills, options.seed, folder)}
         result["cases"] = {name: try_case(name, folder) for name in CASES}
+        if options.processes:
+            result["processes"] = fault_processes.sigterm(
+                folder / "processes", options.seed
+            )
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)

@@ -73,7 +73,7 @@ def digest(made: keras.Model) -> str:
     return found.hexdigest()
 
 
-class _Trace(keras.callbacks.Callback):
+class Trace(keras.callbacks.Callback):
     """Appends the loss of every step to a file, to the bit, and reports it."""
 
     def __init__(self, path: Path, saver: Any, report: Callable[[str], None]):
@@ -119,6 +119,6 @@ def run(folder: Path, epochs: int, report: Callable[[str], None]) -> str:
         epochs=epochs,
         steps_per_epoch=STEPS_PER_EPOCH,
         verbose=0,
-        callbacks=[saver, _Trace(folder / "losses.txt", saver, report)],
+        callbacks=[saver, Trace(folder / "losses.txt", saver, report)],
     )
     return digest(made)

@@ -19,12 +19,15 @@ import traceback
 from collections.abc import Iterator
 from typing import Any
 
-# The exit code of a process that stopped because another one did.
-STOPPED_BY_ANOTHER = 70
+from gshard_tf.relay import Relay
+from gshard_tf.watch import BEAT_SECONDS, STOPPED_BY_ANOTHER, Watch
+
 # How long the first process, which carries the messages, waits for the others to
 # have heard why the run ends.
 _FAREWELL_SECONDS = 10
-_BEAT_SECONDS = 1.0
+# jax aborts, with a stack of C++, whoever survives a process that it takes for dead.
+# Here `Watch` looks after that, so jax waits longer than any run takes.
+_NEVER_SECONDS = 10**7
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,9 +61,10 @@ class Group:
             TimeoutError: when nothing came.
         """
         try:
-            return self.client.blocking_key_value_get(
-                f"gshard/{key}", int(1000 * seconds)
-            )
+            with _RUN.hearing(key):
+                return self.client.blocking_key_value_get(
+                    f"gshard/{key}", int(1000 * seconds)
+                )
         except Exception as error:  # jaxlib has no narrower class for it
             raise TimeoutError(
                 f"No word from another process about {key!r} in {seconds:g} s: {error}"
@@ -95,6 +99,23 @@ class _Run:
         self.over = threading.Event()
         self.ending = threading.Lock()
         self.rounds = itertools.count()
+        # What is waited for in messages, and since when.
+        self.heard_for: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def hearing(self, key: str) -> Iterator[None]:
+        self.heard_for[key] = time.monotonic()
+        try:
+            yield
+        finally:
+            self.heard_for.pop(key, None)
+
+    def waits_for(self) -> tuple[str, float] | None:
+        """What this process needs the others for, and since when, if it does."""
+        since = self.waiting_since
+        if since is not None:
+            return self.what, since
+        return min(list(self.heard_for.items()), key=lambda kv: kv[1], default=None)
 
 
 _RUN = _Run()
@@ -157,9 +178,11 @@ def join_processes(
             neither is given, and nothing happens.
         index: Which one this is, from 0. Defaults to `GSHARD_PROCESS`.
         patience: After how many seconds in one step a process asks who holds it up, and
-            ends the run. Longer than the longest compilation.
+            ends the run. Longer than the longest compilation. So long it waits for
+            the others to join, too, and then ends by the exit code 70.
         heartbeat: After how many seconds without a sign of life a process is taken for
-            dead. (One that dies in the middle of a step is noticed at once.)
+            dead. (One that dies in the middle of a step is noticed at once, and one
+            that ends while others need it after about a second.)
         quiet: Whether only the first process writes to the standard output. Errors are
             written by all.
 
@@ -192,28 +215,55 @@ def join_processes(
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, 1)
         os.close(nowhere)
+    # It would take SIGTERM for itself, and tell nobody who does not ask.
+    jax.config.update("jax_enable_preemption_service", False)
     # On CPUs; GPUs have NCCL.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(
-        coordinator_address=coordinator,
-        num_processes=count,
-        process_id=index,
-        initialization_timeout=int(patience),
-        heartbeat_timeout_seconds=int(heartbeat),
-        shutdown_timeout_seconds=int(heartbeat),
-    )
+    relay = None
+    if index:
+        host, _, port = coordinator.rpartition(":")
+        relay = Relay(host.strip("[]"), int(port), heartbeat)
+    with _patience_to_join(
+        f"process {index} of {count} has waited {patience:g} s for the others at "
+        f"{coordinator}: give all of them this address and this number of processes",
+        patience,
+    ):
+        jax.distributed.initialize(
+            coordinator_address=coordinator if relay is None else relay.address,
+            num_processes=count,
+            process_id=index,
+            initialization_timeout=_NEVER_SECONDS,
+            heartbeat_timeout_seconds=_NEVER_SECONDS,
+            shutdown_timeout_seconds=int(heartbeat),
+        )
     # Private API: messages between processes have no public form. On an upgrade, check
     # that the client still has `key_value_set`, `blocking_key_value_get` and
     # `key_value_dir_get`.
     from jax._src import distributed
 
     _RUN.group = Group(index, count, distributed.global_state.client)
-    _RUN.group.tell(f"progress/{index}", "0")
+    watch = Watch(_RUN, relay, patience, heartbeat, say_and_exit)
     sys.excepthook = _end_with_all
     # Before jax's own, which was registered earlier, disconnects.
-    atexit.register(_RUN.over.set)
-    threading.Thread(target=_watch, args=(patience,), daemon=True).start()
+    atexit.register(watch.part)
+    watch.start()
     return _RUN.group
+
+
+@contextlib.contextmanager
+def _patience_to_join(text: str, seconds: float) -> Iterator[None]:
+    """Around joining, which jax would end by aborting, with a stack of C++."""
+    joined = threading.Event()
+
+    def wait() -> None:
+        if not joined.wait(seconds):
+            say_and_exit(text, STOPPED_BY_ANOTHER, tell=False)
+
+    threading.Thread(target=wait, daemon=True).start()
+    try:
+        yield
+    finally:
+        joined.set()
 
 
 def own_rows(batch: Any) -> Any:
@@ -257,8 +307,11 @@ def _end_with_all(kind: type, error: BaseException, trace: Any) -> None:
     """Instead of Python's own end after an exception: the others end too."""
     traceback.print_exception(kind, error, trace)
     message = "".join(traceback.format_exception_only(kind, error)).strip()
-    if _RUN.broke_off:
-        message = f"{_who_is_silent()}{message}"
+    silent = _who_is_silent() if _RUN.broke_off else ""
+    if silent:
+        index, count = _RUN.group.index, _RUN.group.count
+        text = f"process {index} of {count} stops: {silent}{message}"
+        say_and_exit(text, STOPPED_BY_ANOTHER, tell=True)
     stop_all(message)
 
 
@@ -266,7 +319,7 @@ def _who_is_silent() -> str:
     """Which processes do not tell any more where they are."""
     try:
         before = _RUN.group.overhear("progress")
-        time.sleep(3 * _BEAT_SECONDS)
+        time.sleep(6 * BEAT_SECONDS)
         after = _RUN.group.overhear("progress")
     except Exception:  # jaxlib has no narrower class for it
         return "the first process, which coordinates the run, is gone; "
@@ -287,50 +340,20 @@ def say_and_exit(text: str, code: int, tell: bool) -> None:
     _RUN.ending.acquire()  # a second thread waits here for the end of the process
     _RUN.over.set()
     print(f"gshard_tf: {text}", file=sys.stderr, flush=True)
-    with contextlib.suppress(Exception):  # the service may be gone with its process
-        if tell:
-            processes.tell(f"end/{processes.index}", text)
-        processes.tell(f"heard/{processes.index}", "")
-        deadline = time.monotonic() + _FAREWELL_SECONDS
-        while processes.is_chief and time.monotonic() < deadline:
-            if len(processes.overhear("heard")) == processes.count:
-                break
-            time.sleep(0.1)
+
+    def farewell() -> None:
+        with contextlib.suppress(Exception):  # the service may be gone with its process
+            if tell:
+                processes.tell(f"end/{processes.index}", text)
+            processes.tell(f"heard/{processes.index}", "")
+            while processes.is_chief:
+                if len(processes.overhear("heard")) == processes.count:
+                    break
+                time.sleep(0.1)
+
+    # A service whose process hangs does not answer.
+    speaking = threading.Thread(target=farewell, daemon=True)
+    speaking.start()
+    speaking.join(_FAREWELL_SECONDS if processes.is_chief else 2 * BEAT_SECONDS)
     # Without jax's own shutdown, which would wait for processes that are gone.
     os._exit(code)
-
-
-def _watch(patience: float) -> None:
-    """Looks once a second whether another process has ended, or holds this one up."""
-    processes = _RUN.group
-    for beat in itertools.count():
-        if _RUN.over.wait(_BEAT_SECONDS):
-            return
-        try:
-            processes.tell(f"progress/{processes.index}", f"{_RUN.turn} {beat}")
-            ends = processes.overhear("end")
-        except Exception as error:  # jaxlib has no narrower class for it
-            if _RUN.over.is_set():
-                return
-            say_and_exit(
-                f"the first process, which coordinates the run, is gone ({error})",
-                STOPPED_BY_ANOTHER,
-                tell=False,
-            )
-        if ends:
-            say_and_exit(next(iter(ends.values())), STOPPED_BY_ANOTHER, tell=False)
-        since = _RUN.waiting_since
-        if since is not None and time.monotonic() - since > patience:
-            progress = processes.overhear("progress")
-            behind = [
-                i
-                for i in range(processes.count)
-                if int(progress.get(str(i), "0").split()[0]) < _RUN.turn
-            ]
-            who = ", ".join(f"process {i}" for i in behind) or "no process"
-            say_and_exit(
-                f"process {processes.index} of {processes.count} has waited "
-                f"{patience:g} s in {_RUN.what}; {who} has not come there",
-                1,
-                tell=True,
-            )

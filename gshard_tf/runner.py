@@ -18,7 +18,7 @@ import pathlib
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TextIO
 
 import numpy as np
@@ -27,6 +27,7 @@ from gshard_files import make_folder, path_option
 from gshard_tf.portable import files
 from gshard_tf.portable.data import Batches
 from gshard_tf.portable.manifest import Manifest
+from gshard_tf.termination import Termination
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
@@ -48,6 +49,13 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--steps", type=int, help="train up to this step, counted from the first")
     add("--time-limit", type=float, help="seconds after which to save and stop")
+    add(
+        "--grace",
+        type=float,
+        default=30.0,
+        help="seconds from SIGTERM to the end of the process, with exit code 75; the "
+        "step that runs ends, and its state is saved (30)",
+    )
     add("--log-every", type=int, default=10, help="steps; what is logged is their mean")
     add("--save-every", type=int, help="steps between saves; the last state is saved")
     add("--shuffle", type=int, help="seed of the order of rows; none: as in the file")
@@ -81,7 +89,7 @@ class Log:
 
 
 class Stop:
-    """Inside it, Ctrl-C and SIGTERM let the step that runs end, and its state be saved.
+    """Inside it, Ctrl-C lets the step that runs end, and its state be saved.
 
     A second one ends the process as usual.
 
@@ -91,20 +99,18 @@ class Stop:
 
     def __init__(self) -> None:
         self.reason: str | None = None
-        self._before: dict[int, Any] = {}
+        self._before: Any = None
 
     def __enter__(self) -> Stop:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, self._heard)
+        self._before = signal.signal(signal.SIGINT, self._heard)
         return self
 
     def __exit__(self, *error: Any) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        signal.signal(signal.SIGINT, self._before)
 
     def _heard(self, number: int, frame: Any) -> None:
         self.reason = signal.Signals(number).name
-        signal.signal(number, self._before[number])
+        signal.signal(number, self._before)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -171,25 +177,34 @@ def _train(options: argparse.Namespace, log: Log) -> int:
         raise ValueError("Training needs an end: --steps, --time-limit or both.")
     if options.out is None:
         raise ValueError("Training needs a folder for its state: --out.")
+    if not options.grace > 0:
+        raise ValueError(f"--grace is more than 0 s. Received: {options.grace}")
     begun = time.perf_counter()
     arrays, step = _state(options)
     if _begin_with(options) == options.out / "state.npz" and _end(options, step, 0.0):
         log("end", reason="steps", step=step, seconds=0.0)
         return 0
     program, batches = _load(options.program, options.data, options, log)
-    evaluation = None
+    evaluation, saved = None, -1
+    termination = Termination(
+        options.grace, lambda frame: True, lambda: f"Step {saved} was saved last."
+    )
     if options.evaluate:
-        evaluation = Evaluation(*options.evaluate, options, log)
+        evaluation = Evaluation(
+            *options.evaluate, options, log, lambda: termination.heard
+        )
     state = program.put_state(arrays)
-    since, last, saved = time.perf_counter(), step, -1
+    since, last = time.perf_counter(), step
     previous: Any = None
 
     def save() -> None:
         _save(options.out, state, step, log)
 
-    with Stop() as stop:
+    with Stop() as stop, termination:
         while True:
             reason = stop.reason or _end(options, step, time.perf_counter() - begun)
+            if not reason and not termination.may_begin():
+                reason = "SIGTERM"
             if reason:
                 break
             outputs, state = program(batches.batch(step), state)
@@ -211,11 +226,14 @@ def _train(options: argparse.Namespace, log: Log) -> int:
                 if evaluation is not None:
                     state = evaluation(state, step)
                 since, last = time.perf_counter(), step
-    if saved != step:
-        save()
-        if evaluation is not None and reason == "steps":
-            evaluation(state, step)
-    log("end", reason=reason, step=step, seconds=time.perf_counter() - begun)
+        if saved != step:
+            save()
+            saved = step
+            if evaluation is not None and reason == "steps":
+                evaluation(state, step)
+        log("end", reason=reason, step=step, seconds=time.perf_counter() - begun)
+        if reason == "SIGTERM":
+            termination.leave(f"the run is saved at step {step}.")
     return 0
 
 
@@ -289,8 +307,11 @@ class Evaluation:
         data: pathlib.Path,
         options: argparse.Namespace,
         log: Log,
+        leaves: Callable[[], bool] = lambda: False,
     ):
+        """`leaves` says whether there is no time left to go on."""
         self.log = log
+        self._leaves = leaves
         self.program, self.batches = _load(path, data, options, log)
         if self.program.manifest.mode != "evaluate":
             raise ValueError(
@@ -309,6 +330,8 @@ class Evaluation:
         state = self.program.reset_metrics(state)
         outputs: dict[str, Any] = {}
         for number in range(len(self.batches)):
+            if self._leaves():
+                return {**state, **before}
             outputs, state = self.program(self.batches.batch(number), state)
         seconds = time.perf_counter() - begun
         self.log("evaluate", step=step, **numbers(outputs), seconds=seconds)

@@ -1,12 +1,15 @@
 """A process of a run: `many_processes.py DEVICES PATIENCE FOLDER [key=value ...]`.
 
-What may be given: `rows=own`, `seeds=differ`, and `do=raise|hang|die`, which process 1
-does after step `step=`.
+What may be given: `rows=own`, `seeds=differ`, `mesh=data|expert|both`,
+`weights=whole` (a model that no mesh splits), `position=iterator`, `epochs=`, and
+`do=`, what process 1 (or those of `who=0,1`) does after step `step=`: `raise`, `hang`,
+`die`, `stop`, `exit`, or `term`, a SIGTERM.
 """
 
 import json
 import os
 import pathlib
+import signal
 import sys
 import time
 
@@ -31,7 +34,8 @@ class Note(keras.callbacks.Callback):
         super().__init__()
         self.saver = saver
         self.path = folder / f"losses-{index}.txt"
-        self.goes_wrong = index == 1 and given.get("do")
+        mine = str(index) in given.get("who", "1").split(",")
+        self.goes_wrong = mine and given.get("do")
         self.step = int(given.get("step", 0))
 
     def on_train_batch_end(self, batch, logs=None):
@@ -45,6 +49,30 @@ class Note(keras.callbacks.Callback):
                 time.sleep(1000)
             if self.goes_wrong == "die":
                 os.kill(os.getpid(), 9)
+            if self.goes_wrong == "stop":
+                os.kill(os.getpid(), signal.SIGSTOP)
+            if self.goes_wrong == "exit":
+                sys.exit(0)
+            if self.goes_wrong == "term":
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(0.5)  # the thread that listens hears of it
+
+
+def classifier(given):
+    """A model with experts, whose weights are split; or one whose are not."""
+    if given.get("weights") != "whole":
+        return parity.classifier(dropout=0.3)
+    layers = keras.layers
+    return keras.Sequential(
+        [layers.Input([8, 4]), layers.Flatten(), layers.Dense(8), layers.Dense(3)]
+    )
+
+
+def mesh_of(devices, kind):
+    """All devices along one axis, or half of them along each of two."""
+    if kind == "both":
+        return gshard_tf.create_mesh({"data": devices // 2, "expert": 2})
+    return gshard_tf.create_mesh({kind: devices})
 
 
 def train(index, devices, folder, given):
@@ -56,16 +84,17 @@ def train(index, devices, folder, given):
     dataset = dataset.batch(BATCH, drop_remainder=True)
     if own:
         dataset = dataset.map(lambda *batch: gshard_tf.own_rows(batch))
-    data = gshard_tf.ResumableData(dataset, position="count")
-    mesh = gshard_tf.create_mesh({"expert": devices})
+    position = given.get("position", "count")
+    data = gshard_tf.ResumableData(dataset, position=position)
+    mesh = mesh_of(devices, given.get("mesh", "expert"))
     with gshard_tf.SpmdStrategy(mesh, own_rows=own).scope():
-        model = parity.classifier(dropout=0.3)
+        model = classifier(given)
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
         model.compile("adam", loss)
     saver = gshard_tf.SaveCheckpoints(folder / "checkpoints", every=1, data=data)
     model.fit(
         data.dataset,
-        epochs=EPOCHS,
+        epochs=int(given.get("epochs", EPOCHS)),
         steps_per_epoch=STEPS_PER_EPOCH,
         verbose=0,
         callbacks=[saver, Note(saver, index, folder, given)],

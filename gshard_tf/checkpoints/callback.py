@@ -23,6 +23,7 @@ from gshard_tf.checkpoints.transfer import load
 from gshard_tf.compat.keras_epochs import RunningFit, running_fit
 from gshard_tf.compat.keras_seeds import give_global_seed_generator, global_seed_state
 from gshard_tf.keras_steps import complete
+from gshard_tf.termination import Termination
 
 
 class SaveCheckpoints(keras.callbacks.Callback):
@@ -42,6 +43,10 @@ class SaveCheckpoints(keras.callbacks.Callback):
 
     A run that `EarlyStopping` ended is finished: with the same settings, `fit` warns
     and trains nothing. Without it, or with other settings, it goes on.
+
+    SIGTERM, by which schedulers stop a run, ends it at the end of a step, with a
+    checkpoint, before any validation: `fit` raises `SystemExit` with the code 75, in
+    all processes of the run.
 
     Args:
         folder: Where the checkpoints are, on a local or mounted disk; or a
@@ -65,13 +70,17 @@ class SaveCheckpoints(keras.callbacks.Callback):
         resume: Whether to go on from the newest checkpoint; else to begin anew is an
             error where there are any.
         background: See `Checkpoints`.
+        grace: How many seconds after SIGTERM the process has ended, come what may; a
+            little less than the scheduler leaves it. None: leaves the signal alone.
+            In a thread that is not the main one, the signal is left alone, too.
 
     Attributes:
         step: How many steps were done.
         restored: What was restored at the beginning, or None.
 
     Raises:
-        ValueError: when `every` is no positive number, or `folder` is remote.
+        ValueError: when `every` or `grace` is no positive number, or `folder` is
+            remote.
     """
 
     def __init__(
@@ -86,10 +95,13 @@ class SaveCheckpoints(keras.callbacks.Callback):
         extra: Mapping[str, Variable | keras.optimizers.Optimizer] | None = None,
         resume: bool = True,
         background: bool = True,
+        grace: float | None = 30.0,
     ):
         super().__init__()
         if every is not None and (isinstance(every, bool) or every < 1):
             raise ValueError(f"every is at least 1, or None. Received: {every!r}")
+        if grace is not None and not grace > 0:
+            raise ValueError(f"grace is more than 0 s, or None. Received: {grace!r}")
         if not isinstance(folder, Checkpoints):
             folder = Checkpoints(folder, keep, best, mode, background)
         self.checkpoints = folder
@@ -110,6 +122,15 @@ class SaveCheckpoints(keras.callbacks.Callback):
         self._left_early = False
         self._saved_before = False
         self._warned_of_best = False
+        self.grace = grace
+        self._termination: Termination | None = None
+        # Whether SIGTERM made the last step the last one.
+        self._leaving = False
+        # The step of the last checkpoint of this `fit`.
+        self._saved_at: int | None = None
+        self._logs: dict | None = None
+        # Those of training, while validation uses them.
+        self._metrics: dict[str, Any] | None = None
 
     def _state(self) -> dict[str, Variable]:
         return state_of(self.model, self.extra)
@@ -123,6 +144,7 @@ class SaveCheckpoints(keras.callbacks.Callback):
         except BaseException:
             self.checkpoints.close()
             raise
+        self._listen()
 
     def _begin(self) -> None:
         if not self.resume and self.checkpoints.steps():
@@ -185,6 +207,7 @@ class SaveCheckpoints(keras.callbacks.Callback):
             )
 
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
+        self._leave_if_told()
         self._epoch, self._epoch_step = epoch, self._done_before
         self._left_early = False
         fit = running_fit(self.model)
@@ -193,7 +216,7 @@ class SaveCheckpoints(keras.callbacks.Callback):
         self._reads_all = fit is not None and fit.reads_all
         if self._done_before:
             self._check_goes_on(fit)
-            fit.begin_epoch_at(self._done_before)
+            fit.begin_epoch_at(self._done_before, self.restored.manifest.logs)
             # Keras has just reset the metrics; half of this epoch is in them.
             self._restore_metrics()
         self.model._initial_epoch = None
@@ -207,7 +230,10 @@ class SaveCheckpoints(keras.callbacks.Callback):
                 "own `fit` can go on. Received: a loop that calls callbacks by itself"
             )
         endless = self.data is not None and length is None
-        if endless or (length is not None and length <= done):
+        over = length is not None and length <= done
+        if over and length == done and self.restored.manifest.awaits_end:
+            over = False
+        if endless or over:
             raise ValueError(
                 f"The run was stopped {done} steps into an epoch. Go on with the same "
                 f"fit(steps_per_epoch=...). Received: steps_per_epoch={length}"
@@ -242,6 +268,7 @@ class SaveCheckpoints(keras.callbacks.Callback):
     # -- saving -----------------------------------------------------------------------
 
     def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
+        self._logs = logs
         # `batch` is the last one of an execution, which may have several steps, and go
         # beyond the end of the epoch.
         done = batch + 1
@@ -256,15 +283,34 @@ class SaveCheckpoints(keras.callbacks.Callback):
         # The last step of an epoch is saved after its validation.
         if crossed and self._has_steps_left():
             self._save(self._epoch, self._epoch_step, logs)
+        # Then the other callbacks, of which a guard may have something to say.
+        self._leaving = self._is_due()
 
     def _has_steps_left(self) -> bool:
         return self._length is None or self._epoch_step < self._length
 
+    def on_train_batch_begin(self, batch: int, logs: dict | None = None) -> None:
+        self._leave_if_told(or_now=True)
+
+    def on_test_batch_begin(self, batch: int, logs: dict | None = None) -> None:
+        self._leave_if_told(or_now=True)
+
+    def on_test_batch_end(self, batch: int, logs: dict | None = None) -> None:
+        self._leaving = self._is_due()
+
     def on_test_begin(self, logs: dict | None = None) -> None:
+        self._leave_if_told()
+        if self._termination is not None:
+            self._metrics = {
+                name: array_of(variable).numpy()
+                for name, variable in self._state().items()
+                if section(name) == "metrics"
+            }
         # Validation resets the metrics; half of an epoch that was left is in them.
         self._save_if_left_early(None)
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
+        self._metrics = None
         self._save_if_left_early(logs)
         self._done_before = 0
         best = self.checkpoints.best_metric
@@ -295,8 +341,66 @@ class SaveCheckpoints(keras.callbacks.Callback):
         if ended:
             self.checkpoints.end(self.step, ended)
         self.checkpoints.close()
+        self._leave_if_told(or_now=True)
+        if self._termination is not None:
+            self._termination.close()
 
-    def _save(self, epoch: int, epoch_step: int, logs: dict | None) -> None:
+    # -- SIGTERM ----------------------------------------------------------------------
+
+    def _listen(self) -> None:
+        self._leaving, self._metrics, self._saved_at = False, None, self.step
+        if self.grace is None:
+            return
+        model = self.model
+        in_fit = running_fit(model) is not None
+        self._termination = Termination(
+            self.grace,
+            lambda frame: not in_fit or running_fit(model, frame) is not None,
+            lambda: f"The newest checkpoint is of step {self._newest()}.",
+        )
+        self._termination.start()
+
+    def _newest(self) -> int:
+        return max(self.checkpoints.steps(), default=0)
+
+    def _is_due(self) -> bool:
+        return self._termination is not None and self._termination.is_due()
+
+    def _leave_if_told(self, or_now: bool = False) -> None:
+        """Saves and ends the run where SIGTERM asked for it.
+
+        Args:
+            or_now: Whether a step is about to begin, so that it may be asked to
+                leave before.
+        """
+        termination = self._termination
+        if termination is None:
+            return
+        if not self._leaving and (not or_now or termination.may_begin()):
+            return
+        if self._epoch_step and self._saved_at != self.step:
+            for name, value in (self._metrics or {}).items():
+                array_of(self._state()[name]).assign(value)
+            self._save(
+                self._epoch,
+                self._epoch_step,
+                self._logs,
+                awaits_end=not self._has_steps_left(),
+            )
+        self.checkpoints.close()
+        self._termination = None
+        saved = f"the run is saved at step {self.step}."
+        termination.leave(saved if self.step else "no step was done yet.")
+
+    # ---------------------------------------------------------------------------------
+
+    def _save(
+        self,
+        epoch: int,
+        epoch_step: int,
+        logs: dict | None,
+        awaits_end: bool = False,
+    ) -> None:
         state = self._state()
         if not self._saved_before:
             _check_complete(self.model, state)
@@ -310,7 +414,9 @@ class SaveCheckpoints(keras.callbacks.Callback):
             data=self.data,
             config=self.config,
             model=_description(self.model),
+            awaits_end=awaits_end,
         )
+        self._saved_at = self.step
 
 
 def _check_complete(model: keras.Model, state: Mapping[str, Variable]) -> None:

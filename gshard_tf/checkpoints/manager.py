@@ -173,8 +173,9 @@ class Checkpoints:
         data: ResumableData | None = None,
         config: Any = None,
         model: Any = None,
+        awaits_end: bool = False,
     ) -> None:
-        """Writes a checkpoint; see `state_of` for `state`.
+        """Writes a checkpoint; see `state_of` for `state`, and `Manifest` for the rest.
 
         With several processes, each of them calls this at the same step.
 
@@ -208,6 +209,7 @@ class Checkpoints:
             config=config,
             model=model,
             global_seed=_global_seed(),
+            awaits_end=awaits_end or None,
         )
         turn = next_turn()
         if self.background:

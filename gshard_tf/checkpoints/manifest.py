@@ -50,6 +50,10 @@ class Manifest:
         global_seed: The state of Keras's global seed generator, which is no model's;
             None where there was none.
         ended_by: What ended the run for good, see `endings`; None while it goes on.
+        wrote_nothing: The processes without a shard of their own, which wrote no file;
+            None where each wrote one.
+        awaits_end: True where all steps of the epoch are done and its end is to come:
+            validation, and what callbacks do then. Else None.
     """
 
     step: int
@@ -66,6 +70,8 @@ class Manifest:
     model: Any
     global_seed: list[int] | None = None
     ended_by: list[dict[str, Any]] | None = None
+    wrote_nothing: list[int] | None = None
+    awaits_end: bool | None = None
 
     @property
     def bytes(self) -> int:
@@ -73,7 +79,7 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         content = {"format": FORMAT, **dataclasses.asdict(self)}
-        for later in ("global_seed", "ended_by"):
+        for later in ("global_seed", "ended_by", "wrote_nothing", "awaits_end"):
             if content[later] is None:
                 del content[later]  # as it was before there was such an entry
         text = _text(content)

@@ -26,7 +26,7 @@ def write(
     Args:
         path: Its folder.
         manifest: What it says of itself, but for its files.
-        pieces: Those of this process.
+        pieces: Those of this process; none where others have all that it has.
         turn: Which checkpoint of this run it is, the same in all processes.
 
     Raises:
@@ -54,25 +54,30 @@ def _finish(manifest: Manifest, partial: Path) -> None:
 def _write_together(
     path: Path, manifest: Manifest, pieces: Sequence[bundle.Piece], turn: int
 ) -> None:
-    """Each process writes its part; the chief merges and publishes them."""
+    """Each process that has pieces writes its part; the chief merges and publishes."""
     processes = group()
     key = f"checkpoint/{turn}"
     partial = path.with_name(f".{path.name}.partial")
 
-    def write_part() -> None:
-        part = partial / f"part-{processes.index:05d}"
-        bundle.write(part, pieces)
-        bundle.sync(bundle.files(part))
+    def write_part() -> int:
+        if pieces:  # TensorFlow writes no bundle of nothing
+            part = partial / f"part-{processes.index:05d}"
+            bundle.write(part, pieces)
+            bundle.sync(bundle.files(part))
+        return len(pieces)
+
+    def tell_part(count: int, error: str) -> None:
+        said = json.dumps({"pieces": count, "error": error})
+        processes.tell(f"{key}/part/{processes.index}", said)
 
     if not processes.is_chief:
         said = json.loads(processes.hear(f"{key}/open", PATIENCE_SECONDS))
-        try:
-            if not said["error"]:
-                write_part()
-        except OSError as error:
-            processes.tell(f"{key}/part/{processes.index}", str(error))
-            raise
-        processes.tell(f"{key}/part/{processes.index}", "")
+        if not said["error"]:
+            try:
+                tell_part(write_part(), "")
+            except OSError as error:
+                tell_part(0, str(error))
+                raise
         said = json.loads(processes.hear(f"{key}/done", PATIENCE_SECONDS))
         if said["error"]:
             raise OSError(f"the checkpoint could not be written: {said['error']}")
@@ -82,14 +87,18 @@ def _write_together(
         with new_folder(path, True, CHECKPOINT) as partial:
             opened = True
             processes.tell(f"{key}/open", json.dumps({"error": ""}))
-            write_part()
+            counts = [write_part()]
             for i in range(1, processes.count):
-                said = processes.hear(f"{key}/part/{i}", PATIENCE_SECONDS)
-                if said:
-                    raise OSError(f"process {i} could not write its part: {said}")
-            parts = [partial / f"part-{i:05d}" for i in range(processes.count)]
+                said = json.loads(processes.hear(f"{key}/part/{i}", PATIENCE_SECONDS))
+                if said["error"]:
+                    raise OSError(
+                        f"process {i} could not write its part: {said['error']}"
+                    )
+                counts.append(said["pieces"])
+            parts = [partial / f"part-{i:05d}" for i, n in enumerate(counts) if n]
             bundle.merge(parts, partial / "state")
-            _finish(manifest, partial)
+            idle = [i for i, count in enumerate(counts) if not count]
+            _finish(dataclasses.replace(manifest, wrote_nothing=idle or None), partial)
     except BaseException as error:
         problem = str(error) or repr(error)
         raise

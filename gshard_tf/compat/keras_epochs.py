@@ -6,7 +6,8 @@ to begin an epoch in its middle: stopping the training and starting it again lea
 """
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import FrameType
 from typing import Any
 
 import keras
@@ -17,7 +18,8 @@ import keras
 # that it begins each epoch by `iter(epoch_iterator)`, after `on_epoch_begin`; that
 # `_enumerate_iterator` is the generator of an epoch's executions, `(first step, last
 # step, batches)`, and calls the adapter's `on_epoch_end` when it is exhausted; and that
-# an epoch whose data ran out leaves `_num_batches` and no `_current_iterator`.
+# an epoch whose data ran out leaves `_num_batches` and no `_current_iterator`; and that
+# an epoch without steps makes its logs by `_get_metrics_result_or_logs({})`.
 from keras.src.backend.tensorflow.trainer import TensorFlowTrainer, TFEpochIterator
 
 # Private API: what `fit` was given. On an upgrade, check that arrays shuffled by
@@ -39,9 +41,13 @@ class RunningFit:
     """
 
     def __init__(
-        self, callbacks: list[keras.callbacks.Callback], epochs: TFEpochIterator
+        self,
+        model: keras.Model,
+        callbacks: list[keras.callbacks.Callback],
+        epochs: TFEpochIterator,
     ):
         self.callbacks = callbacks
+        self._model = model
         self._epochs = epochs
 
     @property
@@ -92,12 +98,13 @@ class RunningFit:
         self.callbacks.remove(callback)
         self.callbacks.insert(0, callback)
 
-    def begin_epoch_at(self, step: int) -> None:
+    def begin_epoch_at(self, step: int, logs: Mapping[str, float]) -> None:
         """Lets the epoch that is about to begin leave out its first steps.
 
         The steps that are left keep their numbers, and the epoch ends as any other.
 
         Args:
+            logs: Those of the step before, which are the epoch's where no step is left.
             step: The first step that is trained, a multiple of `steps_per_execution`.
                 Where an epoch is a pass over all data, the batches before it are read
                 and dropped; elsewhere the data goes on where it is.
@@ -117,6 +124,16 @@ class RunningFit:
             return rest()
 
         epochs._enumerate_iterator = rest_once
+        self._begin_with_logs(dict(logs))
+
+    def _begin_with_logs(self, before: dict[str, float]) -> None:
+        model, of_epoch = self._model, self._model._get_metrics_result_or_logs
+
+        def of_epoch_once(logs: Any) -> Any:
+            del model._get_metrics_result_or_logs
+            return of_epoch(before if logs == {} else logs)
+
+        model._get_metrics_result_or_logs = of_epoch_once
 
     def left_early(self) -> bool:
         """Whether the epoch was left while it had steps to come, as far as is known.
@@ -131,12 +148,21 @@ class RunningFit:
         return not ran_out
 
 
-def running_fit(model: keras.Model) -> RunningFit | None:
-    """The `fit` of a model that called whoever calls this; None when none did."""
-    frame = inspect.currentframe()
+def running_fit(
+    model: keras.Model, frame: FrameType | None = None
+) -> RunningFit | None:
+    """The `fit` of a model that called whoever calls this; None when none did.
+
+    Args:
+        model: The model.
+        frame: Where to look from, another thread's, say; None: from here.
+    """
+    frame = frame or inspect.currentframe()
     while frame is not None:
         if frame.f_code is _FIT and frame.f_locals["self"] is model:
             found = frame.f_locals
-            return RunningFit(found["callbacks"].callbacks, found["epoch_iterator"])
+            return RunningFit(
+                model, found["callbacks"].callbacks, found["epoch_iterator"]
+            )
         frame = frame.f_back
     return None

@@ -16,6 +16,7 @@ from processes import ROOT, run_python
 import gshard_tf
 from gshard_tf import portable, runner
 from gshard_tf.portable.saving import halvings
+from gshard_tf.termination import GIVE_AGAIN
 from keras_layers import Dropout, MoELayer, TokenEmbedding
 
 MODES = ("train", "evaluate", "predict")
@@ -290,6 +291,7 @@ def test_time_limit_and_signal_save_what_is_done(saved, tmp_path, capsys):
         [*map(str, command), "--steps", "1000000"],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
     )
     for line in process.stdout:
@@ -297,7 +299,9 @@ def test_time_limit_and_signal_save_what_is_done(saved, tmp_path, capsys):
             process.terminate()
             break
     rest = [json.loads(line) for line in process.stdout]
-    assert process.wait(60) == 0
+    assert process.wait(60) == GIVE_AGAIN
+    said = f"SIGTERM: the run is saved at step {rest[-1]['step']}. Give the same"
+    assert said in process.stderr.read()
     assert rest[-1]["reason"] == "SIGTERM" and rest[-1]["step"] >= 10
     _, meta = portable.read_state(tmp_path / "b" / "state.npz")
     assert meta == {"step": rest[-1]["step"]}

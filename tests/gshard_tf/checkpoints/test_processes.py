@@ -17,6 +17,7 @@ from processes import ROOT
 
 import gshard_tf
 from gshard_tf.processes import STOPPED_BY_ANOTHER
+from gshard_tf.termination import GIVE_AGAIN
 
 SCRIPT = pathlib.Path(many.__file__)
 STEPS = many.STEPS_PER_EPOCH * many.EPOCHS
@@ -28,10 +29,13 @@ def free_port():
         return free.getsockname()[1]
 
 
-def run(count, folder, *given, devices=4, patience=60, timeout=150, on=None):
+def run(
+    count, folder, *given, devices=4, patience=60, timeout=150, on=None, stopped=None
+):
     """Runs `count` processes: exit codes, standard errors, seconds after 1's last step.
 
-    `on` says where: what `network_hosts.hosts` yields.
+    `on` says where: what `network_hosts.hosts` yields. A process that stops for good is
+    `stopped`: nobody waits for it.
     """
     first = "127.0.0.1" if on is None else on[0][1]
     env = os.environ | {
@@ -55,8 +59,9 @@ def run(count, folder, *given, devices=4, patience=60, timeout=150, on=None):
                 )
             )
     try:
-        for process in started:
-            process.wait(max(1, deadline - time.monotonic()))
+        for index, process in enumerate(started):
+            if index != stopped:
+                process.wait(max(1, deadline - time.monotonic()))
     finally:
         for process in started:
             process.kill()
@@ -80,6 +85,14 @@ def one(tmp_path_factory):
     return losses(folder)
 
 
+@pytest.fixture(scope="module")
+def one_whole(tmp_path_factory):
+    """The same of a model that no mesh splits."""
+    folder = tmp_path_factory.mktemp("one-whole")
+    many.train(0, 4, folder, {"weights": "whole"})
+    return losses(folder)
+
+
 def assert_same_losses(folder, count, one):
     for index in range(count):
         found = losses(folder, index)
@@ -95,15 +108,55 @@ def test_two_processes_are_one(one, tmp_path):
     assert "weights" in (tmp_path / "out-0.txt").read_text()
     assert (tmp_path / "out-1.txt").read_text() == ""
     # One process reads what two wrote.
-    state = gshard_tf.state_of(many_model())
+    state = gshard_tf.state_of(many_model({}))
     found = gshard_tf.Checkpoints(tmp_path / "checkpoints").restore(state)
     assert found.manifest.processes == 2 and found.manifest.step == STEPS
 
 
-def many_model():
-    import parity
+def idle_of(folder, count, step, given):
+    """Which processes wrote no file, after restoring what the others wrote."""
+    checkpoints = gshard_tf.Checkpoints(folder / "checkpoints")
+    manifest = checkpoints.manifest(step)
+    idle = manifest.wrote_nothing or []
+    assert len([name for name in manifest.files if ".data-" in name]) == (
+        count - len(idle)
+    )
+    found = checkpoints.restore(gshard_tf.state_of(many_model(given)))
+    assert found.manifest.step == step
+    return idle
 
-    model = parity.classifier(dropout=0.3)
+
+def test_a_process_without_a_shard_of_its_own(tmp_path):
+    codes, errors, _ = run(2, tmp_path, "mesh=data", "weights=whole", "epochs=1")
+    assert codes == [0, 0], errors
+    assert idle_of(tmp_path, 2, 4, {"weights": "whole"}) == [1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("position", ["count", "iterator"])
+@pytest.mark.parametrize("weights", ["whole", "split"])
+@pytest.mark.parametrize("mesh", ["data", "expert", "both"])
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_every_mesh_saves_and_resumes(
+    one, one_whole, tmp_path, count, mesh, weights, position
+):
+    given = {"mesh": mesh, "weights": weights, "position": position}
+    said = [f"{key}={value}" for key, value in given.items()]
+    devices = 2 * count
+    for epochs in (1, 2):
+        codes, errors, _ = run(
+            count, tmp_path, *said, f"epochs={epochs}", devices=devices
+        )
+        assert codes == [0] * count, errors
+    assert_same_losses(tmp_path, count, one if weights == "split" else one_whole)
+    # Where weights are copied, the others have their positions in the data at most.
+    nothing = weights == "whole" and position == "count"
+    idle = [*range(1, count)] if nothing else []
+    assert idle_of(tmp_path, count, STEPS, given) == idle
+
+
+def many_model(given):
+    model = many.classifier(given)
     model.compile("adam", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     return model
 
@@ -125,6 +178,67 @@ def test_hosts_of_a_network(one, tmp_path, count):
         codes, errors, _ = run(count, tmp_path, on=on)
     assert codes == [0] * count, errors
     assert_same_losses(tmp_path, count, one)
+
+
+def assert_sigterm_loses_nothing(folder, one, count, who):
+    codes, errors, seconds = run(count, folder, "do=term", "step=3", f"who={who}")
+    assert codes == [GIVE_AGAIN] * count, errors
+    assert seconds < 30
+    [step] = gshard_tf.Checkpoints(folder / "checkpoints").steps()[-1:]
+    # All leave after the same step; those that had begun one more have ended it.
+    assert step < STEPS
+    for index, error in enumerate(errors):
+        assert f"SIGTERM: the run is saved at step {step}" in error
+        assert list(losses(folder, index)) == list(range(1, step + 1))
+    return step
+
+
+def test_sigterm_to_one_of_two(one, tmp_path):
+    assert assert_sigterm_loses_nothing(tmp_path, one, 2, "1") in (3, 4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("count", "who"), [(2, "0"), (2, "0,1"), (4, "3"), (4, "0,1,2,3")]
+)
+def test_sigterm_to_some_and_given_again(one, tmp_path, count, who):
+    assert_sigterm_loses_nothing(tmp_path, one, count, who)
+    codes, errors, _ = run(count, tmp_path)
+    assert codes == [0] * count, errors
+    assert_same_losses(tmp_path, count, one)  # each step once
+
+
+def test_a_process_that_exits_ends_all(tmp_path):
+    codes, errors, seconds = run(2, tmp_path, "do=exit", "step=3", patience=100)
+    assert codes == [STOPPED_BY_ANOTHER] * 2, errors
+    # Both wait until both have heard, and the test sees the end of both.
+    assert seconds < 10
+    for error in errors:
+        assert "process 0 of 2 stops: process 1 has ended, while this one" in error
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("who", ["0", "1"])
+@pytest.mark.parametrize("do", ["die", "stop"])
+def test_survivors_end_by_the_message(tmp_path, do, who):
+    """Not by jax's abort, with a stack of C++."""
+    dead = int(who)
+    codes, errors, seconds = run(
+        3,
+        tmp_path,
+        f"do={do}",
+        f"who={who}",
+        "step=3",
+        devices=6,
+        stopped=dead if do == "stop" else None,
+    )
+    assert seconds < 30
+    for index in {0, 1, 2} - {dead}:
+        assert codes[index] == STOPPED_BY_ANOTHER, errors[index]
+        silent = "first process, which coordinates" if who == "0" else "process 1 gives"
+        assert silent in errors[index]
+        assert "*** SIGABRT" not in errors[index]
+        assert "absl::" not in errors[index] and "    @   " not in errors[index]
 
 
 @pytest.mark.slow
@@ -177,6 +291,21 @@ def test_other_seeds_are_an_error(tmp_path):
 def test_wrong_arguments(arguments):
     with pytest.raises(ValueError, match="Received"):
         gshard_tf.join_processes(**arguments)
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_the_others_never_start(index):
+    given = f"'127.0.0.1:{free_port()}', 2, {index}, patience=1"
+    code = f"from gshard_tf.processes import join_processes; join_processes({given})"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == STOPPED_BY_ANOTHER, done.stderr
+    assert f"process {index} of 2 has waited 1 s for the others" in done.stderr
 
 
 def test_one_process_joins_nobody():
