@@ -25,8 +25,20 @@ def path_of(folder: Path, step: int) -> Path:
 
 
 def leftovers(folder: Path) -> list[Path]:
-    """What killed runs left: steps half-written, or half-removed."""
-    return [path for path in folder.iterdir() if _HIDDEN.fullmatch(path.name)]
+    """What killed runs left: steps half-written, or half-removed.
+
+    Raises:
+        FileExistsError: when one is no folder, so nobody's but the user's, and would
+            be in the way once that step comes.
+    """
+    found = [path for path in folder.iterdir() if _HIDDEN.fullmatch(path.name)]
+    for path in found:
+        if path.is_symlink() or not path.is_dir():
+            raise FileExistsError(
+                f"{path} is no folder, and would be in the way of a checkpoint. Move "
+                "it elsewhere, or name another folder for the run."
+            )
+    return found
 
 
 def remove(folder: Path, step: int) -> None:

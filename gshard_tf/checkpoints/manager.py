@@ -1,7 +1,6 @@
 """The checkpoints of a run: written in the background, kept by rules, restored."""
 
 import dataclasses
-import fcntl
 import json
 import os
 import shutil
@@ -14,7 +13,8 @@ from typing import Any
 
 import tensorflow as tf
 
-from gshard_files import AlreadyRunningError, local_path, make_folder
+from gshard_files import local_path, make_folder
+from gshard_locks import FolderLock
 from gshard_tf.checkpoints import bundle, folders
 from gshard_tf.checkpoints.data import ResumableData
 from gshard_tf.checkpoints.errors import DamagedError
@@ -42,10 +42,8 @@ class Restored:
     match: Match
 
 
-# Which object of this process may write to a folder.
-_HOLDERS: "weakref.WeakValueDictionary[Path, Checkpoints]" = (
-    weakref.WeakValueDictionary()
-)
+# The objects of this process that may write, each to its own folder.
+_HOLDERS: "weakref.WeakSet[Checkpoints]" = weakref.WeakSet()
 
 
 class Checkpoints:
@@ -88,7 +86,7 @@ class Checkpoints:
         self.mode = mode
         self.background = background
         # Held until `close`, or until nobody has this object any more.
-        self._lock: weakref.finalize | None = None
+        self._lock: FolderLock | None = None
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._damaged: set[int] = set()
@@ -127,32 +125,46 @@ class Checkpoints:
     def claim(self) -> None:
         """Makes the folder this process's own until it ends, or `close`.
 
+        It is the folder that links lead to, and is this process's by every name. A
+        forked child of this process does not have it. Where the folder was removed or
+        replaced since it was claimed, which is a warning, it is made again.
+
         Raises:
             AlreadyRunningError: when another run writes there.
-            FileExistsError: when it is a file, or a link to what is not there.
-            OSError: when it cannot be written to.
+            FileExistsError: when it is a file, or a link to what is not there, or
+                something that is none of ours has the name of a step's hidden folder.
+            OSError: when it cannot be written to, or its disk does not lock files.
         """
-        if self._lock is not None or not group().is_chief:
+        if not group().is_chief:
             return
+        if self._lock is not None and self._lock.is_own:
+            if self._lock.is_in_place:
+                return
+            self._lock.release()
+            warnings.warn(
+                f"{self.folder} was removed or replaced while this run was writing to "
+                "it. What was in it is gone. The run goes on, and makes it again.",
+                stacklevel=2,
+            )
         make_folder(self.folder)
-        before = _HOLDERS.get(self.folder)
-        if before is not None:
-            # Of a `fit` of this process that was interrupted.
-            before.close()
-        descriptor = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+        for other in list(_HOLDERS):
+            if other is not self and other._holds(self.folder):
+                # Of a `fit` of this process that was interrupted.
+                other.close()
+        lock = FolderLock(self.folder)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(descriptor)
-            raise AlreadyRunningError(
-                f"Another run is writing its checkpoints to {self.folder}. Give each "
-                "run a folder of its own, or stop the other one."
-            ) from error
-        self._lock = weakref.finalize(self, os.close, descriptor)
-        _HOLDERS[self.folder] = self
-        # What a run that was killed left half-written. The lock says that it is gone.
-        for leftover in folders.leftovers(self.folder):
-            shutil.rmtree(leftover, ignore_errors=True)
+            # What a run that was killed left half-written. (The lock says: it is gone.)
+            for leftover in folders.leftovers(self.folder):
+                shutil.rmtree(leftover, ignore_errors=True)
+        except BaseException:
+            lock.release()
+            raise
+        self._lock = lock
+        _HOLDERS.add(self)
+
+    def _holds(self, folder: Path) -> bool:
+        lock = self._lock
+        return lock is not None and lock.is_own and lock.is_of(folder)
 
     def close(self) -> None:
         """Waits for the checkpoint under way, and lets others write to the folder."""
@@ -160,7 +172,7 @@ class Checkpoints:
             self.wait()
         finally:
             if self._lock is not None:
-                self._lock()
+                self._lock.release()
                 self._lock = None
 
     def save(
@@ -259,7 +271,17 @@ class Checkpoints:
     def _write(
         self, manifest: Manifest, pieces: Sequence[bundle.Piece], turn: int
     ) -> None:
-        write(self.path(manifest.step), manifest, pieces, turn)
+        path = self.path(manifest.step)
+        try:
+            write(path, manifest, pieces, turn)
+        except OSError:
+            lock = self._lock
+            removed = lock is not None and lock.is_own and not lock.is_in_place
+            if not removed or group().count > 1:
+                raise
+            # The folder was removed meanwhile, and this checkpoint with it.
+            self.claim()
+            write(path, manifest, pieces, turn)
         self._damaged.discard(manifest.step)
         if group().is_chief:
             self._prune()
