@@ -7,7 +7,8 @@ import shutil
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,23 +103,44 @@ class Checkpoints:
         return folders.path_of(self.folder, step)
 
     def manifest(self, step: int) -> Manifest:
-        """What a checkpoint says of itself, if it is not damaged (`DamagedError`)."""
-        return Manifest.read(self.path(step))
+        """What a checkpoint says of itself.
+
+        Raises:
+            DamagedError: when it is damaged, or cannot be read.
+            FileNotFoundError: when there is none of that step.
+        """
+        return Manifest.read(self.path(step), step)
 
     def best(self) -> int | None:
         """The step of the best checkpoint, by the metric; None when none has it."""
         scores = {}
-        for step in self.steps():
-            try:
-                score = self.manifest(step).logs.get(self.best_metric)
-            except DamagedError:
+        for step, manifest in self._manifests().items():
+            if isinstance(manifest, DamagedError):
                 continue
+            score = manifest.logs.get(self.best_metric)
             if score is not None and score == score:  # not NaN
                 scores[step] = score
         if not scores:
             return None
         # Of equals the older.
         return (min if self.mode == "min" else max)(scores, key=scores.get)
+
+    def _manifests(self) -> dict[int, Manifest | DamagedError]:
+        """What each checkpoint says of itself, or what is wrong with it."""
+        found: dict[int, Manifest | DamagedError] = {}
+        while True:
+            # A run that goes on meanwhile removes some, and writes others.
+            listed = self.steps()
+            unread = [step for step in listed if step not in found]
+            if not unread:
+                return {step: found[step] for step in listed}
+            for step in unread:
+                try:
+                    found[step] = self.manifest(step)
+                except DamagedError as error:
+                    found[step] = error
+                except FileNotFoundError as error:
+                    found[step] = DamagedError(str(error))
 
     # -- saving ---------------------------------------------------------------------
 
@@ -291,9 +313,24 @@ class Checkpoints:
         kept = set(sound if self.keep is None else sound[-self.keep :])
         if self.best_metric is not None:
             kept.add(self.best())
+            # Where the disk did not answer, it may have been the best.
+            kept |= {
+                step
+                for step, manifest in self._manifests().items()
+                if isinstance(manifest, DamagedError) and manifest.errno
+            }
         for step in sound:
-            if step not in kept:
+            if step in kept:
+                continue
+            try:
                 folders.remove(self.folder, step)
+            except OSError as error:
+                # No reason to end a run: what it has written is whole.
+                warnings.warn(
+                    f"{self.path(step)} is no longer needed, and could not be removed "
+                    f"({error.strerror}). Remove it by hand.",
+                    stacklevel=2,
+                )
 
     # -- restoring --------------------------------------------------------------------
 
@@ -328,11 +365,12 @@ class Checkpoints:
             MismatchError: when it is a checkpoint of another model.
         """
         self.wait()
-        wanted = self.steps()[::-1] if step is None else [step]
-        # What the first process sees, which wrote them.
-        wanted = json.loads(agree("steps", json.dumps(wanted))[0])
-        reasons = []
-        for candidate in wanted:
+        damaged: dict[int, DamagedError] = {}
+        vanished: Counter[int] = Counter()
+        while (candidate := self._agreed(step, damaged)) is not None:
+            path = self.path(candidate)
+            before = folders.identity(path)
+            problem = None
             try:
                 manifest = self.manifest(candidate)
                 if accept is not None:
@@ -340,28 +378,43 @@ class Checkpoints:
                 restored, apply = self._read(
                     manifest, state, data, rename, missing, extra
                 )
-            except DamagedError as error:
-                problem = str(error)
-            else:
-                problem = ""
-            said = agree("restore", problem, PATIENCE_SECONDS)
-            problem = next((text for text in said if text), "")
-            if not problem:
+            except (DamagedError, FileNotFoundError) as error:
+                problem = error
+            now = folders.identity(path)
+            # (One that was removed when all of it had been read is whole.)
+            stays = now == before or (problem is None and now is None)
+            problem, stays = _what_all_say(problem, stays)
+            if step is not None and isinstance(problem, FileNotFoundError):
+                raise problem
+            if not stays and vanished[candidate] < 3:
+                # A run that goes on meanwhile has removed it, or written it again.
+                vanished[candidate] += 1
+                continue
+            if problem is None:
                 for assign in apply:
                     assign()
                 return restored
-            reasons.append(problem)
+            damaged[candidate] = DamagedError(str(problem), problem.errno)
             self._damaged.add(candidate)
             if step is None:
                 warnings.warn(
                     f"{problem}. Falling back to the checkpoint before it.",
                     stacklevel=2,
                 )
-        if reasons:
+        if damaged:
+            numbers = [error.errno for error in damaged.values() if error.errno]
             raise DamagedError(
-                f"No checkpoint in {self.folder} is sound: " + "; ".join(reasons)
+                f"No checkpoint in {self.folder} is sound: "
+                + "; ".join(map(str, damaged.values())),
+                numbers[0] if numbers else None,
             )
         return None
+
+    def _agreed(self, step: int | None, damaged: Container[int]) -> int | None:
+        """The next checkpoint to try: of what the first process sees, who wrote it."""
+        listed = self.steps()[::-1] if step is None else [step]
+        wanted = (candidate for candidate in listed if candidate not in damaged)
+        return json.loads(agree("step", json.dumps(next(wanted, None)))[0])
 
     def _read(
         self,
@@ -424,6 +477,28 @@ def _position(folder: Path, manifest: Manifest, data: ResumableData) -> Any:
             )
     data.require(saved)
     return lambda: data.restore(batches, saved)
+
+
+def _what_all_say(
+    problem: DamagedError | FileNotFoundError | None, stays: bool
+) -> tuple[DamagedError | FileNotFoundError | None, bool]:
+    """What is wrong with a checkpoint in any process, and whether it is still there."""
+    mine = {
+        "problem": "" if problem is None else str(problem),
+        "absent": isinstance(problem, FileNotFoundError),
+        "errno": None if problem is None else problem.errno,
+        "stays": stays,
+    }
+    said = agree("restore", json.dumps(mine), PATIENCE_SECONDS)
+    told = list(map(json.loads, said))
+    stays = all(one["stays"] and not one["absent"] for one in told)
+    for one in told:
+        if one["problem"]:
+            kind = FileNotFoundError if one["absent"] else DamagedError
+            found = kind(one["problem"])
+            found.errno = one["errno"]
+            return found, stays
+    return None, stays
 
 
 def _global_seed() -> list[int] | None:

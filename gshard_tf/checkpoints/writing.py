@@ -65,35 +65,51 @@ def _write_together(
         bundle.sync(bundle.files(part))
 
     if not processes.is_chief:
-        said = json.loads(processes.hear(f"{key}/open", PATIENCE_SECONDS))
+        opened = json.loads(processes.hear(f"{key}/open", PATIENCE_SECONDS))
+        mine = f"{key}/part/{processes.index}"
         try:
-            if not said["error"]:
+            if not opened["error"]:
                 write_part()
         except OSError as error:
-            processes.tell(f"{key}/part/{processes.index}", str(error))
+            processes.tell(mine, _told(error))
             raise
-        processes.tell(f"{key}/part/{processes.index}", "")
-        said = json.loads(processes.hear(f"{key}/done", PATIENCE_SECONDS))
-        if said["error"]:
-            raise OSError(f"the checkpoint could not be written: {said['error']}")
+        processes.tell(mine, _told(None))
+        _hear_of_error(f"{key}/done", "the checkpoint could not be written")
         return
-    problem, opened = "", False
+    problem: BaseException | None = None
+    opened = False
     try:
         with new_folder(path, True, CHECKPOINT) as partial:
             opened = True
-            processes.tell(f"{key}/open", json.dumps({"error": ""}))
+            processes.tell(f"{key}/open", _told(None))
             write_part()
             for i in range(1, processes.count):
-                said = processes.hear(f"{key}/part/{i}", PATIENCE_SECONDS)
-                if said:
-                    raise OSError(f"process {i} could not write its part: {said}")
+                said = f"process {i} could not write its part"
+                _hear_of_error(f"{key}/part/{i}", said)
             parts = [partial / f"part-{i:05d}" for i in range(processes.count)]
             bundle.merge(parts, partial / "state")
             _finish(manifest, partial)
     except BaseException as error:
-        problem = str(error) or repr(error)
+        problem = error
         raise
     finally:
         if not opened:
-            processes.tell(f"{key}/open", json.dumps({"error": problem}))
-        processes.tell(f"{key}/done", json.dumps({"error": problem}))
+            processes.tell(f"{key}/open", _told(problem))
+        processes.tell(f"{key}/done", _told(problem))
+
+
+def _told(error: BaseException | None) -> str:
+    """What a process tells the others of an error, or that there is none."""
+    if error is None:
+        return json.dumps({"error": "", "errno": None})
+    number = getattr(error, "errno", None)
+    return json.dumps({"error": str(error) or repr(error), "errno": number})
+
+
+def _hear_of_error(key: str, what: str) -> None:
+    """Waits for what another process tells; raises `OSError` if it is an error."""
+    said = json.loads(group().hear(key, PATIENCE_SECONDS))
+    if said["error"]:
+        text = f"{what}: {said['error']}"
+        number = said["errno"]
+        raise OSError(text) if number is None else OSError(number, text)
