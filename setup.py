@@ -72,6 +72,7 @@ setup(
     # Outside the package, whose import starts TensorFlow: its --help is quick.
     py_modules=["gshard_files", "gshard_locks", "gshard_plan"],
     package_data={
+        "benchmarks": ["broken_disk.c"],
         "gshard_tf.planning.page": ["page.css", "page.js"],
         "examples.serving": ["page/*"],
     },
