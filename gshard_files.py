@@ -16,7 +16,6 @@ import argparse
 import contextlib
 import dataclasses
 import errno
-import fcntl
 import fnmatch
 import os
 import re
@@ -27,12 +26,10 @@ import urllib.parse
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
+from gshard_locks import AlreadyRunningError, Lock
+
 # (A single letter would be a drive of Windows. `Path` makes one slash of several.)
 _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(/+)(.*)", re.DOTALL)
-
-
-class AlreadyRunningError(RuntimeError):
-    """Another process is writing the same folder."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -343,8 +340,13 @@ def new_folder(
     path = check_folder(path, replace, ours)
     partial = path.with_name(f".{path.name}.partial")
     replaced = path.with_name(f".{path.name}.replaced")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = _lock(partial, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = _lock(partial, path)
+    except FileExistsError:
+        raise
+    except OSError as error:
+        raise _not_written(path, error) from error
     try:
         _recover(path, replaced, ours)
         check_folder(path, replace, ours)
@@ -361,51 +363,45 @@ def new_folder(
         sync_folder(path.parent)
         shutil.rmtree(replaced, ignore_errors=True)
     except BaseException as error:
-        _put_back(path, replaced)
-        shutil.rmtree(partial, ignore_errors=True)
+        if lock.is_held:  # else this is a forked child, and its parent goes on
+            _put_back(path, replaced)
+            shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, OSError) and not isinstance(error, FileExistsError):
             raise _not_written(path, error) from error
         raise
     finally:
-        os.close(lock)
+        lock.release()
 
 
 def _not_written(path: Path, error: OSError) -> OSError:
     """The same kind of error, saying what was not written; it keeps its errno."""
     reason = error.strerror or str(error)
-    return type(error)(
-        error.errno or 0, f"could not write {path} ({reason}); nothing was published"
-    )
+    text = f"could not write {path} ({reason}); nothing was published"
+    return type(error)(text) if error.errno is None else type(error)(error.errno, text)
 
 
-def _lock(partial: Path, path: Path) -> int:
+def _lock(partial: Path, path: Path) -> Lock:
     """Makes the hidden folder and locks it for as long as this process lives."""
     while True:
         with contextlib.suppress(FileExistsError):
             partial.mkdir()
         try:
             # Not through a link: what it leads to would be emptied.
-            descriptor = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            lock = Lock(partial, os.O_RDONLY | os.O_DIRECTORY)
         except FileNotFoundError:
             continue  # lost the race: try again
         except NotADirectoryError as error:
             raise _refused(
                 partial, f"is no folder, and in the way of {path}"
             ) from error
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # The folder may have been published or removed since it was opened.
-            if os.path.samestat(os.fstat(descriptor), os.stat(partial)):
-                return descriptor
         except BlockingIOError:
-            os.close(descriptor)
             raise AlreadyRunningError(
                 f"another process is writing {path} just now"
             ) from None
-        except FileNotFoundError:
-            os.close(descriptor)  # lost the race: try again
-            continue
-        os.close(descriptor)
+        # It may have been published or removed since it was opened.
+        if lock.is_at(partial):
+            return lock
+        lock.release()
 
 
 def _put_back(path: Path, replaced: Path) -> None:

@@ -70,8 +70,9 @@ setup(
         include=["gshard_tf*", "keras_layers*", "examples*", "benchmarks*"]
     ),
     # Outside the package, whose import starts TensorFlow: its --help is quick.
-    py_modules=["gshard_files", "gshard_plan"],
+    py_modules=["gshard_files", "gshard_locks", "gshard_plan"],
     package_data={
+        "benchmarks": ["broken_disk.c"],
         "gshard_tf.planning.page": ["page.css", "page.js"],
         "examples.serving": ["page/*"],
     },

@@ -17,8 +17,16 @@ from benchmarks import faulty_run
 FLIPS = 60
 
 
-def try_case(name: str, folder: Path) -> dict[str, Any]:
+Case = Callable[[Path], tuple[bool, str]]
+
+
+def try_case(name: str, case: Case, folder: Path) -> dict[str, Any]:
     """Runs one case in a process of its own.
+
+    Args:
+        name: What it is called.
+        case: Given a folder of its own; returns what `right` and `says` are.
+        folder: Where that folder is made.
 
     Returns:
         `right`: whether it ended with a clear error or the previous good checkpoint,
@@ -30,7 +38,7 @@ def try_case(name: str, folder: Path) -> dict[str, Any]:
         try:
             place = folder / f"case-{name.replace(' ', '-')}"
             place.mkdir()
-            right, says = CASES[name](place)
+            right, says = case(place)
         except BaseException as error:  # a case that fails is a finding
             right, says = False, repr(error)
         with os.fdopen(writing, "w") as pipe:
@@ -43,11 +51,11 @@ def try_case(name: str, folder: Path) -> dict[str, Any]:
     return json.loads(text or '{"right": false, "says": "the process died"}')
 
 
-def _run(place: Path, epochs: int = 1) -> str:
+def run(place: Path, epochs: int = 1) -> str:
     return faulty_run.run(place, epochs, lambda line: None)
 
 
-def _state_of(step: int, place: Path) -> str:
+def state_of(step: int, place: Path) -> str:
     """The digest of a checkpoint, restored into a new model."""
     import gshard_tf
 
@@ -58,7 +66,7 @@ def _state_of(step: int, place: Path) -> str:
     return faulty_run.digest(model)
 
 
-def _restore(place: Path, model: Any) -> tuple[int | None, str]:
+def restore(place: Path, model: Any) -> tuple[int | None, str]:
     """Restores the newest sound checkpoint: its step, or None and the error."""
     import gshard_tf
 
@@ -76,12 +84,12 @@ def _restore(place: Path, model: Any) -> tuple[int | None, str]:
 
 def _damaged(place: Path, damage: Callable[[Path], None]) -> tuple[bool, str]:
     """Damages the newest checkpoint: the one before it must be restored."""
-    _run(place)
+    run(place)
     newest, previous = sorted((place / "checkpoints").glob("step-*"))[::-1][:2]
-    wanted = _state_of(int(previous.name[5:]), place)
+    wanted = state_of(int(previous.name[5:]), place)
     damage(newest)
     model = faulty_run.model()
-    step, said = _restore(place, model)
+    step, said = restore(place, model)
     right = (
         step == int(previous.name[5:])
         and faulty_run.digest(model) == wanted
@@ -98,10 +106,10 @@ def _flip(path: Path, at: int, bit: int) -> None:
 
 def flipped_bytes(place: Path) -> tuple[bool, str]:
     """One bit of any file, at many places, one after the other."""
-    _run(place)
+    run(place)
     newest, previous = sorted((place / "checkpoints").glob("step-*"))[::-1][:2]
     steps = [int(path.name[5:]) for path in (newest, previous)]
-    digests = [_state_of(step, place) for step in steps]
+    digests = [state_of(step, place) for step in steps]
     rng = random.Random(1)  # noqa: S311
     files = sorted(newest.iterdir())
     fell_back, harmless = 0, 0
@@ -110,7 +118,7 @@ def flipped_bytes(place: Path) -> tuple[bool, str]:
         at, bit = rng.randrange(path.stat().st_size), rng.randrange(8)
         _flip(path, at, bit)
         model = faulty_run.model()
-        step, said = _restore(place, model)
+        step, said = restore(place, model)
         _flip(path, at, bit)
         if step == steps[1] and faulty_run.digest(model) == digests[1]:
             fell_back += 1
@@ -142,21 +150,21 @@ def missing_manifest(place: Path) -> tuple[bool, str]:
 
 def all_damaged(place: Path) -> tuple[bool, str]:
     """Then there is an error, and the model is as it was."""
-    _run(place)
+    run(place)
     for data in (place / "checkpoints").glob("step-*/state.data*"):
         _flip(data, data.stat().st_size // 2, 0)
     model = faulty_run.model()
     before = faulty_run.digest(model)
-    step, said = _restore(place, model)
+    step, said = restore(place, model)
     return step is None and faulty_run.digest(model) == before, said
 
 
 def another_model(place: Path) -> tuple[bool, str]:
     """A checkpoint of another model: an error that says what differs."""
-    _run(place)
+    run(place)
     model = faulty_run.model(width=12)
     before = faulty_run.digest(model)
-    step, said = _restore(place, model)
+    step, said = restore(place, model)
     right = step is None and faulty_run.digest(model) == before and "has shape" in said
     return right, said
 
@@ -165,7 +173,7 @@ def two_runs_in_one_folder(place: Path) -> tuple[bool, str]:
     """The second one is refused, and the first goes on."""
     pid = os.fork()
     if pid == 0:
-        _run(place, epochs=1000)
+        run(place, epochs=1000)
         os._exit(0)
     try:
         deadline = time.monotonic() + 120
@@ -174,7 +182,7 @@ def two_runs_in_one_folder(place: Path) -> tuple[bool, str]:
                 return False, "the first run wrote nothing"
             time.sleep(0.1)
         try:
-            _run(place)
+            run(place)
         except Exception as error:  # which one is what the case is about
             said = f"{type(error).__name__}: {error}"
         else:
@@ -205,23 +213,23 @@ def _small_disk(place: Path, kilobytes: int) -> Iterator[Path]:
 def full_disk(place: Path) -> tuple[bool, str]:
     """An error; the checkpoint before is whole, and the run goes on with more room."""
     with _small_disk(place, 700) as disk:
-        _run(disk)
+        run(disk)
         with contextlib.suppress(OSError), open(disk / "filler", "wb") as file:
             while True:
                 file.write(bytes(1024))
                 file.flush()
         try:
-            _run(disk, epochs=2)
+            run(disk, epochs=2)
         except OSError as error:
             said = f"{type(error).__name__}: {error}"
         else:
             return False, "nothing was said of the full disk"
-        step, _ = _restore(disk, faulty_run.model())
+        step, _ = restore(disk, faulty_run.model())
         hidden = [p.name for p in (disk / "checkpoints").glob(".step-*")]
         (disk / "filler").unlink()
-        whole = _run(place / "whole", epochs=2)
+        whole = run(place / "whole", epochs=2)
         right = step == faulty_run.STEPS_PER_EPOCH and not hidden
-        return right and _run(disk, epochs=2) == whole, said
+        return right and run(disk, epochs=2) == whole, said
 
 
 def read_only_folder(place: Path) -> tuple[bool, str]:
@@ -231,13 +239,13 @@ def read_only_folder(place: Path) -> tuple[bool, str]:
         remount = ["mount", "-o", "remount,ro", str(disk)]
         subprocess.run(remount, check=True, capture_output=True)
         try:
-            _run(disk)
+            run(disk)
         except OSError as error:
             return "checkpoints" in str(error), f"{type(error).__name__}: {error}"
         return False, "nothing was said of the read-only folder"
 
 
-CASES: dict[str, Callable[[Path], tuple[bool, str]]] = {
+CASES: dict[str, Case] = {
     "full disk": full_disk,
     "read-only folder": read_only_folder,
     "flipped bytes": flipped_bytes,

@@ -7,7 +7,8 @@
   time it is started again. Every loss that was ever computed for a step, and the final
   state, must be those of a run that nobody killed, to the bit; a restart may not begin
   before the newest checkpoint that was announced as written.
-* cases: a full disk, a read-only folder, a flipped byte, ...: what a run says to each.
+* cases: a full disk, a read-only folder, a flipped byte, a disk that does not answer, a
+  folder that is removed, ...: what a run says to each.
 * processes, with `--processes`: SIGTERM to a run of one, two and four processes, to one
   of them or to all; see `benchmarks.fault_processes`.
 
@@ -36,8 +37,7 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="faults-compil
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
-from benchmarks import fault_processes, faulty_run
-from benchmarks.fault_cases import CASES, try_case
+from benchmarks import fault_cases, fault_processes, faulty_run, folder_cases
 from benchmarks.report import circumstances, options_of, say, show
 
 
@@ -228,7 +228,11 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="faults-"))
     try:
         result: dict[str, Any] = {"kills": kills(options.kills, options.seed, folder)}
-        result["cases"] = {name: try_case(name, folder) for name in CASES}
+        cases = fault_cases.CASES | folder_cases.CASES
+        result["cases"] = {
+            name: fault_cases.try_case(name, case, folder)
+            for name, case in cases.items()
+        }
         if options.processes:
             result["processes"] = fault_processes.sigterm(
                 folder / "processes", options.seed

@@ -1,7 +1,9 @@
 """Runs a piece of Python in a process of its own."""
 
+import contextlib
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import textwrap
@@ -25,3 +27,51 @@ def run_python(code: str, *, with_repo: bool = True, timeout: int = 240, **envir
     )
     assert done.returncode == 0, f"exit {done.returncode}\n{done.stderr[-4000:]}"
     return done.stdout
+
+
+def forked(function, *arguments):
+    """What `function` returns, as text, or the error it raises, in a forked child."""
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            said = str(function(*arguments))
+        except BaseException as error:  # told to the parent
+            said = f"{type(error).__name__}: {error}"
+        os.write(writing, said.encode()[:60000])
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        said = pipe.read()
+    assert os.waitpid(pid, 0)[1] == 0
+    return said
+
+
+@contextlib.contextmanager
+def left_by_a_killed_process(begin):
+    """Within it lives a forked child of a process that called `begin` and was killed.
+
+    Gives the number of the killed one.
+    """
+    reading, writing = os.pipe()
+    killed = os.fork()
+    if killed == 0:
+        try:
+            kept = begin()
+            if os.fork() == 0:
+                signal.alarm(120)
+                os.write(writing, str(os.getpid()).encode())
+            signal.pause()
+            del kept  # no sooner
+        finally:
+            os._exit(1)
+    child = int(os.read(reading, 100))
+    os.kill(killed, signal.SIGKILL)
+    os.waitpid(killed, 0)
+    try:
+        os.kill(child, 0)
+        yield killed
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.close(reading)
+        os.close(writing)

@@ -6,6 +6,7 @@ no help of ours.
 """
 
 import dataclasses
+import errno
 import glob
 import math
 import os
@@ -16,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import tensorflow as tf
 
-from gshard_tf.checkpoints.errors import DamagedError
+from gshard_tf.checkpoints.errors import unreadable
 from gshard_tf.shards import ALIGNMENT, Region, whole
 
 #: Whoever reads a part of a slice holds all of it meanwhile, so none is larger. Not
@@ -57,7 +58,7 @@ def write(prefix: Path, pieces: Sequence[Piece]) -> None:
                 tensors=[_tensor(piece.value) for piece in pieces],
             )
         except tf.errors.OpError as error:
-            raise OSError(f"could not write {prefix} ({reason(error)})") from error
+            raise _not_written(prefix, error) from error
 
 
 def _slices(piece: Piece) -> Iterator[Piece]:
@@ -95,13 +96,20 @@ def _tensor(value: np.ndarray | tf.Tensor) -> tf.Tensor:
 
 
 def merge(parts: Sequence[Path], prefix: Path) -> None:
-    """Makes one bundle of those that several processes wrote."""
+    """Makes one bundle of those that several processes wrote.
+
+    Raises:
+        OSError: the disk is full, or the like.
+    """
     with tf.device("/cpu:0"):
-        tf.raw_ops.MergeV2Checkpoints(
-            checkpoint_prefixes=[str(part) for part in parts],
-            destination_prefix=str(prefix),
-            delete_old_dirs=False,
-        )
+        try:
+            tf.raw_ops.MergeV2Checkpoints(
+                checkpoint_prefixes=[str(part) for part in parts],
+                destination_prefix=str(prefix),
+                delete_old_dirs=False,
+            )
+        except tf.errors.OpError as error:
+            raise _not_written(prefix, error) from error
 
 
 def position_name(process: int) -> str:
@@ -124,7 +132,8 @@ def read(
     """Reads a region of an array, checking the checksum of every piece it needs.
 
     Raises:
-        DamagedError: when they do not match, or a file is missing or short.
+        DamagedError: when they do not match, or a file is missing, short or unreadable.
+        OSError: when too many files are open, or memory is used up.
     """
     spec = "" if region == whole(shape) else _slice_spec(shape, region)
     with tf.device("/cpu:0"):
@@ -135,16 +144,8 @@ def read(
                 shape_and_slices=[spec],
                 dtypes=[dtype],
             )
-        except (
-            tf.errors.DataLossError,
-            tf.errors.NotFoundError,
-            tf.errors.OutOfRangeError,
-            tf.errors.InvalidArgumentError,
-            tf.errors.InternalError,
-        ) as error:
-            raise DamagedError(
-                f"{prefix.parent} is damaged: {name!r} cannot be read ({reason(error)})"
-            ) from error
+        except tf.errors.OpError as error:
+            raise unreadable(str(prefix.parent), repr(name), _as_os(error)) from error
     return value
 
 
@@ -161,6 +162,24 @@ def sync(paths: Sequence[Path]) -> None:
 def reason(error: tf.errors.OpError) -> str:
     """TensorFlow's message without the names of its nodes."""
     return re.sub(r"\{\{.*?\}\} ?| ?\[Op:\w+\]", "", error.message)
+
+
+def _not_written(prefix: Path, error: tf.errors.OpError) -> OSError:
+    found = _as_os(error)
+    text = f"could not write {prefix} ({found.strerror or found})"
+    return OSError(text) if found.errno is None else OSError(found.errno, text)
+
+
+def _as_os(error: tf.errors.OpError) -> OSError:
+    """TensorFlow's error as one of the system, with its number where it has one."""
+    said = reason(error)
+    for number in errno.errorcode:
+        # TensorFlow hands on what the system says, behind the name of the file.
+        if said.endswith(f"; {os.strerror(number)}"):
+            return OSError(number, said)
+    if isinstance(error, tf.errors.ResourceExhaustedError):
+        return OSError(errno.ENOMEM, said)
+    return OSError(said)
 
 
 def _slice_spec(shape: tuple[int, ...], region: Region) -> str:

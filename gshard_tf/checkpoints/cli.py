@@ -26,14 +26,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         command.add_argument("--json", action="store_true", help="for other programs")
     given = parser.parse_args(arguments)
-    found = folders.steps(given.folder) if given.step is None else [given.step]
-    if not found:
+    try:
+        rows = _rows(given.folder, given.step, given.command)
+    except OSError as error:
+        print(error, file=sys.stderr)
+        return 1
+    if not rows:
         print(f"{given.folder} has no checkpoints", file=sys.stderr)
         return 1
-    rows = [
-        _row(given.folder, step, given.command == "verify")
-        for step in (found[-1:] if given.command == "show" else found)
-    ]
     if given.json:
         print(json.dumps(rows, indent=1))
     elif given.command == "show":
@@ -43,11 +43,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return int(any(row["problem"] for row in rows))
 
 
+def _rows(folder: Path, step: int | None, command: str) -> list[dict]:
+    rows: dict[int, dict] = {}
+    while True:
+        # A run that goes on meanwhile removes old ones: those are not damaged.
+        found = folders.steps(folder) if step is None else [step]
+        shown = found[-1:] if command == "show" else found
+        unread = [number for number in shown if number not in rows]
+        if not unread:
+            return [rows[number] for number in shown]
+        for number in unread:
+            rows[number] = _row(folder, number, command == "verify")
+
+
 def _row(folder: Path, step: int, read_all: bool) -> dict:
     path = folders.path_of(folder, step)
     row = {"step": step, "folder": str(path), "problem": ""}
     try:
-        manifest = Manifest.read(path)
+        manifest = Manifest.read(path, step)
         row |= {
             "epoch": manifest.epoch,
             "bytes": manifest.bytes,

@@ -7,16 +7,48 @@ from pathlib import Path
 
 from gshard_files import sync_folder
 
-_NAME = re.compile(r"step-(\d{10,})")
-_HIDDEN = re.compile(r"\.step-\d{10,}\.partial")
+_NAME = re.compile(r"step-([0-9]{10,})")
+_HIDDEN = re.compile(r"\.step-[0-9]{10,}\.partial")
 
 
 def steps(folder: Path) -> list[int]:
-    """The steps that have a complete checkpoint, oldest first."""
-    if not folder.is_dir():
+    """The steps that have a complete checkpoint, oldest first.
+
+    Raises:
+        OSError: when the folder cannot be read.
+    """
+    try:
+        if not folder.is_dir():
+            return []
+        names = os.listdir(folder)
+    except FileNotFoundError:  # removed just now
         return []
-    found = (_NAME.fullmatch(path.name) for path in folder.iterdir())
-    return sorted(int(name.group(1)) for name in found if name)
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"The checkpoints in {folder} cannot be listed ({error.strerror})",
+        ) from error
+    found = {int(name[1]) for name in map(_NAME.fullmatch, names) if name}
+    return sorted(step for step in found if path_of(folder, step).name in names)
+
+
+def is_named(path: Path) -> bool:
+    """Whether there is anything of a name, be it a link that leads nowhere.
+
+    (`os.path.lexists` says no where the disk does not answer.)
+    """
+    return identity(path) is not None
+
+
+def identity(path: Path) -> tuple[int, ...] | None:
+    """What tells a folder from another one that took its name; None: there is none."""
+    try:
+        found = os.lstat(path)
+    except FileNotFoundError:
+        return None
+    except OSError:  # whoever reads it will say which
+        return ()
+    return found.st_dev, found.st_ino, found.st_mtime_ns
 
 
 def path_of(folder: Path, step: int) -> Path:
@@ -25,8 +57,20 @@ def path_of(folder: Path, step: int) -> Path:
 
 
 def leftovers(folder: Path) -> list[Path]:
-    """What killed runs left: steps half-written, or half-removed."""
-    return [path for path in folder.iterdir() if _HIDDEN.fullmatch(path.name)]
+    """What killed runs left: steps half-written, or half-removed.
+
+    Raises:
+        FileExistsError: when one is no folder, so nobody's but the user's, and would
+            be in the way once that step comes.
+    """
+    found = [path for path in folder.iterdir() if _HIDDEN.fullmatch(path.name)]
+    for path in found:
+        if path.is_symlink() or not path.is_dir():
+            raise FileExistsError(
+                f"{path} is no folder, and would be in the way of a checkpoint. Move "
+                "it elsewhere, or name another folder for the run."
+            )
+    return found
 
 
 def remove(folder: Path, step: int) -> None:

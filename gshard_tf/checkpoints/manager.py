@@ -1,20 +1,21 @@
 """The checkpoints of a run: written in the background, kept by rules, restored."""
 
 import dataclasses
-import fcntl
 import json
 import os
 import shutil
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import tensorflow as tf
 
-from gshard_files import AlreadyRunningError, local_path, make_folder
+from gshard_files import local_path, make_folder
+from gshard_locks import FolderLock
 from gshard_tf.checkpoints import bundle, folders
 from gshard_tf.checkpoints.data import ResumableData
 from gshard_tf.checkpoints.errors import DamagedError
@@ -42,10 +43,8 @@ class Restored:
     match: Match
 
 
-# Which object of this process may write to a folder.
-_HOLDERS: "weakref.WeakValueDictionary[Path, Checkpoints]" = (
-    weakref.WeakValueDictionary()
-)
+# The objects of this process that may write, each to its own folder.
+_HOLDERS: "weakref.WeakSet[Checkpoints]" = weakref.WeakSet()
 
 
 class Checkpoints:
@@ -88,7 +87,7 @@ class Checkpoints:
         self.mode = mode
         self.background = background
         # Held until `close`, or until nobody has this object any more.
-        self._lock: weakref.finalize | None = None
+        self._lock: FolderLock | None = None
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._damaged: set[int] = set()
@@ -104,17 +103,21 @@ class Checkpoints:
         return folders.path_of(self.folder, step)
 
     def manifest(self, step: int) -> Manifest:
-        """What a checkpoint says of itself, if it is not damaged (`DamagedError`)."""
-        return Manifest.read(self.path(step))
+        """What a checkpoint says of itself.
+
+        Raises:
+            DamagedError: when it is damaged, or cannot be read.
+            FileNotFoundError: when there is none of that step.
+        """
+        return Manifest.read(self.path(step), step)
 
     def best(self) -> int | None:
         """The step of the best checkpoint, by the metric; None when none has it."""
         scores = {}
-        for step in self.steps():
-            try:
-                score = self.manifest(step).logs.get(self.best_metric)
-            except DamagedError:
+        for step, manifest in self._manifests().items():
+            if isinstance(manifest, DamagedError):
                 continue
+            score = manifest.logs.get(self.best_metric)
             if score is not None and score == score:  # not NaN
                 scores[step] = score
         if not scores:
@@ -122,37 +125,68 @@ class Checkpoints:
         # Of equals the older.
         return (min if self.mode == "min" else max)(scores, key=scores.get)
 
+    def _manifests(self) -> dict[int, Manifest | DamagedError]:
+        """What each checkpoint says of itself, or what is wrong with it."""
+        found: dict[int, Manifest | DamagedError] = {}
+        while True:
+            # A run that goes on meanwhile removes some, and writes others.
+            listed = self.steps()
+            unread = [step for step in listed if step not in found]
+            if not unread:
+                return {step: found[step] for step in listed}
+            for step in unread:
+                try:
+                    found[step] = self.manifest(step)
+                except DamagedError as error:
+                    found[step] = error
+                except FileNotFoundError as error:
+                    found[step] = DamagedError(str(error))
+
     # -- saving ---------------------------------------------------------------------
 
     def claim(self) -> None:
         """Makes the folder this process's own until it ends, or `close`.
 
+        It is the folder that links lead to, and is this process's by every name. A
+        forked child of this process does not have it. Where the folder was removed or
+        replaced since it was claimed, which is a warning, it is made again.
+
         Raises:
             AlreadyRunningError: when another run writes there.
-            FileExistsError: when it is a file, or a link to what is not there.
-            OSError: when it cannot be written to.
+            FileExistsError: when it is a file, or a link to what is not there, or
+                something that is none of ours has the name of a step's hidden folder.
+            OSError: when it cannot be written to, or its disk does not lock files.
         """
-        if self._lock is not None or not group().is_chief:
+        if not group().is_chief:
             return
+        if self._lock is not None and self._lock.is_own:
+            if self._lock.is_in_place:
+                return
+            self._lock.release()
+            warnings.warn(
+                f"{self.folder} was removed or replaced while this run was writing to "
+                "it. What was in it is gone. The run goes on, and makes it again.",
+                stacklevel=2,
+            )
         make_folder(self.folder)
-        before = _HOLDERS.get(self.folder)
-        if before is not None:
-            # Of a `fit` of this process that was interrupted.
-            before.close()
-        descriptor = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+        for other in list(_HOLDERS):
+            if other is not self and other._holds(self.folder):
+                # Of a `fit` of this process that was interrupted.
+                other.close()
+        lock = FolderLock(self.folder)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(descriptor)
-            raise AlreadyRunningError(
-                f"Another run is writing its checkpoints to {self.folder}. Give each "
-                "run a folder of its own, or stop the other one."
-            ) from error
-        self._lock = weakref.finalize(self, os.close, descriptor)
-        _HOLDERS[self.folder] = self
-        # What a run that was killed left half-written. The lock says that it is gone.
-        for leftover in folders.leftovers(self.folder):
-            shutil.rmtree(leftover, ignore_errors=True)
+            # What a run that was killed left half-written. (The lock says: it is gone.)
+            for leftover in folders.leftovers(self.folder):
+                shutil.rmtree(leftover, ignore_errors=True)
+        except BaseException:
+            lock.release()
+            raise
+        self._lock = lock
+        _HOLDERS.add(self)
+
+    def _holds(self, folder: Path) -> bool:
+        lock = self._lock
+        return lock is not None and lock.is_own and lock.is_of(folder)
 
     def close(self) -> None:
         """Waits for the checkpoint under way, and lets others write to the folder."""
@@ -160,7 +194,7 @@ class Checkpoints:
             self.wait()
         finally:
             if self._lock is not None:
-                self._lock()
+                self._lock.release()
                 self._lock = None
 
     def save(
@@ -261,7 +295,17 @@ class Checkpoints:
     def _write(
         self, manifest: Manifest, pieces: Sequence[bundle.Piece], turn: int
     ) -> None:
-        write(self.path(manifest.step), manifest, pieces, turn)
+        path = self.path(manifest.step)
+        try:
+            write(path, manifest, pieces, turn)
+        except OSError:
+            lock = self._lock
+            removed = lock is not None and lock.is_own and not lock.is_in_place
+            if not removed or group().count > 1:
+                raise
+            # The folder was removed meanwhile, and this checkpoint with it.
+            self.claim()
+            write(path, manifest, pieces, turn)
         self._damaged.discard(manifest.step)
         if group().is_chief:
             self._prune()
@@ -271,9 +315,24 @@ class Checkpoints:
         kept = set(sound if self.keep is None else sound[-self.keep :])
         if self.best_metric is not None:
             kept.add(self.best())
+            # Where the disk did not answer, it may have been the best.
+            kept |= {
+                step
+                for step, manifest in self._manifests().items()
+                if isinstance(manifest, DamagedError) and manifest.errno
+            }
         for step in sound:
-            if step not in kept:
+            if step in kept:
+                continue
+            try:
                 folders.remove(self.folder, step)
+            except OSError as error:
+                # No reason to end a run: what it has written is whole.
+                warnings.warn(
+                    f"{self.path(step)} is no longer needed, and could not be removed "
+                    f"({error.strerror}). Remove it by hand.",
+                    stacklevel=2,
+                )
 
     # -- restoring --------------------------------------------------------------------
 
@@ -308,11 +367,12 @@ class Checkpoints:
             MismatchError: when it is a checkpoint of another model.
         """
         self.wait()
-        wanted = self.steps()[::-1] if step is None else [step]
-        # What the first process sees, which wrote them.
-        wanted = json.loads(agree("steps", json.dumps(wanted))[0])
-        reasons = []
-        for candidate in wanted:
+        damaged: dict[int, DamagedError] = {}
+        vanished: Counter[int] = Counter()
+        while (candidate := self._agreed(step, damaged)) is not None:
+            path = self.path(candidate)
+            before = folders.identity(path)
+            problem = None
             try:
                 manifest = self.manifest(candidate)
                 if accept is not None:
@@ -320,28 +380,43 @@ class Checkpoints:
                 restored, apply = self._read(
                     manifest, state, data, rename, missing, extra
                 )
-            except DamagedError as error:
-                problem = str(error)
-            else:
-                problem = ""
-            said = agree("restore", problem, PATIENCE_SECONDS)
-            problem = next((text for text in said if text), "")
-            if not problem:
+            except (DamagedError, FileNotFoundError) as error:
+                problem = error
+            now = folders.identity(path)
+            # (One that was removed when all of it had been read is whole.)
+            stays = now == before or (problem is None and now is None)
+            problem, stays = _what_all_say(problem, stays)
+            if step is not None and isinstance(problem, FileNotFoundError):
+                raise problem
+            if not stays and vanished[candidate] < 3:
+                # A run that goes on meanwhile has removed it, or written it again.
+                vanished[candidate] += 1
+                continue
+            if problem is None:
                 for assign in apply:
                     assign()
                 return restored
-            reasons.append(problem)
+            damaged[candidate] = DamagedError(str(problem), problem.errno)
             self._damaged.add(candidate)
             if step is None:
                 warnings.warn(
                     f"{problem}. Falling back to the checkpoint before it.",
                     stacklevel=2,
                 )
-        if reasons:
+        if damaged:
+            numbers = [error.errno for error in damaged.values() if error.errno]
             raise DamagedError(
-                f"No checkpoint in {self.folder} is sound: " + "; ".join(reasons)
+                f"No checkpoint in {self.folder} is sound: "
+                + "; ".join(map(str, damaged.values())),
+                numbers[0] if numbers else None,
             )
         return None
+
+    def _agreed(self, step: int | None, damaged: Container[int]) -> int | None:
+        """The next checkpoint to try: of what the first process sees, who wrote it."""
+        listed = self.steps()[::-1] if step is None else [step]
+        wanted = (candidate for candidate in listed if candidate not in damaged)
+        return json.loads(agree("step", json.dumps(next(wanted, None)))[0])
 
     def _read(
         self,
@@ -404,6 +479,28 @@ def _position(folder: Path, manifest: Manifest, data: ResumableData) -> Any:
             )
     data.require(saved)
     return lambda: data.restore(batches, saved)
+
+
+def _what_all_say(
+    problem: DamagedError | FileNotFoundError | None, stays: bool
+) -> tuple[DamagedError | FileNotFoundError | None, bool]:
+    """What is wrong with a checkpoint in any process, and whether it is still there."""
+    mine = {
+        "problem": "" if problem is None else str(problem),
+        "absent": isinstance(problem, FileNotFoundError),
+        "errno": None if problem is None else problem.errno,
+        "stays": stays,
+    }
+    said = agree("restore", json.dumps(mine), PATIENCE_SECONDS)
+    told = list(map(json.loads, said))
+    stays = all(one["stays"] and not one["absent"] for one in told)
+    for one in told:
+        if one["problem"]:
+            kind = FileNotFoundError if one["absent"] else DamagedError
+            found = kind(one["problem"])
+            found.errno = one["errno"]
+            return found, stays
+    return None, stays
 
 
 def _global_seed() -> list[int] | None:

@@ -1,13 +1,16 @@
 """What a checkpoint says of itself: one JSON file, which checks itself."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from gshard_files import write_file
-from gshard_tf.checkpoints.errors import DamagedError
+from gshard_tf.checkpoints import folders
+from gshard_tf.checkpoints.errors import DamagedError, unreadable
 
 NAME = "manifest.json"
 FORMAT = 1
@@ -88,56 +91,91 @@ class Manifest:
         write_file(folder / NAME, whole.encode())
 
     @classmethod
-    def read(cls, folder: Path) -> "Manifest":
+    def read(cls, folder: Path, step: int | None = None) -> "Manifest":
         """Reads and checks the manifest of a checkpoint, and its files' sizes.
 
+        Args:
+            folder: The checkpoint.
+            step: Whose checkpoint it must be; None: any.
+
         Raises:
-            DamagedError: when it is not what was written, or a file is missing or of
-                another size.
-            FileNotFoundError: when the folder is no checkpoint.
+            DamagedError: when it is not what was written or cannot be read, a file is
+                missing or of another size, or it is that of another step.
+            FileNotFoundError: when there is nothing of that name.
+            OSError: when this process has too many files open, or the like.
         """
-        if not folder.is_dir():
+        if not folders.is_named(folder):
             raise FileNotFoundError(f"There is no checkpoint {folder}")
-        if not (folder / NAME).is_file():
-            raise DamagedError(f"{folder} is damaged: {NAME} is missing")
+        with _reading(folder, "it"):
+            if not folder.is_dir():
+                link = folder.is_symlink() and not folder.exists()
+                what = "a link to what is not there" if link else "no folder"
+                raise DamagedError(f"{folder} is damaged: it is {what}")
+        with _reading(folder, NAME):
+            if not (folder / NAME).is_file():
+                raise DamagedError(f"{folder} is damaged: {NAME} is missing")
+            text = (folder / NAME).read_bytes()
+        manifest = cls._parsed(folder, text)
+        if step is not None and manifest.step != step:
+            raise DamagedError(
+                f"{folder} is damaged: its {NAME} is that of step {manifest.step}"
+            )
+        for name, size in manifest.files.items():
+            with _reading(folder, name):
+                path = folder / name
+                if not path.is_file():
+                    raise DamagedError(f"{folder} is damaged: {name} is missing")
+                found = path.stat().st_size
+            if found != size:
+                raise DamagedError(
+                    f"{folder} is damaged: {name} has {found} bytes, not {size}"
+                )
+        for name, digest in manifest.digests.items():
+            with _reading(folder, name):
+                found = sha256(folder / name)
+            if found != digest:
+                raise DamagedError(f"{folder} is damaged: the checksum of {name}")
+        return manifest
+
+    @classmethod
+    def _parsed(cls, folder: Path, text: bytes) -> "Manifest":
         try:
-            text = (folder / NAME).read_text("utf-8")
-            found = json.loads(text)
+            found = json.loads(text.decode("utf-8"))
             content = found["content"]
             digest = hashlib.sha256(_text(content).encode()).hexdigest()
             sound = digest == found["sha256"]
-        except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise DamagedError(f"{folder / NAME} is damaged: {error!r}") from error
         if not sound:
             raise DamagedError(f"{folder / NAME} is damaged: its checksum differs")
-        if content.pop("format") != FORMAT:
+        if isinstance(content, dict) and content.get("format") != FORMAT:
             raise ValueError(
                 f"{folder} was written by another version of gshard_tf. Received: "
-                f"format {found['content'].get('format')}, wanted {FORMAT}"
+                f"format {content.get('format')}, wanted {FORMAT}"
             )
-        content["arrays"] = {
-            name: Array(
-                tuple(array["shape"]),
-                array["dtype"],
-                array["path"],
-                tuple(array["split"]),
-            )
-            for name, array in content["arrays"].items()
-        }
-        manifest = cls(**content)
-        for name, size in manifest.files.items():
-            path = folder / name
-            if not path.is_file():
-                raise DamagedError(f"{folder} is damaged: {name} is missing")
-            if path.stat().st_size != size:
-                raise DamagedError(
-                    f"{folder} is damaged: {name} has {path.stat().st_size} bytes, "
-                    f"not {size}"
+        try:
+            content.pop("format")
+            content["arrays"] = {
+                name: Array(
+                    tuple(array["shape"]),
+                    array["dtype"],
+                    array["path"],
+                    tuple(array["split"]),
                 )
-        for name, digest in manifest.digests.items():
-            if sha256(folder / name) != digest:
-                raise DamagedError(f"{folder} is damaged: the checksum of {name}")
-        return manifest
+                for name, array in content["arrays"].items()
+            }
+            return cls(**content)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise DamagedError(f"{folder / NAME} is damaged: {error!r}") from error
+
+
+@contextlib.contextmanager
+def _reading(folder: Path, name: str) -> Iterator[None]:
+    """Says which file of a checkpoint it was that could not be read."""
+    try:
+        yield
+    except OSError as error:
+        raise unreadable(str(folder), name, error) from error
 
 
 def sha256(path: Path) -> str:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from gshard_files import Contents, new_folder
 from gshard_tf.checkpoints import bundle
@@ -66,43 +67,56 @@ def _write_together(
             bundle.sync(bundle.files(part))
         return len(pieces)
 
-    def tell_part(count: int, error: str) -> None:
-        said = json.dumps({"pieces": count, "error": error})
-        processes.tell(f"{key}/part/{processes.index}", said)
-
     if not processes.is_chief:
-        said = json.loads(processes.hear(f"{key}/open", PATIENCE_SECONDS))
-        if not said["error"]:
-            try:
-                tell_part(write_part(), "")
-            except OSError as error:
-                tell_part(0, str(error))
-                raise
-        said = json.loads(processes.hear(f"{key}/done", PATIENCE_SECONDS))
-        if said["error"]:
-            raise OSError(f"the checkpoint could not be written: {said['error']}")
+        opened = json.loads(processes.hear(f"{key}/open", PATIENCE_SECONDS))
+        mine = f"{key}/part/{processes.index}"
+        count = 0
+        try:
+            if not opened["error"]:
+                count = write_part()
+        except OSError as error:
+            processes.tell(mine, _told(error))
+            raise
+        processes.tell(mine, _told(None, count))
+        _heard(f"{key}/done", "the checkpoint could not be written")
         return
-    problem, opened = "", False
+    problem: BaseException | None = None
+    opened = False
     try:
         with new_folder(path, True, CHECKPOINT) as partial:
             opened = True
-            processes.tell(f"{key}/open", json.dumps({"error": ""}))
+            processes.tell(f"{key}/open", _told(None))
             counts = [write_part()]
             for i in range(1, processes.count):
-                said = json.loads(processes.hear(f"{key}/part/{i}", PATIENCE_SECONDS))
-                if said["error"]:
-                    raise OSError(
-                        f"process {i} could not write its part: {said['error']}"
-                    )
-                counts.append(said["pieces"])
+                what = f"process {i} could not write its part"
+                counts.append(_heard(f"{key}/part/{i}", what)["pieces"])
             parts = [partial / f"part-{i:05d}" for i, n in enumerate(counts) if n]
             bundle.merge(parts, partial / "state")
             idle = [i for i, count in enumerate(counts) if not count]
             _finish(dataclasses.replace(manifest, wrote_nothing=idle or None), partial)
     except BaseException as error:
-        problem = str(error) or repr(error)
+        problem = error
         raise
     finally:
         if not opened:
-            processes.tell(f"{key}/open", json.dumps({"error": problem}))
-        processes.tell(f"{key}/done", json.dumps({"error": problem}))
+            processes.tell(f"{key}/open", _told(problem))
+        processes.tell(f"{key}/done", _told(problem))
+
+
+def _told(error: BaseException | None, pieces: int = 0) -> str:
+    """What a process tells the others: an error or none, and how much it wrote."""
+    said = {"error": "", "errno": None, "pieces": pieces}
+    if error is not None:
+        said["error"] = str(error) or repr(error)
+        said["errno"] = getattr(error, "errno", None)
+    return json.dumps(said)
+
+
+def _heard(key: str, what: str) -> dict[str, Any]:
+    """Waits for what another process tells; raises `OSError` if it is an error."""
+    said = json.loads(group().hear(key, PATIENCE_SECONDS))
+    if said["error"]:
+        text = f"{what}: {said['error']}"
+        number = said["errno"]
+        raise OSError(text) if number is None else OSError(number, text)
+    return said

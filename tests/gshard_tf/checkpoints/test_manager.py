@@ -1,5 +1,6 @@
 """What is kept, what is refused, what a damaged checkpoint leads to."""
 
+import errno
 import fcntl
 import gc
 import os
@@ -232,12 +233,13 @@ def test_a_full_disk(two, background):
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (16, limits[1]))
-        with pytest.raises(OSError, match="step-0000000003"):
+        with pytest.raises(OSError, match="step-0000000003") as caught:
             checkpoints.save(variables(3), 3)
             checkpoints.wait()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
+    assert caught.value.errno == errno.EFBIG
     assert checkpoints.steps() == [1, 2]
     assert [p.name for p in two.iterdir() if p.name.startswith(".")] == [".lock"]
     checkpoints.save(variables(3), 3)
