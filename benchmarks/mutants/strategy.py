@@ -45,42 +45,42 @@ MUTANTS = (
         "gshard_tf/hlo_sharding.py",
         "names.index(name) for name in used + unused",
         "names.index(name) for name in unused + used",
-        (_HLO_SHARDING,),
+        (f"{_HLO_SHARDING}::test_from_layout_is_jaxs_own_sharding",),
         "a slice is on the devices that are to hold another one's copies",
     ),
     Mutant(
         "gshard_tf/hlo_sharding.py",
         "np.arange(num_devices).reshape(tiles + [copies])",
         "np.arange(num_devices).reshape([copies] + tiles).T.reshape(tiles + [copies])",
-        (_HLO_SHARDING,),
+        (f"{_HLO_SHARDING}::test_tiled_with_copies_puts_copies_on_neighbours",),
         "copies of a slice are far from each other",
     ),
     Mutant(
         "gshard_tf/rules.py",
         "if axis is not None and axis in specs:",
         "if False:",
-        (_RULES,),
+        (f"{_RULES}::test_refuses_one_mesh_axis_for_two_dimensions",),
         "two dimensions may be split over one mesh axis",
     ),
     Mutant(
         "gshard_tf/rules.py",
         'dict.fromkeys(("mlp", "heads", "vocab"), others[0])',
         'dict.fromkeys(("mlp", "heads", "vocab"), others[-1])',
-        (_RULES,),
+        (f"{_RULES}::test_default_is_the_papers_layout",),
         "the widths go to the last axis of a mesh, not to its second",
     ),
     Mutant(
         "gshard_tf/rules.py",
         "if p.fullmatch(path)]",
         "if p.match(path)]",
-        (_RULES,),
+        (f"{_RULES}::test_paths",),
         "a path pattern matches weights whose path only begins so",
     ),
     Mutant(
         "gshard_tf/rules.py",
         "        if len(found) > 1:\n",
         "        if False:\n",
-        (_RULES,),
+        (f"{_RULES}::test_refuses_two_patterns_for_one_weight",),
         "of two patterns for one weight the first wins in silence",
     ),
     Mutant(
@@ -101,17 +101,16 @@ MUTANTS = (
         "gshard_tf/layouts.py",
         "specs[max(fitting, key=lambda d: shape[d])] = axis",
         "specs[min(fitting, key=lambda d: shape[d])] = axis",
-        (f"{_HERE}/tpu/test_core_layouts.py",),
+        (
+            "tests/gshard_tf/tpu/test_core_layouts.py::test_the_axis_left_over_splits_the_largest_dimension_that_divides",
+        ),
         "fsdp splits the smallest dimension that divides",
     ),
     Mutant(
         "gshard_tf/layouts.py",
         "shape[d] % layout.mesh.dim_size(spec)",
         "shape[d] % layout.mesh.size",
-        (
-            _LAYOUTS,
-            f"{_PARITY}::test_training_on_a_grid_is_plain_keras",
-        ),
+        (f"{_LAYOUTS}::test_adafactors_rows_and_columns_are_split_as_their_weights",),
         "a dimension must divide by all devices to be stored split over one axis",
     ),
     Mutant(
@@ -132,14 +131,18 @@ MUTANTS = (
         "gshard_tf/lowering.py",
         "        compute_compared_maxima_once(proto),\n",
         "",
-        (f"{_HERE}/test_recomputed_maxima.py",),
+        (
+            "tests/gshard_tf/test_recomputed_maxima.py::test_pooled_maxima_of_normalised_images",
+        ),
         "the gradient of a maximum is lost where the compiler computes it twice",
     ),
     Mutant(
         "gshard_tf/lowering.py",
         "        compute_rounding_once(proto),\n",
         "",
-        (f"{_HERE}/hlo_rewrites/test_recomputed_rounding.py",),
+        (
+            "tests/gshard_tf/hlo_rewrites/test_recomputed_rounding.py::test_bilinear_resizing_equals_tensorflows_kernel",
+        ),
         "pixels and their weights come from different roundings",
     ),
     Mutant(
@@ -209,7 +212,7 @@ MUTANTS = (
         "gshard_tf/program.py",
         "outputs += [captures[i] for i in step.updates]",
         "outputs += [captures[i - 1] for i in step.updates]",
-        (_CUSTOM_LOOPS,),
+        (f"{_CUSTOM_LOOPS}::test_run_inside_a_tf_function",),
         "a new value has the layout of another variable",
     ),
     Mutant(
@@ -276,11 +279,7 @@ MUTANTS = (
         "gshard_tf/counter_rng.py",
         "ks = _schedule((words[0], words[1]))",
         "ks = _schedule((words[0], words[0]))",
-        (
-            f"{_COUNTER_RNG}::test_seeds_give_unrelated_numbers",
-            f"{_COUNTER_RNG}::test_known_answers",
-            f"{_COUNTER_RNG}::test_a_number_depends_on_seed_and_position_alone",
-        ),
+        (f"{_COUNTER_RNG}::test_seeds_give_unrelated_numbers",),
         "half of the seed is not used",
     ),
     Mutant(
@@ -301,7 +300,7 @@ MUTANTS = (
         "gshard_tf/hlo_rewrites/grouped_convolutions.py",
         "shards = mesh.split_dimension(axes, rank + 1, 0)",
         "shards = mesh.split_dimension(axes[:1], rank + 1, 0)",
-        (_REWRITES,),
+        (f"{_REWRITES}::test_right_on_a_mesh",),
         "the kernel's gradient lacks the parts of the second axis of the batch",
     ),
     Mutant(
@@ -322,8 +321,10 @@ MUTANTS = (
         "gshard_tf/hlo_rewrites/uneven_scatters.py",
         "if all(indices.shape.dimensions[d] % mesh.devices == 0 for d in rows):",
         "if any(indices.shape.dimensions[d] % mesh.devices == 0 for d in rows):",
-        (f"{_EDITING}::test_a_scatter_of_which_one_dimension_of_rows_divides",),
+        (f"{_REWRITES}::test_uneven_scatters_of_several_dimensions",),
         "a scatter of which one dimension of rows divides is left as it is",
+        survives="Of 84 scatters with several dimensions of rows, on four meshes, none "
+        "is wrong without the rewrite: it is a caution.",
     ),
     Mutant(
         "gshard_tf/hlo_rewrites/windows.py",
@@ -350,7 +351,7 @@ MUTANTS = (
         "gshard_tf/hlo_rewrites/shardings.py",
         "                size //= count\n",
         "",
-        (_REWRITES,),
+        (f"{_REWRITES}::test_grouped_convolutions_of_any_batch",),
         "axes are taken that divide a dimension one by one, and not together",
     ),
     Mutant(

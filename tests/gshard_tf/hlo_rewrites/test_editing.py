@@ -71,16 +71,3 @@ def test_a_transform_over_all_dimensions_splits_none():
 
     x = tf.constant(np.random.default_rng(0).normal(size=16).astype("float32"))
     assert run(operation, {"data": 2, "model": 2}, {"rows": "data"}, x) < 1e-4
-
-
-@pytest.mark.parametrize("shape", [(8, 3), (3, 8)])
-def test_a_scatter_of_which_one_dimension_of_rows_divides(shape):
-    def operation(x):
-        rows = gshard_tf.annotate(x, ("batch", "length", None)) * 2.0
-        rows = gshard_tf.annotate(rows, ("batch", "length", None))
-        ids = tf.reshape(tf.range(24) * 7 % 11, [*shape, 1])
-        return tf.scatter_nd(ids, rows, [11, 4])
-
-    x = np.random.default_rng(0).normal(size=[*shape, 4]).astype("float32")
-    mesh, rules = {"data": 2, "model": 4}, {"batch": "data", "length": "model"}
-    assert run(operation, mesh, rules, tf.constant(x)) < 1e-4
