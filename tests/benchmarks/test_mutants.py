@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 
 import pytest
@@ -121,3 +123,23 @@ def test_the_script_tells_what_is_caught_from_what_survives(tmp_path):
     # Nothing is left, and nothing was changed.
     assert list(tmp_path.iterdir()) == []
     assert (ROOT / quick.file).read_text("utf-8") == before
+
+
+def test_a_script_that_is_ended_leaves_nothing_behind(tmp_path):
+    script = subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.mutants", "--only", QUICK],
+        cwd=ROOT,
+        env={**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+    )
+    script.stderr.readline()  # a fork is about to run the tests
+    log = tmp_path / "none"
+    begun = time.monotonic()
+    while not log.exists() and time.monotonic() - begun < 60:
+        log = next(tmp_path.glob("mutants-*/log"), log)
+        time.sleep(0.05)
+    assert log.exists()
+    script.terminate()
+    script.communicate(timeout=60)
+    assert script.returncode == 128 + signal.SIGTERM
+    assert list(tmp_path.iterdir()) == []
