@@ -59,10 +59,10 @@ MUTANTS = (
     ),
     Mutant(
         "gshard_tf/checkpoints/bundle.py",
-        "            tf.errors.DataLossError,\n",
-        "",
-        (f"{_MANAGER}::test_every_flipped_bit_is_noticed",),
-        "a checksum that differs is no damage, and nothing falls back",
+        'spec = "" if region == whole(shape) else _slice_spec(shape, region)',
+        'spec = ""',
+        (f"{_BUNDLE}::test_any_part_of_an_array_that_two_devices_wrote",),
+        "a device is given all of an array for its part",
     ),
     Mutant(
         "gshard_tf/checkpoints/bundle.py",
@@ -80,8 +80,8 @@ MUTANTS = (
     ),
     Mutant(
         "gshard_tf/checkpoints/manifest.py",
-        "if sha256(folder / name) != digest:",
-        "if False:",
+        "for name, digest in manifest.digests.items():",
+        "for name, digest in ():",
         (f"{_MANAGER}::test_every_flipped_bit_is_noticed",),
         "an index with a flipped bit is believed",
     ),
@@ -178,10 +178,10 @@ MUTANTS = (
     ),
     Mutant(
         "gshard_tf/checkpoints/folders.py",
-        "found = (_NAME.fullmatch(path.name)",
-        "found = (_NAME.match(path.name)",
-        (f"{_DURABLE}::test_a_name_that_begins_like_a_step_is_none",),
-        "a folder whose name only begins like a checkpoint's is one",
+        "if _HIDDEN.fullmatch(path.name)]",
+        'if path.name.startswith(".")]',
+        (f"{_MANAGER}::test_hidden_folders_of_others_stay",),
+        "hidden folders of others are removed with what killed runs left",
     ),
     Mutant(
         "gshard_tf/checkpoints/folders.py",
