@@ -77,7 +77,7 @@ def expert_capacity(
     if capacity_factor == DROPLESS:
         return group_size if static else tf.cast(group_size, tf.int32)
     if static:
-        # Rounding first, or 10 * 1.1 / 11 would need two slots.
+        # Rounding first, or 50 * 1.1 / 11 would need six slots.
         share = round(group_size * capacity_factor / num_experts, 6)
         slots = max(math.ceil(share), min_capacity)
         return min(group_size, -(-slots // multiple) * multiple)

@@ -58,6 +58,14 @@ def test_writes_the_sharding_into_the_program(name):
     assert shardings(ANNOTATIONS[name], spec(16, 8)) == [HLO[name]]
 
 
+@pytest.mark.parametrize("dimension", [1, -1])
+def test_split_splits_the_dimension_that_is_named(dimension):
+    some = shardings(lambda x: gshard_tf.split(x, dimension, 4), spec(16, 8))
+    assert some == ["devices=[1,4,2]0,1,2,3,4,5,6,7 last_tile_dim_replicate"]
+    all_of_them = shardings(lambda x: gshard_tf.split(x, dimension, 8), spec(16, 8))
+    assert all_of_them == ["devices=[1,8]0,1,2,3,4,5,6,7"]
+
+
 @each_annotation
 def test_gradient_carries_the_annotation(name):
     def gradient(x):
@@ -265,6 +273,10 @@ def test_name_axes_records_the_names():
         (lambda x: gshard_tf.split(x, 0, 0), r"at least 1. Received: 0"),
         (lambda x: gshard_tf.split(x, 0, 2.0), r"num_partitions is a whole.*2\.0"),
         (lambda x: gshard_tf.annotate(x, ("batch",)), r"2 of them.*\('batch',\)"),
+        (
+            lambda x: gshard_tf.annotate(x, ("batch", None, "mlp")),
+            r"2 of them.*\('batch', None, 'mlp'\)",
+        ),
         (
             lambda x: gshard_tf.annotate(x, ("batch", "expert")),
             r"two dimensions of a tensor over the mesh axis 'data': 'batch' and 'exp",

@@ -36,6 +36,17 @@ def rows(strategy, model):
     return {row.path: row for row in strategy.describe(model).rows}
 
 
+def test_batches_are_split_by_examples():
+    layouts = parity.strategy_of({"expert": 4}).extended.layouts
+    for shape, specs in [
+        ([8, 4], ["expert", "unsharded"]),
+        ([6, 4], ["unsharded", "unsharded"]),  # 6 examples do not divide
+        ([12], ["expert"]),
+        ([], []),
+    ]:
+        assert layouts.of_batch(tf.TensorShape(shape)).sharding_specs == specs
+
+
 # -- slots ---------------------------------------------------------------------------
 
 ELEMENTWISE = {

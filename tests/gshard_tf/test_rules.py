@@ -32,6 +32,10 @@ def test_default_is_the_papers_layout():
     assert specs(grid, ("expert", "embed", "mlp")) == ["data", None, "model"]
     assert specs(grid, ("vocab", "embed")) == ["model", None]
     assert specs(grid, ("embed", "heads", "kv")) == [None, "model", None]
+    # A third axis splits nothing by itself.
+    cube = gshard_tf.create_mesh({"data": 2, "model": 2, "length": 2})
+    cubic = gshard_tf.AxisRules.default(cube)
+    assert specs(cubic, ("batch", "length", "mlp"), cube) == ["data", None, "model"]
 
 
 def test_refuses_one_mesh_axis_for_two_dimensions():

@@ -173,6 +173,22 @@ def test_the_first_step_of_fit_is_verified():
     assert model.distribute_strategy.extended.before_step is None
 
 
+def test_one_of_the_steps_of_an_execution_is_verified():
+    class Counting(gshard_tf.VerifyFirstStep):
+        checks = 0
+
+        def _check(self, *arguments):
+            self.checks += 1
+            super()._check(*arguments)
+
+    model = on_mesh(three_layers)
+    with model.distribute_strategy.scope():
+        model.compile("sgd", sparse_loss(), steps_per_execution=2)
+    counting = Counting()
+    model.fit(*parity.data(16), batch_size=8, verbose=0, callbacks=[counting])
+    assert counting.checks == 1
+
+
 def test_what_is_refused(monkeypatch):
     model = on_mesh(three_layers)
     with pytest.raises(ValueError, match="mode is one of"):

@@ -76,6 +76,13 @@ def test_gated_and_shared_experts():
         np.testing.assert_allclose(outputs[g, s], expected, rtol=1e-4, atol=1e-5)
 
 
+def test_shared_experts_make_nothing_of_padding():
+    # Where nothing is in, something would come out: half of each hidden unit.
+    layer = MoELayer(3, 6, activation="sigmoid", num_shared_experts=1)
+    outputs = layer(random_inputs(1, 4, 4), mask=np.array([[True, True, False, False]]))
+    assert np.all(outputs[0, :2] != 0) and np.all(outputs[0, 2:] == 0)
+
+
 def test_gated_feed_forward():
     layer = FeedForward(6, activation="silu", gated=True)
     x = random_inputs(2, 3, 4)

@@ -369,12 +369,61 @@ def test_jitter_cap_and_z_loss():
     )
 
 
+def test_the_gradient_of_expert_choice_is_tensorflows():
+    rng = np.random.default_rng(0)
+    logits = tf.Variable(rng.normal(size=[2, 9, 4]).astype("float32"))
+    factor = rng.normal(size=[2, 4, 3]).astype("float32")
+    router = ExpertChoiceRouter(4)
+    with tf.GradientTape(persistent=True) as tape:
+        routing = router.route(logits, 3, None, True)[0]
+        ours = tf.reduce_sum(routing.weight * factor)
+        gates = tf.transpose(tf.nn.softmax(logits), [0, 2, 1])  # [G, E, S]
+        weight, token_index = tf.math.top_k(gates, 3)
+        theirs = tf.reduce_sum(weight * factor)
+    np.testing.assert_array_equal(routing.token_index, token_index)
+    # Tokens that an expert did not take have no part in it.
+    np.testing.assert_allclose(
+        tape.gradient(ours, logits), tape.gradient(theirs, logits), rtol=1e-5, atol=1e-7
+    )
+
+
+class Logits(TopKRouter):
+    """Keeps what it routes by."""
+
+    def route(self, logits, *args, **kwargs):
+        self.seen = logits.numpy()
+        return super().route(logits, *args, **kwargs)
+
+
+def test_jitter_is_around_1():
+    router = Logits(4, 1, jitter=0.3, seed=3)
+    router.build([None, None, 4])
+    router.kernel.assign(np.eye(4))
+    router(tf.ones([4, 500, 4]), training=True)  # so that logits are the jitter
+    assert 0.7 <= router.seen.min() < 0.71 and 1.29 < router.seen.max() <= 1.3
+    assert abs(router.seen.mean() - 1.0) < 0.01
+
+
+def test_a_cap_is_a_scaled_tanh():
+    x = np.random.default_rng(0).normal(size=(2, 50, 4)).astype(np.float32) * 9
+    router = Logits(4, 1, logit_cap=5.0)
+    router.build(x.shape)
+    router.kernel.assign(np.eye(4))
+    router(x)
+    np.testing.assert_allclose(router.seen, 5 * np.tanh(x / 5), rtol=1e-4)
+
+
 def test_switch_loss_is_1_at_balance_and_e_at_collapse():
     router = TopKRouter(4, 1)
     even = tf.constant(np.eye(4, dtype=np.float32)[np.arange(8) % 4][None] * 50)
     assert float(router.route(even, 2, None, None)[2]) == pytest.approx(1.0)
     one = tf.constant(np.eye(4, dtype=np.float32)[np.zeros(8, int)][None] * 50)
     assert float(router.route(one, 2, None, None)[2]) == pytest.approx(4.0)
+    # Whatever K is: each of a token's choices counts 1 / K.
+    pairs = np.eye(4) + np.eye(4)[[1, 2, 3, 0]]
+    even = tf.constant(pairs[np.arange(8) % 4][None] * 50, tf.float32)
+    router = TopKRouter(4, 2)
+    assert float(router.route(even, 4, None, None)[2]) == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -168,7 +168,7 @@ def test_equal_gates_share_the_gradient_of_neither():
     [
         (1024, 512, 2.0, 1, 4),  # 2S/E, as in the paper
         (2048, 2048, 2.0, 1, 2),
-        (10, 11, 1.1, 1, 1),  # 10 * 1.1 / 11 is above 1 in floating point
+        (50, 11, 1.1, 1, 5),  # 50 * 1.1 / 11 is above 5 in floating point
         (10, 4, 1.25, 1, 4),  # 3.125, rounded up
         (3, 8, 2.0, 1, 1),  # fewer tokens than experts
         (1, 2, 2.0, 1, 1),  # never more than there are tokens

@@ -64,3 +64,44 @@ def test_extra_state():
     other.build(model.trainable_variables)
     names = gshard_tf.state_of(model, {"second": other})
     assert "extra/second/iteration" in names
+
+
+class Scaled(keras.layers.Layer):
+    """Two weights, of which one's name begins like the other's."""
+
+    def build(self, shape):
+        self.kernel = self.add_weight(shape=[shape[-1]], name="kernel")
+        self.scale = self.add_weight(shape=[shape[-1]], name="kernel_scale")
+
+    def call(self, x):
+        return x * self.kernel * self.scale
+
+
+def test_slots_go_by_the_whole_name_of_their_weight():
+    model = keras.Sequential([keras.layers.Input([4]), Scaled(name="scaled")])
+    model.compile("adam", "mse")
+    names = gshard_tf.state_of(model)
+    slots = {n for n in names if n.startswith("optimizer/sequential/")}
+    assert slots == {
+        f"optimizer/sequential/scaled/{weight}/{slot}"
+        for weight in ("kernel", "kernel_scale")
+        for slot in ("momentum", "velocity")
+    }
+
+
+class Twins(keras.layers.Layer):
+    """Keras does not mind two weights of one name."""
+
+    def build(self, shape):
+        self.pair = [self.add_weight(shape=[shape[-1]], name="w") for _ in range(2)]
+
+    def call(self, x):
+        return x * self.pair[0] + self.pair[1]
+
+
+def test_weights_of_one_name_are_told_apart():
+    model = keras.Sequential([keras.layers.Input([4]), Twins(name="twins")])
+    names = gshard_tf.state_of(model)
+    first, second = model.layers[0].pair
+    assert names["model/sequential/twins/w"] is first
+    assert names["model/sequential/twins/w#2"] is second

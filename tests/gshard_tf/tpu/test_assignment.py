@@ -71,3 +71,11 @@ def test_cores_of_a_chip_are_neighbours_on_the_last_axis():
 def test_refuses_a_mesh_that_does_not_fit(mesh):
     with pytest.raises(ValueError, match="whole number of meshes. Received: mesh="):
         assign_cores(topology(2, 4, 1, 1), gshard_tf.create_mesh(mesh, "TPU"))
+
+
+def test_a_replica_takes_whole_chips():
+    made = assign_cores(
+        topology(2, 2, 1, 2), gshard_tf.create_mesh({"expert": 2}, "TPU")
+    )
+    cores = made.core_assignment  # [replicas, cores, 4]
+    assert (cores[:, 0, :3] == cores[:, 1, :3]).all()

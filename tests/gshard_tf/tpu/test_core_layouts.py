@@ -62,3 +62,13 @@ def test_what_has_no_copies_or_no_parts_stays(axes, wanted):
     found, _ = decided(axes, 8, 8)
     assert specs(found.layout) == wanted
     assert found.use is None
+
+
+def test_all_axes_left_over_split_it():
+    mesh = gshard_tf.create_mesh({"data": 2, "model": 2, "sequence": 2}, "TPU")
+    rules = gshard_tf.AxisRules(
+        {"mlp": "model"}, paths=[("weight", (None, "mlp", None))]
+    )
+    found = CoreLayouts(mesh, rules).of(Weight(4, 8, 12))
+    # The largest dimension first, and each axis once: no core has another one's part.
+    assert specs(found.layout) == ["sequence", "model", "data"]

@@ -83,3 +83,40 @@ def test_what_has_no_parts_is_made_whole(monkeypatch):
     )
     [part] = value.parts([(slice(4, 8), slice(0, 8))])
     np.testing.assert_array_equal(part, make((8, 8), dtype="float32")[4:])
+
+
+def test_a_box_is_cut_from_short_runs(monkeypatch):
+    monkeypatch.setattr(initial, "WHOLE_BYTES", 0)
+    monkeypatch.setattr(initial, "_CHUNK", 600)
+    runs = []
+
+    def noted(make):
+        part = by_parts(make)
+
+        def run(start, stop):
+            runs.append(stop - start)
+            return part(start, stop)
+
+        return run
+
+    monkeypatch.setattr(initial, "by_parts", noted)
+    initializer = INITIALIZERS["uniform"]
+    value = initial.InitialValue(
+        lambda: initializer(SHAPE, dtype="float32"), SHAPE, "float32"
+    )
+    list(value.parts([(slice(0, 6), slice(10, 20), slice(0, 14))]))
+    # Never more elements at a time than that: the host would hold them.
+    assert sum(runs) >= np.prod(SHAPE) and max(runs) <= 600
+
+
+def test_the_counter_carries():
+    def make():
+        return tf.raw_ops.StatelessRandomUniformV2(
+            shape=[64],
+            key=tf.constant([3], tf.uint64),
+            counter=tf.constant(np.array([2**64 - 5, 7], np.uint64)),
+            alg=1,
+        )
+
+    # Element 40 is in the tenth group of four, beyond the low half's end.
+    np.testing.assert_array_equal(by_parts(make)(40, 64), make()[40:])
