@@ -143,7 +143,9 @@ class Layouts:
                 raise ValueError(
                     f"The path pattern {pattern[0]!r} names {len(pattern[1])} "
                     f"dimensions and matches the weight {name!r} of shape {shape}. "
-                    "Give one name (or None) per dimension."
+                    f"Give one name (or None) for each of its {len(shape)} dimensions, "
+                    "or a pattern that does not match it: a pattern must match the "
+                    f"whole path. Received: paths=[({pattern[0]!r}, {pattern[1]!r})]"
                 )
             return self._by_axes(pattern[1], variable, f"path {pattern[0]!r}")
         axes = None if keras_variable is None else named_axes(keras_variable)

@@ -10,11 +10,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from starlette.applications import Starlette
+from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route
@@ -22,6 +23,7 @@ from starlette.routing import Route
 from examples.serving.batching import Batcher, OverloadedError
 from examples.serving.metrics import Metrics
 from examples.serving.requests import Limits, RefusedError, parse
+from examples.serving.unread import CloseUnread
 
 log = logging.getLogger(__name__)
 PAGE = Path(__file__).parent / "page"
@@ -47,9 +49,19 @@ def make_app(
         model: What translates; one call of it at a time.
         limits: Of a request.
         max_batch: The most texts that are translated together.
-        max_waiting: The most texts that wait; requests above that get status 503.
+        max_waiting: The most texts that wait; requests above that get status 503. At
+            least as many as one request may hold.
+
+    Raises:
+        ValueError: when a number is too small.
     """
     limits = limits or Limits()
+    if max_waiting < limits.texts:
+        raise ValueError(
+            f"max_waiting is at least {limits.texts}, the texts that one request may "
+            f"hold, or such a request would never be answered. "
+            f"Received: max_waiting={max_waiting}"
+        )
     metrics = Metrics()
     batcher = Batcher(
         model.translate, max_batch, max_waiting=max_waiting, on_batch=metrics.batch
@@ -63,7 +75,7 @@ def make_app(
                     items = parse(
                         await _body(request, limits.body_bytes), model.languages, limits
                     )
-                    found = await batcher.submit(items)
+                    found = await _unless_gone(request, batcher.submit(items))
                 response = JSONResponse({"translations": found})
             except RefusedError as error:
                 response = _error(error.status, str(error))
@@ -106,6 +118,7 @@ def make_app(
             Route("/healthz", healthz),
             Route("/metrics", show_metrics),
         ],
+        middleware=[Middleware(CloseUnread, most_bytes=limits.body_bytes)],
         lifespan=lifespan,
     )
 
@@ -124,8 +137,44 @@ def _error(status: int, message: str) -> JSONResponse:
     return JSONResponse({"error": message}, status_code=status)
 
 
+async def _unless_gone(request: Request, work: Coroutine) -> Any:
+    """What `work` gives; it is cancelled when the client has gone.
+
+    Args:
+        request: Of the client; its body was read to the end.
+        work: What to wait for.
+
+    Raises:
+        ClientDisconnect: when nobody waits for the answer any more.
+    """
+    gone = asyncio.create_task(_gone(request))
+    answer = asyncio.create_task(work)
+    try:
+        await asyncio.wait({gone, answer}, return_when=asyncio.FIRST_COMPLETED)
+        if gone.done():
+            raise ClientDisconnect()
+        return answer.result()
+    finally:
+        gone.cancel()
+        answer.cancel()
+        await asyncio.gather(gone, answer, return_exceptions=True)
+
+
+async def _gone(request: Request) -> None:
+    """Returns when the client has closed its connection."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
 async def _body(request: Request, most: int) -> bytes:
-    """The body, which is not read further than the limit."""
+    """The body, which is not read further than the limit.
+
+    Raises:
+        RefusedError: when it is longer, or says that it will be.
+    """
+    length = request.headers.get("content-length", "0")
+    if length.isdecimal() and int(length) > most:
+        raise RefusedError(413, f"the body has at most {most} bytes")
     body = bytearray()
     async for part in request.stream():
         body += part

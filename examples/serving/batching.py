@@ -25,6 +25,9 @@ class Batcher:
         wait: Seconds for which the first of a batch waits for others.
         max_waiting: The most items that may wait; more are refused at once.
         on_batch: Told the size of each call and its seconds.
+
+    Raises:
+        ValueError: when a batch could hold nothing, or nothing could wait.
     """
 
     def __init__(
@@ -35,6 +38,9 @@ class Batcher:
         max_waiting: int = 256,
         on_batch: Callable[[int, float], None] = lambda size, seconds: None,
     ):
+        for name, value in (("max_batch", max_batch), ("max_waiting", max_waiting)):
+            if value < 1:
+                raise ValueError(f"{name} is 1 or more. Received: {name}={value}")
         self.run = run
         self.max_batch = max_batch
         self.wait = wait
@@ -90,9 +96,16 @@ class Batcher:
         try:
             return await asyncio.gather(*futures)
         finally:
-            # Whoever stopped waiting for them left the others of its futures behind.
+            # Whoever stopped waiting left some of them behind: they are not computed,
+            # and take no room of those that wait.
             for future in futures:
-                future.cancel()
+                future.cancel()  # gather may have done so
+            if any(future.cancelled() for future in futures):
+                self._waiting = collections.deque(
+                    (item, future)
+                    for item, future in self._waiting
+                    if not future.done()
+                )
 
     async def _work(self, thread: concurrent.futures.Executor) -> None:
         loop = asyncio.get_running_loop()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,12 +19,22 @@ class Limits:
         texts: Texts in one request.
         text_characters: Of a text; the rest is cut off, and the answer says so.
         seconds: Until the answer must be there.
+
+    Raises:
+        ValueError: for one that is not above 0, or `seconds` without an end.
     """
 
     body_bytes: int = 2 << 20
     texts: int = 32
     text_characters: int = 10_000
     seconds: float = 30.0
+
+    def __post_init__(self) -> None:
+        for name, value in dataclasses.asdict(self).items():
+            if not (value > 0 and math.isfinite(value)):
+                raise ValueError(
+                    f"{name} is a finite number above 0. Received: {name}={value}"
+                )
 
 
 class RefusedError(ValueError):

@@ -12,70 +12,17 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 
 import pytest
 from processes import ROOT
 
-uvicorn = pytest.importorskip("uvicorn")
+pytest.importorskip("uvicorn")
+
+from serving_clients import LIMITS, Echo, ask, call, free_port, serving  # noqa: E402
 
 from examples.serving.app import PAGE, make_app  # noqa: E402
 from examples.serving.requests import Limits  # noqa: E402
-
-
-class Echo:
-    """A model that is quick, or as slow as wanted, or broken."""
-
-    languages = ["de", "fr", "sr_Latn"]
-
-    def __init__(self):
-        self.batches = []
-        self.seconds = 0.0
-
-    def translate(self, items):
-        self.batches.append(len(items))
-        time.sleep(self.seconds)
-        if any(text == b"break" for text, _, _ in items):
-            raise RuntimeError("broken on purpose")
-        return [
-            {
-                "text": f"{tag.decode()}: {text[:20].decode('utf-8', 'replace')}",
-                "score": -1.0,
-                "truncated": cut,
-                "unfinished": False,
-                "n_best": [{"text": "<b>one</b>", "score": -1.0}],
-            }
-            for text, tag, cut in items
-        ]
-
-
-def free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
-
-
-@contextlib.contextmanager
-def serving(app):
-    port = free_port()
-    server = uvicorn.Server(
-        uvicorn.Config(app, host="127.0.0.1", port=port, log_level="error")
-    )
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    deadline = time.monotonic() + 20
-    while not server.started and time.monotonic() < deadline:
-        time.sleep(0.01)
-    try:
-        yield port
-    finally:
-        server.should_exit = True
-        thread.join(20)
-    assert not thread.is_alive()
-
-
-LIMITS = Limits(body_bytes=2_000_000, texts=8, text_characters=100, seconds=2.0)
 
 
 @pytest.fixture
@@ -88,22 +35,6 @@ def server(model):
     app = make_app(model, LIMITS, max_batch=4, max_waiting=16)
     with serving(app) as port:
         yield port
-
-
-def call(port, method, path, body=None, timeout=30):
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout)
-    try:
-        connection.request(method, path, body)
-        response = connection.getresponse()
-        return response.status, response.read()
-    finally:
-        connection.close()
-
-
-def ask(port, texts, languages, **options):
-    body = json.dumps({"texts": texts, "languages": languages}).encode()
-    status, answer = call(port, "POST", "/translate", body, **options)
-    return status, json.loads(answer)
 
 
 def test_it_answers(server, model):
@@ -366,5 +297,5 @@ def test_the_command_serves_a_saved_model(exported):
 def test_the_command_without_a_model(tmp_path, capsys):
     from examples.serving.__main__ import main
 
-    assert main([str(tmp_path / "nothing")]) == 1
-    assert "no SavedModel to serve" in capsys.readouterr().err
+    assert main([str(tmp_path / "nothing")]) == 2
+    assert "no model to serve" in capsys.readouterr().err

@@ -108,6 +108,42 @@ def test_path_rules_match_weights_and_slots_follow(optimizer):
     assert not description.complaints
 
 
+def attending():
+    inputs = tf_keras.layers.Input([4, 8])
+    attention = tf_keras.layers.MultiHeadAttention(2, 4, name="self_attention")
+    outputs = tf_keras.layers.Dense(8, name="output")(attention(inputs, inputs))
+    model = tf_keras.Model(inputs, outputs)
+    model.compile("sgd", "mse")
+    return model
+
+
+def test_a_pattern_that_matches_a_weight_of_another_rank_says_what_would_be_right():
+    """`.*output.*` is meant for `output/kernel`, and is `attention_output/kernel`."""
+    rows = np.zeros([8, 4, 8], "float32")
+
+    def strategy(pattern):
+        rules = gshard_tf.AxisRules(
+            {"batch": "data", "mlp": "model"}, paths=[(pattern, ("mlp", None))]
+        )
+        return parity.strategy_of({"data": 2, "model": 2}, rules=rules)
+
+    with pytest.raises(ValueError) as refused:  # noqa: PT011 - read below
+        fitted(attending, strategy(".*output.*/kernel"), rows, rows)
+    for part in (
+        "'.*output.*/kernel' names 2 dimensions",
+        "the weight 'self_attention/attention_output/kernel' of shape (2, 4, 8)",
+        "for each of its 3 dimensions, or a pattern that does not match it",
+        "Received: paths=[('.*output.*/kernel', ('mlp', None))]",
+    ):
+        assert part in str(refused.value)
+    # What the sentence says would be right, is.
+    right = strategy("(.*/)?output/kernel")
+    model, _ = fitted(attending, right, rows, rows)
+    found = {row.path: row.layout for row in right.describe(model).rows}
+    assert found["output/kernel"] == ("model", None)
+    assert set(found["self_attention/attention_output/kernel"]) == {None}
+
+
 @pytest.mark.slow
 def test_a_bert_of_the_model_garden_trains_as_on_one_device():
     pytest.importorskip("official")
