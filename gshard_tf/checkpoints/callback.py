@@ -2,8 +2,10 @@
 
 import json
 import warnings
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import keras
@@ -351,13 +353,22 @@ class SaveCheckpoints(keras.callbacks.Callback):
         self._leaving, self._metrics, self._saved_at = False, None, self.step
         if self.grace is None:
             return
-        model = self.model
-        in_fit = running_fit(model) is not None
-        self._termination = Termination(
-            self.grace,
-            lambda frame: not in_fit or running_fit(model, frame) is not None,
-            lambda: f"The newest checkpoint is of step {self._newest()}.",
-        )
+        in_fit = running_fit(self.model) is not None
+        # A loop of one's own that an exception ended lets go of this callback.
+        callback = weakref.ref(self)
+
+        def is_running(frame: FrameType | None) -> bool:
+            owner = callback()
+            return owner is not None and (
+                not in_fit or running_fit(owner.model, frame) is not None
+            )
+
+        def progress() -> str:
+            owner = callback()
+            newest = 0 if owner is None else owner._newest()
+            return f"The newest checkpoint is of step {newest}."
+
+        self._termination = Termination(self.grace, is_running, progress)
         self._termination.start()
 
     def _newest(self) -> int:

@@ -1,5 +1,6 @@
 """What the server is started with, clients that go, and requests of every kind."""
 
+import dataclasses
 import json
 import os
 import re
@@ -208,7 +209,8 @@ def test_work_for_clients_that_have_gone_is_dropped():
     model = Echo()
     model.seconds = 0.5
     gone = 6
-    with serving(make_app(model, LIMITS, max_batch=2, max_waiting=8)) as port:
+    limits = dataclasses.replace(LIMITS, seconds=30.0)
+    with serving(make_app(model, limits, max_batch=2, max_waiting=8)) as port:
         body = json.dumps({"texts": ["a"], "languages": ["de"]}).encode()
         with socket.create_connection(("127.0.0.1", port)) as first:
             first.sendall(post(body))

@@ -84,7 +84,7 @@ def test_a_part_is_on_the_disk_before_its_process_says_so(tmp_path, monkeypatch)
             return json.dumps({"error": ""})
 
         def tell(self, key, text):
-            disk.events.append(("said", key, text))
+            disk.events.append(("said", key, json.loads(text)["error"]))
 
     monkeypatch.setattr(writing, "group", Second)
     (tmp_path / ".step.partial").mkdir()

@@ -1,5 +1,6 @@
 """SIGTERM while `fit` runs: nothing is lost, the process ends in time, by its code."""
 
+import gc
 import os
 import signal
 import subprocess
@@ -12,7 +13,15 @@ import pytest
 from processes import ROOT
 
 import gshard_tf
+from gshard_tf import termination
 from gshard_tf.termination import GIVE_AGAIN
+
+
+@pytest.fixture(autouse=True)
+def nobody_listens():
+    """Other tests of this process end a `fit` by an exception, and leave a listener."""
+    while termination._LISTENING:
+        termination._LISTENING[-1].close()
 
 
 class Terminate(keras.callbacks.Callback):
@@ -52,6 +61,10 @@ def life(folder, mesh, *others):
     x, y = runs.parity.data(32, seed=5)
     # Nothing but the test's time ends the process that the test is in.
     saver = gshard_tf.SaveCheckpoints(folder, data=feed, grace=1000)
+    listeners = []
+    note = keras.callbacks.LambdaCallback(
+        on_train_begin=lambda logs: listeners.append(saver._termination)
+    )
     try:
         made.fit(
             feed.dataset,
@@ -60,10 +73,13 @@ def life(folder, mesh, *others):
             validation_data=(x, y),
             validation_batch_size=16,
             verbose=0,
-            callbacks=[saver, seen, *others],
+            callbacks=[saver, note, seen, *others],
         )
     except SystemExit as end:
         assert end.code == GIVE_AGAIN
+        # Or it would end this process, which goes on, when the time is over.
+        [listener] = listeners
+        listener.close()
     else:
         assert not others, "the run went on"
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
@@ -191,3 +207,16 @@ def test_a_fork_keeps_no_handler(tmp_path):
 def test_grace_is_a_time(tmp_path, grace):
     with pytest.raises(ValueError, match="Received: "):
         gshard_tf.SaveCheckpoints(tmp_path, grace=grace)
+
+
+def test_a_loop_of_ones_own_that_has_ended_gives_the_signal_back(tmp_path):
+    """No `fit` tells that it has ended; the callback itself is gone then."""
+    made = runs.scoped(None)
+    saver = gshard_tf.SaveCheckpoints(tmp_path)
+    saver.set_model(made)
+    saver.set_params({"epochs": 1, "steps": 4})
+    saver.on_train_begin()
+    assert termination._LISTENING[-1]._runs_still()
+    del saver
+    gc.collect()
+    assert not termination._LISTENING[-1]._runs_still()

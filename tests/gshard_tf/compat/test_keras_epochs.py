@@ -21,7 +21,7 @@ class Looking(keras.callbacks.Callback):
 
     def on_epoch_begin(self, epoch, logs=None):
         if epoch == 0:
-            running_fit(self.model).begin_epoch_at(self.begin_at)
+            running_fit(self.model).begin_epoch_at(self.begin_at, {})
 
     def on_train_batch_end(self, batch, logs=None):
         self.batches.append(batch)
