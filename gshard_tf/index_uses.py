@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from gshard_tf.compat.tf_functions import called_graph
+from gshard_tf.compat.tf_graphs import called_graph
 
 _CROSS_ENTROPY = "SparseSoftmaxCrossEntropyWithLogits"
 # They return what they are given. (XLA's own has no kernel on the host.)

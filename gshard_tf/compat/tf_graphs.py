@@ -5,18 +5,28 @@ from typing import Any
 
 import tensorflow as tf
 
-_CALLING = frozenset(
-    {
-        "Case",
-        "If",
-        "PartitionedCall",
-        "StatefulPartitionedCall",
-        "StatelessCase",
-        "StatelessIf",
-        "StatelessWhile",
-        "While",
-    }
-)
+# They run what they call whenever they run, once.
+_CALLS = frozenset({"PartitionedCall", "StatefulPartitionedCall"})
+_CALLING = _CALLS | {
+    "Case",
+    "If",
+    "StatelessCase",
+    "StatelessIf",
+    "StatelessWhile",
+    "While",
+}
+
+
+def called_graph(operation: tf.Operation) -> Any:
+    """The graph that an operation calls, with `inputs` and `outputs`.
+
+    Returns:
+        None for an operation that calls nothing, or only under a condition.
+    """
+    if operation.type not in _CALLS:
+        return None
+    [graph] = called_graphs(operation)
+    return graph
 
 
 def called_graphs(operation: tf.Operation) -> list[Any]:
