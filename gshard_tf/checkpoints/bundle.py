@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import tensorflow as tf
 
-from gshard_tf.checkpoints.errors import unreadable
+from gshard_tf.checkpoints.errors import os_error, unreadable
 from gshard_tf.shards import ALIGNMENT, Region, whole
 
 #: Whoever reads a part of a slice holds all of it meanwhile, so none is larger. Not
@@ -166,8 +166,9 @@ def reason(error: tf.errors.OpError) -> str:
 
 def _not_written(prefix: Path, error: tf.errors.OpError) -> OSError:
     found = _as_os(error)
-    text = f"could not write {prefix} ({found.strerror or found})"
-    return OSError(text) if found.errno is None else OSError(found.errno, text)
+    return os_error(
+        f"could not write {prefix} ({found.strerror or found})", found.errno
+    )
 
 
 def _as_os(error: tf.errors.OpError) -> OSError:

@@ -44,16 +44,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _rows(folder: Path, step: int | None, command: str) -> list[dict]:
-    rows: dict[int, dict] = {}
-    while True:
-        # A run that goes on meanwhile removes old ones: those are not damaged.
+    def shown() -> list[int]:
         found = folders.steps(folder) if step is None else [step]
-        shown = found[-1:] if command == "show" else found
-        unread = [number for number in shown if number not in rows]
-        if not unread:
-            return [rows[number] for number in shown]
-        for number in unread:
-            rows[number] = _row(folder, number, command == "verify")
+        return found[-1:] if command == "show" else found
+
+    rows = folders.read_listed(
+        shown, lambda number: _row(folder, number, command == "verify")
+    )
+    return list(rows.values())
 
 
 def _row(folder: Path, step: int, read_all: bool) -> dict:

@@ -23,6 +23,11 @@ class MismatchError(ValueError):
     """A checkpoint does not fit the model that it is to be restored into."""
 
 
+def os_error(message: str, errno: int | None) -> OSError:
+    """An error of the system, with its number where that is known."""
+    return OSError(message) if errno is None else OSError(errno, message)
+
+
 def unreadable(what: str, name: str, error: OSError) -> DamagedError | OSError:
     """What to raise where a file of a checkpoint cannot be read.
 

@@ -3,9 +3,13 @@
 import os
 import re
 import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from gshard_files import sync_folder
+
+T = TypeVar("T")
 
 _NAME = re.compile(r"step-([0-9]{10,})")
 _HIDDEN = re.compile(r"\.step-[0-9]{10,}\.partial")
@@ -30,6 +34,24 @@ def steps(folder: Path) -> list[int]:
         ) from error
     found = {int(name[1]) for name in map(_NAME.fullmatch, names) if name}
     return sorted(step for step in found if path_of(folder, step).name in names)
+
+
+def read_listed(
+    listed: Callable[[], Sequence[int]], read: Callable[[int], T]
+) -> dict[int, T]:
+    """What `read` makes of each checkpoint, beside a run that goes on.
+
+    Such a run removes some meanwhile, and writes others: so what there is is listed
+    again, until nothing of it is unread. What is gone by then is left out.
+    """
+    found: dict[int, T] = {}
+    while True:
+        now = listed()
+        unread = [step for step in now if step not in found]
+        if not unread:
+            return {step: found[step] for step in now}
+        for step in unread:
+            found[step] = read(step)
 
 
 def is_named(path: Path) -> bool:

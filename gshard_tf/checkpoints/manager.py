@@ -113,8 +113,11 @@ class Checkpoints:
 
     def best(self) -> int | None:
         """The step of the best checkpoint, by the metric; None when none has it."""
+        return self._best_of(self._manifests())
+
+    def _best_of(self, manifests: Mapping[int, Manifest | DamagedError]) -> int | None:
         scores = {}
-        for step, manifest in self._manifests().items():
+        for step, manifest in manifests.items():
             if isinstance(manifest, DamagedError):
                 continue
             score = manifest.logs.get(self.best_metric)
@@ -127,20 +130,16 @@ class Checkpoints:
 
     def _manifests(self) -> dict[int, Manifest | DamagedError]:
         """What each checkpoint says of itself, or what is wrong with it."""
-        found: dict[int, Manifest | DamagedError] = {}
-        while True:
-            # A run that goes on meanwhile removes some, and writes others.
-            listed = self.steps()
-            unread = [step for step in listed if step not in found]
-            if not unread:
-                return {step: found[step] for step in listed}
-            for step in unread:
-                try:
-                    found[step] = self.manifest(step)
-                except DamagedError as error:
-                    found[step] = error
-                except FileNotFoundError as error:
-                    found[step] = DamagedError(str(error))
+
+        def read(step: int) -> Manifest | DamagedError:
+            try:
+                return self.manifest(step)
+            except DamagedError as error:
+                return error
+            except FileNotFoundError as error:
+                return DamagedError(str(error))
+
+        return folders.read_listed(self.steps, read)
 
     # -- saving ---------------------------------------------------------------------
 
@@ -314,11 +313,12 @@ class Checkpoints:
         sound = [step for step in self.steps() if step not in self._damaged]
         kept = set(sound if self.keep is None else sound[-self.keep :])
         if self.best_metric is not None:
-            kept.add(self.best())
+            manifests = self._manifests()
+            kept.add(self._best_of(manifests))
             # Where the disk did not answer, it may have been the best.
             kept |= {
                 step
-                for step, manifest in self._manifests().items()
+                for step, manifest in manifests.items()
                 if isinstance(manifest, DamagedError) and manifest.errno
             }
         for step in sound:

@@ -8,6 +8,7 @@ from typing import Any
 
 from gshard_files import Contents, new_folder
 from gshard_tf.checkpoints import bundle
+from gshard_tf.checkpoints.errors import os_error
 from gshard_tf.checkpoints.manifest import Manifest, sha256
 from gshard_tf.processes import group
 
@@ -116,7 +117,5 @@ def _heard(key: str, what: str) -> dict[str, Any]:
     """Waits for what another process tells; raises `OSError` if it is an error."""
     said = json.loads(group().hear(key, PATIENCE_SECONDS))
     if said["error"]:
-        text = f"{what}: {said['error']}"
-        number = said["errno"]
-        raise OSError(text) if number is None else OSError(number, text)
+        raise os_error(f"{what}: {said['error']}", said["errno"])
     return said
