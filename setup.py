@@ -35,7 +35,7 @@ SERVE = [
     "prometheus-client==0.26.0",
     "tensorflow-serving-api==2.20.0",
 ]
-# What benchmarks.moe_peers measures beside our layer.
+# What benchmarks.moe.peers measures beside our layer.
 BENCHMARKS = [
     "torch==2.13.0",
     "transformers==5.23.0",
@@ -66,15 +66,16 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11,<3.12",
-    packages=find_packages(
-        include=["gshard_tf*", "keras_layers*", "examples*", "benchmarks*"]
-    ),
-    # Outside the package, whose import starts TensorFlow: its --help is quick.
-    py_modules=["gshard_files", "gshard_locks", "gshard_plan"],
+    # The translator and its server are a package of their own name; benchmarks run
+    # from a checkout.
+    packages=find_packages(include=["gshard_tf*", "keras_layers*"])
+    + find_packages("examples"),
+    package_dir={"gshard_examples": "examples/gshard_examples"},
     package_data={
-        "benchmarks": ["broken_disk.c"],
-        "gshard_tf.planning.page": ["page.css", "page.js"],
-        "examples.serving": ["page/*"],
+        "gshard_tf": ["py.typed"],
+        "gshard_tf.planning.html": ["page.css", "page.js"],
+        "gshard_examples.serving": ["page/*"],
+        "keras_layers": ["py.typed"],
     },
     install_requires=CORE,
     extras_require={
@@ -86,8 +87,8 @@ setup(
     },
     entry_points={
         "console_scripts": [
-            "gshard-translate=examples.translation.cli:main",
-            "gshard-plan=gshard_plan:main",
+            "gshard-translate=gshard_examples.translation.cli:main",
+            "gshard-plan=gshard_tf.planning.arguments:main",
             "gshard-checkpoints=gshard_tf.checkpoints.cli:main",
         ]
     },

@@ -16,7 +16,12 @@ from typing import Any
 
 from benchmarks.fuzz import case
 from benchmarks.fuzz.crew import Crew
-from benchmarks.report import circumstances, options_of, say, show
+from benchmarks.harness.command_line import (
+    circumstances,
+    options_of,
+    say,
+    show,
+)
 
 BAD = ("wrong", "error", "crashed")
 

@@ -3,11 +3,11 @@
     python -m benchmarks.serving RUN DATA [--minutes 5] [--clients 16] [--json]
 
 RUN is a folder of `gshard-translate train`, DATA its prepared corpus. The model is
-exported, served by `python -m examples.serving` on a free port of loopback, and asked
-by clients without pause, 1 to 4 texts of the test split a request. Every translation is
-compared with the trained model's own. Resident memory of the server is read six times a
-minute; what it is after the first and after the last fifth of the time says whether it
-grows.
+exported, served by `python -m gshard_examples.serving` on a free port of loopback, and
+asked by clients without pause, 1 to 4 texts of the test split a request. Every
+translation is compared with the trained model's own. Resident memory of the server is
+read six times a minute; what it is after the first and after the last fifth of the time
+says whether it grows.
 """
 
 import collections
@@ -31,7 +31,12 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import numpy as np
 
-from benchmarks.report import circumstances, options_of, say, show
+from benchmarks.harness.command_line import (
+    circumstances,
+    options_of,
+    say,
+    show,
+)
 
 #: Texts of the test split to choose from.
 TEXTS = 120
@@ -43,10 +48,10 @@ Texts = list[tuple[str, str, str]]  # tag, source, the trained model's translati
 
 def export(run: Path, data: Path, folder: Path) -> Texts:
     """Writes the SavedModel, and says what the trained model makes of some texts."""
-    from examples.translation.corpus import load_corpus
-    from examples.translation.exporting import export
-    from examples.translation.training import load_model, sample_pairs
-    from examples.translation.translating import Translator
+    from gshard_examples.translation.corpus import load_corpus
+    from gshard_examples.translation.exporting import export
+    from gshard_examples.translation.training import load_model, sample_pairs
+    from gshard_examples.translation.translating import Translator
 
     _, vocabulary, model = load_model(run)
     translator = Translator(model, vocabulary)
@@ -73,7 +78,7 @@ def server(folder: Path) -> Iterator[int]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "examples.serving", str(folder)]
+    command = [sys.executable, "-m", "gshard_examples.serving", str(folder)]
     command += ["--port", str(port)]
     process = subprocess.Popen(command, stdout=sys.stderr)  # noqa: S603
     try:

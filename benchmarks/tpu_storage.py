@@ -2,8 +2,8 @@
 
     python -m benchmarks.tpu_storage [--experts 8] [--steps 3] [--json]
 
-The translator of `examples.translation`, on a v5e-8 that is not there, one replica over
-its 8 cores, under TensorFlow's own `TPUStrategy` in SPMD mode and under
+The translator of `gshard_examples.translation`, on a v5e-8 that is not there, one
+replica over its 8 cores, under TensorFlow's own `TPUStrategy` in SPMD mode and under
 `gshard_tf.tpu_strategy`. Both train the same steps from the same weights: traced by
 the strategy, lowered by TensorFlow's TPU bridge, partitioned by XLA, run on 8 CPU
 devices. Printed:
@@ -39,7 +39,7 @@ def default_strategy() -> Any:
     """TensorFlow's own, as its documentation says to make it."""
     import tensorflow as tf
 
-    from gshard_tf.tpu.synthetic import SyntheticTPU
+    from gshard_tf.testing.tpu.synthetic_slice import SyntheticTPU
 
     tpu = SyntheticTPU(SLICE)
     assignment = tf.tpu.experimental.DeviceAssignment.build(
@@ -64,11 +64,11 @@ def run_side(side: str, experts: int, steps: int, weights_file: str) -> dict[str
     import gshard_tf
 
     gshard_tf.request_cpu_devices(int(np.prod(SLICE)))
-    from examples.translation.model import make_model
-    from examples.translation.settings import Settings
-    from gshard_tf import hlo_text, inspection
-    from gshard_tf.tpu.simulation import SimulatedStep, parts_of
-    from gshard_tf.tpu.synthetic import SyntheticTPU
+    from gshard_examples.translation.model import make_model
+    from gshard_examples.translation.settings import Settings
+    from gshard_tf.hlo import collectives, parser
+    from gshard_tf.testing.tpu.simulated_fit import SimulatedStep, parts_of
+    from gshard_tf.testing.tpu.synthetic_slice import SyntheticTPU
 
     mesh = gshard_tf.create_mesh({"expert": int(np.prod(SLICE))}, "TPU")
     rules = gshard_tf.AxisRules.default(mesh)
@@ -100,7 +100,7 @@ def run_side(side: str, experts: int, steps: int, weights_file: str) -> dict[str
     step = SimulatedStep(strategy, train_step, batch, variables)
     gathers = [
         c
-        for c in inspection.collectives_of(hlo_text.parse(step.program.as_text()))
+        for c in collectives.collectives_of(parser.parse(step.program.as_text()))
         if c.kind == "all-gather"
     ]
 

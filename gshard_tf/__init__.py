@@ -1,15 +1,26 @@
 """GShard (arXiv 2006.16668) for Keras 3 on TensorFlow.
 
-Names are imported when they are first used, so that `gshard_tf.portable` and
-`python -m gshard_tf.runner` work where there is no TensorFlow.
+Names are imported when they are first used, so that `gshard_tf.export` and
+`python -m gshard_tf.export.runner` work where there is no TensorFlow.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gshard_tf import counter_rng, devices, portable
-    from gshard_tf.annotations import (
+    from gshard_tf import export, random
+    from gshard_tf.callbacks.checkpoint import SaveCheckpoints
+    from gshard_tf.callbacks.nonfinite_guard import GuardNumbers
+    from gshard_tf.callbacks.verify_first_step import VerifyFirstStep
+    from gshard_tf.checkpoints.dataset import ResumableData
+    from gshard_tf.checkpoints.manager import Checkpoints
+    from gshard_tf.checkpoints.naming import state_of
+    from gshard_tf.compat.keras_calls import accumulated_batches
+    from gshard_tf.planning.plan import Plan
+    from gshard_tf.planning.planner import plan
+    from gshard_tf.runtime.devices import request_cpu_devices
+    from gshard_tf.runtime.process_group import join_processes, own_rows, stop_all
+    from gshard_tf.sharding.annotations import (
         annotate,
         name_axes,
         named_axes,
@@ -17,21 +28,10 @@ if TYPE_CHECKING:
         shard,
         split,
     )
-    from gshard_tf.checkpoints.callback import SaveCheckpoints
-    from gshard_tf.checkpoints.data import ResumableData
-    from gshard_tf.checkpoints.manager import Checkpoints
-    from gshard_tf.checkpoints.state import state_of
-    from gshard_tf.compat.keras_calls import accumulated_batches
-    from gshard_tf.devices import request_cpu_devices
-    from gshard_tf.guard import GuardNumbers
-    from gshard_tf.mesh import active_mesh, create_mesh, use_mesh
-    from gshard_tf.planning.plan import Plan
-    from gshard_tf.planning.planner import plan
-    from gshard_tf.processes import join_processes, own_rows, stop_all
-    from gshard_tf.rules import AxisRules
-    from gshard_tf.strategy import SpmdStrategy
+    from gshard_tf.sharding.mesh import active_mesh, create_mesh, use_mesh
+    from gshard_tf.sharding.rules import AxisRules
+    from gshard_tf.spmd.strategy import SpmdStrategy
     from gshard_tf.tpu.strategy import tpu_strategy
-    from gshard_tf.verification.callback import VerifyFirstStep
     from gshard_tf.verification.report import VerificationError, VerificationReport
     from gshard_tf.verification.verify import verify
 
@@ -51,15 +51,14 @@ __all__ = [
     "accumulated_batches",
     "active_mesh",
     "annotate",
-    "counter_rng",
+    "random",
     "create_mesh",
-    "devices",
     "join_processes",
     "name_axes",
     "named_axes",
     "own_rows",
     "plan",
-    "portable",
+    "export",
     "replicate",
     "request_cpu_devices",
     "shard",
@@ -73,47 +72,46 @@ __all__ = [
 
 # Where each name is; None: it is a module of this package.
 _HOME = {
-    "AxisRules": "rules",
+    "AxisRules": "sharding.rules",
     "Checkpoints": "checkpoints.manager",
-    "GuardNumbers": "guard",
+    "GuardNumbers": "callbacks.nonfinite_guard",
     "Plan": "planning.plan",
-    "ResumableData": "checkpoints.data",
-    "SaveCheckpoints": "checkpoints.callback",
-    "SpmdStrategy": "strategy",
+    "ResumableData": "checkpoints.dataset",
+    "SaveCheckpoints": "callbacks.checkpoint",
+    "SpmdStrategy": "spmd.strategy",
     "VerificationError": "verification.report",
     "VerificationReport": "verification.report",
-    "VerifyFirstStep": "verification.callback",
+    "VerifyFirstStep": "callbacks.verify_first_step",
     "accumulated_batches": "compat.keras_calls",
-    "active_mesh": "mesh",
-    "annotate": "annotations",
-    "counter_rng": None,
-    "create_mesh": "mesh",
-    "devices": None,
-    "join_processes": "processes",
-    "name_axes": "annotations",
-    "named_axes": "annotations",
-    "own_rows": "processes",
+    "active_mesh": "sharding.mesh",
+    "annotate": "sharding.annotations",
+    "random": None,
+    "create_mesh": "sharding.mesh",
+    "join_processes": "runtime.process_group",
+    "name_axes": "sharding.annotations",
+    "named_axes": "sharding.annotations",
+    "own_rows": "runtime.process_group",
     "plan": "planning.planner",
-    "portable": None,
-    "replicate": "annotations",
-    "request_cpu_devices": "devices",
-    "shard": "annotations",
-    "split": "annotations",
+    "export": None,
+    "replicate": "sharding.annotations",
+    "request_cpu_devices": "runtime.devices",
+    "shard": "sharding.annotations",
+    "split": "sharding.annotations",
     "tpu_strategy": "tpu.strategy",
-    "state_of": "checkpoints.state",
-    "stop_all": "processes",
-    "use_mesh": "mesh",
+    "state_of": "checkpoints.naming",
+    "stop_all": "runtime.process_group",
+    "use_mesh": "sharding.mesh",
     "verify": "verification.verify",
 }
 # They need neither TensorFlow nor the versions that it is tested with.
-_ALONE = ("devices", "portable")
+_ALONE = ("export", "request_cpu_devices")
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if name not in _ALONE:
-        from gshard_tf.versions import check
+        from gshard_tf.compat.versions import check
 
         check()
     home = _HOME[name]

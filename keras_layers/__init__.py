@@ -1,6 +1,5 @@
 """Keras layers of GShard: mixture of experts, sharded attention, Transformer."""
 
-from keras_layers.adafactor import Adafactor
 from keras_layers.attention import MultiHeadAttention
 from keras_layers.blocks import DecoderBlock, EncoderBlock
 from keras_layers.decoding import (
@@ -10,13 +9,13 @@ from keras_layers.decoding import (
     length_limits,
     sample_decode,
 )
-from keras_layers.dispatch import EinsumDispatcher, IndexDispatcher
 from keras_layers.dropout import Dropout
 from keras_layers.embedding import TokenEmbedding, VocabularyProjection
 from keras_layers.feed_forward import FeedForward
-from keras_layers.load_picture import LoadPicture
-from keras_layers.moe import Experts, MoELayer
-from keras_layers.router_metrics import RouterHealth
+from keras_layers.moe.dispatch import EinsumDispatcher, IndexDispatcher
+from keras_layers.moe.expert_load import LoadPicture
+from keras_layers.moe.layer import Experts, MoELayer
+from keras_layers.moe.metrics import RouterHealth
 from keras_layers.routing import (
     ExpertChoiceRouter,
     HashRouter,
@@ -35,7 +34,6 @@ from keras_layers.transformer import Transformer
 from keras_layers.upcycling import upcycle
 
 __all__ = [
-    "Adafactor",
     "DecoderBlock",
     "Dropout",
     "EinsumDispatcher",

@@ -7,12 +7,12 @@ import keras
 import tensorflow as tf
 
 from gshard_tf import annotate, name_axes
-from keras_layers.checks import check_int
+from keras_layers._arguments import check_int
+from keras_layers._padding import zero_padding
+from keras_layers._shapes import sizes
 from keras_layers.dropout import Dropout
 from keras_layers.initializers import as_matrix
-from keras_layers.padding import zero_padding
 from keras_layers.remat import rematerialize
-from keras_layers.shapes import sizes
 
 KeysAndValues = dict[str, tf.Tensor]
 Matrices = dict[str, tf.Tensor]

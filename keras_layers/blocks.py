@@ -7,16 +7,16 @@ import keras
 import tensorflow as tf
 
 from gshard_tf import annotate
+from keras_layers._arguments import check_choice, check_int, check_rate
+from keras_layers._padding import zero_padding
+from keras_layers._seeds import child_seed
+from keras_layers._shapes import sizes
 from keras_layers.attention import MultiHeadAttention
-from keras_layers.checks import check_choice, check_int, check_rate
 from keras_layers.dropout import Dropout
 from keras_layers.feed_forward import FeedForward
-from keras_layers.moe import MoELayer
-from keras_layers.moe_options import moe_options_of
-from keras_layers.padding import zero_padding
+from keras_layers.moe.layer import MoELayer
+from keras_layers.moe.options import moe_options_of
 from keras_layers.remat import rematerialize
-from keras_layers.seeds import child_seed
-from keras_layers.shapes import sizes
 
 REMAT = (False, "attention", True)
 

@@ -6,8 +6,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from gshard_tf import counter_rng
-from keras_layers.checks import check_int, check_rate
+from gshard_tf import random
+from keras_layers._arguments import check_int, check_rate
 
 
 @keras.saving.register_keras_serializable(package="gshard_tf")
@@ -73,7 +73,7 @@ class Dropout(keras.layers.Layer):
             ]
             if self.noise_shape[self.batch_dim] is not None:
                 batch_dim = None  # one mask for all examples
-        uniforms = counter_rng.uniform(self.seed_generator.next(), shape, batch_dim)
+        uniforms = random.uniform(self.seed_generator.next(), shape, batch_dim)
         scaled = inputs * tf.cast(1.0 / (1.0 - self.rate), inputs.dtype)
         return tf.where(uniforms >= self.rate, scaled, tf.zeros([], inputs.dtype))
 

@@ -7,8 +7,8 @@ import numpy as np
 import tensorflow as tf
 
 from gshard_tf import annotate, name_axes
-from keras_layers.checks import check_int
-from keras_layers.shapes import at_each_position, check_positions, positions
+from keras_layers._arguments import check_int
+from keras_layers._shapes import at_each_position, check_positions, positions
 
 
 @keras.saving.register_keras_serializable(package="gshard_tf")

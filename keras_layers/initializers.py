@@ -11,7 +11,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_layers.seeds import child_initializer
+from keras_layers._seeds import child_initializer
 
 
 def per_expert(initializer: keras.initializers.Initializer, name: str) -> Callable:

@@ -25,7 +25,7 @@ from tensorflow.python.eager import record
 # Private API: whether a graph is going to be compiled by XLA.
 from tensorflow.python.ops import control_flow_util
 
-from keras_layers.routing.replay import routing_is_watched
+from keras_layers.routing.recording import routing_is_watched
 from keras_layers.step_metrics import counting_at_once
 
 

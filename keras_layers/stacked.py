@@ -17,7 +17,7 @@ import tensorflow as tf
 from keras.src.backend import AutocastScope
 
 from gshard_tf import name_axes, named_axes
-from keras_layers.checks import check_int
+from keras_layers._arguments import check_int
 from keras_layers.remat import (
     Effects,
     pure_call,
@@ -25,7 +25,7 @@ from keras_layers.remat import (
     recompute_units,
     slice_of,
 )
-from keras_layers.routing.replay import routing_is_watched
+from keras_layers.routing.recording import routing_is_watched
 from keras_layers.step_metrics import StepMetric, counts_wait
 
 Blocks = Sequence[keras.layers.Layer]

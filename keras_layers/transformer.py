@@ -7,14 +7,14 @@ import keras
 import tensorflow as tf
 
 from gshard_tf import annotate
+from keras_layers._arguments import check_int, check_rate, check_token_id
+from keras_layers._padding import places
+from keras_layers._seeds import child_seed
+from keras_layers._shapes import sizes
 from keras_layers.blocks import DecoderBlock, EncoderBlock
-from keras_layers.checks import check_int, check_rate, check_token_id
 from keras_layers.dropout import Dropout
 from keras_layers.embedding import TokenEmbedding, VocabularyProjection, sinusoids
-from keras_layers.moe_options import moe_options_of
-from keras_layers.padding import places
-from keras_layers.seeds import child_seed
-from keras_layers.shapes import sizes
+from keras_layers.moe.options import moe_options_of
 from keras_layers.stacked import Stacked
 
 DecodingState = dict[str, Any]

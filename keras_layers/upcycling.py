@@ -6,7 +6,7 @@ import keras
 import numpy as np
 
 from keras_layers.feed_forward import FeedForward
-from keras_layers.moe import MoELayer
+from keras_layers.moe.layer import MoELayer
 from keras_layers.transformer import Transformer
 
 

@@ -15,10 +15,13 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import hypothesis
+import jax
 
 import gshard_tf
 
 gshard_tf.request_cpu_devices(8)
+# jax starts here, so that no test in this process can ask for another number.
+jax.devices()
 
 # The first call of many a property compiles something.
 hypothesis.settings.register_profile("gshard", deadline=None, print_blob=True)

@@ -40,7 +40,7 @@ class Experts(keras.layers.Layer):
         h = gshard_tf.annotate(tf.tanh(h), (None, "expert", "mlp"))
         if training and self.dropout:
             shape = [tf.shape(h)[0], h.shape[1], h.shape[2]]
-            u = gshard_tf.counter_rng.uniform(self.seeds.next(), shape)
+            u = gshard_tf.random.uniform(self.seeds.next(), shape)
             h = tf.where(u < self.dropout, tf.zeros_like(h), h / (1.0 - self.dropout))
         y = tf.einsum("beh,ehm->bem", h, tf.cast(self.wo, x.dtype))
         return x + gshard_tf.annotate(y, ("batch", None, None))

@@ -6,7 +6,7 @@ import keras
 import parity
 from tensorflow.compiler.xla.service import hlo_pb2
 
-from gshard_tf import program
+from gshard_tf.spmd import program
 
 X, Y = parity.data(16)
 MESH = {"data": 2, "expert": 2}

@@ -9,6 +9,8 @@ import sys
 import textwrap
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
+# The packages of a checkout, for processes that a test starts.
+PYTHONPATH = os.pathsep.join((str(ROOT), str(ROOT / "examples")))
 
 
 def run_python(code: str, *, with_repo: bool = True, timeout: int = 240, **environ):
@@ -16,7 +18,7 @@ def run_python(code: str, *, with_repo: bool = True, timeout: int = 240, **envir
     env = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", **environ}
     env.pop("PYTHONPATH", None)
     if with_repo:
-        env["PYTHONPATH"] = str(ROOT)
+        env["PYTHONPATH"] = PYTHONPATH
     done = subprocess.run(  # noqa: S603
         [sys.executable, "-c", textwrap.dedent(code)],
         env=env,

@@ -9,7 +9,7 @@ import time
 
 import uvicorn
 
-from examples.serving.requests import Limits
+from gshard_examples.serving.requests import Limits
 
 
 class Echo:

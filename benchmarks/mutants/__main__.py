@@ -14,10 +14,15 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from benchmarks.harness.command_line import (
+    circumstances,
+    options_of,
+    say,
+    show,
+)
 from benchmarks.mutants import checkpoints, routing, strategy, tpu
 from benchmarks.mutants.mutant import Mutant, check
 from benchmarks.mutants.running import ROOT, Copy, copy_of_the_project
-from benchmarks.report import circumstances, options_of, say, show
 
 SUBJECTS: dict[str, tuple[Mutant, ...]] = {
     "checkpoints": checkpoints.MUTANTS,

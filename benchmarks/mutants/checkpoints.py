@@ -2,70 +2,70 @@
 
 from benchmarks.mutants.mutant import Mutant
 
-_HERE = "tests/gshard_tf/checkpoints"
-_BUNDLE = f"{_HERE}/test_bundle.py"
-_CACHES = f"{_HERE}/test_caches.py"
-_DATA = f"{_HERE}/test_data.py"
-_DURABLE = f"{_HERE}/test_durability.py"
-_MANAGER = f"{_HERE}/test_manager.py"
-_MATCHING = f"{_HERE}/test_matching.py"
-_RESTORE = f"{_HERE}/test_restore.py"
-_RESUME = f"{_HERE}/test_resume.py"
-_SNAPSHOT = f"{_HERE}/test_snapshot.py"
-_STATE = f"{_HERE}/test_state.py"
+_HERE = "tests/gshard_tf"
+_BUNDLE = f"{_HERE}/checkpoints/test_tensor_bundle.py"
+_CACHES = f"{_HERE}/checkpoints/test_dataset_caches.py"
+_DATA = f"{_HERE}/checkpoints/test_dataset.py"
+_DURABLE = f"{_HERE}/checkpoints/test_durability.py"
+_MANAGER = f"{_HERE}/checkpoints/test_manager.py"
+_MATCHING = f"{_HERE}/checkpoints/test_matching.py"
+_RESTORE = f"{_HERE}/checkpoints/test_restore.py"
+_RESUME = f"{_HERE}/callbacks/test_resume.py"
+_SNAPSHOT = f"{_HERE}/checkpoints/test_snapshot.py"
+_STATE = f"{_HERE}/checkpoints/test_naming.py"
 
 MUTANTS = (
     Mutant(
-        "gshard_files.py",
+        "gshard_tf/io/atomic_files.py",
         "        os.fsync(file.fileno())\n",
         "",
         (f"{_DURABLE}::test_all_is_on_the_disk_before_it_has_its_name",),
         "a manifest has its name before it is on the disk",
     ),
     Mutant(
-        "gshard_files.py",
+        "gshard_tf/io/atomic_files.py",
         "        os.rename(partial, path)\n        sync_folder(path.parent)\n",
         "        os.rename(partial, path)\n",
         (f"{_DURABLE}::test_all_is_on_the_disk_before_it_has_its_name",),
         "a checkpoint that was announced is gone after a power cut",
     ),
     Mutant(
-        "gshard_tf/checkpoints/bundle.py",
+        "gshard_tf/checkpoints/tensor_bundle.py",
         "            os.fsync(descriptor)\n",
         "            pass\n",
         (f"{_DURABLE}::test_all_is_on_the_disk_before_it_has_its_name",),
         "arrays have their name before they are on the disk",
     ),
     Mutant(
-        "gshard_tf/checkpoints/writing.py",
+        "gshard_tf/checkpoints/writer.py",
         ".files(part))",
         ".files(part)[:0])",
         (f"{_DURABLE}::test_a_part_is_on_the_disk_before_its_process_says_so",),
         "a process says that its part is written before it is on the disk",
     ),
     Mutant(
-        "gshard_tf/checkpoints/writing.py",
+        "gshard_tf/checkpoints/writer.py",
         'and the manifest last."""\n',
         'and the manifest last."""\n    manifest.write(partial)\n',
         (f"{_DURABLE}::test_all_is_on_the_disk_before_it_has_its_name",),
         "the manifest is written before what it vouches for",
     ),
     Mutant(
-        "gshard_tf/checkpoints/bundle.py",
+        "gshard_tf/checkpoints/tensor_bundle.py",
         "region[axis] = (start + at, count)",
         "region[axis] = (at, count)",
         (f"{_BUNDLE}::test_any_part_of_an_array_that_two_devices_wrote",),
         "slices of a piece are written as if the piece began at 0",
     ),
     Mutant(
-        "gshard_tf/checkpoints/bundle.py",
+        "gshard_tf/checkpoints/tensor_bundle.py",
         'spec = "" if region == whole(shape) else _slice_spec(shape, region)',
         'spec = ""',
         (f"{_BUNDLE}::test_any_part_of_an_array_that_two_devices_wrote",),
         "a device is given all of an array for its part",
     ),
     Mutant(
-        "gshard_tf/checkpoints/bundle.py",
+        "gshard_tf/checkpoints/tensor_bundle.py",
         'f"{start},{size}" for start, size in region',
         'f"{start},{start + size}" for start, size in region',
         (f"{_BUNDLE}::test_slices_are_small_and_make_up_the_array",),
@@ -121,56 +121,56 @@ MUTANTS = (
         "a pattern for what may be missing allows all that begins so",
     ),
     Mutant(
-        "gshard_tf/checkpoints/state.py",
+        "gshard_tf/checkpoints/naming.py",
         'self.given[part] = f"{base}_{count}" if count else base',
         "self.given[part] = part",
         (f"{_STATE}::test_names_are_the_same_wherever_a_model_is_made",),
         "names are those of Keras's counter, which differ by process",
     ),
     Mutant(
-        "gshard_tf/checkpoints/state.py",
+        "gshard_tf/checkpoints/naming.py",
         "key=lambda pair: -len(pair[0])",
         "key=lambda pair: len(pair[0])",
         (f"{_STATE}::test_slots_go_by_the_whole_name_of_their_weight",),
         "a slot goes by a weight whose name begins like its own weight's",
     ),
     Mutant(
-        "gshard_tf/checkpoints/state.py",
+        "gshard_tf/checkpoints/naming.py",
         "    while unique in found:\n",
         "    while False:\n",
         (f"{_STATE}::test_weights_of_one_name_are_told_apart",),
         "of two variables of one name only the last is saved",
     ),
     Mutant(
-        "gshard_tf/checkpoints/transfer.py",
+        "gshard_tf/checkpoints/snapshot.py",
         "copies = aligned_copies([view.value for view in views])",
         "copies = [view.value for view in views]",
         (f"{_SNAPSHOT}::test_pieces_are_copies",),
         "what is written in the background is the memory that the next step reuses",
     ),
     Mutant(
-        "gshard_tf/checkpoints/transfer.py",
+        "gshard_tf/checkpoints/snapshot.py",
         "            elif is_chief:\n",
         "            else:\n",
         (f"{_SNAPSHOT}::test_what_all_processes_have_is_for_the_chief",),
         "every process writes what all of them have",
     ),
     Mutant(
-        "gshard_tf/shards.py",
+        "gshard_tf/sharding/regions.py",
         "if shard.replica_id == 0:",
         "if shard.replica_id >= 0:",
         (f"{_MANAGER}::test_a_save_has_the_values_of_its_moment",),
         "pieces that several devices hold are written several times",
     ),
     Mutant(
-        "gshard_tf/shards.py",
+        "gshard_tf/sharding/regions.py",
         "found.append((start, stop - start))",
         "found.append((start, stop))",
         (f"{_SNAPSHOT}::test_every_piece_comes_once",),
         "regions have their ends for sizes",
     ),
     Mutant(
-        "gshard_tf/shards.py",
+        "gshard_tf/sharding/regions.py",
         "start = -buffer.ctypes.data % ALIGNMENT",
         "start = 0",
         (f"{_SNAPSHOT}::test_pieces_are_copies",),
@@ -228,42 +228,42 @@ MUTANTS = (
         "damaged checkpoints count among those that are kept, and sound ones go",
     ),
     Mutant(
-        "gshard_tf/checkpoints/callback.py",
+        "gshard_tf/callbacks/checkpoint.py",
         "            self._save(epoch + 1, 0, logs)\n",
         "            self._save(epoch, 0, logs)\n",
         (f"{_RESUME}::test_a_run_that_is_done_does_nothing",),
         "a run that goes on trains its last epoch again",
     ),
     Mutant(
-        "gshard_tf/checkpoints/callback.py",
+        "gshard_tf/callbacks/checkpoint.py",
         "crossed = self.every and self.step // self.every > (",
         "crossed = self.every and self.step // self.every >= (",
         (f"{_RESUME}::test_going_on_is_exact[1]",),
         "a checkpoint is written after every step",
     ),
     Mutant(
-        "gshard_tf/checkpoints/callback.py",
+        "gshard_tf/callbacks/checkpoint.py",
         "            self._restore_metrics()\n",
         "            pass\n",
         (f"{_RESUME}::test_going_on_is_exact[3]",),
         "the metrics of an epoch that goes on are those of its rest",
     ),
     Mutant(
-        "gshard_tf/checkpoints/data.py",
+        "gshard_tf/checkpoints/dataset.py",
         "for batch in range(self.batches_taken, batches):",
         "for batch in range(self.batches_taken + 1, batches):",
         (f"{_DATA}::test_going_on",),
         "a run that counts batches trains on the last one again",
     ),
     Mutant(
-        "gshard_tf/checkpoints/data.py",
+        "gshard_tf/checkpoints/dataset.py",
         "options.experimental_optimization.inject_prefetch = False",
         "options.experimental_optimization.inject_prefetch = True",
         (f"{_RESUME}::test_going_on_is_exact[3]",),
         "batches are read ahead of the step, and lost",
     ),
     Mutant(
-        "gshard_tf/checkpoints/caches.py",
+        "gshard_tf/checkpoints/dataset_caches.py",
         "if any(len(numbers) == count for count, numbers in parts.items()):",
         "if any(len(numbers) >= 1 for count, numbers in parts.items()):",
         (f"{_CACHES}::test_a_shard_is_missing",),

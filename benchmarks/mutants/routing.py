@@ -2,14 +2,14 @@
 
 from benchmarks.mutants.mutant import Mutant
 
-_DISPATCH = "tests/keras_layers/test_dispatch.py"
-_LOAD_BIAS = "tests/keras_layers/test_load_bias.py"
-_MOE = "tests/keras_layers/test_moe.py"
-_OPTIONS = "tests/keras_layers/test_moe_options.py"
+_DISPATCH = "tests/keras_layers/moe/test_dispatch.py"
+_LOAD_BIAS = "tests/keras_layers/moe/test_load_bias.py"
+_MOE = "tests/keras_layers/moe/test_moe.py"
+_OPTIONS = "tests/keras_layers/moe/test_moe_options.py"
 _PADDING = "tests/keras_layers/test_padding.py"
 _PARTITIONED = "tests/keras_layers/test_partitioned.py"
-_ROUTERS = "tests/keras_layers/test_routers.py"
-_ROUTING = "tests/keras_layers/test_routing.py"
+_ROUTERS = "tests/keras_layers/routing/test_routers.py"
+_ROUTING = "tests/keras_layers/routing/test_routing.py"
 
 MUTANTS = (
     Mutant(
@@ -258,91 +258,91 @@ MUTANTS = (
         "tokens that no expert took get the gradient of the last one taken",
     ),
     Mutant(
-        "keras_layers/routing/hashed.py",
+        "keras_layers/routing/hash_router.py",
         "expert_index = hashed % self.num_experts",
         "expert_index = hashed % (self.num_experts - 1)",
         (f"{_ROUTERS}::test_hash_routes_by_id_alone_and_evenly",),
         "the last expert of hash routing gets no token",
     ),
     Mutant(
-        "keras_layers/dispatch.py",
+        "keras_layers/moe/dispatch.py",
         "tf.cast(routing.weight if weighted else routing.kept, dtype)",
         "tf.cast(routing.weight, dtype)",
         (f"{_DISPATCH}::test_against_loops",),
         "experts are given tokens that are multiplied by their weights already",
     ),
     Mutant(
-        "keras_layers/dispatch.py",
+        "keras_layers/moe/dispatch.py",
         'buffers = annotate(buffers, ("group", None, None, "embed"))',
         'buffers = annotate(buffers, (None, None, None, "embed"))',
         (f"{_PARTITIONED}::test_moe_layer_costs_two_all_to_alls_each_way",),
         "the tokens of all groups are gathered on every device",
     ),
     Mutant(
-        "keras_layers/moves.py",
+        "keras_layers/moe/gathers.py",
         "slot_of_choice = tf.where(kept, expert * capacity + slot, -1)",
         "slot_of_choice = tf.where(kept, slot * num_experts + expert, -1)",
         (f"{_DISPATCH}::test_against_loops",),
         "combine reads the slots in another order than dispatch fills them",
     ),
     Mutant(
-        "keras_layers/moves.py",
+        "keras_layers/moe/gathers.py",
         "tf.where((index >= 0)[..., None], found,",
         "tf.where((index > 0)[..., None], found,",
         (f"{_DISPATCH}::test_against_loops",),
         "the first row is taken for an empty slot",
     ),
     Mutant(
-        "keras_layers/moves.py",
+        "keras_layers/moe/gathers.py",
         "                d_y = d_y * tf.cast(slot_weight, d_y.dtype)  # [G, E*C, M]\n",
         "",
         (f"{_DISPATCH}::test_index_and_einsum_have_the_same_values_and_gradients",),
         "the gradient of the experts' outputs lacks the weight",
     ),
     Mutant(
-        "keras_layers/moves.py",
+        "keras_layers/moe/gathers.py",
         "return (value.bit_length() + 7) // 8",
         "return value.bit_length() // 8",
         (f"{_DISPATCH}::test_index_and_einsum_have_the_same_values_and_gradients",),
         "of groups of more than 255 choices, tokens land in the wrong slots",
     ),
     Mutant(
-        "keras_layers/moves.py",
+        "keras_layers/moe/gathers.py",
         "while distance < experts:",
         "while 2 * distance < experts:",
         (f"{_ROUTERS}::test_dispatchers_and_a_loop_agree",),
         "a token that many experts chose loses some of their outputs",
     ),
     Mutant(
-        "keras_layers/no_drop.py",
+        "keras_layers/moe/dropless.py",
         "fullest <= fits, lambda",
         "fullest <= fits + 1, lambda",
         (f"{_MOE}::test_decoding_is_the_same_with_any_number_of_tokens",),
         "decoding drops a token where an expert is one slot short",
     ),
     Mutant(
-        "keras_layers/moe.py",
+        "keras_layers/moe/layer.py",
         "self.add_loss(self.aux_loss_coef * report.aux_loss)",
         "self.add_loss(report.aux_loss)",
         (f"{_MOE}::test_aux_loss_is_added_in_training_only",),
         "the balancing loss is added without its coefficient",
     ),
     Mutant(
-        "keras_layers/moe.py",
+        "keras_layers/moe/layer.py",
         "if training and report is not None:",
         "if report is not None:",
         (f"{_MOE}::test_aux_loss_is_added_in_training_only",),
         "evaluation has the balancing loss in it",
     ),
     Mutant(
-        "keras_layers/moe.py",
+        "keras_layers/moe/layer.py",
         "mask = tf.pad(real, [[0, missing]])",
         "mask = tf.pad(real, [[0, missing]], constant_values=True)",
         (f"{_MOE}::test_groups_of_a_given_size",),
         "the padding of the last group takes slots",
     ),
     Mutant(
-        "keras_layers/moe.py",
+        "keras_layers/moe/layer.py",
         "outputs = outputs + zero_padding(shared, token_mask)",
         "outputs = outputs + shared",
         (f"{_OPTIONS}::test_shared_experts_make_nothing_of_padding",),

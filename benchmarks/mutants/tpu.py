@@ -2,45 +2,45 @@
 
 from benchmarks.mutants.mutant import Mutant
 
-_HERE = "tests/gshard_tf/tpu"
-_ASSIGNMENT = f"{_HERE}/test_assignment.py"
-_CONSTRUCTION = f"{_HERE}/test_construction.py"
-_CORE_LAYOUTS = f"{_HERE}/test_core_layouts.py"
-_INITIAL = f"{_HERE}/test_initial.py"
-_REPLICAS = f"{_HERE}/test_replicas.py"
-_SEMANTICS = f"{_HERE}/test_semantics.py"
+_HERE = "tests/gshard_tf"
+_ASSIGNMENT = f"{_HERE}/tpu/test_device_assignment.py"
+_CONSTRUCTION = f"{_HERE}/tpu/test_construction.py"
+_CORE_LAYOUTS = f"{_HERE}/tpu/test_layouts.py"
+_INITIAL = f"{_HERE}/tpu/test_initial_value.py"
+_REPLICAS = f"{_HERE}/tpu/test_replicas.py"
+_SEMANTICS = f"{_HERE}/tpu/test_semantics.py"
 
 MUTANTS = (
     Mutant(
-        "gshard_tf/tpu/assignment.py",
+        "gshard_tf/tpu/device_assignment.py",
         "itertools.accumulate(reversed(sizes), lambda a, b: a * b)",
         "itertools.accumulate(sizes, lambda a, b: a * b)",
         (f"{_ASSIGNMENT}::test_axes_of_a_mesh_are_directions_of_the_slice",),
         "the first axis of a mesh gets the short ways that are the last one's",
     ),
     Mutant(
-        "gshard_tf/tpu/assignment.py",
+        "gshard_tf/tpu/device_assignment.py",
         "    if cores % mesh.size:\n",
         "    if cores < mesh.size:\n",
         (f"{_ASSIGNMENT}::test_refuses_a_mesh_that_does_not_fit",),
         "a slice that is no whole number of meshes is taken",
     ),
     Mutant(
-        "gshard_tf/tpu/assignment.py",
+        "gshard_tf/tpu/device_assignment.py",
         "key=lambda box: (-box[3], max(box[:3]), [-n for n in box])",
         "key=lambda box: (box[3], max(box[:3]), [-n for n in box])",
         (f"{_ASSIGNMENT}::test_a_replica_takes_whole_chips",),
         "a replica takes one core of each chip",
     ),
     Mutant(
-        "gshard_tf/tpu/core_layouts.py",
+        "gshard_tf/tpu/layouts.py",
         "        for axis in unused:\n",
         "        for axis in unused[:1]:\n",
         (f"{_CORE_LAYOUTS}::test_all_axes_left_over_split_it",),
         "on meshes of three axes a part of a weight lies on two cores",
     ),
     Mutant(
-        "gshard_tf/tpu/core_layouts.py",
+        "gshard_tf/tpu/layouts.py",
         "use = decision.use or decision.layout",
         "use = decision.use",
         (
@@ -49,35 +49,35 @@ MUTANTS = (
         "a weight that the axes left over split is not gathered for its use",
     ),
     Mutant(
-        "gshard_tf/tpu/initial.py",
+        "gshard_tf/tpu/initial_value.py",
         "rows = part(first.start * row, first.stop * row)",
         "rows = part(0, (first.stop - first.start) * row)",
         (f"{_INITIAL}::test_boxes",),
         "every core's part of a large weight begins as the first one's",
     ),
     Mutant(
-        "gshard_tf/tpu/initial.py",
+        "gshard_tf/tpu/initial_value.py",
         "at_once = max(1, _CHUNK // row)",
         "at_once = 1 + _CHUNK",
         (f"{_INITIAL}::test_a_box_is_cut_from_short_runs",),
         "the host makes all of a weight to cut a part out of it",
     ),
     Mutant(
-        "gshard_tf/tpu/random_parts.py",
+        "gshard_tf/tpu/random_shards.py",
         "return numbers[start - skipped * _GROUP :]",
         "return numbers[: stop - start]",
         (f"{_INITIAL}::test_a_run_of_elements_is_that_of_the_whole",),
         "a part that does not begin at a group of four is shifted",
     ),
     Mutant(
-        "gshard_tf/tpu/random_parts.py",
+        "gshard_tf/tpu/random_shards.py",
         '"StatelessTruncatedNormalV2": 256,',
         '"StatelessTruncatedNormalV2": 1,',
         (f"{_INITIAL}::test_a_run_of_elements_is_that_of_the_whole",),
         "parts of truncated normals repeat each other",
     ),
     Mutant(
-        "gshard_tf/tpu/random_parts.py",
+        "gshard_tf/tpu/random_shards.py",
         "np.array([total % 2**64, (total >> 64) % 2**64], np.uint64)",
         "np.array([total % 2**64, counter[1]], np.uint64)",
         (f"{_INITIAL}::test_the_counter_carries",),
@@ -99,7 +99,7 @@ MUTANTS = (
         "the place of a core is read with the axes of the mesh swapped",
     ),
     Mutant(
-        "gshard_tf/tpu/restoring.py",
+        "gshard_tf/tpu/restore_patch.py",
         "            spec.slice_spec: tensor\n",
         "            spec.slice_spec: restored_tensors[0]\n",
         (f"{_CONSTRUCTION}::test_files",),

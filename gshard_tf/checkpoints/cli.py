@@ -6,10 +6,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from gshard_files import path_option
 from gshard_tf.checkpoints import folders
 from gshard_tf.checkpoints.errors import DamagedError
 from gshard_tf.checkpoints.manifest import Manifest
+from gshard_tf.io.atomic_files import path_option
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -72,7 +72,7 @@ def _row(folder: Path, step: int, read_all: bool) -> dict:
         }
         if read_all:
             # TensorFlow takes seconds to start, and a listing does not need it.
-            from gshard_tf.checkpoints.verifying import verify
+            from gshard_tf.checkpoints.verification import verify
 
             verify(path, manifest)
     except (DamagedError, FileNotFoundError) as error:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from gshard_files import sync_folder
+from gshard_tf.io.atomic_files import sync_folder
 
 T = TypeVar("T")
 

@@ -14,18 +14,23 @@ from typing import Any
 
 import tensorflow as tf
 
-from gshard_files import local_path, make_folder
-from gshard_locks import FolderLock
-from gshard_tf.checkpoints import bundle, folders
-from gshard_tf.checkpoints.data import ResumableData
+from gshard_tf.checkpoints import folders, tensor_bundle
+from gshard_tf.checkpoints.dataset import ResumableData
 from gshard_tf.checkpoints.errors import DamagedError
 from gshard_tf.checkpoints.manifest import Manifest
 from gshard_tf.checkpoints.matching import Match, match
-from gshard_tf.checkpoints.state import Variable, array_of
-from gshard_tf.checkpoints.transfer import describe, load, repeated, snapshot
-from gshard_tf.checkpoints.writing import PATIENCE_SECONDS, write
+from gshard_tf.checkpoints.naming import Variable, array_of
+from gshard_tf.checkpoints.snapshot import (
+    describe,
+    load,
+    repeated,
+    snapshot,
+)
+from gshard_tf.checkpoints.writer import PATIENCE_SECONDS, write
 from gshard_tf.compat.keras_seeds import global_seed_state
-from gshard_tf.processes import agree, group, next_turn
+from gshard_tf.io.atomic_files import local_path, make_folder
+from gshard_tf.io.locks import FolderLock
+from gshard_tf.runtime.process_group import agree, group, next_turn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,8 +228,8 @@ class Checkpoints:
         pieces = snapshot(state, processes.is_chief)
         if position is not None and position["iterator"] is not None:
             saved = position.pop("iterator")
-            name = bundle.position_name(processes.index)
-            pieces.append(bundle.Piece(name, (), (), saved))
+            name = tensor_bundle.position_name(processes.index)
+            pieces.append(tensor_bundle.Piece(name, (), (), saved))
         manifest = Manifest(
             step=step,
             epoch=epoch,
@@ -292,7 +297,7 @@ class Checkpoints:
             self._error = error
 
     def _write(
-        self, manifest: Manifest, pieces: Sequence[bundle.Piece], turn: int
+        self, manifest: Manifest, pieces: Sequence[tensor_bundle.Piece], turn: int
     ) -> None:
         path = self.path(manifest.step)
         try:
@@ -450,7 +455,7 @@ def array_reader(folder: Path, manifest: Manifest, name: str) -> Any:
     dtype = tf.as_dtype(array.dtype)
 
     def read(region: Any) -> tf.Tensor:
-        return bundle.read(folder / "state", name, array.shape, region, dtype)
+        return tensor_bundle.read(folder / "state", name, array.shape, region, dtype)
 
     return read
 
@@ -470,9 +475,9 @@ def _position(folder: Path, manifest: Manifest, data: ResumableData) -> Any:
                 "position as a count: ResumableData(..., position='count')."
             )
         if data.position == "iterator":
-            saved = bundle.read(
+            saved = tensor_bundle.read(
                 folder / "state",
-                bundle.position_name(group().index),
+                tensor_bundle.position_name(group().index),
                 (),
                 (),
                 tf.variant,

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from gshard_files import write_file
 from gshard_tf.checkpoints import folders
 from gshard_tf.checkpoints.errors import DamagedError, unreadable
+from gshard_tf.io.atomic_files import write_file
 
 NAME = "manifest.json"
 FORMAT = 1

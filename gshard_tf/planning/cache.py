@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from tensorflow.experimental import dtensor
 
-from gshard_files import local_path, write_file
+from gshard_tf.io.atomic_files import local_path, write_file
 from gshard_tf.planning.plan import FORMAT, Plan, Weight
 
 

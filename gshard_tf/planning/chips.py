@@ -15,7 +15,7 @@ import math
 import re
 from typing import Any
 
-from gshard_tf.devices import cpu_devices, request_cpu_devices, topology_devices
+from gshard_tf.runtime.devices import cpu_devices, request_cpu_devices, topology_devices
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What `gshard-plan` does once its arguments are checked (by `gshard_plan`)."""
+"""What `gshard-plan` does once its arguments are checked (by `arguments`)."""
 
 import argparse
 import importlib
@@ -16,10 +16,10 @@ import tensorflow as tf
 import gshard_tf
 from gshard_tf.compat.keras_seeds import own_global_seed_generator
 from gshard_tf.planning import planner
-from gshard_tf.planning.abstract import AbstractStrategy
 from gshard_tf.planning.compare import compare
-from gshard_tf.planning.page import page
+from gshard_tf.planning.html.page import page
 from gshard_tf.planning.plan import Plan
+from gshard_tf.spmd.abstract import AbstractStrategy
 
 FITS, BAD_INPUT, DOES_NOT_FIT = 0, 2, 3
 
@@ -32,7 +32,7 @@ def run(options: argparse.Namespace) -> int:
     """Plans or compares; returns the exit status.
 
     Args:
-        options: Of `gshard_plan.parser()`, checked.
+        options: Of `gshard_tf.planning.arguments.parser()`, checked.
     """
     try:
         if options.compare:
@@ -124,7 +124,7 @@ def _json_path(path: pathlib.Path, topology: str, plans: int) -> pathlib.Path:
 
 
 def _find(target: Any) -> Callable[[], Any]:
-    """The function that a `gshard_plan.Target` names."""
+    """The function that a `gshard_tf.planning.arguments.Target` names."""
     try:
         if target.file is None:
             module = importlib.import_module(target.module)

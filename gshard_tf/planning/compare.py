@@ -2,9 +2,9 @@
 
 from collections.abc import Callable
 
-from gshard_tf.planning import grouping, units
+from gshard_tf.planning import summaries, units
 from gshard_tf.planning.plan import Plan
-from gshard_tf.planning.table import verdict
+from gshard_tf.planning.text import verdict
 
 Row = tuple[str, str, str, str]
 
@@ -47,11 +47,11 @@ def rows(a: Plan, b: Plan) -> list[Row]:
         _row("capacity of a core", a, b, lambda p: p.capacity, units.size),
         _row("memory of a core", a, b, lambda p: p.needed, units.size),
     ]
-    for role in grouping.ROLES:
+    for role in summaries.ROLES:
         if any(p.state_bytes(role) for p in (a, b)):
             found.append(
                 _row(
-                    f"  {grouping.ROLE_NAMES[role]}",
+                    f"  {summaries.ROLE_NAMES[role]}",
                     a,
                     b,
                     lambda p, role=role: p.state_bytes(role, per_core=True),

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 
 from tensorflow.experimental import dtensor
 
-from gshard_tf import hlo_text
-from gshard_tf.planning import names
+from gshard_tf.hlo import parser
+from gshard_tf.planning import layer_names
 from gshard_tf.planning.plan import Buffer, Memory, OutOfMemory, Weight
-from gshard_tf.program import SpmdProgram
+from gshard_tf.spmd.program import SpmdProgram
 
 _HANDED_ON = {
     "bitcast",
@@ -35,7 +35,7 @@ def memory_of(program: SpmdProgram, capacity: float | None) -> Memory:
 
 
 def out_of_memory(
-    message: str, capacity: float | None, layers: names.LayerNames
+    message: str, capacity: float | None, layers: layer_names.LayerNames
 ) -> OutOfMemory | None:
     """What the compiler says when a program does not fit; None if it says other."""
     used = re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", message)
@@ -60,14 +60,14 @@ def out_of_memory(
                 bytes=int(_size(size[1], size[2])),
                 shape=shape[1] if shape else "",
                 layer=layers.layer_of(name),
-                operation=names.operation_of(name),
+                operation=layer_names.operation_of(name),
             )
         )
     return OutOfMemory(needed, available or capacity or 0.0, buffers, message)
 
 
 def largest_as_written(
-    module: hlo_text.Module, layers: names.LayerNames, count: int = 8
+    module: parser.Module, layers: layer_names.LayerNames, count: int = 8
 ) -> list[Buffer]:
     """The largest tensors that a step makes, one of each shape and layer."""
     found: dict[tuple[str, str], Buffer] = {}
@@ -78,7 +78,7 @@ def largest_as_written(
         (array,) = instruction.arrays
         shape = f"{array.dtype}[{','.join(map(str, array.dims))}]"
         layer = layers.layer_of(instruction.op_name)
-        operation = names.operation_of(instruction.op_name)
+        operation = layer_names.operation_of(instruction.op_name)
         found.setdefault((shape, layer), Buffer(array.bytes, shape, layer, operation))
     return sorted(found.values(), key=lambda b: -b.bytes)[:count]
 

@@ -325,6 +325,6 @@ class Plan:
         return cls(**fields)
 
     def __str__(self) -> str:
-        from gshard_tf.planning.table import table
+        from gshard_tf.planning.text import table
 
         return table(self)

@@ -12,17 +12,11 @@ import keras
 import tensorflow as tf
 from tensorflow.experimental import dtensor
 
-from gshard_tf import hlo_text, inspection
 from gshard_tf.compat.keras_seeds import own_global_seed_generator
 from gshard_tf.compat.xla import hlo_as_text
-from gshard_tf.keras_steps import MODES, batch_specs, check_mode, complete
-from gshard_tf.layouts import Layouts
-from gshard_tf.lowering import LoweredStep
-from gshard_tf.mesh import create_mesh
-from gshard_tf.placed import PlacedVariable
-from gshard_tf.planning import names
-from gshard_tf.planning.abstract import AbstractStrategy, is_abstract
-from gshard_tf.planning.abstract_step import lower_abstract
+from gshard_tf.hlo import parser
+from gshard_tf.hlo.collectives import collectives_of
+from gshard_tf.planning import layer_names
 from gshard_tf.planning.cache import Cache, content_key
 from gshard_tf.planning.chips import Topology, find_topology
 from gshard_tf.planning.memory import (
@@ -34,10 +28,22 @@ from gshard_tf.planning.memory import (
 from gshard_tf.planning.plan import OutOfMemory, Plan, StepTime, Weight
 from gshard_tf.planning.reshards import Judge, annotations, summarise
 from gshard_tf.planning.roofline import Interconnect, step_time
-from gshard_tf.program import Placement, SpmdProgram
-from gshard_tf.report import describe_one
-from gshard_tf.rules import AxisRules
-from gshard_tf.step import compile_step
+from gshard_tf.sharding.layout_report import describe_one
+from gshard_tf.sharding.mesh import create_mesh
+from gshard_tf.sharding.rules import AxisRules
+from gshard_tf.sharding.sharded_variable import PlacedVariable
+from gshard_tf.sharding.variable_layouts import Layouts
+from gshard_tf.spmd.abstract import AbstractStrategy, is_abstract
+from gshard_tf.spmd.abstract_step import lower_abstract
+from gshard_tf.spmd.keras_step import (
+    MODES,
+    batch_specs,
+    check_mode,
+    complete,
+)
+from gshard_tf.spmd.lowering import LoweredStep
+from gshard_tf.spmd.program import Placement, SpmdProgram
+from gshard_tf.spmd.step import compile_step
 
 
 def plan(
@@ -119,7 +125,7 @@ def plan(
         ) from error
     trace_seconds = time.perf_counter() - begun
     weights = _weights(built, step, layouts)
-    layers = names.LayerNames(names.layer_tree(built))
+    layers = layer_names.LayerNames(layer_names.layer_tree(built))
 
     versions = _versions()
     written_text = hlo_as_text(step.hlo)
@@ -133,7 +139,7 @@ def plan(
         strategy, step, Placement(mesh, found.devices), found, layers
     )
     compile_seconds = time.perf_counter() - begun
-    written_module = hlo_text.parse(written_text)
+    written_module = parser.parse(written_text)
     if oom is not None and not oom.buffers:
         largest = largest_as_written(written_module, layers)
         oom = dataclasses.replace(oom, buffers=largest, as_written=True)
@@ -264,7 +270,7 @@ def _compile(
     step: LoweredStep,
     placement: Placement,
     topology: Topology,
-    layers: names.LayerNames,
+    layers: layer_names.LayerNames,
 ) -> tuple[SpmdProgram | None, OutOfMemory | None]:
     try:
         return compile_step(strategy.extended, step, placement), None
@@ -278,7 +284,7 @@ def _compile(
 def _program_facts(
     program: SpmdProgram | None,
     topology: Topology,
-    layers: names.LayerNames,
+    layers: layer_names.LayerNames,
     judge: Judge,
     loops: Mapping[str, int | None],
 ) -> dict[str, Any]:
@@ -293,7 +299,7 @@ def _program_facts(
             "time": None,
             "unknown_loops": [name for name, n in loops.items() if n is None],
         }
-    module = hlo_text.parse(program.compiled.as_text())
+    module = parser.parse(program.compiled.as_text())
     by_layer: dict[str, float] = {}
     for op_name, flops in _flops(module, loops).items():
         layer = layers.layer_of(op_name)
@@ -302,7 +308,7 @@ def _program_facts(
     cost = program.compiled.cost_analysis() or {}
     collectives = [
         dataclasses.replace(c, times=1) if c.times is None else c
-        for c in inspection.collectives_of(module, loops)
+        for c in collectives_of(module, loops)
     ]
     seconds: Sequence[float] = [0.0] * len(collectives)
     time_: StepTime | None = None
@@ -329,7 +335,7 @@ def _program_facts(
     }
 
 
-def _uncounted(loops: Sequence[str], layers: names.LayerNames) -> list[str]:
+def _uncounted(loops: Sequence[str], layers: layer_names.LayerNames) -> list[str]:
     """A sentence about the loops whose turns nobody can count."""
     if not loops:
         return []
@@ -341,12 +347,12 @@ def _uncounted(loops: Sequence[str], layers: names.LayerNames) -> list[str]:
 
 
 def _flops(
-    module: hlo_text.Module, loops: Mapping[str, int | None] | None = None
+    module: parser.Module, loops: Mapping[str, int | None] | None = None
 ) -> dict[str, float]:
     """FLOPs of the products of a module, by the name of their operation."""
     found: dict[str, float] = {}
     for instruction, computation, times in module.executed(loops):
-        flops = hlo_text.product_flops(instruction, computation)
+        flops = parser.product_flops(instruction, computation)
         if flops:
             name = instruction.op_name
             # In a loop that nobody can count: once; see `_uncounted`.

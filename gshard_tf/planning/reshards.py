@@ -8,11 +8,11 @@ from collections.abc import Sequence
 import numpy as np
 from tensorflow.experimental import dtensor
 
-from gshard_tf import hlo_text
-from gshard_tf.inspection import Collective
-from gshard_tf.planning import names
+from gshard_tf.hlo import parser
+from gshard_tf.hlo.collectives import Collective
+from gshard_tf.planning import layer_names
 from gshard_tf.planning.plan import Communication, Reshard, Weight
-from gshard_tf.rules import AxisRules
+from gshard_tf.sharding.rules import AxisRules
 
 _SUMS = ("all-reduce", "reduce-scatter")
 
@@ -26,7 +26,9 @@ class Annotation:
     tiles: int
 
 
-def annotations(module: hlo_text.Module, layers: names.LayerNames) -> set[Annotation]:
+def annotations(
+    module: parser.Module, layers: layer_names.LayerNames
+) -> set[Annotation]:
     """The annotations of a step, from its module before it is partitioned."""
     found = set()
     for instruction, _, _ in module.executed():
@@ -139,7 +141,7 @@ def _related(one: str, other: str) -> bool:
 
 def summarise(
     found: Sequence[Collective],
-    layers: names.LayerNames,
+    layers: layer_names.LayerNames,
     judge: Judge,
     seconds: Sequence[float],
 ) -> tuple[list[Communication], list[Reshard]]:
@@ -155,7 +157,7 @@ def summarise(
         total[1] += collective.times * collective.bytes
         total[2] += collective.times * time
         if not asked:
-            operation = names.operation_of(collective.op_name)
+            operation = layer_names.operation_of(collective.op_name)
             shape = " ".join(
                 f"{dtype}[{','.join(map(str, dims))}]"
                 for dtype, dims in collective.shapes[:1]

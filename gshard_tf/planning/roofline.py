@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from gshard_tf.inspection import Collective
+from gshard_tf.hlo.collectives import Collective
 from gshard_tf.planning.chips import Chip, Topology, is_ring
 from gshard_tf.planning.plan import StepTime
 

@@ -1,7 +1,7 @@
 """Operations of a TPU program that XLA's partitioner may get wrong: a warning.
 
 `SpmdStrategy` rewrites its modules before the partitioner sees them
-(`gshard_tf/hlo_rewrites`). The program of a TPUStrategy is partitioned by TensorFlow's
+(`gshard_tf/hlo/rewrites`). The program of a TPUStrategy is partitioned by TensorFlow's
 runtime, and nothing can be put between. So whoever trains there is told.
 """
 

@@ -14,12 +14,12 @@ from tensorflow.experimental import dtensor
 # `tf.Variable` would come back to the strategy.
 from tensorflow.python.ops import resource_variable_ops
 
-from gshard_tf import hlo_sharding
 from gshard_tf.compat.tensorflow import out_of_graphs
-from gshard_tf.layouts import Layouts
-from gshard_tf.shards import Region, whole
-from gshard_tf.tpu.exporting import stand_in
-from gshard_tf.tpu.initial import InitialValue
+from gshard_tf.sharding import op_sharding
+from gshard_tf.sharding.regions import Region, whole
+from gshard_tf.sharding.variable_layouts import Layouts
+from gshard_tf.tpu.exported_variable import stand_in
+from gshard_tf.tpu.initial_value import InitialValue
 
 
 class Storage:
@@ -135,7 +135,7 @@ class Storage:
 
     def sharding(self) -> bytes:
         """The same as XLA says it."""
-        return hlo_sharding.from_layout(self.layout)
+        return op_sharding.from_layout(self.layout)
 
     def assemble(self, parts: list[tf.Tensor]) -> tf.Tensor:
         """The whole, from what each core holds."""

@@ -16,18 +16,18 @@ from tensorflow.python.distribute import distribute_utils
 from tensorflow.python.distribute import tpu_strategy as tf_tpu_strategy
 from tensorflow.python.ops import control_flow_util
 
-from gshard_tf.annotations import shard
-from gshard_tf.mesh import create_mesh, use_mesh
-from gshard_tf.on_mesh import OnMesh
-from gshard_tf.placed import PlacedVariable
-from gshard_tf.rules import AxisRules
-from gshard_tf.tpu.assignment import assign_cores
-from gshard_tf.tpu.connecting import connect
-from gshard_tf.tpu.core_layouts import CoreLayouts
-from gshard_tf.tpu.initial import InitialValue
+from gshard_tf.sharding.annotations import shard
+from gshard_tf.sharding.mesh import create_mesh, use_mesh
+from gshard_tf.sharding.rules import AxisRules
+from gshard_tf.sharding.sharded_variable import PlacedVariable
+from gshard_tf.spmd.on_mesh import OnMesh
+from gshard_tf.tpu.device_assignment import assign_cores
+from gshard_tf.tpu.initial_value import InitialValue
+from gshard_tf.tpu.layouts import CoreLayouts
 from gshard_tf.tpu.partitioner_faults import PartitionerFaults
-from gshard_tf.tpu.restoring import pass_on_all_slices
+from gshard_tf.tpu.restore_patch import pass_on_all_slices
 from gshard_tf.tpu.storage import Storage
+from gshard_tf.tpu.system import connect
 from gshard_tf.tpu.variables import CoreShards, MeshTPUSyncOnRead, MeshTPUVariable
 
 

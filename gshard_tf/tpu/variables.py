@@ -27,11 +27,11 @@ from tensorflow.python.ops import gen_tpu_partition_ops as partition_ops
 from tensorflow.python.saved_model import save_context
 from tensorflow.python.trackable import base as trackable
 
-from gshard_tf import hlo_sharding
-from gshard_tf.placed import InPieces, PlacedVariable
-from gshard_tf.shards import Region, splits
-from gshard_tf.tpu.bridge import tile_assignment
-from gshard_tf.tpu.exporting import being_exported
+from gshard_tf.sharding import op_sharding
+from gshard_tf.sharding.regions import Region, splits
+from gshard_tf.sharding.sharded_variable import InPieces, PlacedVariable
+from gshard_tf.testing.tpu.bridge import tile_assignment
+from gshard_tf.tpu.exported_variable import being_exported
 from gshard_tf.tpu.storage import Storage
 
 
@@ -205,8 +205,8 @@ class MeshTPUVariable(InPieces, _OnCores, tpu_values.TPUMirroredVariable):
         value = super()._read_variable_op()
         if self.decision is not None and self.decision.use is not None:
             # Stored split to save memory, used as the rules say.
-            value = hlo_sharding.constrain(
-                value, hlo_sharding.from_layout(self.decision.use)
+            value = op_sharding.constrain(
+                value, op_sharding.from_layout(self.decision.use)
             )
         return value
 

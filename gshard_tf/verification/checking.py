@@ -8,10 +8,10 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.compiler.xla.service import hlo_pb2
 
-from gshard_tf import lowering
-from gshard_tf.placed import PlacedVariable
-from gshard_tf.planning.names import LayerNames
-from gshard_tf.portable.names import named_leaves
+from gshard_tf.export.naming import named_leaves
+from gshard_tf.planning.layer_names import LayerNames
+from gshard_tf.sharding.sharded_variable import PlacedVariable
+from gshard_tf.spmd import lowering
 from gshard_tf.verification import measures
 from gshard_tf.verification.measures import Measure
 from gshard_tf.verification.observing import find_first
@@ -37,7 +37,7 @@ class StepToCheck:
         step: The step as it was lowered for the mesh.
         trace: Traces it again, without a mesh, for compiling or not.
         arrays: Its arguments.
-        roles: What each variable is for, by its `id`; see `keras_steps.roles_of`.
+        roles: What each variable is for, by its `id`; see `keras_step.roles_of`.
         layers: Finds the layers of the model in the names of operations.
         title: What to call it.
         trains: Whether weights are meant to move.

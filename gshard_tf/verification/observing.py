@@ -13,7 +13,7 @@ import tensorflow as tf
 from tensorflow.compiler.xla import xla_data_pb2
 from tensorflow.compiler.xla.service import hlo_pb2
 
-from gshard_tf import lowering
+from gshard_tf.spmd import lowering
 from gshard_tf.verification.measures import Measure
 
 # How many results in between one compilation gives, and how many bytes they may have.

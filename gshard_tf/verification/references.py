@@ -8,10 +8,10 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.experimental import dtensor
 
-from gshard_tf import lowering
-from gshard_tf.mesh import create_mesh
-from gshard_tf.program import Placement, SpmdProgram
-from gshard_tf.step import StepLayouts, step_layouts
+from gshard_tf.sharding.mesh import create_mesh
+from gshard_tf.spmd import lowering
+from gshard_tf.spmd.program import Placement, SpmdProgram
+from gshard_tf.spmd.step import StepLayouts, step_layouts
 
 # From the values of all captures to all results, outputs first.
 Run = Callable[[Sequence[np.ndarray]], list[np.ndarray]]

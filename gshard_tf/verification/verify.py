@@ -7,12 +7,18 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from gshard_tf import lowering
-from gshard_tf.keras_steps import MODES, batch_specs, check_mode, complete, roles_of
-from gshard_tf.mesh import without_mesh
-from gshard_tf.planning.names import LayerNames, layer_tree
-from gshard_tf.processes import group
-from gshard_tf.strategy import SpmdStrategy
+from gshard_tf.planning.layer_names import LayerNames, layer_tree
+from gshard_tf.runtime.process_group import group
+from gshard_tf.sharding.mesh import without_mesh
+from gshard_tf.spmd import lowering
+from gshard_tf.spmd.keras_step import (
+    MODES,
+    batch_specs,
+    check_mode,
+    complete,
+    roles_of,
+)
+from gshard_tf.spmd.strategy import SpmdStrategy
 from gshard_tf.verification.checking import StepToCheck, check_step
 from gshard_tf.verification.report import VerificationReport
 

@@ -4,15 +4,15 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from keras_layers.checks import check_coefficient, check_int
-from keras_layers.decoding.common import (
+from keras_layers._arguments import check_coefficient, check_int
+from keras_layers._shapes import sizes
+from keras_layers.decoding.protocol import (
     IMPOSSIBLE,
     Decodable,
     check_ids,
     log_probabilities,
     row_limits,
 )
-from keras_layers.shapes import sizes
 
 
 class Hypotheses(NamedTuple):

@@ -4,13 +4,13 @@ from collections.abc import Callable
 
 import tensorflow as tf
 
-from keras_layers.decoding.common import (
+from keras_layers._shapes import sizes
+from keras_layers.decoding.protocol import (
     Decodable,
     check_ids,
     log_probabilities,
     row_limits,
 )
-from keras_layers.shapes import sizes
 
 
 def greedy_decode(

@@ -4,11 +4,11 @@ from typing import Any
 
 import tensorflow as tf
 
-from gshard_tf import counter_rng
-from keras_layers.checks import check_int, check_positive
-from keras_layers.decoding.common import IMPOSSIBLE, Decodable, check_ids
+from gshard_tf import random
+from keras_layers._arguments import check_int, check_positive
+from keras_layers._shapes import sizes
 from keras_layers.decoding.greedy import generate
-from keras_layers.shapes import sizes
+from keras_layers.decoding.protocol import IMPOSSIBLE, Decodable, check_ids
 
 
 def sample_decode(
@@ -63,12 +63,12 @@ def sample_decode(
             f"Received: seed={seed}"
         )
     # A key of its own for each step: seeds that follow each other share none.
-    keys = counter_rng.random_bits(seed, [max_length, 2], batch_dim=None)
+    keys = random.random_bits(seed, [max_length, 2], batch_dim=None)
     keys = tf.cast(keys, tf.int64)
 
     def draw(log_probs: tf.Tensor, step: tf.Tensor) -> tf.Tensor:
         log_probs = log_probs / temperature
-        uniform = counter_rng.uniform(keys[step], sizes(log_probs))
+        uniform = random.uniform(keys[step], sizes(log_probs))
         # Gumbel's trick: the largest of log p - log(-log u) is a draw from p.
         noise = -tf.math.log(-tf.math.log(tf.maximum(uniform, 1e-30)))
         if top_k is None and top_p is None:

@@ -8,10 +8,10 @@ one more layer of this kind.
 
 from keras_layers.routing.capacity import expert_capacity
 from keras_layers.routing.expert_choice import ExpertChoiceRouter
-from keras_layers.routing.hashed import HashRouter
+from keras_layers.routing.hash_router import HashRouter
 from keras_layers.routing.losses import load_balancing_loss, router_z_loss
-from keras_layers.routing.plans import Routing, SlotRouting
-from keras_layers.routing.replay import record_routing, replay_routing
+from keras_layers.routing.recording import record_routing, replay_routing
+from keras_layers.routing.results import Routing, SlotRouting
 from keras_layers.routing.router import Router, RouterReport
 from keras_layers.routing.top2 import Top2Router, top2_assignment
 from keras_layers.routing.top_k import TopKRouter

@@ -4,9 +4,9 @@ from typing import Any
 
 import tensorflow as tf
 
+from keras_layers._shapes import sizes
 from keras_layers.routing.counting import BLOCK, in_blocks, running_counts
-from keras_layers.routing.plans import Routing
-from keras_layers.shapes import sizes
+from keras_layers.routing.results import Routing
 
 
 def assign(

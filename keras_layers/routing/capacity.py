@@ -5,7 +5,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from keras_layers.checks import check_positive
+from keras_layers._arguments import check_positive
 
 DROPLESS = "dropless"
 

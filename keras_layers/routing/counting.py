@@ -8,7 +8,7 @@ is not the last one column by column: with 256 experts a running sum of `[G, T, 
 
 import tensorflow as tf
 
-from keras_layers.shapes import sizes
+from keras_layers._shapes import sizes
 
 BLOCK = 32
 

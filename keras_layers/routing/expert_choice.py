@@ -5,7 +5,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_layers.routing.plans import SlotRouting
+from keras_layers.routing.results import SlotRouting
 from keras_layers.routing.router import Router
 
 

@@ -6,17 +6,17 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from gshard_tf import annotate, counter_rng, name_axes
-from keras_layers.checks import check_int, check_positive, check_rate
-from keras_layers.padding import places, zero_padding
+from gshard_tf import annotate, name_axes, random
+from keras_layers._arguments import check_int, check_positive, check_rate
+from keras_layers._padding import places, zero_padding
+from keras_layers._shapes import sizes
 from keras_layers.routing.capacity import (
     capacity_in_force,
     check_capacity_factor,
     expert_capacity,
 )
 from keras_layers.routing.losses import masked_mean, router_z_loss
-from keras_layers.routing.plans import Routing, SlotRouting
-from keras_layers.shapes import sizes
+from keras_layers.routing.results import Routing, SlotRouting
 
 
 class RouterReport(NamedTuple):
@@ -255,7 +255,7 @@ class Router(keras.layers.Layer):
         With a mask `[G, S]` a real token's numbers are those that it has without
         padding: they go by its place among the real tokens of its group.
         """
-        numbers = counter_rng.uniform(self.seed_generator.next(), sizes(like)[:rank])
+        numbers = random.uniform(self.seed_generator.next(), sizes(like)[:rank])
         if mask is None:
             return numbers
         numbers = annotate(numbers, ("group", *[None] * (rank - 1)))

@@ -5,10 +5,10 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_layers.checks import check_choice, check_positive
+from keras_layers._arguments import check_choice, check_positive
 from keras_layers.routing.assignment import assign, read_out, top_choices
 from keras_layers.routing.losses import load_balancing_loss
-from keras_layers.routing.plans import Routing
+from keras_layers.routing.results import Routing
 from keras_layers.routing.router import Router
 
 POLICIES = ("random", "all", "sampling", "threshold")

@@ -6,7 +6,7 @@ import keras
 import tensorflow as tf
 
 from gshard_tf import accumulated_batches
-from keras_layers.checks import check_choice, check_coefficient, check_int
+from keras_layers._arguments import check_choice, check_coefficient, check_int
 from keras_layers.routing.assignment import (
     assign,
     read_out,
@@ -19,7 +19,7 @@ from keras_layers.routing.balancing import (
 )
 from keras_layers.routing.counting import choices_of_real
 from keras_layers.routing.losses import load_balancing_loss
-from keras_layers.routing.plans import Routing
+from keras_layers.routing.results import Routing
 from keras_layers.routing.router import Router
 
 

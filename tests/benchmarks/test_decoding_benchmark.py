@@ -1,4 +1,4 @@
-"""benchmarks.decoding: its arithmetic, and that it runs."""
+"""benchmarks.decoding.speed: its arithmetic, and that it runs."""
 
 import json
 import subprocess
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from processes import ROOT
 
-from benchmarks import decoding
+from benchmarks.decoding import speed
 
 
 def row(side, way, batch, p50):
@@ -27,7 +27,7 @@ def test_ratios_are_theirs_over_ours():
         row("ours, dense", "greedy, compiled", 8, 1.0),
         row("transformers, dense", "greedy", 8, 0.5),
     ]
-    assert decoding.ratios(rows) == {
+    assert speed.ratios(rows) == {
         "uncached compiled / cached, batch 1": 14.0,
         "op by op / compiled, batch 1": 2.0,
         "beam / flat beam, batch 1": 2.0,
@@ -44,7 +44,7 @@ def test_measure_counts_tokens_of_what_comes_back():
         calls.append(1)
         return np.zeros([4, 9])
 
-    found = decoding.measure(call, tokens=8, seconds=0.0)
+    found = speed.measure(call, tokens=8, seconds=0.0)
     assert found["calls"] == 3 and len(calls) == 4
     assert found["tokens_per_second"] == pytest.approx(4 * 8 / found["p50"])
     assert found["p50"] <= found["p99"]
@@ -53,7 +53,7 @@ def test_measure_counts_tokens_of_what_comes_back():
 @pytest.mark.slow
 def test_it_runs():
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.decoding", "--quick", "--json"],
+        [sys.executable, "-m", "benchmarks.decoding.speed", "--quick", "--json"],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -6,22 +6,22 @@ import subprocess
 import sys
 
 import pytest
-from processes import ROOT
+from processes import PYTHONPATH, ROOT
 
-from benchmarks.gpu_moe import table
+from benchmarks.gpu.measure import table
 
 ALONE = """
 import sys
 sys.modules["tensorflow"] = sys.modules["keras"] = None
-from benchmarks import gpu_moe
-gpu_moe.main()
+from benchmarks.gpu import measure
+measure.main()
 """
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("layers")
-    command = [sys.executable, "-m", "benchmarks.gpu_moe_programs", str(folder)]
+    command = [sys.executable, "-m", "benchmarks.gpu.export", str(folder)]
     subprocess.run(
         [*command, "--grid", "quick"], cwd=ROOT, check=True, capture_output=True
     )
@@ -32,7 +32,7 @@ def measure(folder, *arguments):
     done = subprocess.run(
         [sys.executable, "-c", ALONE, str(folder), "--rounds", "2", *arguments],
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=os.environ | {"PYTHONPATH": PYTHONPATH},
         capture_output=True,
         text=True,
         timeout=200,

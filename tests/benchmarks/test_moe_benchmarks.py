@@ -11,16 +11,17 @@ import pytest
 import tensorflow as tf
 from processes import ROOT
 
-from benchmarks import memory, moe_peers, timing
-from benchmarks.moe_scaling import routing_bytes
-from benchmarks.moe_sides import (
+from benchmarks.harness import memory, timing
+from benchmarks.moe import peers
+from benchmarks.moe.peer_blocks import OURS, PEERS, Peer
+from benchmarks.moe.scaling import routing_bytes
+from benchmarks.moe.steps import (
     Shape,
     layer_step,
     matmul_arguments,
     matmul_step,
     tokens_and_gradients,
 )
-from benchmarks.peer_blocks import OURS, PEERS, Peer
 
 SHAPE = Shape(experts=4, model_dim=8, hidden_dim=16, groups=2, group_size=16)
 
@@ -145,8 +146,8 @@ def test_peak_memory_counts_from_its_reset():
 
 
 def test_a_peer_that_hangs_is_ended(monkeypatch):
-    monkeypatch.setattr(moe_peers, "LIMIT", 0.5)
-    block = moe_peers.Block.__new__(moe_peers.Block)
+    monkeypatch.setattr(peers, "LIMIT", 0.5)
+    block = peers.Block.__new__(peers.Block)
     block.name, block.way = "sleeper", "jit"
     block.errors = tempfile.TemporaryFile("w+")
     block.process = subprocess.Popen(
@@ -155,6 +156,6 @@ def test_a_peer_that_hangs_is_ended(monkeypatch):
         stdout=subprocess.PIPE,
         text=True,
     )
-    with pytest.raises(moe_peers.BlockError, match=r"sleeper .* ended after 0.5 s"):
+    with pytest.raises(peers.BlockError, match=r"sleeper .* ended after 0.5 s"):
         block.ask("step")
     assert block.process.returncode

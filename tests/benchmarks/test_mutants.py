@@ -9,7 +9,7 @@ import time
 from collections import Counter
 
 import pytest
-from processes import ROOT
+from processes import PYTHONPATH, ROOT
 
 from benchmarks.mutants.__main__ import SUBJECTS, chosen, summary
 from benchmarks.mutants.mutant import Mutant, check
@@ -41,16 +41,19 @@ def test_there_are_many_of_each_subject():
         ({"text": "ROUNDS = 13", "replacement": "ROUNDS = 13"}, "differ from its"),
         ({"file": "gshard_tf/no_such_file.py"}, "no_such_file.py"),
         ({"tests": ("tests/no_such_file.py",)}, "tests/no_such_file.py"),
-        ({"tests": ("tests/test_files.py::test_none",)}, "test_files.py::test_none"),
+        (
+            {"tests": ("tests/gshard_tf/io/test_atomic_files.py::test_none",)},
+            "test_atomic_files.py::test_none",
+        ),
     ],
     ids=["gone", "not once", "no change", "no file", "no test file", "no test"],
 )
 def test_a_mutant_that_is_out_of_date_is_an_error(change, said):
     right = {
-        "file": "gshard_tf/counter_rng.py",
+        "file": "gshard_tf/random/threefry.py",
         "text": "ROUNDS = 13",
         "replacement": "ROUNDS = 12",
-        "tests": ("tests/test_files.py::test_full_disk[x]",),
+        "tests": ("tests/gshard_tf/io/test_atomic_files.py::test_full_disk[x]",),
         "breaks": "nothing",
     }
     check([Mutant(**right)], ROOT)
@@ -106,7 +109,7 @@ def test_the_script_tells_what_is_caught_from_what_survives(tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", _TWO.format(quick=QUICK)],
         cwd=ROOT,
-        env={**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": PYTHONPATH},
         capture_output=True,
         text=True,
         timeout=240,
@@ -118,7 +121,7 @@ def test_the_script_tells_what_is_caught_from_what_survives(tmp_path):
     assert caught["by"].startswith(quick.tests[0].partition("::")[0])
     assert survived["verdict"] == "survived" and not survived["expected"]
     assert found["unexpected"] == [
-        "survived: gshard_tf/rules.py: a word of a docstring"
+        "survived: gshard_tf/sharding/rules.py: a word of a docstring"
     ]
     # Nothing is left, and nothing was changed.
     assert list(tmp_path.iterdir()) == []
@@ -129,7 +132,7 @@ def test_a_script_that_is_ended_leaves_nothing_behind(tmp_path):
     script = subprocess.Popen(
         [sys.executable, "-m", "benchmarks.mutants", "--only", QUICK],
         cwd=ROOT,
-        env={**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": PYTHONPATH},
         stderr=subprocess.PIPE,
     )
     script.stderr.readline()  # a fork is about to run the tests

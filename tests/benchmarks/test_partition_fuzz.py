@@ -9,7 +9,7 @@ import sys
 import keras
 import numpy as np
 import pytest
-from processes import ROOT
+from processes import PYTHONPATH
 
 from benchmarks import partition_fuzz
 from benchmarks.fuzz import array_ops, harness, keras_ops, layer_ops, shrinking
@@ -20,8 +20,8 @@ from benchmarks.fuzz.crew import Crew
 PLANTED = """
 import tensorflow as tf
 import gshard_tf
-from gshard_tf import hlo_sharding
-constrain = hlo_sharding.constrain
+from gshard_tf.sharding import op_sharding
+constrain = op_sharding.constrain
 
 @tf.custom_gradient
 def faulty(tensor):
@@ -32,7 +32,7 @@ def planted(tensor, sharding):
     constrained = constrain(tensor, sharding)
     return faulty(constrained) if tensor.dtype.is_floating else constrained
 
-hlo_sharding.constrain = planted
+op_sharding.constrain = planted
 """
 
 
@@ -113,7 +113,7 @@ def test_a_planted_fault_is_found_and_its_script_shows_it(tmp_path):
     code = f"{PLANTED}\nimport runpy\nrunpy.run_path({str(script)!r}, None, '__main__')"
     faulty = subprocess.run(
         [sys.executable, "-c", code],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=os.environ | {"PYTHONPATH": PYTHONPATH},
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -128,7 +128,7 @@ def test_a_planted_fault_is_found_and_its_script_shows_it(tmp_path):
 def test_a_process_that_dies_is_a_crash_and_the_next_case_runs():
     dies = """
 import os
-from gshard_tf import program
+from gshard_tf.spmd import program
 compiled = program.SpmdProgram.__init__
 def dying(self, step, placement, *arguments, **options):
     if placement.mesh.size > 1:

@@ -6,9 +6,9 @@ from collections import Counter
 import polib
 import pytest
 
-from examples.translation.catalogues import read_gettext
-from examples.translation.corpus import prepare_corpus
-from examples.translation.sources import Source
+from gshard_examples.translation.catalogues import read_gettext
+from gshard_examples.translation.corpus import prepare_corpus
+from gshard_examples.translation.sources import Source
 
 WORDS = (
     "apple basket candle desert engine feather garden hammer island jacket kettle "
@@ -101,7 +101,7 @@ def toy_corpus(tmp_path_factory):
 @pytest.fixture(scope="session")
 def toy_model(toy_corpus, tmp_path_factory):
     """The file of a small vocabulary."""
-    from examples.translation.vocabulary_training import train_vocabulary
+    from gshard_examples.translation.vocabulary_training import train_vocabulary
 
     path = tmp_path_factory.mktemp("vocabulary") / "toy.model"
     return train_vocabulary(toy_corpus, path, size=600, character_coverage=1.0)
@@ -109,7 +109,7 @@ def toy_model(toy_corpus, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def toy_vocabulary(toy_model):
-    from examples.translation.vocabulary import Vocabulary
+    from gshard_examples.translation.vocabulary import Vocabulary
 
     return Vocabulary(toy_model)
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from examples.translation import corpus as corpora
-from examples.translation.corpus import CorpusError, load_corpus, prepare_corpus
-from examples.translation.languages import base_language
-from examples.translation.splitting import SPLITS, message_key, near_copies
+from gshard_examples.translation import corpus as corpora
+from gshard_examples.translation.corpus import CorpusError, load_corpus, prepare_corpus
+from gshard_examples.translation.languages import base_language
+from gshard_examples.translation.splitting import SPLITS, message_key, near_copies
 
 from .conftest import (
     catalogue,
@@ -345,9 +345,9 @@ def test_corpus_s(tmp_path):
 
 @pytest.mark.skipif(not installed("django"), reason="needs django")
 def test_part_of_corpus_s_is_reproducible(tmp_path):
-    from examples.translation.catalogues import read_gettext
-    from examples.translation.files import installed_files
-    from examples.translation.sources import Source
+    from gshard_examples.translation.catalogues import read_gettext
+    from gshard_examples.translation.files import installed_files
+    from gshard_examples.translation.sources import Source
 
     def wanted(path):
         return path.startswith("django/conf/locale/") and path.endswith(".mo")

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from examples.translation import cli, exporting, translating
-from examples.translation.model import make_model
-from examples.translation.settings import Settings
-from examples.translation.vocabulary import BOS, EOS, PAD
+from gshard_examples.translation import cli, exporting, translating
+from gshard_examples.translation.model import make_model
+from gshard_examples.translation.settings import Settings
+from gshard_examples.translation.vocabulary import BOS, EOS, PAD
 from keras_layers import beam_search, length_limits
 
 TEXTS = ["appleo basketo candleo", "", "x " * 25_000, "gardenen hammeren", "мир"]

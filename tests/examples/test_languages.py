@@ -1,6 +1,6 @@
 import pytest
 
-from examples.translation import languages
+from gshard_examples.translation import languages
 
 
 @pytest.mark.parametrize(

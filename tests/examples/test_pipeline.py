@@ -4,14 +4,14 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from examples.translation.corpus import Pair
-from examples.translation.pipeline import (
+from gshard_examples.translation.corpus import Pair
+from gshard_examples.translation.pipeline import (
     Batches,
     make_dataset,
     tokenize_pairs,
     tokenize_split,
 )
-from examples.translation.vocabulary import BOS, EOS, PAD
+from gshard_examples.translation.vocabulary import BOS, EOS, PAD
 
 BUCKETS = (8, 16, 64)
 

@@ -4,16 +4,16 @@ import numpy as np
 import pytest
 import sacrebleu
 
-from examples.translation import baselines
-from examples.translation.baselines import (
+from gshard_examples.translation import baselines
+from gshard_examples.translation.baselines import (
     TranslationMemory,
     copy_source,
     translate_with_apertium,
     unigram_cross_entropy,
 )
-from examples.translation.corpus import Pair
-from examples.translation.report import plot_scores
-from examples.translation.scoring import format_table, score, write_scores
+from gshard_examples.translation.corpus import Pair
+from gshard_examples.translation.report import plot_scores
+from gshard_examples.translation.scoring import format_table, score, write_scores
 
 PAIRS = [
     Pair("de", "django", "Die rote Katze", "The red cat sits here"),

@@ -15,14 +15,14 @@ import sys
 import time
 
 import pytest
-from processes import ROOT
+from processes import PYTHONPATH
 
 pytest.importorskip("uvicorn")
 
 from serving_clients import LIMITS, Echo, ask, call, free_port, serving  # noqa: E402
 
-from examples.serving.app import PAGE, make_app  # noqa: E402
-from examples.serving.requests import Limits  # noqa: E402
+from gshard_examples.serving.app import PAGE, make_app  # noqa: E402
+from gshard_examples.serving.requests import Limits  # noqa: E402
 
 
 @pytest.fixture
@@ -241,10 +241,10 @@ def test_the_page_itself_is_served_as_it_is(server):
 
 @pytest.fixture(scope="module")
 def exported(toy_vocabulary, tmp_path_factory):
-    from examples.translation.exporting import export
-    from examples.translation.model import make_model
-    from examples.translation.settings import Settings
-    from examples.translation.translating import Translator
+    from gshard_examples.translation.exporting import export
+    from gshard_examples.translation.model import make_model
+    from gshard_examples.translation.settings import Settings
+    from gshard_examples.translation.translating import Translator
 
     settings = Settings(
         encoder_layers=1,
@@ -265,8 +265,15 @@ def test_the_command_serves_a_saved_model(exported):
     folder, translator = exported
     port = free_port()
     process = subprocess.Popen(
-        [sys.executable, "-m", "examples.serving", str(folder), "--port", str(port)],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "3"},
+        [
+            sys.executable,
+            "-m",
+            "gshard_examples.serving",
+            str(folder),
+            "--port",
+            str(port),
+        ],
+        env=os.environ | {"PYTHONPATH": PYTHONPATH, "TF_CPP_MIN_LOG_LEVEL": "3"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -295,7 +302,7 @@ def test_the_command_serves_a_saved_model(exported):
 
 
 def test_the_command_without_a_model(tmp_path, capsys):
-    from examples.serving.__main__ import main
+    from gshard_examples.serving.__main__ import main
 
     assert main([str(tmp_path / "nothing")]) == 2
     assert "no model to serve" in capsys.readouterr().err

@@ -15,17 +15,17 @@ import time
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from processes import ROOT
+from processes import PYTHONPATH
 
 pytest.importorskip("uvicorn")
 
 import tensorflow as tf  # noqa: E402
 from serving_clients import LIMITS, Echo, ask, call, free_port, serving  # noqa: E402
 
-from examples.serving.__main__ import main  # noqa: E402
-from examples.serving.app import make_app  # noqa: E402
-from examples.serving.batching import Batcher  # noqa: E402
-from examples.serving.requests import Limits  # noqa: E402
+from gshard_examples.serving.__main__ import main  # noqa: E402
+from gshard_examples.serving.app import make_app  # noqa: E402
+from gshard_examples.serving.batching import Batcher  # noqa: E402
+from gshard_examples.serving.requests import Limits  # noqa: E402
 
 STRINGS = tf.TensorSpec([None], tf.string)
 
@@ -85,7 +85,9 @@ def refused(arguments, capsys):
         status = stopped.code
     said = capsys.readouterr().err
     assert status == 2, said
-    assert said.startswith("python -m examples.serving: ") and said.count("\n") == 1
+    assert (
+        said.startswith("python -m gshard_examples.serving: ") and said.count("\n") == 1
+    )
     return said
 
 
@@ -279,10 +281,10 @@ def test_a_body_where_none_is_read_closes_the_connection():
 
 def started(folder, *options):
     port = free_port()
-    command = [sys.executable, "-m", "examples.serving", str(folder)]
+    command = [sys.executable, "-m", "gshard_examples.serving", str(folder)]
     process = subprocess.Popen(
         [*command, "--port", str(port), *options],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "3"},
+        env=os.environ | {"PYTHONPATH": PYTHONPATH, "TF_CPP_MIN_LOG_LEVEL": "3"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

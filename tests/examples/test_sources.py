@@ -7,8 +7,12 @@ from importlib import metadata
 
 import pytest
 
-from examples.translation import catalogues, sources
-from examples.translation.files import MissingPackageError, deb_files, installed_files
+from gshard_examples.translation import catalogues, sources
+from gshard_examples.translation.files import (
+    MissingPackageError,
+    deb_files,
+    installed_files,
+)
 
 from .conftest import catalogue
 

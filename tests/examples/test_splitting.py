@@ -4,7 +4,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from examples.translation.splitting import assign_splits, message_key, near_copies
+from gshard_examples.translation.splitting import (
+    assign_splits,
+    message_key,
+    near_copies,
+)
 
 from .conftest import messages
 

@@ -13,9 +13,9 @@ import time
 import numpy as np
 import pytest
 import tensorflow as tf
-from processes import ROOT, run_python
+from processes import PYTHONPATH, run_python
 
-from examples.translation import (
+from gshard_examples.translation import (
     cli,
     evaluating,
     exporting,
@@ -23,9 +23,9 @@ from examples.translation import (
     translating,
     vocabulary_training,
 )
-from examples.translation.baselines import ApertiumResult
-from examples.translation.corpus import load_corpus, prepare_corpus
-from examples.translation.settings import Settings
+from gshard_examples.translation.baselines import ApertiumResult
+from gshard_examples.translation.corpus import load_corpus, prepare_corpus
+from gshard_examples.translation.settings import Settings
 
 TINY = {
     "buckets": "24",
@@ -142,9 +142,9 @@ def job(folder, corpus, vocabulary, **settings):
     return f"""
         import sys
         import gshard_tf
-        from examples.translation import cli, corpus
-        from examples.translation.settings import Settings
-        from examples.translation.vocabulary import Vocabulary
+        from gshard_examples.translation import cli, corpus
+        from gshard_examples.translation.settings import Settings
+        from gshard_examples.translation.vocabulary import Vocabulary
         found = corpus.load_corpus({str(corpus.path)!r})
         model = Vocabulary({vocabulary.model_bytes!r})
         cli._prepare = lambda options: (Settings(**{settings!r}), found, model)
@@ -164,7 +164,7 @@ def test_the_command_goes_on_after(kind, corpus, vocabulary, tmp_path):
     )
     process = subprocess.Popen(
         [sys.executable, "-c", f"{listening}\n{textwrap.dedent(code)}"],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=os.environ | {"PYTHONPATH": PYTHONPATH},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -194,7 +194,7 @@ def test_a_full_disk_loses_no_checkpoint(corpus, vocabulary, tmp_path):
     limit = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))"
     done = subprocess.run(
         [sys.executable, "-c", f"{limit}\n{code}"],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=os.environ | {"PYTHONPATH": PYTHONPATH},
         capture_output=True,
         text=True,
         timeout=240,
@@ -390,7 +390,7 @@ def test_remote_folders_are_refused_by_the_functions_too(tmp_path, monkeypatch):
 
 
 def test_the_schedule_is_the_papers():
-    from examples.translation.model import InverseSquareRoot
+    from gshard_examples.translation.model import InverseSquareRoot
 
     flat = InverseSquareRoot(0.01, 10_000, linear=False)
     steps = np.array([0, 9_999, 39_999])

@@ -2,7 +2,7 @@ import tarfile
 
 import pytest
 
-from examples.translation.udhr import load_udhr
+from gshard_examples.translation.udhr import load_udhr
 
 PAGE = """<!doctype html>
 <html data-iso6393="x" dir="ltr" lang="{lang}">

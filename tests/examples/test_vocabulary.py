@@ -4,8 +4,8 @@ import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from examples.translation.cleaning import normalise_text
-from examples.translation.vocabulary import (
+from gshard_examples.translation.cleaning import normalise_text
+from gshard_examples.translation.vocabulary import (
     BOS,
     EOS,
     PAD,
@@ -14,7 +14,7 @@ from examples.translation.vocabulary import (
     Vocabulary,
     train_vocabulary,
 )
-from examples.translation.vocabulary_training import temperature_shares
+from gshard_examples.translation.vocabulary_training import temperature_shares
 
 
 def pieces(vocabulary, ids):

@@ -11,7 +11,7 @@ import tensorflow as tf
 from keras.src.random.seed_generator import draw_seed
 from parity import assert_equal_runs
 
-from gshard_tf.counter_rng import uniform
+from gshard_tf.random.threefry import uniform
 
 X, Y = parity.data(32)
 WEIGHTS = np.linspace(0.1, 2.0, 32).astype("float32")
@@ -409,7 +409,7 @@ def test_losses_and_metrics_of_layers():
 def test_dropout_of_keras():
     # Compiled, TensorFlow's generator gives other numbers than operation by
     # operation, so the peer is compiled here. (On a mesh it makes the global mask on
-    # each device; `gshard_tf.counter_rng` does not.)
+    # each device; `gshard_tf.random` does not.)
     def make():
         model = parity.classifier()
         model.add(keras.layers.Dropout(0.5, seed=3))

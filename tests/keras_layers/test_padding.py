@@ -20,7 +20,7 @@ from keras_layers import (
     greedy_decode,
     sample_decode,
 )
-from keras_layers.padding import places, zero_padding
+from keras_layers._padding import places, zero_padding
 
 GROUPS, SIZE, WIDTH, EXPERTS = 3, 12, 6, 4
 ROUTERS = {

@@ -8,7 +8,7 @@ import pytest
 import tensorflow as tf
 
 import gshard_tf
-from gshard_tf.inspection import collectives
+from gshard_tf.hlo.collectives import collectives
 from keras_layers import Dropout, MoELayer, Transformer
 
 

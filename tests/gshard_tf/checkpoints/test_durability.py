@@ -9,8 +9,8 @@ import pytest
 import tensorflow as tf
 
 import gshard_tf
-from gshard_tf.checkpoints import bundle, folders, writing
-from gshard_tf.shards import whole
+from gshard_tf.checkpoints import folders, tensor_bundle, writer
+from gshard_tf.sharding.regions import whole
 
 
 def state(value=1.0):
@@ -86,13 +86,15 @@ def test_a_part_is_on_the_disk_before_its_process_says_so(tmp_path, monkeypatch)
         def tell(self, key, text):
             disk.events.append(("said", key, json.loads(text)["error"]))
 
-    monkeypatch.setattr(writing, "group", Second)
+    monkeypatch.setattr(writer, "group", Second)
     (tmp_path / ".step.partial").mkdir()
     value = np.ones([4, 3], "float32")
-    pieces = [bundle.Piece("model/a", (4, 3), whole((4, 3)), value)]
-    writing.write(tmp_path / "step", None, pieces, 7)
+    pieces = [tensor_bundle.Piece("model/a", (4, 3), whole((4, 3)), value)]
+    writer.write(tmp_path / "step", None, pieces, 7)
     said = disk.events.index(("said", "checkpoint/7/part/1", ""))
-    parts = {str(path) for path in bundle.files(tmp_path / ".step.partial/part-00001")}
+    parts = {
+        str(path) for path in tensor_bundle.files(tmp_path / ".step.partial/part-00001")
+    }
     assert len(parts) == 2
     assert parts <= disk.flushed(stop=said)
 

@@ -10,7 +10,7 @@ from processes import forked, left_by_a_killed_process
 
 import gshard_tf
 from gshard_tf.checkpoints import manager
-from gshard_tf.checkpoints.writing import write
+from gshard_tf.checkpoints.writer import write
 
 
 def variables(value=0.0):

@@ -18,11 +18,11 @@ import pytest
 import tensorflow as tf
 
 import gshard_tf
-from gshard_files import AlreadyRunningError
 from gshard_tf.checkpoints import manager
 from gshard_tf.checkpoints.cli import main as command
 from gshard_tf.checkpoints.errors import DamagedError, MismatchError
-from gshard_tf.checkpoints.writing import write
+from gshard_tf.checkpoints.writer import write
+from gshard_tf.io.atomic_files import AlreadyRunningError
 
 
 def variables(value=0.0):

@@ -13,11 +13,11 @@ import many_processes as many
 import network_hosts
 import numpy as np
 import pytest
-from processes import ROOT
+from processes import PYTHONPATH, ROOT
 
 import gshard_tf
-from gshard_tf.processes import STOPPED_BY_ANOTHER
-from gshard_tf.termination import GIVE_AGAIN
+from gshard_tf.runtime.process_group import STOPPED_BY_ANOTHER
+from gshard_tf.runtime.termination import GIVE_AGAIN
 
 SCRIPT = pathlib.Path(many.__file__)
 STEPS = many.STEPS_PER_EPOCH * many.EPOCHS
@@ -296,10 +296,10 @@ def test_wrong_arguments(arguments):
 @pytest.mark.parametrize("index", [0, 1])
 def test_the_others_never_start(index):
     given = f"'127.0.0.1:{free_port()}', 2, {index}, patience=1"
-    code = f"from gshard_tf.processes import join_processes; join_processes({given})"
+    code = f"import gshard_tf; gshard_tf.join_processes({given})"
     done = subprocess.run(
         [sys.executable, "-c", code],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=os.environ | {"PYTHONPATH": PYTHONPATH},
         stderr=subprocess.PIPE,
         text=True,
         timeout=100,

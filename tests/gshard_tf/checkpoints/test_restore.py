@@ -8,7 +8,7 @@ import pytest
 
 import gshard_tf
 import keras_layers
-from gshard_tf.shards import cut, own_pieces
+from gshard_tf.sharding.regions import cut, own_pieces
 
 
 @pytest.fixture(scope="module")

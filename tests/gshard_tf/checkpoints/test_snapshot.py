@@ -6,9 +6,9 @@ import pytest
 import tensorflow as tf
 
 import gshard_tf
-from gshard_tf.checkpoints.state import array_of
-from gshard_tf.checkpoints.transfer import snapshot
-from gshard_tf.shards import ALIGNMENT
+from gshard_tf.checkpoints.naming import array_of
+from gshard_tf.checkpoints.snapshot import snapshot
+from gshard_tf.sharding.regions import ALIGNMENT
 
 
 @pytest.fixture(scope="module")

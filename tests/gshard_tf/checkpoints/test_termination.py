@@ -13,8 +13,8 @@ import pytest
 from processes import ROOT
 
 import gshard_tf
-from gshard_tf import termination
-from gshard_tf.termination import GIVE_AGAIN
+from gshard_tf.runtime import termination
+from gshard_tf.runtime.termination import GIVE_AGAIN
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ import tensorflow as tf
 from processes import forked
 
 import gshard_tf
-from gshard_tf.checkpoints import bundle, folders, manager
+from gshard_tf.checkpoints import folders, manager, tensor_bundle
 from gshard_tf.checkpoints.cli import main as command
 from gshard_tf.checkpoints.errors import DamagedError
 from gshard_tf.checkpoints.manifest import Manifest
@@ -145,7 +145,9 @@ def test_arrays_on_a_broken_disk(two):
     with pytest.raises(
         DamagedError, match="step-0000000002 is damaged: 'model/a'"
     ) as e:
-        bundle.read(step / "state", "model/a", (40, 30), ((0, 40), (0, 30)), tf.float32)
+        tensor_bundle.read(
+            step / "state", "model/a", (40, 30), ((0, 40), (0, 30)), tf.float32
+        )
     assert e.value.errno == errno.EIO and "Input/output error" in str(e.value)
 
 

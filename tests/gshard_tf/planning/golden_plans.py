@@ -19,7 +19,8 @@ import keras
 import tensorflow as tf
 
 import gshard_tf
-from keras_layers import Adafactor, Transformer
+from gshard_tf.optimizers import Adafactor
+from keras_layers import Transformer
 
 FOLDER = pathlib.Path(__file__).parent / "golden"
 LENGTH = 32

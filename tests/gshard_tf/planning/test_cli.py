@@ -15,11 +15,11 @@ import pytest
 import tensorflow as tf
 from processes import ROOT, run_python
 
-import gshard_plan
 import gshard_tf
+from gshard_tf.planning import arguments as plan_command
 from gshard_tf.planning import planner
-from gshard_tf.planning.abstract import AbstractStrategy
 from gshard_tf.planning.plan import Plan
+from gshard_tf.spmd.abstract import AbstractStrategy
 
 BATCH = "(int32[8,4], int32[8,4]), int32[8,4]"
 
@@ -74,7 +74,7 @@ def asked(monkeypatch):
 def command(capsys, *arguments):
     """Exit status, standard output and standard error of the command."""
     try:
-        status = gshard_plan.main([str(a) for a in arguments])
+        status = plan_command.main([str(a) for a in arguments])
     except SystemExit as stopped:
         status = stopped.code
     captured = capsys.readouterr()
@@ -87,9 +87,12 @@ def command(capsys, *arguments):
 def test_help_is_quick_and_documents_the_statuses():
     begun = time.perf_counter()
     done = subprocess.run(  # noqa: S603
-        [sys.executable, "-X", "importtime", "-m", "gshard_plan", "--help"],
-        cwd=ROOT, capture_output=True, text=True, check=True,
-    )  # fmt: skip
+        [sys.executable, "-X", "importtime", "-m", plan_command.__name__, "--help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     assert time.perf_counter() - begun < 3
     assert not re.search(r"\b(tensorflow|jax|keras|numpy)\b", done.stderr)
     for status in ("0  every", "1  an error", "2  bad input", "3  planned"):
@@ -135,18 +138,18 @@ def test_bad_arguments(arguments, said, model_file, asked, capsys):
 
 
 def test_batches():
-    spec = gshard_plan.Spec
-    assert gshard_plan.batch(BATCH) == (
+    spec = plan_command.Spec
+    assert plan_command.batch(BATCH) == (
         (spec((8, 4), "int32"), spec((8, 4), "int32")),
         spec((8, 4), "int32"),
     )
-    assert gshard_plan.batch("float32[8]") == spec((8,), "float32")
-    assert gshard_plan.batch("float32[]") == spec((), "float32")
-    assert gshard_plan.batch("{x: bool[2], 'y z': [bfloat16[3, 1]]}") == {
+    assert plan_command.batch("float32[8]") == spec((8,), "float32")
+    assert plan_command.batch("float32[]") == spec((), "float32")
+    assert plan_command.batch("{x: bool[2], 'y z': [bfloat16[3, 1]]}") == {
         "x": spec((2,), "bool"),
         "y z": (spec((3, 1), "bfloat16"),),
     }
-    for name in gshard_plan.DTYPES:
+    for name in plan_command.DTYPES:
         assert tf.as_dtype(name).name == name
 
 
@@ -307,8 +310,8 @@ def test_a_real_plan(model_file, tmp_path):
     files = [tmp_path / "p.json", tmp_path / "p.html"]
     printed = run_python(
         f"""
-        import gshard_plan
-        status = gshard_plan.main([
+        from gshard_tf.planning import arguments as plan_command
+        status = plan_command.main([
             "{model_file}:with_batch", "--topology", "cpu:2", "--mesh", "data=2",
             "--rule", "batch=data", "--json", "{files[0]}", "--html", "{files[1]}",
             "--no-cache",
@@ -329,8 +332,7 @@ def test_a_real_plan(model_file, tmp_path):
 
 def test_the_entry_point():
     text = pathlib.Path(ROOT, "setup.py").read_text()
-    assert '"gshard-plan=gshard_plan:main"' in text
-    assert re.search(r'py_modules=\[[^]]*"gshard_plan"', text)
+    assert '"gshard-plan=gshard_tf.planning.arguments:main"' in text
 
 
 def test_the_documented_command(tmp_path, asked, capsys, monkeypatch):

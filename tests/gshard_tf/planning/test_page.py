@@ -9,8 +9,8 @@ import subprocess
 import plan_samples
 import pytest
 
-from gshard_tf.planning import pictures
-from gshard_tf.planning.page import page
+from gshard_tf.planning.html import svg as pictures
+from gshard_tf.planning.html.page import page
 
 VOID = {"meta", "input", "br", "link", "img", "hr"}
 

@@ -5,7 +5,7 @@ import types
 import numpy as np
 import pytest
 
-from gshard_tf.inspection import Collective
+from gshard_tf.hlo.collectives import Collective
 from gshard_tf.planning.chips import CHIPS, Topology
 from gshard_tf.planning.roofline import Interconnect, step_time
 

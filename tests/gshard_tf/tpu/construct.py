@@ -14,8 +14,8 @@ import numpy as np
 import tensorflow as tf
 
 import gshard_tf
+from gshard_tf.testing.tpu.synthetic_slice import SyntheticTPU
 from gshard_tf.tpu.storage import Storage
-from gshard_tf.tpu.synthetic import SyntheticTPU
 
 FOUND = {}
 FOLDER = tempfile.mkdtemp()

@@ -20,9 +20,10 @@ import gshard_tf
 
 gshard_tf.request_cpu_devices(8)
 
-from gshard_tf import hlo_text, inspection  # noqa: E402
-from gshard_tf.tpu.simulation import simulate_fit  # noqa: E402
-from gshard_tf.tpu.synthetic import SyntheticTPU  # noqa: E402
+from gshard_tf.hlo import parser  # noqa: E402
+from gshard_tf.hlo.collectives import collectives_of  # noqa: E402
+from gshard_tf.testing.tpu.simulated_fit import simulate_fit  # noqa: E402
+from gshard_tf.testing.tpu.synthetic_slice import SyntheticTPU  # noqa: E402
 
 EPOCHS = 3
 BATCH = 16
@@ -85,7 +86,7 @@ def main(mesh, optimizer, dropout, per_execution):
 
     [step] = steps
     module = step.module
-    collectives = inspection.collectives_of(hlo_text.parse(step.program.as_text()))
+    collectives = collectives_of(parser.parse(step.program.as_text()))
     variables = model.variables + model.optimizer.variables
     print(
         json.dumps(

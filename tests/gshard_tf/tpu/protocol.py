@@ -23,10 +23,10 @@ from tensorflow.core.framework import function_pb2
 from tensorflow.python import pywrap_mlir
 
 import gshard_tf
-from gshard_tf.devices import topology_devices
-from gshard_tf.tpu import bridge
-from gshard_tf.tpu.program import CoreProgram
-from gshard_tf.tpu.synthetic import serialized_topology
+from gshard_tf.runtime.devices import topology_devices
+from gshard_tf.testing.tpu import bridge
+from gshard_tf.testing.tpu.program import CoreProgram
+from gshard_tf.testing.tpu.synthetic_slice import serialized_topology
 
 HERE = pathlib.Path(__file__).parent
 # On a TPU VM this is where everything but the TPU is; to the client of a remote host,

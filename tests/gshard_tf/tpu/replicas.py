@@ -21,7 +21,7 @@ from cores import Cores, parts
 from traced import traced
 
 import gshard_tf
-from gshard_tf.tpu.synthetic import SyntheticTPU
+from gshard_tf.testing.tpu.synthetic_slice import SyntheticTPU
 
 FOLDER = tempfile.mkdtemp()
 RANDOM = np.random.default_rng(1)

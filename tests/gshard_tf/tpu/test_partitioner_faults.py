@@ -14,7 +14,7 @@ from partitioner_faults import FAULTS, arguments, batch, height, on, with_gradie
 from tpu_scripts import run_script
 
 import gshard_tf
-from gshard_tf.mesh import use_mesh
+from gshard_tf.sharding.mesh import use_mesh
 from gshard_tf.tpu import partitioner_faults as faults
 
 TWO_AXES = {"data": 2, "rows": 4}

@@ -19,8 +19,8 @@ import gshard_tf
 
 gshard_tf.request_cpu_devices(8)
 
-from gshard_tf.tpu.simulation import SimulatedStep  # noqa: E402
-from gshard_tf.tpu.synthetic import SyntheticTPU  # noqa: E402
+from gshard_tf.testing.tpu.simulated_fit import SimulatedStep  # noqa: E402
+from gshard_tf.testing.tpu.synthetic_slice import SyntheticTPU  # noqa: E402
 
 BATCH, STEPS = 16, 2
 

@@ -6,7 +6,7 @@ import tensorflow as tf
 from cores import parts
 from tensorflow.compiler.xla import xla_data_pb2
 
-from gshard_tf.tpu import bridge
+from gshard_tf.testing.tpu import bridge
 
 
 def traced(strategy, model):

@@ -12,7 +12,7 @@ import models
 import tensorflow as tf
 
 import gshard_tf
-from gshard_tf.tpu.synthetic import SyntheticTPU
+from gshard_tf.testing.tpu.synthetic_slice import SyntheticTPU
 
 
 def convolutions():

@@ -1,0 +1,1 @@
+"""Benchmarks of checkpoints: cost, kills, faults, soak."""

@@ -1,0 +1,1 @@
+"""Benchmarks that run on a GPU with jax alone."""

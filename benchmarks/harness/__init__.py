@@ -1,0 +1,1 @@
+"""What the benchmarks share: command lines, timing, memory, the machine's name."""

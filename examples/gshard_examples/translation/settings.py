@@ -1,0 +1,141 @@
+"""Everything about a run that can be chosen; each field is a command-line flag.
+
+The defaults finish in about 15 minutes on two CPU cores. What a run used is in its
+`settings.json`, and what goes on later (resuming, translating) reads it there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from gshard_tf.io.atomic_files import local_path, write_file
+
+
+def _flag(default: Any, text: str, choices: tuple | None = None) -> Any:
+    return dataclasses.field(
+        default=default, metadata={"help": text, "choices": choices}
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The settings of a training run."""
+
+    # -- data
+    languages: str = _flag(
+        "", "comma-separated language tags to train on; empty: all of the corpus"
+    )
+    vocab_size: int = _flag(8192, "symbols of the shared vocabulary")
+    character_coverage: float = _flag(
+        0.995, "share of the text whose characters get a symbol; the rest is bytes"
+    )
+    vocab_model: str = _flag("bpe", "kind of vocabulary", ("bpe", "unigram"))
+    batch_tokens: int = _flag(2048, "source positions per step, padding included")
+    buckets: str = _flag(
+        "16,48", "lengths that batches are padded to; each costs one compilation"
+    )
+    temperature: float = _flag(
+        5.0, "of sampling languages: 1 as they are, larger evens them out"
+    )
+
+    # -- model, by the letters of the paper
+    encoder_layers: int = _flag(2, "encoder blocks")
+    decoder_layers: int = _flag(2, "decoder blocks")
+    model_dim: int = _flag(128, "M, width of the model")
+    hidden_dim: int = _flag(512, "H, width of feed-forward layers and experts")
+    heads: int = _flag(4, "N, attention heads")
+    experts: int = _flag(
+        8, "E, experts of every other feed-forward layer; 0: a dense model"
+    )
+    capacity_factor: float = _flag(2.0, "expert slots per token, over both choices")
+    group_size: int = _flag(
+        0, "S, tokens that are routed together; 0: each sentence is a group"
+    )
+    dropout: float = _flag(0.1, "dropout rate")
+
+    # -- training
+    steps: int = _flag(1000, "optimizer steps in all")
+    steps_per_epoch: int = _flag(
+        100, "steps between validations and checkpoints; an 'epoch' to Keras"
+    )
+    optimizer: str = _flag("adam", "optimizer", ("adam", "adamw", "adafactor"))
+    learning_rate: float = _flag(
+        2e-3, "peak rate (for adafactor: relative to each weight's size)"
+    )
+    warmup: int = _flag(
+        200, "steps at or up to the peak rate, before it decays as 1 / sqrt(step)"
+    )
+    schedule: str = _flag(
+        "linear",
+        "before decay: linear warm-up, or flat as in the paper",
+        ("linear", "flat"),
+    )
+    validation_pairs: int = _flag(1000, "pairs of the dev split to validate on")
+    seed: int = _flag(0, "of everything random")
+
+    # -- mesh
+    partitions: int = _flag(
+        8, "devices to partition over (virtual ones on a CPU); 0: plain Keras"
+    )
+    device: str = _flag("CPU", "kind of device", ("CPU", "GPU"))
+    precision: str = _flag(
+        "float32", "Keras dtype policy", ("float32", "mixed_bfloat16")
+    )
+
+    def __post_init__(self) -> None:
+        positive = (
+            "vocab_size batch_tokens encoder_layers decoder_layers model_dim "
+            "hidden_dim heads steps steps_per_epoch warmup validation_pairs"
+        )
+        for name in positive.split():
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"{name} must be at least 1. Received: {getattr(self, name)}"
+                )
+        for name in ("experts", "partitions", "group_size", "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(
+                    f"{name} must be at least 0. Received: {getattr(self, name)}"
+                )
+        if self.steps % self.steps_per_epoch:
+            raise ValueError(
+                "steps must be a multiple of steps_per_epoch. Received: "
+                f"steps={self.steps}, steps_per_epoch={self.steps_per_epoch}"
+            )
+        self.bucket_lengths  # noqa: B018 (raises if it is not a list of numbers)
+
+    @property
+    def bucket_lengths(self) -> tuple[int, ...]:
+        try:
+            return tuple(int(part) for part in self.buckets.split(","))
+        except ValueError:
+            raise ValueError(
+                "buckets are whole numbers with commas between, such as 16,48. "
+                f"Received: {self.buckets!r}"
+            ) from None
+
+    @property
+    def language_tags(self) -> list[str] | None:
+        tags = [tag.strip() for tag in self.languages.split(",") if tag.strip()]
+        return tags or None
+
+    def write(self, folder: Path) -> None:
+        text = json.dumps(dataclasses.asdict(self), indent=1) + "\n"
+        write_file(folder / "settings.json", text.encode())
+
+    @classmethod
+    def read(cls, folder: Path) -> Settings:
+        """The settings of a run.
+
+        Raises:
+            FileNotFoundError: when there is no run in `folder`.
+        """
+        path = local_path(folder, "run") / "settings.json"
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"There is no run in {folder} (no settings.json). Train one first."
+            )
+        return cls(**json.loads(path.read_text("utf-8")))

@@ -1,0 +1,1 @@
+"""Keras callbacks: checkpoints, the guard against NaN, verification."""

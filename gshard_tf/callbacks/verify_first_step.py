@@ -1,0 +1,77 @@
+"""`VerifyFirstStep`: `verify`, on the first batch of a run."""
+
+from collections.abc import Sequence
+
+import keras
+import numpy as np
+
+from gshard_tf.spmd.lowering import LoweredStep
+from gshard_tf.spmd.step import Step
+from gshard_tf.verification.report import VerificationReport
+from gshard_tf.verification.verify import (
+    check_lowered,
+    check_tolerance,
+    strategy_of,
+)
+
+
+class VerifyFirstStep(keras.callbacks.Callback):
+    """Compares the first training step of `fit` with the same step on one device.
+
+    ```python
+    model.fit(data, callbacks=[gshard_tf.VerifyFirstStep()])
+    ```
+
+    The comparison is `gshard_tf.verify`'s, with the batch that `fit` is about to train
+    on, before the step is run. When they differ, `fit` ends with an error that has the
+    report, and nothing of the model has changed. When they are equal, training goes on
+    as if there were no such callback.
+
+    Args:
+        tolerance: See `gshard_tf.verify`. Defaults to None.
+
+    Attributes:
+        report: The `VerificationReport` of the latest run, or None before its first
+            step.
+
+    Raises:
+        ValueError: for a negative tolerance; and when training begins, for a model that
+            is not of an `SpmdStrategy`, or is trained by several processes.
+        tf.errors.InvalidArgumentError: at the first step, when it differs; the
+            `VerificationError` itself is `strategy.last_error`.
+    """
+
+    def __init__(self, tolerance: float | None = None):
+        super().__init__()
+        check_tolerance(tolerance)
+        self.tolerance = tolerance
+        self.report: VerificationReport | None = None
+
+    def on_train_begin(self, logs: dict | None = None) -> None:
+        self.report = None
+        self._extended = strategy_of(self.model).extended
+
+    def on_train_batch_begin(self, batch: int, logs: dict | None = None) -> None:
+        # Not sooner: other callbacks may run steps of their own when training begins.
+        if self.report is None:
+            self._extended.before_step = self._check
+
+    def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
+        self._extended.before_step = None
+
+    def on_train_end(self, logs: dict | None = None) -> None:
+        self._extended.before_step = None
+
+    def _check(
+        self, step: Step, lowered: LoweredStep, arrays: Sequence[np.ndarray]
+    ) -> None:
+        self.report = check_lowered(
+            self.model,
+            "train",
+            step.extended,
+            lowered,
+            lambda jit_compile: step.trace_alone(arrays, jit_compile),
+            arrays,
+            self.tolerance,
+        )
+        self.report.check()

@@ -1,0 +1,110 @@
+"""Files of `dataset.cache(FILE)` that a position in the input relies on.
+
+TensorFlow goes to a position without looking whether it could open them, and then the
+process dies.
+"""
+
+import contextlib
+import os
+import re
+from collections.abc import Sequence
+
+import tensorflow as tf
+
+from gshard_tf.checkpoints.tensor_bundle import reason
+from gshard_tf.compat.tf_caches import FileCache, caches_in_state, file_caches
+
+_WAYS_OUT = (
+    "Keep the files beside the run; or remove those that are left and read the "
+    "position as a count, ResumableData(..., position='count'), which writes them "
+    "anew; or cache in memory, dataset.cache()."
+)
+
+
+def require_caches(dataset: tf.data.Dataset, state: tf.Tensor) -> None:
+    """Raises what keeps an iterator over `dataset` from going to `state`.
+
+    A state does not name the files. If it does not have each cache of the dataset once,
+    which of them it reads cannot be told, and all must be whole once it reads one.
+
+    Args:
+        dataset: Batches, with any number of caches.
+        state: What `tf.raw_ops.SerializeIterator` returned.
+
+    Raises:
+        ValueError: a cache that would be read is not there, is not whole, or has
+            elements of other types.
+    """
+    read = caches_in_state(state)
+    if not read:
+        return
+    caches = file_caches(dataset)
+    if caches is None:
+        raise ValueError(
+            "The position lies in a dataset with cache(FILE) and more than 2 GB of "
+            "tensors; whether its files are whole cannot be told. Read the position as "
+            "a count: ResumableData(..., position='count')."
+        )
+    if len(read) != len(caches):
+        read = [any(read)] * len(caches)
+    for cache, is_read in zip(caches, read, strict=True):
+        if tf.io.gfile.exists(f"{cache.file}.index"):
+            # Also where it was being written: TensorFlow reads what is there.
+            problem = _problem(cache)
+        else:
+            problem = f"there is no {cache.file}.index" if is_read else None
+        if problem is not None:
+            raise ValueError(
+                f"The position relies on dataset.cache({cache.file!r}), but {problem}. "
+                f"{_WAYS_OUT}"
+            )
+
+
+def _problem(cache: FileCache) -> str | None:
+    """What is wrong with the files of a cache that was written, if anything."""
+    try:
+        # Any dataset opens it: what is to be cached is not looked at.
+        next(iter(tf.data.Dataset.range(0).cache(cache.file)), None)
+    except tf.errors.InvalidArgumentError:
+        pass  # It was read, and has no integers.
+    except tf.errors.OpError as error:
+        return f"its first element cannot be read: {reason(error)}"
+    return _other_types(cache) or _missing_data(cache.file)
+
+
+def _other_types(cache: FileCache) -> str | None:
+    if not tf.io.gfile.glob(f"{cache.file}.index"):
+        return None  # A name with "[" or the like, which RestoreV2 takes for a pattern.
+    count = len(cache.dtypes)
+    try:
+        _read(cache.file, [cache.key(i) for i in range(count)], cache.dtypes)
+    except tf.errors.OpError as error:
+        return f"it is that of another dataset: {reason(error)}"
+    with contextlib.suppress(tf.errors.NotFoundError):
+        with contextlib.suppress(tf.errors.InvalidArgumentError):  # it has other types
+            _read(cache.file, [cache.key(count)], [tf.string])
+        return f"it is that of another dataset: it has more components than {count}"
+    return None
+
+
+def _read(file: str, keys: Sequence[str], dtypes: Sequence[tf.DType]) -> None:
+    with tf.device("/cpu:0"):
+        tf.raw_ops.RestoreV2(
+            prefix=file,
+            tensor_names=keys,
+            shape_and_slices=[""] * len(keys),
+            dtypes=dtypes,
+        )
+
+
+def _missing_data(file: str) -> str | None:
+    folder, name = os.path.split(file)
+    there = tf.io.gfile.listdir(folder or ".")
+    pattern = re.compile(re.escape(name) + r"\.data-(\d{5})-of-(\d{5})")
+    found = [match for match in map(pattern.fullmatch, there) if match]
+    parts = {int(match[2]): set() for match in found}
+    for match in found:
+        parts[int(match[2])].add(int(match[1]))
+    if any(len(numbers) == count for count, numbers in parts.items()):
+        return None
+    return f"of its data there is only {sorted(match[0] for match in found)}"

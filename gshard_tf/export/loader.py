@@ -1,0 +1,226 @@
+"""A saved program, loaded and run by jax alone: no TensorFlow, no Keras."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from gshard_tf.export import program_file
+from gshard_tf.export.manifest import (
+    Manifest,
+    Tensor,
+    Variant,
+    fit_layout,
+)
+
+State = dict[str, Any]
+
+
+def load(
+    path: str | os.PathLike,
+    mesh: int | Mapping[str, int] | None = None,
+    devices: Sequence[Any] | None = None,
+) -> PortableProgram:
+    """Loads and compiles a program file.
+
+    Args:
+        path: The file.
+        mesh: How many devices to use, or axes and sizes. None: as many as the file has
+            a program for and the machine has.
+        devices: jax devices, of a compile-only topology say. None: `jax.devices()`.
+
+    Raises:
+        ValueError: when the file is broken, or has no program for such a mesh.
+        ImportError: when flatbuffers is not installed, which `jax.export` needs and
+            jax does not bring.
+    """
+    import jax
+
+    if importlib.util.find_spec("flatbuffers") is None:
+        raise ImportError(
+            "Programs are in the format of jax.export, which needs flatbuffers: pip "
+            "install flatbuffers, or without a network put its wheel (30 KB of Python) "
+            "on PYTHONPATH."
+        )
+
+    manifest = program_file.read_manifest(path)
+    devices = jax.devices() if devices is None else list(devices)
+    variant = manifest.choose(len(devices), mesh)
+    programs, constants = program_file.read_programs(path)
+    program = programs[variant.start : variant.start + variant.size]
+    return PortableProgram(manifest, variant, program, constants, devices)
+
+
+class PortableProgram:
+    """A step on the devices of this machine; made by `load`.
+
+    ```python
+    program = export.load("train.gshard")
+    arrays, _ = export.read_state("state.npz")
+    state = program.put_state(arrays)
+    for batch in batches:
+        outputs, state = program(batch, state)
+    ```
+
+    Attributes:
+        manifest: What the file says of itself.
+        mesh: Axis -> size, of the devices in use.
+        device_kind: What jax calls one of them.
+        compiled: jax's compiled program: `as_text()`, `memory_analysis()` ...
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        variant: Variant,
+        program: bytes,
+        constants: Mapping[str, np.ndarray],
+        devices: Sequence[Any],
+    ):
+        import jax
+        from jax import export
+
+        self.manifest = manifest
+        self.mesh = dict(variant.mesh)
+        self.device_kind: str = devices[0].device_kind
+        grid = np.array(devices[: variant.devices]).reshape(list(self.mesh.values()))
+        jax_mesh = jax.sharding.Mesh(grid, tuple(self.mesh))
+
+        def shardings(tensors: Sequence[Tensor]) -> list[Any]:
+            return [
+                jax.sharding.NamedSharding(
+                    jax_mesh, jax.sharding.PartitionSpec(*fit_layout(t, self.mesh))
+                )
+                for t in tensors
+            ]
+
+        self._inputs = shardings(manifest.inputs)
+        captures = shardings(manifest.state)
+        self._state = {
+            tensor.name: sharding
+            for tensor, sharding in zip(manifest.state, captures, strict=True)
+        }
+        outputs = shardings(manifest.outputs) + [captures[i] for i in manifest.updates]
+        with _x64(), warnings.catch_warnings():
+            # The annotations are GSPMD's; jax says so on each compilation.
+            warnings.filterwarnings("ignore", message=".*GSPMD.*")
+            jitted = jax.jit(
+                export.deserialize(bytearray(program)).call,
+                in_shardings=self._inputs + captures,
+                out_shardings=outputs,
+                donate_argnums=tuple(
+                    len(manifest.inputs) + i for i in manifest.updates
+                ),
+                keep_unused=True,
+            )
+            shapes = [
+                jax.ShapeDtypeStruct(t.shape, np.dtype(t.dtype))
+                for t in [*manifest.inputs, *manifest.state]
+            ]
+            self.compiled = jitted.lower(*shapes).compile()
+        self._constants = self._put(constants) if constants else {}
+
+    def put_state(self, arrays: Mapping[str, Any]) -> State:
+        """The state on the devices, laid out as the program takes it.
+
+        Args:
+            arrays: By name. Those that the program does not use stay as they are.
+
+        Raises:
+            ValueError: when one is missing or does not fit.
+        """
+        for tensor in self.manifest.state:
+            if tensor.role == "constant":
+                continue
+            array = arrays.get(tensor.name)
+            fits = array is not None and (array.shape, array.dtype) == (
+                tensor.shape,
+                np.dtype(tensor.dtype),
+            )
+            if not fits:
+                found = "nothing" if array is None else f"{array.dtype}{array.shape}"
+                raise ValueError(
+                    f"The program's state has {tensor.name!r}: {tensor.dtype}"
+                    f"{tensor.shape}. Received: {found}"
+                )
+        used = {name: arrays[name] for name in self._state if name in arrays}
+        return {**arrays, **self._put(used)}
+
+    def reset_metrics(self, state: State) -> State:
+        """The state with its metrics at zero, as Keras has them at each epoch."""
+        zeros = {
+            tensor.name: np.zeros(tensor.shape, tensor.dtype)
+            for tensor in self.manifest.state
+            if tensor.role == "metric"
+        }
+        return {**state, **self._put(zeros)}
+
+    def _put(self, arrays: Mapping[str, Any]) -> State:
+        import jax
+
+        names = list(arrays)
+        with _x64():
+            # Never an alias: the memory is reused for new values.
+            values = jax.device_put(
+                [arrays[name] for name in names],
+                [self._state[name] for name in names],
+                may_alias=False,
+            )
+        return dict(zip(names, values, strict=True))
+
+    def put_batch(self, batch: Sequence[Any]) -> list[Any]:
+        """A batch on the devices; `__call__` does it by itself where it is not."""
+        import jax
+
+        with _x64():
+            return jax.device_put(list(batch), self._inputs)
+
+    def __call__(
+        self, batch: Sequence[np.ndarray], state: State
+    ) -> tuple[dict[str, Any], State]:
+        """Runs a step.
+
+        Args:
+            batch: The arrays of a batch in the order of `manifest.inputs`.
+            state: From `put_state` or an earlier call. The parts of it that the step
+                changes are used up.
+
+        Returns:
+            Outputs by name, and the new state; both may still be being computed.
+        """
+        manifest = self.manifest
+        inputs = self.put_batch(batch)
+        with _x64():
+            values = [
+                self._constants[t.name] if t.role == "constant" else state[t.name]
+                for t in manifest.state
+            ]
+            results = self.compiled(*inputs, *values)
+        names = [tensor.name for tensor in manifest.outputs]
+        updated = [manifest.state[i].name for i in manifest.updates]
+        outputs = dict(zip(names, results[: len(names)], strict=True))
+        return outputs, {
+            **state,
+            **dict(zip(updated, results[len(names) :], strict=True)),
+        }
+
+
+@contextlib.contextmanager
+def _x64() -> Iterator[None]:
+    """64-bit types, which Keras's counters have."""
+    import jax
+
+    if hasattr(jax, "enable_x64"):
+        with jax.enable_x64(True):
+            yield
+    else:
+        from jax.experimental import enable_x64
+
+        with enable_x64():
+            yield

@@ -1,0 +1,81 @@
+"""Grouped and depthwise convolutions, each device's rows of the batch on their own.
+
+The fault: of a convolution whose input is split over one mesh axis and copied along
+another, the kernel gradient is summed over the copies too, and comes out multiplied by
+the size of that axis (openxla/xla#47945's relative). Behind a split of the channels the
+compiler may abort. Where it is right, it gathers the whole batch on every device first.
+Seen with jaxlib 0.9 to 0.12.
+
+Instead: a manual region. The batch is split over the mesh axes that divide it, the
+kernel is whole, each device convolves its rows. Of the kernel's gradient each device
+makes its rows' part, and the parts are summed outside of the region.
+"""
+
+from tensorflow.compiler.xla.service import hlo_pb2
+
+from gshard_tf.hlo.rewrites import shardings
+from gshard_tf.hlo.rewrites.editing import (
+    Editor,
+    Instruction,
+    array_shape,
+    edit_module,
+    resized,
+)
+from gshard_tf.hlo.rewrites.shardings import MeshAxes
+
+
+def keep_local(module: hlo_pb2.HloModuleProto, mesh: MeshAxes) -> int:
+    """Puts every grouped convolution in a manual region; returns how many."""
+
+    def replace(editor: Editor, old: Instruction) -> Instruction | None:
+        if old.opcode != "convolution":
+            return None
+        if old.batch_group_count > 1:
+            return _kernel_gradient(editor, old, mesh)
+        if old.feature_group_count > 1:
+            return _forward(editor, old, mesh)
+        return None
+
+    return edit_module(module, replace)
+
+
+def _forward(editor: Editor, old: Instruction, mesh: MeshAxes) -> Instruction:
+    """The convolution itself, or the gradient of its input."""
+    numbers = old.convolution_dimension_numbers
+    batch, batch_out = numbers.input_batch_dimension, numbers.output_batch_dimension
+    images, kernel = editor.operands(old)
+    axes = mesh.that_divide(images.shape.dimensions[batch])
+    rank = len(images.shape.dimensions)
+    rows = mesh.split_dimension(axes, rank, batch)
+    local = shardings.enter_manual(editor, images, rows, batch)
+    whole = shardings.enter_manual(editor, kernel, shardings.whole(), 0)
+    shape = resized(old.shape, batch_out, local.shape.dimensions[batch])
+    result = editor.copy(old, [local, whole], shape)
+    rows = mesh.split_dimension(axes, rank, batch_out)
+    return shardings.leave_manual(editor, result, rows, batch_out)
+
+
+def _kernel_gradient(editor: Editor, old: Instruction, mesh: MeshAxes) -> Instruction:
+    """The gradient of the kernel, which contracts the batch."""
+    numbers = old.convolution_dimension_numbers
+    # Of this convolution the channels are the batch, in groups, and the images the
+    # features of input and kernel.
+    batches = numbers.input_feature_dimension, numbers.kernel_input_feature_dimension
+    operands = editor.operands(old)
+    axes = mesh.that_divide(operands[0].shape.dimensions[batches[0]])
+    rank = len(old.shape.dimensions)
+    rows = [mesh.split_dimension(axes, rank, batch) for batch in batches]
+    local = [
+        shardings.enter_manual(editor, *each)
+        for each in zip(operands, rows, batches, strict=True)
+    ]
+    part = editor.copy(old, local, old.shape)
+    if not axes:
+        return shardings.leave_manual(editor, part, shardings.whole(), 0)
+    # [...] on each device -> [shards, ...] -> [...]
+    element_type = old.shape.element_type
+    part = editor.emit(
+        "reshape", array_shape(element_type, [1, *old.shape.dimensions]), [part]
+    )
+    shards = mesh.split_dimension(axes, rank + 1, 0)
+    return editor.sum_over_first(shardings.leave_manual(editor, part, shards, 0))

@@ -1,0 +1,32 @@
+"""Computes what is rounded to a whole number once.
+
+A compiler may compute a `floor` again for each of its uses, in loops that round what is
+below it differently. Near a whole number, one use then sees the number and another the
+one beside it. TensorFlow's bilinear resizing, say, takes its pixels from one and their
+weights from the other.
+"""
+
+from tensorflow.compiler.xla.service import hlo_pb2
+
+from gshard_tf.hlo.rewrites.editing import Editor, Instruction, edit_module
+
+_ROUNDING = ("ceil", "floor", "round-nearest-afz", "round-nearest-even")
+
+
+def compute_rounding_once(module: hlo_pb2.HloModuleProto) -> bool:
+    """Has every rounding to whole numbers computed once, whatever uses it.
+
+    Args:
+        module: A lowered step. It is changed in place.
+
+    Returns:
+        Whether it was changed.
+    """
+    return bool(edit_module(module, _held))
+
+
+def _held(editor: Editor, old: Instruction) -> Instruction | None:
+    if old.opcode not in _ROUNDING:
+        return None
+    new = editor.copy(old, editor.operands(old), old.shape)
+    return editor.emit("opt-barrier", old.shape, [new])

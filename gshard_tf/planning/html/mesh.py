@@ -1,0 +1,156 @@
+"""Which part of each variable is where, the devices, and what the plan was made of."""
+
+from html import escape
+
+from gshard_tf.planning import summaries, units
+from gshard_tf.planning.chips import CHIPS
+from gshard_tf.planning.html import markup, svg
+from gshard_tf.planning.plan import Plan, Weight
+from gshard_tf.planning.text import hardware
+
+
+def variables(plan: Plan, number: int) -> str:
+    groups = summaries.alike(
+        plan.weights, lambda w: w.path, lambda w: (w.shape, w.layout, w.dtype, w.role)
+    )
+    groups.sort(key=lambda group: -sum(w.bytes_per_core for w in group.items))
+    maps: dict[tuple, str] = {}
+    lines = []
+    for group in groups:
+        first: Weight = group.items[0]
+        drawn = maps.setdefault((first.shape, first.layout), str(len(maps)))
+        lines.append(_weight_row(plan, group, drawn))
+    figures = "".join(
+        f'<div data-map="{name}">{svg.weight_map(shape, layout, plan.mesh)}</div>'
+        for (shape, layout), name in maps.items()
+    )
+    roles = {w.role for w in plan.weights}
+    options = "".join(
+        f'<option value="{role}"{" selected" if role == "weight" else ""}>'
+        f"{summaries.ROLE_NAMES[role]}</option>"
+        for role in summaries.ROLES
+        if role in roles
+    )
+    heads = "".join(
+        f'<th scope="col"{css}><button type="button" data-key="{key}">{name}</button>'
+        "</th>"
+        for key, name, css in (
+            ("name", "variable", ""),
+            ("count", "number", ' class="n"'),
+            ("bytes", "whole", ' class="n"'),
+            ("core", "on a core", ' class="n"'),
+        )
+    )
+    return (
+        '<section class="card weights"><h3>Variables on the mesh</h3>'
+        '<div class="controls" hidden>'
+        f'<label for="find-{number}">Find <input id="find-{number}" type="search" '
+        'placeholder="part of a name"></label>'
+        f'<label for="role-{number}">Role <select id="role-{number}">'
+        f'<option value="">all</option>{options}</select></label>'
+        '<span class="quiet told" role="status"></span></div>'
+        '<div class="rows" tabindex="0" role="region" aria-label="Variables">'
+        f"<table><thead><tr>{heads}"
+        '<th scope="col">shape of one</th><th scope="col">split over</th>'
+        '<th scope="col">decided by</th></tr></thead>'
+        f"<tbody>{''.join(lines)}</tbody></table></div>"
+        '<noscript><p class="quiet">To choose one needs JavaScript.</p></noscript>'
+        '<figure class="map" aria-live="polite"><figcaption><b class="mono"></b>'
+        '<div class="quiet says"></div><details class="names" hidden><summary>Their '
+        f"names</summary><code></code></details></figcaption>{figures}</figure></section>"
+    )
+
+
+def _weight_row(plan: Plan, group: summaries.Alike, drawn: str) -> str:
+    first: Weight = group.items[0]
+    whole = sum(w.bytes for w in group.items)
+    core = sum(w.bytes_per_core for w in group.items)
+    copies = summaries.copies(plan, first)
+    parts = plan.cores // copies
+    each = "Each of them: " if len(group.items) > 1 else ""
+    says = (
+        f"{each}{first.dtype} {units.dims(first.shape)}, {units.size(first.bytes)}, "
+        + (
+            f"in {parts:,} parts of {units.size(first.bytes_per_core)}, each on "
+            f"{copies:,} of {plan.cores:,} cores."
+            if parts > 1
+            else f"whole on each of the {plan.cores:,} cores."
+        )
+    )
+    names = [w.path for w in group.items]
+    layout = " ".join(
+        markup.axis(axis) if axis else '<span class="quiet">-</span>'
+        for axis in first.layout
+    )
+    rules = list(dict.fromkeys(w.rule for w in group.items))
+    rule = rules[0] if len(rules) == 1 else f"{rules[0]}, and others"
+    return (
+        f'<tr data-map="{drawn}" data-role="{escape(first.role)}" '
+        f'data-name="{escape(group.name)}" data-names="{escape(chr(10).join(names))}" '
+        f'data-count="{len(names)}" data-bytes="{whole}" data-core="{core}" '
+        f'data-says="{escape(says)}"><th scope="row"><button type="button" '
+        f'class="pick">{escape(group.name)}</button></th>'
+        f'<td class="n">{len(names):,}</td><td class="n">{units.size(whole)}</td>'
+        f'<td class="n">{units.size(core)}</td>'
+        f'<td class="mono">{units.dims(first.shape)}</td><td>{layout}</td>'
+        f'<td class="quiet">{escape(rule)}</td></tr>'
+    )
+
+
+def devices(plan: Plan) -> str:
+    wraps_at = None
+    facts = ""
+    if plan.chip is not None:
+        chip = plan.chip
+        known = CHIPS.get(chip["name"])
+        wraps_at = known.wraps_at if known else None
+        per = chip["devices"]
+        facts = (
+            f'<p class="quiet">A chip {escape(str(chip["name"]))}: '
+            f"{chip['flops'] / 1e12:,.0f} TFLOP/s, {units.size(chip['hbm_bytes'])} at "
+            f"{units.size(chip['hbm_bandwidth'])}/s, links of "
+            f"{units.size(chip['link_bandwidth'])}/s in each direction"
+            + (f"; its {per} cores share them" if per > 1 else "")
+            + f". {_links_in_words(plan, wraps_at)}</p>"
+        )
+    return (
+        f'<section class="card"><h3>Devices: {escape(hardware(plan))}</h3>'
+        f"{svg.chips(plan, wraps_at)}{facts}</section>"
+    )
+
+
+def _links_in_words(plan: Plan, wraps_at: int | None) -> str:
+    says = "Lines between chips are links"
+    if any(svg.is_ring(n, wraps_at) for n in plan.slice_shape):
+        says += "; where they go on beyond the edge, the ends are joined to a ring"
+    if len(plan.slice_shape) > 2:
+        says += "; chips in the same place of neighbouring panels are linked too"
+    return f"{says}."
+
+
+def origin(plan: Plan) -> str:
+    by_axis: dict[str | None, list[str]] = {}
+    for logical, axis in plan.rules.items():
+        by_axis.setdefault(axis, []).append(logical)
+    mesh = "".join(
+        f'<tr><th scope="row">{markup.axis(name)}</th><td class="n">{size:,}</td>'
+        f"<td>{escape(', '.join(by_axis.get(name, [])) or '-')}</td></tr>"
+        for name, size in plan.mesh.items()
+    )
+    if None in by_axis:
+        mesh += (
+            '<tr><th scope="row">not split</th><td></td>'
+            f"<td>{escape(', '.join(by_axis[None]))}</td></tr>"
+        )
+    versions = ", ".join(f"{name} {v}" for name, v in plan.versions.items())
+    inputs = "".join(f"<li><code>{escape(text)}</code></li>" for text in plan.inputs)
+    return (
+        '<section class="card"><h3>Mesh and rules</h3><table><thead><tr>'
+        '<th scope="col">axis</th><th scope="col" class="n">size</th>'
+        f'<th scope="col">splits</th></tr></thead><tbody>{mesh}</tbody></table>'
+        f"<h4>Global batch</h4><ul>{inputs}</ul><h4>Made by</h4>"
+        f'<p class="quiet">Traced in {plan.trace_seconds:.1f} s, compiled in '
+        f"{plan.compile_seconds:.1f} s, with {units.size(plan.host_bytes)} of the "
+        f"planning machine's memory. {escape(versions)}. Key "
+        f"<code>{escape(plan.key)}</code>.</p></section>"
+    )

@@ -1,0 +1,1 @@
+"""Where tensors go: meshes, axis rules, annotations and layouts."""

@@ -1,0 +1,1 @@
+"""One Keras step as one partitioned program."""

@@ -1,0 +1,1 @@
+"""Test doubles that are installed with the package; not public API."""

@@ -1,0 +1,1 @@
+"""A simulated TPU slice: traces, partitions and runs its program on CPU devices."""

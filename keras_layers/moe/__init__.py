@@ -1,0 +1,1 @@
+"""Mixture of experts: the layer, its dispatchers, metrics and options."""

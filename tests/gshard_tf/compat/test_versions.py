@@ -1,0 +1,79 @@
+import importlib.metadata
+
+import pytest
+
+from gshard_tf.compat import versions
+
+
+def test_the_installed_versions_are_tested_ones():
+    versions.check_versions()
+    versions.check_backend("tensorflow")
+
+
+@pytest.mark.parametrize("package", versions.TESTED)
+def test_refuses_another_version(monkeypatch, package):
+    version = importlib.metadata.version
+    monkeypatch.setattr(
+        importlib.metadata,
+        "version",
+        lambda name: "99.1.2" if name == package else version(name),
+    )
+    with pytest.raises(ImportError, match=rf"Received: {package} 99\.1\.2\. Install"):
+        versions.check_versions()
+
+
+@pytest.mark.parametrize("package", versions.TESTED)
+def test_says_what_is_missing(monkeypatch, package):
+    version = importlib.metadata.version
+
+    def missing(name):
+        if name.startswith(package):
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    with pytest.raises(ImportError, match=f"gshard_tf needs {package} .*not installed"):
+        versions.check_versions()
+
+
+def test_takes_tensorflow_under_its_other_names(monkeypatch):
+    version = importlib.metadata.version
+
+    def renamed(name):
+        if name == "tensorflow":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version("tensorflow") if name == "tensorflow-cpu" else version(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", renamed)
+    versions.check_versions()
+
+
+def test_refuses_another_backend():
+    with pytest.raises(ImportError, match=r"KERAS_BACKEND=tensorflow.*='jax'"):
+        versions.check_backend("jax")
+
+
+@pytest.mark.parametrize(
+    ("wheel", "libtpu", "fits"),
+    [
+        ("2.20.0", "0.0.14", True),
+        (None, "0.0.52", True),  # jax's, for compiling
+        ("2.20.0", "0.0.52", False),
+        ("2.20.0", None, False),
+        ("2.19.1", "0.0.14", False),
+    ],
+)
+def test_the_versions_on_a_tpu(monkeypatch, wheel, libtpu, fits):
+    installed = {"tensorflow-tpu": wheel, "libtpu": libtpu}
+
+    def version(name):
+        if installed[name] is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return installed[name]
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    if fits:
+        versions.check_tpu_versions()
+    else:
+        with pytest.raises(ImportError, match=r"pip install .*'libtpu==0\.0\.14'"):
+            versions.check_tpu_versions()

@@ -1,0 +1,40 @@
+"""Compiling for TPU slices that are not there."""
+
+import importlib.util
+
+import pytest
+from processes import run_python
+
+from gshard_tf.runtime import devices
+
+HAVE_COMPILER = importlib.util.find_spec("libtpu") is not None
+
+
+def test_without_the_compiler_a_sentence_says_how_to_get_it(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"pip install 'gshard-tf\[aot\]'"):
+        devices.topology_devices("v5e:2x4")
+
+
+@pytest.mark.skipif(not HAVE_COMPILER, reason="needs libtpu: the extra aot")
+def test_the_layer_compiles_for_tpus_and_wastes_nothing():
+    # In a process of its own: libtpu stays once it is loaded.
+    printed = run_python(
+        """
+        from benchmarks.moe.tpu import compile_layer
+        import gshard_tf
+        from gshard_tf.runtime.devices import topology_devices
+        gshard_tf.request_cpu_devices(8)
+        try:
+            topology_devices("v99:1x1")
+        except ValueError as error:
+            print("Received: 'v99:1x1'" in str(error))
+        row = compile_layer("v5e:2x4", 256, 1024)
+        kinds = dict(sorted(row["collectives"].items()))
+        print(row["flops_over_experts"] < 1.05, kinds)
+        """
+    )
+    assert printed.split("\n")[:2] == [
+        "True",
+        "True {'all-reduce': 1, 'all-to-all': 4}",
+    ]

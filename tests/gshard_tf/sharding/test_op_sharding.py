@@ -1,0 +1,106 @@
+"""Layouts as HLO shardings, against jax's own translation of the same thing."""
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tensorflow.compiler.xla import xla_data_pb2
+from tensorflow.experimental import dtensor
+
+import gshard_tf
+from gshard_tf.sharding import op_sharding
+
+AXES = ("a", "b", "c")
+
+
+@st.composite
+def layouts(draw):
+    """A random layout on a random mesh of at most 8 devices."""
+    sizes = draw(
+        st.lists(st.sampled_from([1, 2, 4, 8]), min_size=1, max_size=3).filter(
+            lambda sizes: np.prod(sizes) <= 8
+        )
+    )
+    mesh = gshard_tf.create_mesh(dict(zip(AXES, sizes, strict=False)))
+    rank = draw(st.integers(1, 4))
+    axes = draw(st.permutations(mesh.dim_names))
+    axes = axes[: draw(st.integers(0, min(rank, len(axes))))]
+    specs = draw(st.permutations(axes + [dtensor.UNSHARDED] * (rank - len(axes))))
+    return dtensor.Layout(specs, mesh)
+
+
+def parsed(sharding: bytes):
+    """Our bytes, read by jaxlib (which is XLA's own reading of the message)."""
+    from jax._src.lib import xla_client
+
+    proto = xla_client.OpSharding()
+    proto.ParseFromString(sharding)
+    return xla_client.HloSharding.from_proto(proto)
+
+
+def as_jax(layout):
+    import jax
+    from jax.sharding import NamedSharding, PartitionSpec
+
+    mesh = layout.mesh
+    devices = np.array(jax.devices("cpu")[: mesh.size]).reshape(mesh.shape())
+    specs = [None if s == dtensor.UNSHARDED else s for s in layout.sharding_specs]
+    return NamedSharding(
+        jax.sharding.Mesh(devices, mesh.dim_names), PartitionSpec(*specs)
+    )
+
+
+@settings(max_examples=300)
+@given(layouts())
+def test_from_layout_is_jaxs_own_sharding(layout):
+    from jax._src.op_shardings import are_hlo_shardings_equal
+
+    ours = parsed(op_sharding.from_layout(layout))
+    theirs = as_jax(layout)._to_xla_hlo_sharding(layout.rank)
+    assert are_hlo_shardings_equal(ours, theirs), f"{ours} is not {theirs}"
+
+
+@settings(max_examples=200)
+@given(layouts())
+def test_from_layout_puts_each_slice_where_jax_and_dtensor_do(layout):
+    import jax
+    from jax._src.sharding_impls import GSPMDSharding
+
+    shape = [8] * layout.rank
+    ours = GSPMDSharding(
+        jax.devices("cpu")[: layout.mesh.size],
+        parsed(op_sharding.from_layout(layout)),
+    ).devices_indices_map(tuple(shape))
+    theirs = as_jax(layout).devices_indices_map(tuple(shape))
+    for i, device in enumerate(jax.devices("cpu")[: layout.mesh.size]):
+        assert ours[device] == theirs[device]
+        # DTensor counts shards: its offset along a dimension is in shards.
+        offsets = layout.offset_to_shard()[i]
+        for d in range(layout.rank):
+            start = offsets[d] * 8 // layout.num_shards(d)
+            assert (ours[device][d].start or 0) == start
+
+
+def _message(sharding: bytes):
+    return xla_data_pb2.OpSharding.FromString(sharding)
+
+
+def test_replicated():
+    assert _message(op_sharding.replicated()).type == xla_data_pb2.OpSharding.REPLICATED
+    layout = dtensor.Layout.replicated(gshard_tf.create_mesh({"a": 8}), 3)
+    assert op_sharding.from_layout(layout) == op_sharding.replicated()
+
+
+@given(st.permutations(range(8)))
+def test_tiled_keeps_the_order_of_the_devices(order):
+    # The paper's example, section 3.2: a [3, 16, 64] tensor on a [1, 2, 4] grid.
+    message = _message(op_sharding.tiled(np.array(order).reshape(1, 2, 4)))
+    assert message.type == xla_data_pb2.OpSharding.OTHER
+    assert list(message.tile_assignment_dimensions) == [1, 2, 4]
+    assert list(message.tile_assignment_devices) == order
+
+
+def test_tiled_with_copies_puts_copies_on_neighbours():
+    message = _message(op_sharding.tiled_with_copies([1, 4], 8))
+    assert message.replicate_on_last_tile_dim
+    assert list(message.tile_assignment_dimensions) == [1, 4, 2]
+    assert list(message.tile_assignment_devices) == list(range(8))
