@@ -56,7 +56,7 @@ TEST = [
     "hypothesis>=6,<7",
     # Formatting and findings change with these.
     "ruff==0.17.*",
-    "mypy==1.*",
+    "mypy==2.4.*",
     "import-linter>=2.5,<3",
     # Keras 2, whose models train under the strategy too.
     f"tf_keras{TENSORFLOW}",
