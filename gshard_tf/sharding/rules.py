@@ -137,8 +137,8 @@ class AxisRules:
                 other = axes[specs.index(axis)]
                 raise ValueError(
                     f"The rules cannot split two dimensions of {what} over the mesh "
-                    f"axis {axis!r}: {other!r} and {logical!r}. Name one of them None, or "
-                    f"give it another mesh axis. Received: axes={tuple(axes)}, "
+                    f"axis {axis!r}: {other!r} and {logical!r}. Name one of them None, "
+                    f"or give it another mesh axis. Received: axes={tuple(axes)}, "
                     f"rules={self.rules}"
                 )
             specs.append(dtensor.UNSHARDED if axis is None else axis)
