@@ -10,7 +10,7 @@ from tensorflow.compiler.xla.service import hlo_pb2
 
 from gshard_tf.export.naming import named_leaves
 from gshard_tf.planning.layer_names import LayerNames
-from gshard_tf.sharding.sharded_variable import PlacedVariable
+from gshard_tf.sharding.sharded_variable import MeshVariableBase
 from gshard_tf.spmd import lowering
 from gshard_tf.verification import measures
 from gshard_tf.verification.measures import Measure
@@ -37,7 +37,7 @@ class StepToCheck:
         step: The step as it was lowered for the mesh.
         trace: Traces it again, without a mesh, for compiling or not.
         arrays: Its arguments.
-        roles: What each variable is for, by its `id`; see `keras_step.roles_of`.
+        roles: What each variable is for, by its `id`; see `keras_step.variable_roles`.
         layers: Finds the layers of the model in the names of operations.
         title: What to call it.
         trains: Whether weights are meant to move.
@@ -229,7 +229,7 @@ def _names(given: StepToCheck) -> list[tuple[str, str]]:
     for i in given.step.updates:
         variable = given.step.captures[i]
         kind = given.roles.get(id(variable), "other")
-        if kind == "other":
+        if kind in ("other", "frozen"):
             # A slot of an optimizer that the model does not know of, say.
             kind = "state" if variable.reference is None else "optimizer"
         found.append((kind, variable.path))
@@ -282,7 +282,7 @@ def _what_was_not_seen(given: StepToCheck, rows: Sequence[Row]) -> list[str]:
     slots = {
         id(variable.reference)
         for variable in given.step.captures
-        if isinstance(variable, PlacedVariable) and id(variable) in moved
+        if isinstance(variable, MeshVariableBase) and id(variable) in moved
     }
     still = [
         variable.path

@@ -111,7 +111,7 @@ def test_tf_train_checkpoint_in_scope(trained, tmp_path):
         path = checkpoint.save(str(tmp_path / "ckpt"))
         checkpoint.restore(path).assert_existing_objects_matched()
     assert path.endswith("ckpt-1")
-    assert trained.strategy.extended.is_ours(checkpoint.save_counter)
+    assert trained.strategy.extended.owns(checkpoint.save_counter)
 
 
 def test_clone(trained):
@@ -183,7 +183,7 @@ def test_training_goes_on_after_an_export(trained, tmp_path):
     before = model.get_weights()
     model.export(tmp_path / "again", verbose=False)
     gc.collect()
-    assert not any(v.value._has_foreign_graphs() for v in model.variables)
+    assert not any(v.value._has_reader_graphs() for v in model.variables)
     model.fit(X, Y, **FIT)
     # What was exported does not change.
     loaded = tf.saved_model.load(tmp_path / "again")
