@@ -1,6 +1,6 @@
 """One run in several processes: joining it, and stopping together.
 
-Every host runs the same script, which calls `join_processes` first. Without it there is
+Every host runs the same script, which calls `initialize` first. Without it there is
 one process, and everything here is trivial. Of jax this file knows what starts and
 connects processes; arrays and programs are `spmd.program`'s.
 """
@@ -31,7 +31,7 @@ _NEVER_SECONDS = 10**7
 
 
 @dataclasses.dataclass(frozen=True)
-class Group:
+class ProcessGroup:
     """The processes of a run, as one of them sees it.
 
     Attributes:
@@ -88,7 +88,7 @@ class _Run:
     """The group, and where this process is in its run."""
 
     def __init__(self):
-        self.group = Group()
+        self.group = ProcessGroup()
         # Counts what all processes have to do together: a step of a program, say.
         self.turn = 0
         self.waiting_since: float | None = None
@@ -121,7 +121,7 @@ class _Run:
 _RUN = _Run()
 
 
-def group() -> Group:
+def group() -> ProcessGroup:
     """The processes of this run."""
     return _RUN.group
 
@@ -154,14 +154,14 @@ def together(what: str) -> Iterator[None]:
         _RUN.waiting_since = None
 
 
-def join_processes(
-    coordinator: str | None = None,
-    count: int | None = None,
-    index: int | None = None,
-    patience: float = 300,
-    heartbeat: float = 30,
+def initialize(
+    coordinator_address: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    step_timeout: float = 300,
+    heartbeat_timeout: float = 30,
     quiet: bool = True,
-) -> Group:
+) -> ProcessGroup:
     """Joins the processes of a run; every one of them calls it first.
 
     ```bash
@@ -172,77 +172,88 @@ def join_processes(
     fails, all end: each with the message of the one that failed.
 
     Args:
-        coordinator: Address and port of the first process, which the others can reach.
-            Defaults to the environment's `GSHARD_COORDINATOR`.
-        count: How many processes there are. Defaults to `GSHARD_PROCESSES`; 1 when
+        coordinator_address: Address and port of the first process, which the others
+            can reach. Defaults to the environment's `GSHARD_COORDINATOR`.
+        num_processes: The number of processes. Defaults to `GSHARD_PROCESSES`; 1 when
             neither is given, and nothing happens.
-        index: Which one this is, from 0. Defaults to `GSHARD_PROCESS`.
-        patience: After how many seconds in one step a process asks who holds it up, and
-            ends the run. Longer than the longest compilation. So long it waits for
-            the others to join, too, and then ends by the exit code 70.
-        heartbeat: After how many seconds without a sign of life a process is taken for
+        process_id: The number of this process, from 0. Defaults to `GSHARD_PROCESS`.
+        step_timeout: Seconds in one step after which a process reports which others
+            hold it up, and ends the run. It must be longer than the longest
+            compilation. A process waits this long for the others to join, too, and
+            then exits with code 70.
+        heartbeat_timeout: Seconds without a message after which a process counts as
             dead. (One that dies in the middle of a step is noticed at once, and one
             that ends while others need it after about a second.)
-        quiet: Whether only the first process writes to the standard output. Errors are
-            written by all.
+        quiet: Whether only the first process writes to the standard output. All of
+            them write errors.
 
     Returns:
-        The group; its `is_chief` says who writes logs.
+        The group; its `is_chief` says which process writes logs.
 
     Raises:
-        ValueError: when the numbers do not fit each other.
+        ValueError: when the arguments contradict each other.
         RuntimeError: when jax has already started.
     """
-    coordinator = coordinator or os.environ.get("GSHARD_COORDINATOR")
-    count = int(os.environ.get("GSHARD_PROCESSES", 1)) if count is None else count
-    index = int(os.environ.get("GSHARD_PROCESS", 0)) if index is None else index
-    if count < 1 or not 0 <= index < count:
+    address = coordinator_address or os.environ.get("GSHARD_COORDINATOR")
+    if num_processes is None:
+        num_processes = int(os.environ.get("GSHARD_PROCESSES", 1))
+    if process_id is None:
+        process_id = int(os.environ.get("GSHARD_PROCESS", 0))
+    if num_processes < 1:
         raise ValueError(
-            "Processes are counted from 0, and there is at least one. Received: "
-            f"process {index} of {count}"
+            "`num_processes` must be at least 1. Received: "
+            f"num_processes={num_processes}"
         )
-    if count == 1:
-        return _RUN.group
-    if not coordinator:
+    if not 0 <= process_id < num_processes:
         raise ValueError(
-            "Processes find each other at the address of the first one: give "
-            "coordinator='host:port', or set GSHARD_COORDINATOR. Received: None"
+            "`process_id` must be in [0, num_processes). Received: "
+            f"process_id={process_id}, num_processes={num_processes}"
+        )
+    if num_processes == 1:
+        return _RUN.group
+    if not address:
+        raise ValueError(
+            "`coordinator_address` must be the 'host:port' of the first process, or "
+            "set GSHARD_COORDINATOR. Received: coordinator_address=None"
         )
     import jax
 
-    if quiet and index:
-        # The file itself: gloo's connections talk, and they are no Python.
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, 1)
-        os.close(nowhere)
-    # It would take SIGTERM for itself, and tell nobody who does not ask.
+    if quiet and process_id:
+        # The file itself: gloo's connections write to it, and they are no Python.
+        devnull = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(devnull, 1)
+        os.close(devnull)
+    # jax's service would take SIGTERM for itself, and report it only when asked.
     jax.config.update("jax_enable_preemption_service", False)
     # On CPUs; GPUs have NCCL.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     relay = None
-    if index:
-        host, _, port = coordinator.rpartition(":")
-        relay = Relay(host.strip("[]"), int(port), heartbeat)
+    if process_id:
+        host, _, port = address.rpartition(":")
+        relay = Relay(host.strip("[]"), int(port), heartbeat_timeout)
     with _patience_to_join(
-        f"process {index} of {count} has waited {patience:g} s for the others at "
-        f"{coordinator}: give all of them this address and this number of processes",
-        patience,
+        f"process {process_id} of {num_processes} has waited {step_timeout:g} s for "
+        f"the others at {address}: give all of them this address and this number of "
+        "processes",
+        step_timeout,
     ):
         jax.distributed.initialize(
-            coordinator_address=coordinator if relay is None else relay.address,
-            num_processes=count,
-            process_id=index,
+            coordinator_address=address if relay is None else relay.address,
+            num_processes=num_processes,
+            process_id=process_id,
             initialization_timeout=_NEVER_SECONDS,
             heartbeat_timeout_seconds=_NEVER_SECONDS,
-            shutdown_timeout_seconds=int(heartbeat),
+            shutdown_timeout_seconds=int(heartbeat_timeout),
         )
     # Private API: messages between processes have no public form. On an upgrade, check
     # that the client still has `key_value_set`, `blocking_key_value_get` and
     # `key_value_dir_get`.
     from jax._src import distributed
 
-    _RUN.group = Group(index, count, distributed.global_state.client)
-    watch = Watch(_RUN, relay, patience, heartbeat, say_and_exit)
+    _RUN.group = ProcessGroup(
+        process_id, num_processes, distributed.global_state.client
+    )
+    watch = Watch(_RUN, relay, step_timeout, heartbeat_timeout, say_and_exit)
     sys.excepthook = _end_with_all
     # Before jax's own, which was registered earlier, disconnects.
     atexit.register(watch.part)
@@ -312,7 +323,7 @@ def _end_with_all(kind: type, error: BaseException, trace: Any) -> None:
         index, count = _RUN.group.index, _RUN.group.count
         text = f"process {index} of {count} stops: {silent}{message}"
         say_and_exit(text, STOPPED_BY_ANOTHER, tell=True)
-    stop_all(message)
+    abort_all(message)
 
 
 def _who_is_silent() -> str:
@@ -327,7 +338,7 @@ def _who_is_silent() -> str:
     return "".join(f"process {i} gives no sign of life; " for i in silent)
 
 
-def stop_all(message: str) -> None:
+def abort_all(message: str) -> None:
     """Ends all processes of the run, this one at once; each prints `message`."""
     processes = _RUN.group
     text = f"process {processes.index} of {processes.count} failed: {message}"

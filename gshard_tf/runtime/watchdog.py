@@ -34,7 +34,7 @@ class Watch:
         heartbeat: float,
         end: Callable[[str, int, bool], None],
     ):
-        """See `join_processes`; `end` prints a text and ends the process by a code."""
+        """See `initialize`; `end` prints a text and ends the process by a code."""
         self.run = run
         self.group = run.group
         self.end = end
