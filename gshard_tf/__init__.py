@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from gshard_tf.planning.plan import Plan
     from gshard_tf.planning.planner import plan
     from gshard_tf.runtime.devices import request_cpu_devices
-    from gshard_tf.runtime.process_group import abort_all, initialize, own_rows
+    from gshard_tf.runtime.initialize import initialize
+    from gshard_tf.runtime.process_group import own_rows
+    from gshard_tf.runtime.watchdog import abort_all
     from gshard_tf.sharding.annotations import (
         annotate,
         name_axes,
@@ -87,7 +89,7 @@ _HOME = {
     "annotate": "sharding.annotations",
     "random": None,
     "create_mesh": "sharding.mesh",
-    "initialize": "runtime.process_group",
+    "initialize": "runtime.initialize",
     "name_axes": "sharding.annotations",
     "named_axes": "sharding.annotations",
     "own_rows": "runtime.process_group",
@@ -99,7 +101,7 @@ _HOME = {
     "split": "sharding.annotations",
     "tpu_strategy": "tpu.strategy",
     "training_state": "checkpoints.naming",
-    "abort_all": "runtime.process_group",
+    "abort_all": "runtime.watchdog",
     "use_mesh": "sharding.mesh",
     "verify": "verification.verify",
 }

@@ -26,11 +26,15 @@ from gshard_tf.checkpoints.snapshot import (
     repeated,
     snapshot,
 )
-from gshard_tf.checkpoints.writer import PATIENCE_SECONDS, write
+from gshard_tf.checkpoints.writer import WRITE_TIMEOUT_SECONDS, write
 from gshard_tf.compat.keras_seeds import global_seed_state
 from gshard_tf.io.atomic_files import local_path, make_folder
 from gshard_tf.io.locks import FolderLock
-from gshard_tf.runtime.process_group import agree, group, next_turn
+from gshard_tf.runtime.process_group import (
+    all_gather_text,
+    group,
+    next_collective_id,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,7 +262,7 @@ class CheckpointManager:
             global_seed=_global_seed(),
             awaits_end=awaits_end or None,
         )
-        turn = next_turn()
+        turn = next_collective_id()
         if self.asynchronous:
             self._thread = threading.Thread(
                 target=self._write_in_background, args=(manifest, pieces, turn)
@@ -430,7 +434,7 @@ class CheckpointManager:
         """The next checkpoint to try: of what the first process sees, who wrote it."""
         listed = self.steps()[::-1] if step is None else [step]
         wanted = (candidate for candidate in listed if candidate not in damaged)
-        return json.loads(agree("step", json.dumps(next(wanted, None)))[0])
+        return json.loads(all_gather_text("step", json.dumps(next(wanted, None)))[0])
 
     def _read(
         self,
@@ -505,7 +509,7 @@ def _what_all_say(
         "errno": None if problem is None else problem.errno,
         "stays": stays,
     }
-    said = agree("restore", json.dumps(mine), PATIENCE_SECONDS)
+    said = all_gather_text("restore", json.dumps(mine), WRITE_TIMEOUT_SECONDS)
     told = list(map(json.loads, said))
     stays = all(one["stays"] and not one["absent"] for one in told)
     for one in told:

@@ -80,10 +80,10 @@ def test_a_part_is_on_the_disk_before_its_process_says_so(tmp_path, monkeypatch)
 
         count, index, is_chief = 2, 1, False
 
-        def hear(self, key, patience):
+        def get(self, key, timeout):
             return json.dumps({"error": ""})
 
-        def tell(self, key, text):
+        def put(self, key, text):
             disk.events.append(("said", key, json.loads(text)["error"]))
 
     monkeypatch.setattr(writer, "group", Second)

@@ -16,8 +16,7 @@ import pytest
 from processes import PYTHONPATH, ROOT
 
 import gshard_tf
-from gshard_tf.runtime.process_group import STOPPED_BY_ANOTHER
-from gshard_tf.runtime.termination import GIVE_AGAIN
+from gshard_tf.runtime.watchdog import ABORTED_BY_ANOTHER
 
 SCRIPT = pathlib.Path(many.__file__)
 STEPS = many.STEPS_PER_EPOCH * many.EPOCHS
@@ -182,7 +181,7 @@ def test_hosts_of_a_network(one, tmp_path, count):
 
 def assert_sigterm_loses_nothing(folder, one, count, who):
     codes, errors, seconds = run(count, folder, "do=term", "step=3", f"who={who}")
-    assert codes == [GIVE_AGAIN] * count, errors
+    assert codes == [os.EX_TEMPFAIL] * count, errors
     assert seconds < 30
     [step] = gshard_tf.CheckpointManager(folder / "checkpoints").steps()[-1:]
     # All leave after the same step; those that had begun one more have ended it.
@@ -210,7 +209,7 @@ def test_sigterm_to_some_and_given_again(one, tmp_path, count, who):
 
 def test_a_process_that_exits_ends_all(tmp_path):
     codes, errors, seconds = run(2, tmp_path, "do=exit", "step=3", patience=100)
-    assert codes == [STOPPED_BY_ANOTHER] * 2, errors
+    assert codes == [ABORTED_BY_ANOTHER] * 2, errors
     # Both wait until both have heard, and the test sees the end of both.
     assert seconds < 10
     for error in errors:
@@ -234,8 +233,10 @@ def test_survivors_end_by_the_message(tmp_path, do, who):
     )
     assert seconds < 30
     for index in {0, 1, 2} - {dead}:
-        assert codes[index] == STOPPED_BY_ANOTHER, errors[index]
-        silent = "first process, which coordinates" if who == "0" else "process 1 gives"
+        assert codes[index] == ABORTED_BY_ANOTHER, errors[index]
+        silent = (
+            "first process, which coordinates" if who == "0" else "process 1 is not"
+        )
         assert silent in errors[index]
         assert "*** SIGABRT" not in errors[index]
         assert "absl::" not in errors[index] and "    @   " not in errors[index]
@@ -245,7 +246,7 @@ def test_survivors_end_by_the_message(tmp_path, do, who):
 def test_an_error_on_one_host_stops_all(tmp_path):
     codes, errors, seconds = run(2, tmp_path, "do=raise", "step=3")
     assert seconds < 20
-    assert codes == [STOPPED_BY_ANOTHER, 1]
+    assert codes == [ABORTED_BY_ANOTHER, 1]
     for error in errors:
         assert "process 1 of 2 failed: RuntimeError: the disk of this host" in error
 
@@ -267,7 +268,7 @@ def test_a_killed_process_stops_all_and_fewer_go_on(one, tmp_path):
     assert codes[1] == -9 and 0 not in codes
     assert seconds < 30
     for index in (0, 2, 3):
-        assert "process 1 gives no sign of life" in errors[index]
+        assert "process 1 is not responding" in errors[index]
     steps = gshard_tf.CheckpointManager(tmp_path / "checkpoints").steps()
     assert steps and steps[-1] >= 4
     codes, errors, _ = run(2, tmp_path)
@@ -308,7 +309,7 @@ def test_the_others_never_start(index):
         text=True,
         timeout=100,
     )
-    assert done.returncode == STOPPED_BY_ANOTHER, done.stderr
+    assert done.returncode == ABORTED_BY_ANOTHER, done.stderr
     assert f"process {index} of 2 has waited 1 s for the others" in done.stderr
 
 

@@ -14,7 +14,6 @@ from processes import ROOT
 
 import gshard_tf
 from gshard_tf.runtime import termination
-from gshard_tf.runtime.termination import GIVE_AGAIN
 
 
 @pytest.fixture(autouse=True)
@@ -76,7 +75,7 @@ def life(folder, mesh, *others):
             callbacks=[saver, note, seen, *others],
         )
     except SystemExit as end:
-        assert end.code == GIVE_AGAIN
+        assert end.code == os.EX_TEMPFAIL
         # Or it would end this process, which goes on, when the time is over.
         [listener] = listeners
         listener.close()
@@ -167,7 +166,7 @@ def terminated(folder, seconds, grace):
 
 def test_the_process_ends_by_its_code(tmp_path):
     code, error, _ = terminated(tmp_path, 0.1, 60)
-    assert code == GIVE_AGAIN
+    assert code == os.EX_TEMPFAIL
     step = gshard_tf.CheckpointManager(tmp_path).steps()[-1]
     assert f"SIGTERM: the run is saved at step {step}. Give the same command" in error
 
@@ -176,7 +175,7 @@ def test_a_step_that_does_not_end(tmp_path):
     """Within the grace period, whatever the main thread does."""
     runs.run(tmp_path, mesh=None, epochs=1)
     code, error, seconds = terminated(tmp_path, 5, 2)
-    assert code == GIVE_AGAIN and seconds < 4.5
+    assert code == os.EX_TEMPFAIL and seconds < 4.5
     assert "did not end within 2 s. The newest checkpoint is of step 5" in error
 
 
@@ -216,7 +215,7 @@ def test_a_loop_of_ones_own_that_has_ended_gives_the_signal_back(tmp_path):
     saver.set_model(made)
     saver.set_params({"epochs": 1, "steps": 4})
     saver.on_train_begin()
-    assert termination._LISTENING[-1]._runs_still()
+    assert termination._LISTENING[-1]._still_runs()
     del saver
     gc.collect()
-    assert not termination._LISTENING[-1]._runs_still()
+    assert not termination._LISTENING[-1]._still_runs()
