@@ -18,7 +18,7 @@ from gshard_tf.callbacks.resume_warnings import (
     of_the_rates,
 )
 from gshard_tf.checkpoints.dataset import ResumableDataset
-from gshard_tf.checkpoints.manager import CheckpointManager, Restored, array_reader
+from gshard_tf.checkpoints.manager import CheckpointManager
 from gshard_tf.checkpoints.manifest import Manifest
 from gshard_tf.checkpoints.naming import (
     Variable,
@@ -26,6 +26,7 @@ from gshard_tf.checkpoints.naming import (
     section,
     training_state,
 )
+from gshard_tf.checkpoints.restore import Restored, array_reader
 from gshard_tf.checkpoints.snapshot import load
 from gshard_tf.compat.keras_epochs import RunningFit, running_fit
 from gshard_tf.compat.keras_seeds import give_global_seed_generator, global_seed_state

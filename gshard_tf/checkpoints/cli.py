@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from gshard_tf.checkpoints import folders
+from gshard_tf.checkpoints import step_folders
 from gshard_tf.checkpoints.errors import CorruptCheckpointError
 from gshard_tf.checkpoints.manifest import Manifest
 from gshard_tf.io.paths import path_option
@@ -45,17 +45,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _rows(folder: Path, step: int | None, command: str) -> list[dict]:
     def shown() -> list[int]:
-        found = folders.steps(folder) if step is None else [step]
+        found = step_folders.steps(folder) if step is None else [step]
         return found[-1:] if command == "show" else found
 
-    rows = folders.read_listed(
+    rows = step_folders.read_listed(
         shown, lambda number: _row(folder, number, command == "verify")
     )
     return list(rows.values())
 
 
 def _row(folder: Path, step: int, read_all: bool) -> dict:
-    path = folders.path_of(folder, step)
+    path = step_folders.step_path(folder, step)
     row = {"step": step, "folder": str(path), "problem": ""}
     try:
         manifest = Manifest.read(path, step)
@@ -72,7 +72,7 @@ def _row(folder: Path, step: int, read_all: bool) -> dict:
         }
         if read_all:
             # TensorFlow takes seconds to start, and a listing does not need it.
-            from gshard_tf.checkpoints.verification import verify
+            from gshard_tf.checkpoints.tensor_bundle import verify
 
             verify(path, manifest)
     except (CorruptCheckpointError, FileNotFoundError) as error:

@@ -1,56 +1,29 @@
 """The checkpoints of a run: written in the background, kept by rules, restored."""
 
 import dataclasses
-import json
+import functools
 import os
 import shutil
 import threading
 import warnings
 import weakref
-from collections import Counter
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import tensorflow as tf
-
-from gshard_tf.checkpoints import folders, tensor_bundle
+from gshard_tf.checkpoints import step_folders, tensor_bundle
 from gshard_tf.checkpoints.dataset import ResumableDataset
-from gshard_tf.checkpoints.errors import CorruptCheckpointError
 from gshard_tf.checkpoints.manifest import Manifest
-from gshard_tf.checkpoints.matching import Match, match
+from gshard_tf.checkpoints.matching import match
 from gshard_tf.checkpoints.naming import Variable, array_of
-from gshard_tf.checkpoints.snapshot import (
-    describe,
-    load,
-    repeated,
-    snapshot,
-)
-from gshard_tf.checkpoints.writer import WRITE_TIMEOUT_SECONDS, write
+from gshard_tf.checkpoints.restore import Restored, restore
+from gshard_tf.checkpoints.retention import best_step, prune, read_manifests
+from gshard_tf.checkpoints.snapshot import describe, snapshot
+from gshard_tf.checkpoints.writer import write
 from gshard_tf.compat.keras_seeds import global_seed_state
 from gshard_tf.io.locks import FolderLock
 from gshard_tf.io.paths import local_path, make_folder
-from gshard_tf.runtime.process_group import (
-    all_gather_text,
-    group,
-    next_collective_id,
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class Restored:
-    """What a restore did.
-
-    Attributes:
-        folder: The checkpoint.
-        manifest: What it says of itself.
-        match: Which array went where; what was missing and what was left over.
-    """
-
-    folder: Path
-    manifest: Manifest
-    match: Match
-
+from gshard_tf.runtime.process_group import group, next_collective_id
 
 # The objects of this process that may write, each to its own folder.
 _HOLDERS: "weakref.WeakSet[CheckpointManager]" = weakref.WeakSet()
@@ -104,17 +77,17 @@ class CheckpointManager:
         self._lock: FolderLock | None = None
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
-        self._damaged: set[int] = set()
+        self._corrupt: set[int] = set()
 
     # -- what there is -----------------------------------------------------------
 
     def steps(self) -> list[int]:
         """The steps that have a complete checkpoint, oldest first."""
-        return folders.steps(self.directory)
+        return step_folders.steps(self.directory)
 
     def path(self, step: int) -> Path:
         """The folder of a step's checkpoint."""
-        return folders.path_of(self.directory, step)
+        return step_folders.step_path(self.directory, step)
 
     def manifest(self, step: int) -> Manifest:
         """What a checkpoint says of itself.
@@ -126,36 +99,8 @@ class CheckpointManager:
         return Manifest.read(self.path(step), step)
 
     def best(self) -> int | None:
-        """The step of the best checkpoint, by the metric; None when none has it."""
-        return self._best_of(self._manifests())
-
-    def _best_of(
-        self, manifests: Mapping[int, Manifest | CorruptCheckpointError]
-    ) -> int | None:
-        scores = {}
-        for step, manifest in manifests.items():
-            if isinstance(manifest, CorruptCheckpointError):
-                continue
-            score = manifest.logs.get(self.monitor)
-            if score is not None and score == score:  # not NaN
-                scores[step] = score
-        if not scores:
-            return None
-        # Of equals the older.
-        return (min if self.mode == "min" else max)(scores, key=scores.get)
-
-    def _manifests(self) -> dict[int, Manifest | CorruptCheckpointError]:
-        """What each checkpoint says of itself, or what is wrong with it."""
-
-        def read(step: int) -> Manifest | CorruptCheckpointError:
-            try:
-                return self.manifest(step)
-            except CorruptCheckpointError as error:
-                return error
-            except FileNotFoundError as error:
-                return CorruptCheckpointError(str(error))
-
-        return folders.read_listed(self.steps, read)
+        """Returns the step of the best checkpoint, by `monitor`; None without one."""
+        return best_step(read_manifests(self.directory), self.monitor, self.mode)
 
     # -- saving ---------------------------------------------------------------------
 
@@ -191,7 +136,7 @@ class CheckpointManager:
         lock = FolderLock(self.directory)
         try:
             # What a run that was killed left half-written. (The lock says: it is gone.)
-            for leftover in folders.leftovers(self.directory):
+            for leftover in step_folders.leftovers(self.directory):
                 shutil.rmtree(leftover, ignore_errors=True)
         except BaseException:
             lock.release()
@@ -323,34 +268,15 @@ class CheckpointManager:
             # The folder was removed meanwhile, and this checkpoint with it.
             self.claim()
             write(path, manifest, pieces, turn)
-        self._damaged.discard(manifest.step)
+        self._corrupt.discard(manifest.step)
         if group().is_chief:
-            self._prune()
-
-    def _prune(self) -> None:
-        sound = [step for step in self.steps() if step not in self._damaged]
-        kept = set(sound if self.max_to_keep is None else sound[-self.max_to_keep :])
-        if self.monitor is not None:
-            manifests = self._manifests()
-            kept.add(self._best_of(manifests))
-            # Where the disk did not answer, it may have been the best.
-            kept |= {
-                step
-                for step, manifest in manifests.items()
-                if isinstance(manifest, CorruptCheckpointError) and manifest.errno
-            }
-        for step in sound:
-            if step in kept:
-                continue
-            try:
-                folders.remove(self.directory, step)
-            except OSError as error:
-                # No reason to end a run: what it has written is whole.
-                warnings.warn(
-                    f"{self.path(step)} is no longer needed, and could not be removed "
-                    f"({error.strerror}). Remove it by hand.",
-                    stacklevel=2,
-                )
+            prune(
+                self.directory,
+                self.max_to_keep,
+                self.monitor,
+                self.mode,
+                self._corrupt,
+            )
 
     # -- restoring --------------------------------------------------------------------
 
@@ -385,140 +311,10 @@ class CheckpointManager:
             CheckpointMismatchError: when it is a checkpoint of another model.
         """
         self.wait()
-        damaged: dict[int, CorruptCheckpointError] = {}
-        vanished: Counter[int] = Counter()
-        while (candidate := self._agreed(step, damaged)) is not None:
-            path = self.path(candidate)
-            before = folders.identity(path)
-            problem = None
-            try:
-                manifest = self.manifest(candidate)
-                if accept is not None:
-                    accept(manifest)
-                restored, apply = self._read(
-                    manifest, state, dataset, rename, missing, extra
-                )
-            except (CorruptCheckpointError, FileNotFoundError) as error:
-                problem = error
-            now = folders.identity(path)
-            # (One that was removed when all of it had been read is whole.)
-            stays = now == before or (problem is None and now is None)
-            problem, stays = _what_all_say(problem, stays)
-            if step is not None and isinstance(problem, FileNotFoundError):
-                raise problem
-            if not stays and vanished[candidate] < 3:
-                # A run that goes on meanwhile has removed it, or written it again.
-                vanished[candidate] += 1
-                continue
-            if problem is None:
-                for assign in apply:
-                    assign()
-                return restored
-            damaged[candidate] = CorruptCheckpointError(str(problem), problem.errno)
-            self._damaged.add(candidate)
-            if step is None:
-                warnings.warn(
-                    f"{problem}. Falling back to the checkpoint before it.",
-                    stacklevel=2,
-                )
-        if damaged:
-            numbers = [error.errno for error in damaged.values() if error.errno]
-            raise CorruptCheckpointError(
-                f"No checkpoint in {self.directory} is sound: "
-                + "; ".join(map(str, damaged.values())),
-                numbers[0] if numbers else None,
-            )
-        return None
-
-    def _agreed(self, step: int | None, damaged: Container[int]) -> int | None:
-        """The next checkpoint to try: of what the first process sees, who wrote it."""
-        listed = self.steps()[::-1] if step is None else [step]
-        wanted = (candidate for candidate in listed if candidate not in damaged)
-        return json.loads(all_gather_text("step", json.dumps(next(wanted, None)))[0])
-
-    def _read(
-        self,
-        manifest: Manifest,
-        state: Mapping[str, Variable],
-        dataset: ResumableDataset | None,
-        rename: Sequence[tuple[str, str]],
-        missing: Sequence[str],
-        extra: Sequence[str],
-    ) -> tuple[Restored, list[Any]]:
-        folder = self.path(manifest.step)
-        targets = {
-            name: (tuple(array_of(v).shape), array_of(v).dtype.name)
-            for name, v in state.items()
-        }
-        matched = match(targets, manifest.arrays, rename, missing, extra)
-        apply = []
-        for name, source in matched.sources.items():
-            read = array_reader(folder, manifest, source)
-            if name in matched.repeated:
-                read = repeated(read)
-            apply.append(load(state[name], read))
-        if dataset is not None:
-            apply.append(_position(folder, manifest, dataset))
-        return Restored(folder, manifest, matched), apply
-
-
-def array_reader(folder: Path, manifest: Manifest, name: str) -> Any:
-    """A function that reads a region of an array of a checkpoint."""
-    array = manifest.arrays[name]
-    dtype = tf.as_dtype(array.dtype)
-
-    def read(region: Any) -> tf.Tensor:
-        return tensor_bundle.read(folder / "state", name, array.shape, region, dtype)
-
-    return read
-
-
-def _position(folder: Path, manifest: Manifest, dataset: ResumableDataset) -> Any:
-    batches = manifest.data["batches"]
-    if batches is None:
-        raise ValueError(
-            f"{folder} was saved without dataset=, so there is no position to go to."
+        matcher = functools.partial(match, rename=rename, missing=missing, extra=extra)
+        return restore(
+            self.directory, state, step, dataset, matcher, accept, self._corrupt
         )
-    saved = None
-    if manifest.data["position"] == "iterator":
-        if manifest.processes != group().count and dataset.position == "iterator":
-            raise ValueError(
-                f"{folder} was written by {manifest.processes} processes, each with "
-                f"the state of its own input; this run has {group().count}. Read the "
-                "position as a count: ResumableDataset(..., position='count')."
-            )
-        if dataset.position == "iterator":
-            saved = tensor_bundle.read(
-                folder / "state",
-                tensor_bundle.position_name(group().index),
-                (),
-                (),
-                tf.variant,
-            )
-    dataset.require(saved)
-    return lambda: dataset.restore(batches, saved)
-
-
-def _what_all_say(
-    problem: CorruptCheckpointError | FileNotFoundError | None, stays: bool
-) -> tuple[CorruptCheckpointError | FileNotFoundError | None, bool]:
-    """What is wrong with a checkpoint in any process, and whether it is still there."""
-    mine = {
-        "problem": "" if problem is None else str(problem),
-        "absent": isinstance(problem, FileNotFoundError),
-        "errno": None if problem is None else problem.errno,
-        "stays": stays,
-    }
-    said = all_gather_text("restore", json.dumps(mine), WRITE_TIMEOUT_SECONDS)
-    told = list(map(json.loads, said))
-    stays = all(one["stays"] and not one["absent"] for one in told)
-    for one in told:
-        if one["problem"]:
-            kind = FileNotFoundError if one["absent"] else CorruptCheckpointError
-            found = kind(one["problem"])
-            found.errno = one["errno"]
-            return found, stays
-    return None, stays
 
 
 def _global_seed() -> list[int] | None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from gshard_tf.checkpoints import folders
+from gshard_tf.checkpoints import step_folders
 from gshard_tf.checkpoints.errors import CorruptCheckpointError, unreadable
 from gshard_tf.io.atomic_files import sha256, write_file
 
@@ -104,7 +104,7 @@ class Manifest:
             FileNotFoundError: when there is nothing of that name.
             OSError: when this process has too many files open, or the like.
         """
-        if not folders.is_named(folder):
+        if not step_folders.is_named(folder):
             raise FileNotFoundError(f"There is no checkpoint {folder}")
         with _reading(folder, "it"):
             if not folder.is_dir():

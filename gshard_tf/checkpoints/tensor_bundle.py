@@ -18,6 +18,7 @@ import numpy as np
 import tensorflow as tf
 
 from gshard_tf.checkpoints.errors import os_error, unreadable
+from gshard_tf.checkpoints.manifest import Manifest
 from gshard_tf.sharding.regions import ALIGNMENT, Region, whole
 
 #: Whoever reads a part of a slice holds all of it meanwhile, so none is larger. Not
@@ -148,6 +149,20 @@ def read(
         except tf.errors.OpError as error:
             raise unreadable(str(prefix.parent), repr(name), _as_os(error)) from error
     return value
+
+
+def verify(folder: Path, manifest: Manifest) -> None:
+    """Reads every array and position of a checkpoint, and checks the checksums.
+
+    Raises:
+        CorruptCheckpointError: when a checksum differs.
+    """
+    for name, array in manifest.arrays.items():
+        dtype = tf.as_dtype(array.dtype)
+        read(folder / "state", name, array.shape, whole(array.shape), dtype)
+    if manifest.data["position"] == "iterator":
+        for process in range(manifest.processes):
+            read(folder / "state", position_name(process), (), (), tf.variant)
 
 
 def reason(error: tf.errors.OpError) -> str:

@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 
 import gshard_tf
-from gshard_tf.checkpoints import folders, tensor_bundle, writer
+from gshard_tf.checkpoints import step_folders, tensor_bundle, writer
 from gshard_tf.sharding.regions import whole
 
 
@@ -111,7 +111,7 @@ def test_half_of_a_removed_checkpoint_is_none(tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(shutil, "rmtree", die)
         with pytest.raises(KeyboardInterrupt):
-            folders.remove(tmp_path, 1)
+            step_folders.remove(tmp_path, 1)
     assert checkpoints.steps() == []
 
 

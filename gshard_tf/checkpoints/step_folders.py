@@ -33,7 +33,7 @@ def steps(folder: Path) -> list[int]:
             f"The checkpoints in {folder} cannot be listed ({error.strerror})",
         ) from error
     found = {int(name[1]) for name in map(_NAME.fullmatch, names) if name}
-    return sorted(step for step in found if path_of(folder, step).name in names)
+    return sorted(step for step in found if step_path(folder, step).name in names)
 
 
 def read_listed(
@@ -73,7 +73,7 @@ def identity(path: Path) -> tuple[int, ...] | None:
     return found.st_dev, found.st_ino, found.st_mtime_ns
 
 
-def path_of(folder: Path, step: int) -> Path:
+def step_path(folder: Path, step: int) -> Path:
     """The folder of a step's checkpoint."""
     return folder / f"step-{step:010d}"
 
@@ -97,7 +97,7 @@ def leftovers(folder: Path) -> list[Path]:
 
 def remove(folder: Path, step: int) -> None:
     """Removes a step's checkpoint, or the link in its place and nothing behind it."""
-    path = path_of(folder, step)
+    path = step_path(folder, step)
     if path.is_symlink():
         path.unlink()
         return
