@@ -5,7 +5,7 @@ from typing import Any
 import tensorflow as tf
 
 from gshard_tf.checkpoints.dataset_caches import require_caches
-from gshard_tf.compat.tf_datasets import operations_with_state
+from gshard_tf.compat.tf_datasets import iterator_resource, operations_with_state
 
 POSITIONS = ("iterator", "count")
 
@@ -171,18 +171,16 @@ class ResumableDataset:
         self._batches_taken.assign(0)
         return True
 
-    # Public operations; only the iterator's handle has no public name.
-
     def _serialized(self) -> tf.Tensor:
         return tf.raw_ops.SerializeIterator(
-            resource_handle=self._source._iterator_resource,
+            resource_handle=iterator_resource(self._source),
             external_state_policy=2,  # fail rather than forget something
         )
 
     def _deserialize(self, state: tf.Tensor) -> None:
         self.require(state)
         tf.raw_ops.DeserializeIterator(
-            resource_handle=self._source._iterator_resource, serialized=state
+            resource_handle=iterator_resource(self._source), serialized=state
         )
 
 

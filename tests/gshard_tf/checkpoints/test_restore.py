@@ -82,7 +82,7 @@ def test_upcycling_a_dense_checkpoint(tmp_path):
 
 def test_a_run_of_another_configuration(tmp_path):
     runs.run(tmp_path, mesh=2, stop_after=5, save_every=2, config={"rate": 1})
-    with pytest.raises(ValueError, match="begun with config"):
+    with pytest.raises(ValueError, match="`config` must be"):
         runs.run(tmp_path, mesh=2, config={"rate": 2})
     with pytest.raises(ValueError, match="resume=False"):
         runs.run(tmp_path, mesh=2, resume=False)
