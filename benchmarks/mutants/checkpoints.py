@@ -235,14 +235,14 @@ MUTANTS = (
     ),
     Mutant(
         "gshard_tf/callbacks/checkpoint.py",
-        "crossed = self.every and self.step // self.every > (",
-        "crossed = self.every and self.step // self.every >= (",
+        "crossed = self.save_every and self.step // self.save_every > (",
+        "crossed = self.save_every and self.step // self.save_every >= (",
         (f"{_RESUME}::test_going_on_is_exact[1]",),
         "a checkpoint is written after every step",
     ),
     Mutant(
         "gshard_tf/callbacks/checkpoint.py",
-        "            self._restore_metrics()\n",
+        "            self._restore_metrics(self.restored)\n",
         "            pass\n",
         (f"{_RESUME}::test_going_on_is_exact[3]",),
         "the metrics of an epoch that goes on are those of its rest",
