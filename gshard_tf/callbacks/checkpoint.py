@@ -13,10 +13,11 @@ from gshard_tf.callbacks.preemption import listen_for_sigterm
 from gshard_tf.callbacks.resume import check_epoch_resumes, restore_run
 from gshard_tf.checkpoints.dataset import ResumableDataset
 from gshard_tf.checkpoints.manager import CheckpointManager
-from gshard_tf.checkpoints.naming import Variable, array_of, section, training_state
+from gshard_tf.checkpoints.naming import Variable, section, training_state
 from gshard_tf.checkpoints.restore import Restored, array_reader
 from gshard_tf.checkpoints.snapshot import load
 from gshard_tf.compat.keras_epochs import running_fit, start_at_epoch
+from gshard_tf.compat.keras_variables import backend_variable
 from gshard_tf.runtime.termination import Termination
 
 
@@ -241,7 +242,7 @@ class CheckpointCallback(keras.callbacks.Callback):
         self._leave_if_asked()
         if self._termination is not None:
             self._metrics = {
-                name: array_of(variable).numpy()
+                name: backend_variable(variable).numpy()
                 for name, variable in self._state().items()
                 if section(name) == "metrics"
             }
@@ -307,7 +308,7 @@ class CheckpointCallback(keras.callbacks.Callback):
             return
         if self._epoch_step and self._saved_at != self.step:
             for name, value in (self._metrics or {}).items():
-                array_of(self._state()[name]).assign(value)
+                backend_variable(self._state()[name]).assign(value)
             awaits_end = not self._has_steps_left()
             self._save(self._epoch, self._epoch_step, self._logs, awaits_end)
         self.manager.close()

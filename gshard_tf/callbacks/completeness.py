@@ -4,14 +4,15 @@ from collections.abc import Mapping
 
 import keras
 
-from gshard_tf.checkpoints.naming import Variable, array_of
+from gshard_tf.checkpoints.naming import Variable
 from gshard_tf.compat.keras_seeds import global_seed_state
+from gshard_tf.compat.keras_variables import backend_variable
 
 
 def check_state_is_complete(model: keras.Model, state: Mapping[str, Variable]) -> None:
     """Raises `ValueError` when a training step changes a variable not in `state`."""
-    known = {id(array_of(variable)) for variable in state.values()}
-    iterations = array_of(model.optimizer.iterations)
+    known = {id(backend_variable(variable)) for variable in state.values()}
+    iterations = backend_variable(model.optimizer.iterations)
     for program in getattr(model.distribute_strategy, "programs", []):
         changed = [program.step.captures[i] for i in program.step.updates]
         # Other models of the strategy have steps too, and evaluation.

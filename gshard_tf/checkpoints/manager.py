@@ -15,15 +15,17 @@ from gshard_tf.checkpoints import step_folders, tensor_bundle
 from gshard_tf.checkpoints.dataset import ResumableDataset
 from gshard_tf.checkpoints.manifest import Manifest
 from gshard_tf.checkpoints.matching import match
-from gshard_tf.checkpoints.naming import Variable, array_of
+from gshard_tf.checkpoints.naming import Variable
 from gshard_tf.checkpoints.restore import Restored, restore
 from gshard_tf.checkpoints.retention import best_step, prune, read_manifests
 from gshard_tf.checkpoints.snapshot import describe, snapshot
 from gshard_tf.checkpoints.writer import write
 from gshard_tf.compat.keras_seeds import global_seed_state
+from gshard_tf.compat.keras_variables import backend_variable
 from gshard_tf.io.locks import FolderLock
 from gshard_tf.io.paths import local_path, make_folder
 from gshard_tf.runtime.process_group import group, next_collective_id
+from gshard_tf.sharding.mesh import axis_sizes
 
 # The objects of this process that may write, each to its own folder.
 _HOLDERS: "weakref.WeakSet[CheckpointManager]" = weakref.WeakSet()
@@ -324,7 +326,7 @@ def _global_seed() -> list[int] | None:
 
 def _mesh_of(state: Mapping[str, Variable]) -> dict[str, int] | None:
     for variable in state.values():
-        mesh = getattr(array_of(variable), "mesh", None)
+        mesh = getattr(backend_variable(variable), "mesh", None)
         if mesh is not None:
-            return dict(zip(mesh.dim_names, mesh.shape(), strict=True))
+            return axis_sizes(mesh)
     return None

@@ -14,9 +14,10 @@ from gshard_tf.checkpoints.dataset import ResumableDataset
 from gshard_tf.checkpoints.errors import CorruptCheckpointError
 from gshard_tf.checkpoints.manifest import Array, Manifest
 from gshard_tf.checkpoints.matching import Match
-from gshard_tf.checkpoints.naming import Variable, array_of
+from gshard_tf.checkpoints.naming import Variable
 from gshard_tf.checkpoints.snapshot import Reader, load, repeated
 from gshard_tf.checkpoints.writer import WRITE_TIMEOUT_SECONDS
+from gshard_tf.compat.keras_variables import backend_variable
 from gshard_tf.runtime.process_group import all_gather_text, group
 from gshard_tf.sharding.regions import Region
 
@@ -132,7 +133,7 @@ def _read(
 ) -> tuple[Restored, list[Callable[[], None]]]:
     """Reads a checkpoint; returns functions that assign the values."""
     targets = {
-        name: (tuple(array_of(v).shape), array_of(v).dtype.name)
+        name: (tuple(backend_variable(v).shape), backend_variable(v).dtype.name)
         for name, v in state.items()
     }
     match = matcher(targets, manifest.arrays)
