@@ -45,8 +45,8 @@ MUTANTS = (
     ),
     Mutant(
         "gshard_tf/checkpoints/writer.py",
-        'and the manifest last."""\n',
-        'and the manifest last."""\n    manifest.write(partial)\n',
+        'writes the manifest last."""\n',
+        'writes the manifest last."""\n    manifest.write(partial)\n',
         (f"{_DURABLE}::test_all_is_on_the_disk_before_it_has_its_name",),
         "the manifest is written before what it vouches for",
     ),
@@ -59,7 +59,7 @@ MUTANTS = (
     ),
     Mutant(
         "gshard_tf/checkpoints/tensor_bundle.py",
-        'spec = "" if region == whole(shape) else _slice_spec(shape, region)',
+        "spec = slice_spec(shape, region)",
         'spec = ""',
         (f"{_BUNDLE}::test_any_part_of_an_array_that_two_devices_wrote",),
         "a device is given all of an array for its part",
@@ -73,7 +73,7 @@ MUTANTS = (
     ),
     Mutant(
         "gshard_tf/checkpoints/manifest.py",
-        'sound = digest == found["sha256"]',
+        'sound = digest == document["sha256"]',
         "sound = True",
         (f"{_MANAGER}::test_every_flipped_bit_is_noticed",),
         "a manifest with a flipped bit is believed",
@@ -87,7 +87,7 @@ MUTANTS = (
     ),
     Mutant(
         "gshard_tf/checkpoints/matching.py",
-        "source = found.expand(template)",
+        "source = matched.expand(template)",
         "source = template",
         (f"{_MATCHING}::test_groups_of_a_pattern_are_put_into_the_name",),
         "groups of a pattern are not put into the name that it stands for",
@@ -122,7 +122,7 @@ MUTANTS = (
     ),
     Mutant(
         "gshard_tf/checkpoints/naming.py",
-        'self.given[part] = f"{base}_{count}" if count else base',
+        'self.renamed[part] = f"{base}_{count}" if count else base',
         "self.given[part] = part",
         (f"{_STATE}::test_names_are_the_same_wherever_a_model_is_made",),
         "names are those of Keras's counter, which differ by process",
@@ -136,7 +136,7 @@ MUTANTS = (
     ),
     Mutant(
         "gshard_tf/checkpoints/naming.py",
-        "    while unique in found:\n",
+        "    while unique in state:\n",
         "    while False:\n",
         (f"{_STATE}::test_weights_of_one_name_are_told_apart",),
         "of two variables of one name only the last is saved",
@@ -206,8 +206,8 @@ MUTANTS = (
     ),
     Mutant(
         "gshard_tf/checkpoints/restore.py",
-        "        apply.append(load(state[name], read))\n",
-        "        load(state[name], read)()\n",
+        "        apply.append(stage(state[name], read))\n",
+        "        stage(state[name], read)()\n",
         (f"{_MANAGER}::test_nothing_changes_when_a_later_array_is_damaged",),
         "variables change before all of the checkpoint was found to be whole",
     ),

@@ -15,7 +15,7 @@ from gshard_tf.checkpoints.dataset import ResumableDataset
 from gshard_tf.checkpoints.manager import CheckpointManager
 from gshard_tf.checkpoints.naming import Variable, section, training_state
 from gshard_tf.checkpoints.restore import Restored, array_reader
-from gshard_tf.checkpoints.snapshot import load
+from gshard_tf.checkpoints.snapshot import stage
 from gshard_tf.compat.keras_epochs import running_fit, start_at_epoch
 from gshard_tf.compat.keras_variables import backend_variable
 from gshard_tf.runtime.termination import Termination
@@ -188,7 +188,7 @@ class CheckpointCallback(keras.callbacks.Callback):
         folder, manifest = restored.folder, restored.manifest
         for name, variable in self._state().items():
             if section(name) == "metrics" and name in manifest.arrays:
-                load(variable, array_reader(folder, manifest, name))()
+                stage(variable, array_reader(folder, manifest, name))()
 
     def roll_back(self) -> int:
         """Restores the newest checkpoint, but not the position; returns its step.

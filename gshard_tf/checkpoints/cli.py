@@ -1,4 +1,4 @@
-"""`gshard-checkpoints`: what checkpoints a run has, and whether they are sound."""
+"""`gshard-checkpoints`: lists, shows and verifies the checkpoints of a run."""
 
 import argparse
 import json
@@ -25,18 +25,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "--step", type=int, help="which one; else all, or the last"
         )
         command.add_argument("--json", action="store_true", help="for other programs")
-    given = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     try:
-        rows = _rows(given.folder, given.step, given.command)
+        rows = _rows(options.folder, options.step, options.command)
     except OSError as error:
         print(error, file=sys.stderr)
         return 1
     if not rows:
-        print(f"{given.folder} has no checkpoints", file=sys.stderr)
+        print(f"{options.folder} has no checkpoints", file=sys.stderr)
         return 1
-    if given.json:
+    if options.json:
         print(json.dumps(rows, indent=1))
-    elif given.command == "show":
+    elif options.command == "show":
         _print_arrays(rows[0])
     else:
         _print_rows(rows)
@@ -45,8 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _rows(folder: Path, step: int | None, command: str) -> list[dict]:
     def shown() -> list[int]:
-        found = step_folders.steps(folder) if step is None else [step]
-        return found[-1:] if command == "show" else found
+        steps = step_folders.steps(folder) if step is None else [step]
+        return steps[-1:] if command == "show" else steps
 
     rows = step_folders.read_listed(
         shown, lambda number: _row(folder, number, command == "verify")
@@ -61,7 +61,7 @@ def _row(folder: Path, step: int, read_all: bool) -> dict:
         manifest = Manifest.read(path, step)
         row |= {
             "epoch": manifest.epoch,
-            "bytes": manifest.bytes,
+            "bytes": manifest.total_bytes,
             "processes": manifest.processes,
             "mesh": manifest.mesh,
             "logs": manifest.logs,

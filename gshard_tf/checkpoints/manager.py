@@ -1,4 +1,4 @@
-"""The checkpoints of a run: written in the background, kept by rules, restored."""
+"""`CheckpointManager`: saves, keeps and restores the checkpoints of a run."""
 
 import dataclasses
 import functools
@@ -27,30 +27,30 @@ from gshard_tf.io.paths import local_path, make_folder
 from gshard_tf.runtime.process_group import group, next_collective_id
 from gshard_tf.sharding.mesh import axis_sizes
 
-# The objects of this process that may write, each to its own folder.
-_HOLDERS: "weakref.WeakSet[CheckpointManager]" = weakref.WeakSet()
+# The managers of this process that may write, each to its own directory.
+_OWNERS: "weakref.WeakSet[CheckpointManager]" = weakref.WeakSet()
 
 
 class CheckpointManager:
-    """The checkpoints of one run, in one folder.
+    """The checkpoints of one run, in one directory.
 
     Each is a folder `step-NNNNNNNNNN` that appears under its name only when it is
     complete and on the disk. A process that dies at any moment leaves at most a hidden
     folder, which the next one removes.
 
     Args:
-        directory: Where they are, on a local or mounted disk; `~` is expanded. With
-            several processes: on a disk that all of them see.
-        max_to_keep: How many of the newest are kept; None: all.
+        directory: A path on a local or mounted disk; `~` is expanded. With several
+            processes: on a disk that all of them see.
+        max_to_keep: The number of newest checkpoints to keep; None: all.
         monitor: A metric of `logs` by which the best one is kept as well.
-        mode: `"min"` or `"max"`: which value of `monitor` is better.
+        mode: `"min"` or `"max"`: whether a lower or a higher `monitor` is better.
         asynchronous: Whether `save` returns once the values are copied, and a thread
-            writes them at the lowest priority while training goes on. What goes wrong
-            there is raised by the next `save` or `wait`.
+            writes them at the lowest priority while training continues. The next `save`
+            or `wait` raises the errors of that thread.
 
     Raises:
-        ValueError: when an argument is none of these, or the folder is remote, `gs://`
-            say.
+        ValueError: when an argument is none of these, or the directory is remote,
+            `gs://` for example.
     """
 
     def __init__(
@@ -75,28 +75,28 @@ class CheckpointManager:
         self.monitor = monitor
         self.mode = mode
         self.asynchronous = asynchronous
-        # Held until `close`, or until nobody has this object any more.
+        # Locked until `close`, or the end of this object.
         self._lock: FolderLock | None = None
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._corrupt: set[int] = set()
 
-    # -- what there is -----------------------------------------------------------
+    # -- listing -----------------------------------------------------------------
 
     def steps(self) -> list[int]:
-        """The steps that have a complete checkpoint, oldest first."""
+        """Returns the steps that have a complete checkpoint, oldest first."""
         return step_folders.steps(self.directory)
 
     def path(self, step: int) -> Path:
-        """The folder of a step's checkpoint."""
+        """Returns the folder of a step's checkpoint."""
         return step_folders.step_path(self.directory, step)
 
     def manifest(self, step: int) -> Manifest:
-        """What a checkpoint says of itself.
+        """Returns the manifest of a step's checkpoint.
 
         Raises:
             CorruptCheckpointError: when it is damaged, or cannot be read.
-            FileNotFoundError: when there is none of that step.
+            FileNotFoundError: when that step has none.
         """
         return Manifest.read(self.path(step), step)
 
@@ -107,16 +107,16 @@ class CheckpointManager:
     # -- saving ---------------------------------------------------------------------
 
     def claim(self) -> None:
-        """Makes the folder this process's own until it ends, or `close`.
+        """Locks the directory for this process until it ends, or `close`.
 
-        It is the folder that links lead to, and is this process's by every name. A
-        forked child of this process does not have it. Where the folder was removed or
-        replaced since it was claimed, which is a warning, it is made again.
+        Links are followed, and the lock holds under every name of the directory. A
+        forked child of this process does not have it. Where the directory was removed
+        or replaced since it was locked, this warns, and makes it again.
 
         Raises:
             AlreadyRunningError: when another run writes there.
-            FileExistsError: when it is a file, or a link to what is not there, or
-                something that is none of ours has the name of a step's hidden folder.
+            FileExistsError: when it is a file, or a link to a path that does not exist,
+                or a file has the name of a step's hidden folder.
             OSError: when it cannot be written to, or its disk does not lock files.
         """
         if not group().is_chief:
@@ -127,31 +127,31 @@ class CheckpointManager:
             self._lock.release()
             warnings.warn(
                 f"{self.directory} was removed or replaced while this run was writing "
-                "to it. What was in it is gone. The run goes on, and makes it again.",
+                "to it. Its checkpoints are gone. The run continues in a new one.",
                 stacklevel=2,
             )
         make_folder(self.directory)
-        for other in list(_HOLDERS):
-            if other is not self and other._holds(self.directory):
-                # Of a `fit` of this process that was interrupted.
+        for other in list(_OWNERS):
+            if other is not self and other._owns(self.directory):
+                # It belongs to a `fit` of this process that was interrupted.
                 other.close()
         lock = FolderLock(self.directory)
         try:
-            # What a run that was killed left half-written. (The lock says: it is gone.)
+            # A killed run left them half-written. (It cannot run: it has no lock.)
             for leftover in step_folders.leftovers(self.directory):
                 shutil.rmtree(leftover, ignore_errors=True)
         except BaseException:
             lock.release()
             raise
         self._lock = lock
-        _HOLDERS.add(self)
+        _OWNERS.add(self)
 
-    def _holds(self, folder: Path) -> bool:
+    def _owns(self, folder: Path) -> bool:
         lock = self._lock
         return lock is not None and lock.is_own and lock.is_of(folder)
 
     def close(self) -> None:
-        """Waits for the checkpoint under way, and lets others write to the folder."""
+        """Waits until the checkpoint is written, and unlocks the directory."""
         try:
             self.wait()
         finally:
@@ -179,17 +179,17 @@ class CheckpointManager:
 
         Raises:
             OSError: when this one or the one before could not be written. Earlier
-                checkpoints are as they were.
+                checkpoints are unchanged.
         """
         self.wait()
         self.claim()
         processes = group()
         position = None if dataset is None else dataset.state()
-        pieces = snapshot(state, processes.is_chief)
+        shards = snapshot(state, processes.is_chief)
         if position is not None and position["iterator"] is not None:
-            saved = position.pop("iterator")
+            iterator = position.pop("iterator")
             name = tensor_bundle.position_name(processes.index)
-            pieces.append(tensor_bundle.Piece(name, (), (), saved))
+            shards.append(tensor_bundle.ArrayShard(name, (), (), iterator))
         manifest = Manifest(
             step=step,
             epoch=epoch,
@@ -209,24 +209,24 @@ class CheckpointManager:
             global_seed=_global_seed(),
             awaits_end=awaits_end or None,
         )
-        turn = next_collective_id()
+        save_id = next_collective_id()
         if self.asynchronous:
             self._thread = threading.Thread(
-                target=self._write_in_background, args=(manifest, pieces, turn)
+                target=self._write_in_background, args=(manifest, shards, save_id)
             )
             self._thread.start()
         else:
-            self._write(manifest, pieces, turn)
+            self._write(manifest, shards, save_id)
 
     def end(self, step: int, ended_by: Sequence[dict[str, Any]]) -> None:
-        """Notes in a checkpoint that the run ended there, and by what.
+        """Records in a checkpoint that the run ended there, and by which callbacks.
 
         Args:
-            step: Whose checkpoint; one that is there and sound.
-            ended_by: See `endings.ended_by`.
+            step: The step of an existing, sound checkpoint.
+            ended_by: See `callbacks.finished_runs.ended_by`.
 
         Raises:
-            OSError: when it could not be written; the checkpoint is as it was.
+            OSError: when it could not be written; the checkpoint is unchanged.
         """
         self.wait()
         if group().is_chief:
@@ -235,11 +235,11 @@ class CheckpointManager:
 
     @property
     def is_writing(self) -> bool:
-        """Whether a checkpoint is being written in the background."""
+        """Whether a thread is writing a checkpoint."""
         return self._thread is not None and self._thread.is_alive()
 
     def wait(self) -> None:
-        """Returns when no checkpoint is being written; raises what went wrong."""
+        """Returns when no checkpoint is being written; raises the error of a save."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -250,18 +250,21 @@ class CheckpointManager:
     def _write_in_background(self, *args: Any) -> None:
         try:
             if hasattr(os, "setpriority"):
-                # On Linux, of this thread alone: training goes first.
+                # On Linux, of this thread alone: training has priority.
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
             self._write(*args)
-        except BaseException as error:  # handed to whoever calls `wait`
+        except BaseException as error:  # `wait` raises it
             self._error = error
 
     def _write(
-        self, manifest: Manifest, pieces: Sequence[tensor_bundle.Piece], turn: int
+        self,
+        manifest: Manifest,
+        shards: Sequence[tensor_bundle.ArrayShard],
+        save_id: int,
     ) -> None:
         path = self.path(manifest.step)
         try:
-            write(path, manifest, pieces, turn)
+            write(path, manifest, shards, save_id)
         except OSError:
             lock = self._lock
             removed = lock is not None and lock.is_own and not lock.is_in_place
@@ -269,7 +272,7 @@ class CheckpointManager:
                 raise
             # The folder was removed meanwhile, and this checkpoint with it.
             self.claim()
-            write(path, manifest, pieces, turn)
+            write(path, manifest, shards, save_id)
         self._corrupt.discard(manifest.step)
         if group().is_chief:
             prune(
@@ -294,22 +297,22 @@ class CheckpointManager:
     ) -> Restored | None:
         """Restores the newest sound checkpoint, or that of `step`.
 
-        A damaged one is passed over, with a warning, unless it was asked for by its
-        step. Nothing changes before all that is needed was read and found whole.
+        A damaged one is passed over, with a warning, unless `step` names it. No
+        variable changes before all arrays are read and their checksums verified.
 
         Args:
-            state: What to restore; see `training_state`.
-            step: Which one; None: the newest.
-            dataset: Input that is to go on where it was.
-            rename, missing, extra: What may differ; see `matching.match`.
-            accept: Called with the manifest before anything is read; raises what it
-                does not accept.
+            state: The variables to restore; see `training_state`.
+            step: The step of the checkpoint; None: the newest.
+            dataset: The input to move to its position.
+            rename, missing, extra: The allowed differences; see `matching.match`.
+            accept: Called with the manifest before any array is read; raises where it
+                does not accept it.
 
         Returns:
-            What was done, or None when there is no checkpoint at all.
+            The result, or None when there is no checkpoint at all.
 
         Raises:
-            CorruptCheckpointError: when there is none that is sound.
+            CorruptCheckpointError: when no checkpoint is sound.
             CheckpointMismatchError: when it is a checkpoint of another model.
         """
         self.wait()

@@ -15,7 +15,7 @@ from gshard_tf.checkpoints.errors import CorruptCheckpointError
 from gshard_tf.checkpoints.manifest import Array, Manifest
 from gshard_tf.checkpoints.matching import Match
 from gshard_tf.checkpoints.naming import Variable
-from gshard_tf.checkpoints.snapshot import Reader, load, repeated
+from gshard_tf.checkpoints.snapshot import Reader, repeated, stage
 from gshard_tf.checkpoints.writer import WRITE_TIMEOUT_SECONDS
 from gshard_tf.compat.keras_variables import backend_variable
 from gshard_tf.runtime.process_group import all_gather_text, group
@@ -142,7 +142,7 @@ def _read(
         read = array_reader(folder, manifest, source)
         if name in match.repeated:
             read = repeated(read)
-        apply.append(load(state[name], read))
+        apply.append(stage(state[name], read))
     if dataset is not None:
         apply.append(_position(folder, manifest, dataset))
     return Restored(folder, manifest, match), apply

@@ -1,4 +1,4 @@
-"""Where the checkpoints of a run are, without reading them."""
+"""The folders of a run's checkpoints, `step-NNNNNNNNNN`: listed, not read."""
 
 import os
 import re
@@ -16,7 +16,7 @@ _HIDDEN = re.compile(r"\.step-[0-9]{10,}\.partial")
 
 
 def steps(folder: Path) -> list[int]:
-    """The steps that have a complete checkpoint, oldest first.
+    """Returns the steps that have a complete checkpoint, oldest first.
 
     Raises:
         OSError: when the folder cannot be read.
@@ -32,71 +32,71 @@ def steps(folder: Path) -> list[int]:
             error.errno,
             f"The checkpoints in {folder} cannot be listed ({error.strerror})",
         ) from error
-    found = {int(name[1]) for name in map(_NAME.fullmatch, names) if name}
-    return sorted(step for step in found if step_path(folder, step).name in names)
+    numbers = {int(name[1]) for name in map(_NAME.fullmatch, names) if name}
+    return sorted(step for step in numbers if step_path(folder, step).name in names)
 
 
 def read_listed(
     listed: Callable[[], Sequence[int]], read: Callable[[int], T]
 ) -> dict[int, T]:
-    """What `read` makes of each checkpoint, beside a run that goes on.
+    """Reads each checkpoint while the run may continue; returns the results by step.
 
-    Such a run removes some meanwhile, and writes others: so what there is is listed
-    again, until nothing of it is unread. What is gone by then is left out.
+    Such a run removes some meanwhile, and writes others: so the steps are listed again
+    until all of them are read. Those that are gone by then are left out.
     """
-    found: dict[int, T] = {}
+    results: dict[int, T] = {}
     while True:
         now = listed()
-        unread = [step for step in now if step not in found]
+        unread = [step for step in now if step not in results]
         if not unread:
-            return {step: found[step] for step in now}
+            return {step: results[step] for step in now}
         for step in unread:
-            found[step] = read(step)
+            results[step] = read(step)
 
 
 def is_named(path: Path) -> bool:
-    """Whether there is anything of a name, be it a link that leads nowhere.
+    """Returns whether a name exists, also as a link that leads nowhere.
 
-    (`os.path.lexists` says no where the disk does not answer.)
+    (`os.path.lexists` returns False where the disk does not answer.)
     """
     return identity(path) is not None
 
 
 def identity(path: Path) -> tuple[int, ...] | None:
-    """What tells a folder from another one that took its name; None: there is none."""
+    """Returns what distinguishes a folder from its replacement; None: it is absent."""
     try:
-        found = os.lstat(path)
+        status = os.lstat(path)
     except FileNotFoundError:
         return None
-    except OSError:  # whoever reads it will say which
+    except OSError:  # reading it will raise the same
         return ()
-    return found.st_dev, found.st_ino, found.st_mtime_ns
+    return status.st_dev, status.st_ino, status.st_mtime_ns
 
 
 def step_path(folder: Path, step: int) -> Path:
-    """The folder of a step's checkpoint."""
+    """Returns the folder of a step's checkpoint."""
     return folder / f"step-{step:010d}"
 
 
 def leftovers(folder: Path) -> list[Path]:
-    """What killed runs left: steps half-written, or half-removed.
+    """Returns the leftovers of killed runs: steps half-written, or half-removed.
 
     Raises:
-        FileExistsError: when one is no folder, so nobody's but the user's, and would
-            be in the way once that step comes.
+        FileExistsError: when one is no folder, so a file of the user's, and would be in
+            the way once that step comes.
     """
-    found = [path for path in folder.iterdir() if _HIDDEN.fullmatch(path.name)]
-    for path in found:
+    paths = [path for path in folder.iterdir() if _HIDDEN.fullmatch(path.name)]
+    for path in paths:
         if path.is_symlink() or not path.is_dir():
             raise FileExistsError(
-                f"{path} is no folder, and would be in the way of a checkpoint. Move "
-                "it elsewhere, or name another folder for the run."
+                f"{path} is no folder, and must not be in the way of a checkpoint. "
+                "Move it elsewhere, or name another folder for the run."
             )
-    return found
+    return paths
 
 
 def remove(folder: Path, step: int) -> None:
-    """Removes a step's checkpoint, or the link in its place and nothing behind it."""
+    """Removes a step's checkpoint, or only the link in its place."""
     path = step_path(folder, step)
     if path.is_symlink():
         path.unlink()

@@ -89,7 +89,7 @@ def test_a_part_is_on_the_disk_before_its_process_says_so(tmp_path, monkeypatch)
     monkeypatch.setattr(writer, "group", Second)
     (tmp_path / ".step.partial").mkdir()
     value = np.ones([4, 3], "float32")
-    pieces = [tensor_bundle.Piece("model/a", (4, 3), whole((4, 3)), value)]
+    pieces = [tensor_bundle.ArrayShard("model/a", (4, 3), whole((4, 3)), value)]
     writer.write(tmp_path / "step", None, pieces, 7)
     said = disk.events.index(("said", "checkpoint/7/part/1", ""))
     parts = {
