@@ -235,7 +235,7 @@ class CheckpointManager:
 
     @property
     def is_writing(self) -> bool:
-        """Whether a thread is writing a checkpoint."""
+        """True while a thread is writing a checkpoint."""
         return self._thread is not None and self._thread.is_alive()
 
     def wait(self) -> None:
