@@ -13,9 +13,9 @@ from gshard_tf.callbacks.preemption import listen_for_sigterm
 from gshard_tf.callbacks.resume import check_epoch_resumes, restore_run
 from gshard_tf.checkpoints.dataset import ResumableDataset
 from gshard_tf.checkpoints.manager import CheckpointManager
-from gshard_tf.checkpoints.naming import Variable, section, training_state
 from gshard_tf.checkpoints.restore import Restored, array_reader
 from gshard_tf.checkpoints.snapshot import stage
+from gshard_tf.checkpoints.training_state import Variable, section, training_state
 from gshard_tf.compat.keras_epochs import running_fit, start_at_epoch
 from gshard_tf.compat.keras_variables import backend_variable
 from gshard_tf.runtime.termination import Termination

@@ -7,7 +7,7 @@ from typing import Any
 import keras
 
 from gshard_tf.checkpoints.manifest import Manifest
-from gshard_tf.checkpoints.naming import Variable
+from gshard_tf.checkpoints.training_state import Variable
 from gshard_tf.compat.keras_epochs import RunningFit
 
 # Callbacks that set the rate themselves, so another one is no surprise.
