@@ -11,7 +11,11 @@ import numpy as np
 from tensorflow.experimental import dtensor
 
 from gshard_tf.runtime.device_arrays import Placement
-from gshard_tf.runtime.process_group import agree, group, together
+from gshard_tf.runtime.process_group import (
+    all_gather_text,
+    collective_section,
+    group,
+)
 from gshard_tf.sharding.variable_layouts import VariableLayouts
 from gshard_tf.spmd.borrowed_variable import BorrowedVariable
 from gshard_tf.spmd.index_uses import IndexUse
@@ -67,7 +71,7 @@ class Executable:
             ]
             inputs = program.put_inputs(arrays)
             count = extended.steps_run[self.name]
-            with together(f"step {count} of {self.name}"):
+            with collective_section(f"step {count} of {self.name}"):
                 outputs, updated = program(inputs, captures)
                 # Until all devices are done, they may read the arguments' memory.
                 program.wait([*updated, *outputs])
@@ -182,7 +186,7 @@ def check_processes_agree(step: LoweredStep, name: str) -> None:
             data = np.ascontiguousarray(value.numpy()).reshape(-1).view(np.uint8)
             checksums[path] = zlib.crc32(data.data)
     message = json.dumps({"shapes": shapes, "values": checksums})
-    first, *others = (json.loads(text) for text in agree("step", message))
+    first, *others = (json.loads(text) for text in all_gather_text("step", message))
     for i, other in enumerate(others, 1):
         if other["shapes"] != first["shapes"]:
             raise ValueError(
