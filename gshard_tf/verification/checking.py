@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 import tensorflow as tf
-from tensorflow.compiler.xla.service import hlo_pb2
 
+from gshard_tf.compat.xla_protos import HloModuleProto
 from gshard_tf.export.naming import named_leaves
 from gshard_tf.planning.layer_names import LayerNames
 from gshard_tf.sharding.sharded_variable import PlacedVariable
@@ -63,7 +63,7 @@ def check_step(given: StepToCheck, tolerance: float | None) -> VerificationRepor
         tolerance: Relative to the largest number of each array; None: by the narrowest
             floating type of the step.
     """
-    proto = hlo_pb2.HloModuleProto.FromString(given.step.hlo)
+    proto = HloModuleProto.FromString(given.step.hlo)
     default, rounding = measures.precision(proto)
     tolerance = default if tolerance is None else tolerance
     captures = _values(given)
@@ -236,7 +236,7 @@ def _names(given: StepToCheck) -> list[tuple[str, str]]:
     return found
 
 
-def _opcodes(proto: hlo_pb2.HloModuleProto) -> dict[str, list[str]]:
+def _opcodes(proto: HloModuleProto) -> dict[str, list[str]]:
     """The opcodes of a module, and the operations that each was made from."""
     found: dict[str, list[str]] = {}
     for computation in proto.computations:

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from tensorflow.compiler.xla import xla_data_pb2
-from tensorflow.compiler.xla.service import hlo_pb2
+
+from gshard_tf.compat.xla_protos import HloModuleProto, xla_data_pb2
 
 # How far equal computations may lie apart in the narrowest floating type of a step,
 # relative to the largest number of each array, and its distance from 1 to the next
@@ -57,7 +57,7 @@ class Measure:
         return self.difference <= self.allowed
 
 
-def precision(proto: hlo_pb2.HloModuleProto) -> tuple[float, float]:
+def precision(proto: HloModuleProto) -> tuple[float, float]:
     """The tolerance, and the rounding, of the narrowest floating type of a module."""
     found = {
         shape.element_type

@@ -10,9 +10,12 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import tensorflow as tf
-from tensorflow.compiler.xla import xla_data_pb2
-from tensorflow.compiler.xla.service import hlo_pb2
 
+from gshard_tf.compat.xla_protos import (
+    HloInstructionProto,
+    HloModuleProto,
+    xla_data_pb2,
+)
 from gshard_tf.spmd import lowering
 from gshard_tf.verification.measures import Measure
 
@@ -61,7 +64,7 @@ class Found:
         certain: Whether all that it is computed from was found to be equal.
     """
 
-    instruction: hlo_pb2.HloInstructionProto
+    instruction: HloInstructionProto
     measure: Measure
     inside: str
     certain: bool
@@ -75,7 +78,7 @@ class Graph:
     """
 
     def __init__(self, hlo: bytes):
-        self.proto = hlo_pb2.HloModuleProto.FromString(hlo)
+        self.proto = HloModuleProto.FromString(hlo)
         [self.entry] = [
             computation
             for computation in self.proto.computations
@@ -134,7 +137,7 @@ class Graph:
         self, step: lowering.LoweredStep, ids: Sequence[int]
     ) -> lowering.LoweredStep:
         """The step with some instructions as results after its own, all outputs."""
-        proto = hlo_pb2.HloModuleProto()
+        proto = HloModuleProto()
         proto.CopyFrom(self.proto)
         # Memory is not reused; places in the aliasing table would be others.
         proto.ClearField("input_output_alias")

@@ -7,8 +7,7 @@ in its place. `partition_safely` is the one place that applies them.
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-from tensorflow.compiler.xla.service import hlo_pb2
-
+from gshard_tf.compat.xla_protos import HloModuleProto
 from gshard_tf.hlo.rewrites import (
     grouped_convolutions,
     transforms,
@@ -45,7 +44,7 @@ def partition_safely(
     mesh = MeshAxes(mesh_shape, batch_axes)
     if mesh.devices == 1:
         return SafeModule(hlo)
-    module = hlo_pb2.HloModuleProto.FromString(hlo)
+    module = HloModuleProto.FromString(hlo)
     counts = {
         "{} scatters whose rows do not divide by the devices are padded.": (
             uneven_scatters.make_even(module, mesh)

@@ -3,17 +3,21 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from tensorflow.compiler.xla import xla_data_pb2
-from tensorflow.compiler.xla.service import hlo_pb2
-
-Instruction = hlo_pb2.HloInstructionProto
-Shape = xla_data_pb2.ShapeProto
+from gshard_tf.compat.xla_protos import (
+    HloComputationProto,
+    HloModuleProto,
+    LiteralProto,
+    ProgramShapeProto,
+    xla_data_pb2,
+)
+from gshard_tf.compat.xla_protos import HloInstructionProto as Instruction
+from gshard_tf.compat.xla_protos import ShapeProto as Shape
 
 
 class Editor:
     """Emits instructions before the one that is being looked at."""
 
-    def __init__(self, module: hlo_pb2.HloModuleProto):
+    def __init__(self, module: HloModuleProto):
         self._next_id = 1 + max(
             instruction.id
             for computation in module.computations
@@ -24,7 +28,7 @@ class Editor:
         self._emitted: list[Instruction] = []
         self._origin: Instruction | None = None
         # By element type: computations that the module does not have yet.
-        self.additions: dict[int, hlo_pb2.HloComputationProto] = {}
+        self.additions: dict[int, HloComputationProto] = {}
 
     def operands(self, instruction: Instruction) -> list[Instruction]:
         """What an instruction is computed from."""
@@ -73,7 +77,7 @@ class Editor:
             "constant",
             scalar,
             [],
-            literal=xla_data_pb2.LiteralProto(shape=scalar, s32s=[number]),
+            literal=LiteralProto(shape=scalar, s32s=[number]),
         )
         if element_type == xla_data_pb2.S32:
             return made
@@ -90,17 +94,17 @@ class Editor:
             called_computation_ids=[self._addition(element_type).id],
         )
 
-    def _addition(self, element_type: int) -> hlo_pb2.HloComputationProto:
+    def _addition(self, element_type: int) -> HloComputationProto:
         if element_type in self.additions:
             return self.additions[element_type]
         scalar = array_shape(element_type, [])
         first, second, root = range(self._next_id, self._next_id + 3)
         self._next_id += 3
-        computation = hlo_pb2.HloComputationProto(
+        computation = HloComputationProto(
             name=f"add.{root}",
             id=self._next_computation,
             root_id=root,
-            program_shape=xla_data_pb2.ProgramShapeProto(
+            program_shape=ProgramShapeProto(
                 parameters=[scalar, scalar], result=scalar, parameter_names=["x", "y"]
             ),
         )
@@ -130,7 +134,7 @@ class Editor:
 
     def edit(
         self,
-        computation: hlo_pb2.HloComputationProto,
+        computation: HloComputationProto,
         replace: Callable[["Editor", Instruction], Instruction | None],
     ) -> int:
         """Calls `replace(editor, instruction)` for each instruction, in their order.
@@ -163,7 +167,7 @@ class Editor:
 
 
 def edit_module(
-    module: hlo_pb2.HloModuleProto,
+    module: HloModuleProto,
     replace: Callable[[Editor, Instruction], Instruction | None],
 ) -> int:
     """Edits each computation of a module; returns how many were replaced."""

@@ -11,8 +11,7 @@ kernel is whole, each device convolves its rows. Of the kernel's gradient each d
 makes its rows' part, and the parts are summed outside of the region.
 """
 
-from tensorflow.compiler.xla.service import hlo_pb2
-
+from gshard_tf.compat.xla_protos import HloModuleProto
 from gshard_tf.hlo.rewrites import shardings
 from gshard_tf.hlo.rewrites.editing import (
     Editor,
@@ -24,7 +23,7 @@ from gshard_tf.hlo.rewrites.editing import (
 from gshard_tf.hlo.rewrites.shardings import MeshAxes
 
 
-def keep_local(module: hlo_pb2.HloModuleProto, mesh: MeshAxes) -> int:
+def keep_local(module: HloModuleProto, mesh: MeshAxes) -> int:
     """Puts every grouped convolution in a manual region; returns how many."""
 
     def replace(editor: Editor, old: Instruction) -> Instruction | None:

@@ -7,8 +7,13 @@ the other only the sum that follows, no element equals the maximum any more: its
 gradient is lost, or 0 / 0. So what is compared with its own maximum is computed once.
 """
 
-from tensorflow.compiler.xla import xla_data_pb2
-from tensorflow.compiler.xla.service import hlo_pb2
+from gshard_tf.compat.xla_protos import (
+    HloComputationProto,
+    HloInstructionProto,
+    HloModuleProto,
+    ShapeProto,
+    xla_data_pb2,
+)
 
 # The value that an instruction, by its id, has at a place in a nest of tuples.
 Value = tuple[int, tuple[int, ...]]
@@ -49,7 +54,7 @@ class _Same:
             self._parent[one] = other
 
 
-def compute_compared_maxima_once(module: hlo_pb2.HloModuleProto) -> bool:
+def compute_compared_maxima_once(module: HloModuleProto) -> bool:
     """Has a tensor that is compared with its own maximum or minimum computed once.
 
     Args:
@@ -76,7 +81,7 @@ def compute_compared_maxima_once(module: hlo_pb2.HloModuleProto) -> bool:
     return changed
 
 
-def _same(module: hlo_pb2.HloModuleProto) -> _Same:
+def _same(module: HloModuleProto) -> _Same:
     """Which values of a module have the same elements, through calls and tuples.
 
     What a loop changes from turn to turn is taken for the same in all turns.
@@ -84,7 +89,7 @@ def _same(module: hlo_pb2.HloModuleProto) -> _Same:
     same = _Same()
     computations = {c.id: c for c in module.computations}
 
-    def join(one: Value, other: Value, shape: xla_data_pb2.ShapeProto) -> None:
+    def join(one: Value, other: Value, shape: ShapeProto) -> None:
         if shape.element_type != xla_data_pb2.TUPLE:
             same.join(one, other)
         for i, part in enumerate(shape.tuple_shapes):
@@ -118,7 +123,7 @@ def _same(module: hlo_pb2.HloModuleProto) -> _Same:
     return same
 
 
-def _compared(module: hlo_pb2.HloModuleProto, same: _Same) -> set[Value]:
+def _compared(module: HloModuleProto, same: _Same) -> set[Value]:
     """The sets of values that are compared with their own maximum or minimum."""
     computations = {c.id: c for c in module.computations}
     reduced: dict[Value, set[Value]] = {}
@@ -139,8 +144,8 @@ def _compared(module: hlo_pb2.HloModuleProto, same: _Same) -> set[Value]:
 
 
 def _reduced(
-    instruction: hlo_pb2.HloInstructionProto,
-    computations: dict[int, hlo_pb2.HloComputationProto],
+    instruction: HloInstructionProto,
+    computations: dict[int, HloComputationProto],
 ) -> int | None:
     """What an instruction takes maxima or minima of, by its id; None of others."""
     # A scatter's operands: what it adds to, the indices, the updates.
@@ -154,13 +159,13 @@ def _reduced(
 
 
 def _hold(
-    computation: hlo_pb2.HloComputationProto,
-    held: hlo_pb2.HloInstructionProto,
+    computation: HloComputationProto,
+    held: HloInstructionProto,
     last: int,
 ) -> int:
     """Puts a barrier between a tensor and its users; the last id that is used."""
     place = next(i for i, x in enumerate(computation.instructions) if x.id == held.id)
-    barrier = hlo_pb2.HloInstructionProto(
+    barrier = HloInstructionProto(
         name=f"kept.{last + 1}", id=last + 1, opcode="opt-barrier"
     )
     barrier.shape.CopyFrom(held.shape)

@@ -6,14 +6,13 @@ one beside it. TensorFlow's bilinear resizing, say, takes its pixels from one an
 weights from the other.
 """
 
-from tensorflow.compiler.xla.service import hlo_pb2
-
+from gshard_tf.compat.xla_protos import HloModuleProto
 from gshard_tf.hlo.rewrites.editing import Editor, Instruction, edit_module
 
 _ROUNDING = ("ceil", "floor", "round-nearest-afz", "round-nearest-even")
 
 
-def compute_rounding_once(module: hlo_pb2.HloModuleProto) -> bool:
+def compute_rounding_once(module: HloModuleProto) -> bool:
     """Has every rounding to whole numbers computed once, whatever uses it.
 
     Args:

@@ -4,11 +4,10 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from tensorflow.compiler.xla import xla_data_pb2
 
+from gshard_tf.compat.xla_protos import OpSharding
 from gshard_tf.hlo.rewrites.editing import Editor, Instruction, resized
 
-OpSharding = xla_data_pb2.OpSharding
 _MANUAL = OpSharding(type=OpSharding.MANUAL)
 _REPLICATED = OpSharding(type=OpSharding.REPLICATED)
 

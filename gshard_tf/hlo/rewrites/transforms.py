@@ -9,8 +9,8 @@ divide it, where it is not transformed; the other axes repeat the work.
 """
 
 import numpy as np
-from tensorflow.compiler.xla.service import hlo_pb2
 
+from gshard_tf.compat.xla_protos import HloModuleProto
 from gshard_tf.hlo.rewrites import shardings
 from gshard_tf.hlo.rewrites.editing import (
     Editor,
@@ -22,7 +22,7 @@ from gshard_tf.hlo.rewrites.editing import (
 from gshard_tf.hlo.rewrites.shardings import MeshAxes
 
 
-def keep_local(module: hlo_pb2.HloModuleProto, mesh: MeshAxes) -> int:
+def keep_local(module: HloModuleProto, mesh: MeshAxes) -> int:
     """Puts every transform in a manual region; returns how many."""
 
     def replace(editor: Editor, old: Instruction) -> Instruction | None:

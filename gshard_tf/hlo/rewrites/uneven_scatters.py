@@ -11,8 +11,7 @@ of them could multiply its size, so they are held on a layout that divides them.
 
 from collections.abc import Sequence
 
-from tensorflow.compiler.xla.service import hlo_pb2
-
+from gshard_tf.compat.xla_protos import HloModuleProto
 from gshard_tf.hlo.rewrites import shardings
 from gshard_tf.hlo.rewrites.editing import (
     Editor,
@@ -24,7 +23,7 @@ from gshard_tf.hlo.rewrites.editing import (
 from gshard_tf.hlo.rewrites.shardings import MeshAxes
 
 
-def make_even(module: hlo_pb2.HloModuleProto, mesh: MeshAxes) -> int:
+def make_even(module: HloModuleProto, mesh: MeshAxes) -> int:
     """Makes the rows of every scatter divide; returns how many did not."""
 
     def replace(editor: Editor, old: Instruction) -> Instruction | None:

@@ -13,14 +13,13 @@ are right, and stay split.
 
 from collections.abc import Sequence
 
-from tensorflow.compiler.xla.service import hlo_pb2
-
+from gshard_tf.compat.xla_protos import HloModuleProto
 from gshard_tf.hlo.rewrites import shardings
 from gshard_tf.hlo.rewrites.editing import Editor, Instruction, edit_module
 from gshard_tf.hlo.rewrites.shardings import MeshAxes
 
 
-def keep_whole(module: hlo_pb2.HloModuleProto, mesh: MeshAxes) -> int:
+def keep_whole(module: HloModuleProto, mesh: MeshAxes) -> int:
     """Holds dimensions under windows whole where need be; returns how many times."""
     one_axis = sum(size > 1 for size in mesh.sizes.values()) == 1
 
