@@ -7,9 +7,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from gshard_tf.compat.xla import hlo_as_text
 from gshard_tf.hlo import parser
-from gshard_tf.spmd.program import SpmdProgram
 
 KINDS = (
     "all-to-all",
@@ -50,16 +48,17 @@ class Collective:
     dimension: int | None = None
 
 
-def collectives(program: SpmdProgram) -> list[Collective]:
-    """The communication of a compiled program, in program order."""
-    written = parser.parse(hlo_as_text(program.step.hlo))
-    return collectives_of(parser.parse(program.compiled.as_text()), written.loops())
-
-
-def collectives_of(
-    module: parser.Module, loops: Mapping[str, int | None] | None = None
+def collectives(
+    module: parser.Module | str, loops: Mapping[str, int | None] | None = None
 ) -> list[Collective]:
-    """The same, of a module that has been read; `loops`: see `Module.executed`."""
+    """Returns the communication of a compiled module, in program order.
+
+    Args:
+        module: The module, or its text as `compiled.as_text()` prints it.
+        loops: How often its loops turn; see `Module.executed`.
+    """
+    if isinstance(module, str):
+        module = parser.parse(module)
     found = []
     begun = _begun_in_pieces(module)
     fused = _fused(module)
@@ -205,20 +204,3 @@ def _pairs(attributes: str) -> np.ndarray | None:
         return None
     rows = re.findall(r"\{(\d+),(\d+)\}", listed[1])
     return np.array(rows, np.int64).reshape(-1, 2)
-
-
-def argument_bytes(program: SpmdProgram) -> list[tuple[str, int, int]]:
-    """For each variable of a program: its path, all its bytes, those per device.
-
-    Read off the shardings that XLA compiled the program with, not off the layouts
-    that were asked for.
-    """
-    shardings = program.compiled.input_shardings[0][len(program.step.inputs) :]
-    found = []
-    for value, sharding in zip(program.step.captures, shardings, strict=True):
-        shape = tuple(value.shape)
-        local = sharding.shard_shape(shape)
-        size = value.dtype.size
-        name = getattr(value, "path", "constant")
-        found.append((name, math.prod(shape) * size, math.prod(local) * size))
-    return found

@@ -10,8 +10,6 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 
-import numpy as np
-
 from gshard_tf.hlo.loops import Frame
 
 # Modules before optimization have no % before names, and no arguments of computations.
@@ -263,71 +261,3 @@ def dtype_bytes(dtype: str) -> int:
     if dtype == "pred":
         return 1
     return max(1, int(bits[0]) // 8) if bits else 0
-
-
-# -- products ------------------------------------------------------------------------
-
-
-def product_flops(instruction: Instruction, computation: dict[str, Instruction]) -> int:
-    """FLOPs of a dot or a convolution, two per multiplication; 0 for all else.
-
-    The TPU compiler turns dots into convolutions, with batch dimensions as spatial
-    ones that are mostly padding; only positions inside the operands count.
-    """
-    if instruction.opcode == "dot":
-        left = computation[instruction.operands[0]].arrays[0].dims
-        depth = math.prod(
-            left[d] for d in _dims(instruction.attributes, "lhs_contracting_dims")
-        )
-        return 2 * instruction.arrays[0].elements * depth
-    if instruction.opcode == "convolution":
-        left, right = (computation[name].arrays[0] for name in instruction.operands[:2])
-        return _convolution_flops(
-            left.dims, right.dims, instruction.arrays[0].dims, instruction.attributes
-        )
-    return 0
-
-
-def _dims(attributes: str, name: str) -> list[int]:
-    found = re.search(rf"{name}=\{{([\d,]*)\}}", attributes)
-    return [int(d) for d in found[1].split(",") if d] if found else []
-
-
-def _convolution_flops(
-    left: tuple[int, ...], right: tuple[int, ...], out: tuple[int, ...], attributes: str
-) -> int:
-    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", attributes)
-    of_left, of_right, of_out = labels[1], labels[2], labels[3]
-    window = re.search(r"window=\{([^}]*)\}", attributes)
-    fields = dict(f.split("=", 1) for f in window[1].split()) if window else {}
-    batch_groups = re.search(r"batch_group_count=(\d+)", attributes)
-    flops = 2 * right[of_right.index("i")] * out[of_out.index("f")]
-    flops *= left[of_left.index("b")] // (int(batch_groups[1]) if batch_groups else 1)
-    for d in range(len(right) - 2):
-        low = fields["pad"].split("x")[d].split("_")[0] if "pad" in fields else "0"
-        numbers = [
-            int(fields[name].split("x")[d]) if name in fields else 1
-            for name in ("stride", "lhs_dilate", "rhs_dilate")
-        ]
-        flops *= _valid_positions(
-            left[of_left.index(str(d))],
-            right[of_right.index(str(d))],
-            out[of_out.index(str(d))],
-            int(low),
-            *numbers,
-        )
-    return flops
-
-
-@functools.lru_cache(maxsize=4096)
-def _valid_positions(
-    left: int, right: int, out: int, low: int, stride: int, dilate: int, spread: int
-) -> int:
-    """How many pairs (output, kernel position) meet an element of the operand."""
-    total = 0
-    kernel = np.arange(right) * spread
-    for position in range(out):
-        at = position * stride - low + kernel
-        inside = (at >= 0) & (at % dilate == 0) & (at // dilate < left)
-        total += int(np.count_nonzero(inside))
-    return total

@@ -5,8 +5,7 @@ from collections.abc import Sequence
 
 from tensorflow.experimental import dtensor
 
-from gshard_tf.hlo import parser
-from gshard_tf.planning import layer_names
+from gshard_tf.hlo import layer_names, parser
 from gshard_tf.planning.plan import Buffer, Memory, OutOfMemory, Weight
 from gshard_tf.spmd.program import SpmdProgram
 

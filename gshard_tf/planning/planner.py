@@ -14,9 +14,9 @@ from tensorflow.experimental import dtensor
 
 from gshard_tf.compat.keras_seeds import own_global_seed_generator
 from gshard_tf.compat.xla import hlo_as_text
-from gshard_tf.hlo import parser
-from gshard_tf.hlo.collectives import collectives_of
-from gshard_tf.planning import layer_names
+from gshard_tf.hlo import layer_names, parser
+from gshard_tf.hlo.collectives import collectives
+from gshard_tf.hlo.flops import flops_by_operation
 from gshard_tf.planning.cache import Cache, content_key
 from gshard_tf.planning.chips import Topology, find_topology
 from gshard_tf.planning.memory import (
@@ -147,7 +147,7 @@ def plan(
     loops = written_module.loops()
     facts = _program_facts(program, found, layers, judge, loops)
     uncounted = _uncounted(facts.pop("unknown_loops"), layers)
-    written = _flops(written_module, loops)
+    written = flops_by_operation(written_module, loops)
     memory = None if program is None else memory_of(program, found.hbm_bytes)
     made = Plan(
         model=built.name,
@@ -301,34 +301,34 @@ def _program_facts(
         }
     module = parser.parse(program.compiled.as_text())
     by_layer: dict[str, float] = {}
-    for op_name, flops in _flops(module, loops).items():
+    for op_name, flops in flops_by_operation(module, loops).items():
         layer = layers.layer_of(op_name)
         by_layer[layer] = by_layer.get(layer, 0.0) + flops
     total = sum(by_layer.values())
     cost = program.compiled.cost_analysis() or {}
-    collectives = [
+    communication = [
         dataclasses.replace(c, times=1) if c.times is None else c
-        for c in collectives_of(module, loops)
+        for c in collectives(module, loops)
     ]
-    seconds: Sequence[float] = [0.0] * len(collectives)
+    seconds: Sequence[float] = [0.0] * len(communication)
     time_: StepTime | None = None
     if topology.chip is not None:
         links = Interconnect(topology, topology.chip)
-        seconds = [links.seconds(c) for c in collectives]
+        seconds = [links.seconds(c) for c in communication]
         time_ = step_time(
             topology,
             topology.chip,
             total,
             cost.get("bytes accessed", 0.0),
-            sum(c.times * s for c, s in zip(collectives, seconds, strict=True)),
+            sum(c.times * s for c, s in zip(communication, seconds, strict=True)),
             cost.get("optimal_seconds"),
         )
-    communication, reshards = summarise(collectives, layers, judge, seconds)
+    summary, reshards = summarise(communication, layers, judge, seconds)
     return {
         "flops": total,
         "flops_by_layer": by_layer,
         "bytes_accessed": cost.get("bytes accessed"),
-        "communication": communication,
+        "communication": summary,
         "reshards": reshards,
         "time": time_,
         "unknown_loops": module.unknown_loops(loops),
@@ -344,20 +344,6 @@ def _uncounted(loops: Sequence[str], layers: layer_names.LayerNames) -> list[str
         f"How often the loops in {', '.join(where)} turn depends on values, so that "
         "what is in them counts once."
     ]
-
-
-def _flops(
-    module: parser.Module, loops: Mapping[str, int | None] | None = None
-) -> dict[str, float]:
-    """FLOPs of the products of a module, by the name of their operation."""
-    found: dict[str, float] = {}
-    for instruction, computation, times in module.executed(loops):
-        flops = parser.product_flops(instruction, computation)
-        if flops:
-            name = instruction.op_name
-            # In a loop that nobody can count: once; see `_uncounted`.
-            found[name] = found.get(name, 0.0) + (1 if times is None else times) * flops
-    return found
 
 
 def _fields(chip: Any) -> dict[str, Any]:

@@ -8,9 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 from tensorflow.experimental import dtensor
 
-from gshard_tf.hlo import parser
+from gshard_tf.hlo import layer_names, parser
 from gshard_tf.hlo.collectives import Collective
-from gshard_tf.planning import layer_names
 from gshard_tf.planning.plan import Communication, Reshard, Weight
 from gshard_tf.sharding.rules import AxisRules
 

@@ -8,6 +8,7 @@ lock away from TensorFlow.
 from __future__ import annotations
 
 import functools
+import math
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -15,7 +16,9 @@ from typing import Any
 import numpy as np
 from tensorflow.experimental import dtensor
 
-from gshard_tf.compat.xla import compiler_options, operation_that_failed
+from gshard_tf.compat.xla import compiler_options, hlo_as_text, operation_that_failed
+from gshard_tf.hlo import parser
+from gshard_tf.hlo.collectives import Collective, collectives
 from gshard_tf.hlo.rewrites import partition_safely
 from gshard_tf.runtime.devices import mesh_devices
 from gshard_tf.runtime.process_group import together
@@ -304,6 +307,27 @@ class SpmdProgram:
         import jax
 
         jax.block_until_ready(list(values))
+
+    def collectives(self) -> list[Collective]:
+        """Returns the communication of the compiled program, in program order."""
+        loops = parser.parse(hlo_as_text(self.step.hlo)).loops()
+        return collectives(self.compiled.as_text(), loops)
+
+    def argument_bytes(self) -> list[tuple[str, int, int]]:
+        """Returns path, bytes and bytes per device of each captured variable.
+
+        They are read off the shardings that XLA compiled the program with, not off the
+        layouts that were requested.
+        """
+        shardings = self.compiled.input_shardings[0][len(self.step.inputs) :]
+        rows = []
+        for value, sharding in zip(self.step.captures, shardings, strict=True):
+            shape = tuple(value.shape)
+            local = sharding.shard_shape(shape)
+            size = value.dtype.size
+            name = getattr(value, "path", "constant")
+            rows.append((name, math.prod(shape) * size, math.prod(local) * size))
+        return rows
 
 
 def _raise_with_operation(error: RuntimeError, mesh_shape: dict[str, int]) -> None:

@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from gshard_tf.compat.xla_protos import HloModuleProto
 from gshard_tf.export.naming import named_leaves
-from gshard_tf.planning.layer_names import LayerNames
+from gshard_tf.hlo.layer_names import LayerNames
 from gshard_tf.sharding.sharded_variable import PlacedVariable
 from gshard_tf.spmd import lowering
 from gshard_tf.verification import measures

@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from gshard_tf.planning.layer_names import LayerNames, layer_tree
+from gshard_tf.hlo.layer_names import LayerNames, layer_tree
 from gshard_tf.runtime.process_group import group
 from gshard_tf.sharding.mesh import without_mesh
 from gshard_tf.spmd import lowering

@@ -9,7 +9,6 @@ import pytest
 import tensorflow as tf
 
 import gshard_tf
-from gshard_tf.hlo import collectives
 from gshard_tf.planning import planner
 from keras_layers import MoELayer, Transformer
 
@@ -47,7 +46,7 @@ def made(tmp_path_factory):
 def test_a_plan_is_of_the_program_that_runs(made):
     planned, _, program = made
     real = dict((path, (all_, local)) for path, all_, local in
-                collectives.argument_bytes(program))  # fmt: skip
+                program.argument_bytes())  # fmt: skip
     found = {w.path: (w.bytes, w.bytes_per_core) for w in planned.weights}
     for path, sizes in real.items():
         if path != "constant":
@@ -55,9 +54,7 @@ def test_a_plan_is_of_the_program_that_runs(made):
     kinds = collections.Counter()
     for c in planned.communication:
         kinds[c.kind] += c.count
-    assert kinds == collections.Counter(
-        c.kind for c in collectives.collectives(program)
-    )
+    assert kinds == collections.Counter(c.kind for c in program.collectives())
     memory = program.compiled.memory_analysis()
     # `fit` hands over two more scalars of its own.
     assert planned.memory.arguments == pytest.approx(

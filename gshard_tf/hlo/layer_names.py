@@ -5,6 +5,8 @@ from typing import Any
 
 import keras
 
+from gshard_tf.compat.keras_layers import direct_sublayers
+
 # A tree of names: a layer's name -> the tree of the layers in it.
 Tree = dict[str, "Tree"]
 
@@ -21,12 +23,10 @@ def layer_tree(model: keras.Model) -> Tree:
 
 
 def _children(layer: Any) -> Tree:
-    # Private API: layers have no public list of those in them. On an upgrade, check
-    # that it still gives the direct ones only.
-    found = list(layer._flatten_layers(include_self=False, recursive=False))
-    # What a layer runs without owning it, such as the blocks of a stack.
-    found += getattr(layer, "inner_layers", [])
-    return {child.name: _children(child) for child in found}
+    children = direct_sublayers(layer)
+    # Layers that a layer runs without owning them, such as the blocks of a stack.
+    children += getattr(layer, "inner_layers", [])
+    return {child.name: _children(child) for child in children}
 
 
 class LayerNames:
@@ -36,7 +36,7 @@ class LayerNames:
         self.tree = tree
         # Layers by their own name, where no other has it: what a loop computes for a
         # gradient is called after its innermost layers alone.
-        self._alone = _by_name(tree)
+        self._unique = _by_name(tree)
 
     def layer_of(self, op_name: str) -> str:
         """The path of the innermost layer that an operation was made in, or "".
@@ -56,8 +56,8 @@ class LayerNames:
                     path.append(name)
                     tree = tree[name]
                     break
-                if not path and name in self._alone:
-                    path, tree = list(self._alone[name][0]), self._alone[name][1]
+                if not path and name in self._unique:
+                    path, tree = list(self._unique[name][0]), self._unique[name][1]
                     break
         return "/".join(path)
 
