@@ -1,6 +1,6 @@
 """A Keras step as a file: traced for each mesh, exported by jax, described by name.
 
-This is the side that has TensorFlow; `loading.py` is the one that has not.
+This is the side that has TensorFlow; `loader.py` is the one that has not.
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.experimental import dtensor
 
-from gshard_tf.checkpoints.manifest import Array
-from gshard_tf.checkpoints.matching import match
 from gshard_tf.checkpoints.naming import array_of, state_of
 from gshard_tf.compat.keras_seeds import global_seed_state
 from gshard_tf.export import program_file
@@ -35,6 +33,7 @@ from gshard_tf.sharding.mesh import create_mesh, use_mesh
 from gshard_tf.spmd import lowering
 from gshard_tf.spmd.abstract import is_abstract
 from gshard_tf.spmd.abstract_step import lower_abstract
+from gshard_tf.spmd.base import MeshExtended
 from gshard_tf.spmd.keras_step import (
     MODES,
     batch_specs,
@@ -48,23 +47,55 @@ from gshard_tf.spmd.step import StepLayouts, step_layouts
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
 
-class StepProgram:
-    """A step of a model that can be saved; made by `strategy.program`.
+def step_program(
+    model: keras.Model, mode: str = "train", batch: Any = None
+) -> StepProgram:
+    """Returns a step of a model as a program that runs without TensorFlow.
+
+    ```python
+    export.save_state(model, "run/state.npz")
+    program = export.step_program(model, "train", batch=(x[:64], y[:64]))
+    program.save("run/train.gshard", initial_state="state.npz")
+    ```
+
+    and, where only jax is installed, `python -m gshard_tf.export.runner`.
 
     Args:
-        strategy: The `SpmdStrategy` in whose scope the model was made; or an
-            `AbstractStrategy`, for a model larger than this machine's memory.
-        model: The model; its variables are completed as the first step of `fit` would.
+        model: A model made in the scope of an `SpmdStrategy`; or of an
+            `AbstractStrategy`, for a model larger than this machine's memory. It must
+            be compiled unless it only predicts. Its variables are created as the first
+            step of `fit` would create them.
         mode: "train", "evaluate" or "predict".
-        batch: What `fit` passes to a step, as specs or arrays: the *global* batch.
+        batch: What `fit` passes to a step: `(x, y)` or `(x, y, sample_weight)`, or `x`
+            alone, each a nest of arrays, `tf.TensorSpec` or `keras.KerasTensor`. The
+            *global* batch; a program is for one shape.
+
+    Returns:
+        A `StepProgram`, to be saved; nothing is compiled.
 
     Raises:
-        ValueError: for an unknown mode, a batch without static shapes, or a model
-            that is not compiled.
+        ValueError: for an unknown mode, a batch without static shapes, a model that is
+            not compiled, or one that does not belong to such a strategy.
+    """
+    return StepProgram(model, mode, batch)
+
+
+class StepProgram:
+    """A step of a model that can be saved. Made by `step_program`.
+
+    Args:
+        model, mode, batch: See `step_program`.
     """
 
-    def __init__(self, strategy: Any, model: keras.Model, mode: str, batch: Any):
+    def __init__(self, model: keras.Model, mode: str, batch: Any):
         check_mode(mode)
+        strategy = model.distribute_strategy
+        if not isinstance(strategy.extended, MeshExtended):
+            raise ValueError(
+                "`model` must be made, and compiled, inside `with strategy.scope():` "
+                f"of an SpmdStrategy. Received: {model.name!r} of a "
+                f"{type(strategy).__name__}"
+            )
         self.strategy = strategy
         self.model = model
         self.mode = mode
@@ -93,8 +124,8 @@ class StepProgram:
             meshes: The meshes that it can be loaded on: axes and sizes, or a number of
                 devices for a mesh of one axis. None: the strategy's own and all that
                 halving its axes leads to, down to one device.
-            initial_state: The name of a state file beside it (`strategy.save_state`)
-                that the runner starts from.
+            initial_state: The name of a state file (`save_state`) in the same folder,
+                from which the runner starts.
             platforms: What it can be loaded on, as jax calls it.
 
         Returns:
@@ -279,28 +310,6 @@ def _export(
             donate=False,
         )
         return bytes(export.export(jitted, platforms=platforms)(*shapes).serialize())
-
-
-def save_state(model: keras.Model, path: str | os.PathLike, step: int = 0) -> None:
-    """Writes everything that a model, its metrics and its optimizer remember."""
-    path = local_path(path)  # before everything is copied
-    arrays = {
-        name: array_of(variable).numpy() for name, variable in state_of(model).items()
-    }
-    program_file.write_state(path, arrays, step=step)
-
-
-def load_state(model: keras.Model, path: str | os.PathLike) -> dict[str, Any]:
-    """Assigns every variable of a model from a state file; nothing if it differs."""
-    arrays, meta = program_file.read_state(path)
-    variables = state_of(model)
-    found = match(
-        {name: (tuple(v.shape), _dtype(array_of(v))) for name, v in variables.items()},
-        {name: Array(a.shape, a.dtype.name, "", ()) for name, a in arrays.items()},
-    )
-    for name, source in found.sources.items():
-        variables[name].assign(arrays[source])
-    return meta
 
 
 def _constants(step: lowering.LoweredStep) -> dict[str, np.ndarray]:

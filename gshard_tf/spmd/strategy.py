@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import os
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -17,7 +16,6 @@ from tensorflow.experimental import dtensor
 from tensorflow.python.ops import control_flow_util
 
 from gshard_tf.compat.keras_fit import BuildingMayFail, read_no_batch_to_build
-from gshard_tf.export import exporter
 from gshard_tf.runtime.process_group import group
 from gshard_tf.sharding.layout_report import Description
 from gshard_tf.sharding.regions import Region, assemble
@@ -121,67 +119,6 @@ class SpmdStrategy(OnMesh, tf.distribute.Strategy):
         described = super().describe(model)
         rewrites = self.programs[-1].rewrites if self.programs else ()
         return dataclasses.replace(described, rewrites=rewrites)
-
-    def program(
-        self, model: keras.Model, mode: str = "train", batch: Any = None
-    ) -> exporter.StepProgram:
-        """A step of a model as a program that can be saved and run without TensorFlow.
-
-        ```python
-        strategy.save_state(model, "run/state.npz")
-        program = strategy.program(model, "train", batch=(x[:64], y[:64]))
-        program.save("run/train.gshard", initial_state="state.npz")
-        ```
-
-        and, where there is jax and nothing else, `python -m gshard_tf.export.runner`.
-
-        Args:
-            model: A model of this strategy; compiled, unless it is only to predict.
-            mode: "train", "evaluate" or "predict".
-            batch: What `fit` passes to a step: `(x, y)` or `(x, y, sample_weight)`,
-                or `x` alone, each a nest of arrays, `tf.TensorSpec` or
-                `keras.KerasTensor`. The *global* batch; a program is for one shape.
-
-        Returns:
-            What can be saved; nothing is compiled.
-
-        Raises:
-            ValueError: for an unknown mode, a batch without static shapes, or a model
-                that is not compiled or not of this strategy.
-        """
-        return exporter.StepProgram(self, model, mode, batch)
-
-    def save_state(
-        self, model: keras.Model, path: str | os.PathLike, step: int = 0
-    ) -> None:
-        """Writes the variables of a model, its metrics and its optimizer to a file.
-
-        Args:
-            model: A model that is built and compiled, as the first step leaves it.
-            path: An `.npz` file on a local or mounted disk; one that is there is
-                replaced.
-            step: How many steps the model has been trained, for the runner to go on
-                with.
-
-        Raises:
-            ValueError: when `path` is remote, `gs://` say.
-        """
-        exporter.save_state(model, path, step)
-
-    def load_state(self, model: keras.Model, path: str | os.PathLike) -> dict[str, Any]:
-        """Gives a model the state of a file that `save_state` or the runner wrote.
-
-        Args:
-            model: The model that it is the state of, or one made by the same code.
-            path: The file.
-
-        Returns:
-            What the file says besides: `step`, the number of steps done.
-
-        Raises:
-            ValueError: when the file does not fit the model; nothing is changed then.
-        """
-        return exporter.load_state(model, path)
 
 
 class SpmdExtended(MeshExtended):
