@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from tensorflow.experimental import dtensor
 
 from gshard_tf.io.atomic_files import local_path, write_file
-from gshard_tf.planning.plan import FORMAT, Plan, Weight
+from gshard_tf.planning.plan import FORMAT, Plan
+from gshard_tf.planning.records import Weight
 
 
 def content_key(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from tensorflow.experimental import dtensor
 
 from gshard_tf.hlo import layer_names, parser
-from gshard_tf.planning.plan import Buffer, Memory, OutOfMemory, Weight
+from gshard_tf.planning.records import Buffer, Memory, OutOfMemory, Weight
 from gshard_tf.spmd.program import SpmdProgram
 
 _HANDED_ON = {

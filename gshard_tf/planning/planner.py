@@ -25,7 +25,8 @@ from gshard_tf.planning.memory import (
     memory_of,
     out_of_memory,
 )
-from gshard_tf.planning.plan import OutOfMemory, Plan, StepTime, Weight
+from gshard_tf.planning.plan import Plan
+from gshard_tf.planning.records import OutOfMemory, StepTime, Weight
 from gshard_tf.planning.reshards import Judge, annotations, summarise
 from gshard_tf.planning.roofline import Interconnect, step_time
 from gshard_tf.sharding.layout_report import describe_one

@@ -10,7 +10,7 @@ from tensorflow.experimental import dtensor
 
 from gshard_tf.hlo import layer_names, parser
 from gshard_tf.hlo.collectives import Collective
-from gshard_tf.planning.plan import Communication, Reshard, Weight
+from gshard_tf.planning.records import Communication, Reshard, Weight
 from gshard_tf.sharding.rules import AxisRules
 
 _SUMS = ("all-reduce", "reduce-scatter")

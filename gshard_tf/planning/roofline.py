@@ -6,7 +6,7 @@ import numpy as np
 
 from gshard_tf.hlo.collectives import Collective
 from gshard_tf.planning.chips import Chip, Topology, is_ring
-from gshard_tf.planning.plan import StepTime
+from gshard_tf.planning.records import StepTime
 
 
 class Interconnect:

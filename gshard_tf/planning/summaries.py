@@ -1,12 +1,17 @@
 """What a page shows of a plan beyond its fields: alike things together, and parts."""
 
+from __future__ import annotations
+
 import dataclasses
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from gshard_tf.planning.plan import Communication, Plan, Weight
+from gshard_tf.planning.records import Communication, Weight
+
+if TYPE_CHECKING:
+    from gshard_tf.planning.plan import Plan
 
 Item = TypeVar("Item")
 

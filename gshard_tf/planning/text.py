@@ -1,10 +1,16 @@
 """A plan as a table for the terminal."""
 
+from __future__ import annotations
+
 import textwrap
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from gshard_tf.planning import summaries, units
-from gshard_tf.planning.plan import Communication, Plan
+from gshard_tf.planning.records import Communication
+
+if TYPE_CHECKING:
+    from gshard_tf.planning.plan import Plan
 
 WIDTH = 92
 _BAR = 30

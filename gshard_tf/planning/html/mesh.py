@@ -5,7 +5,8 @@ from html import escape
 from gshard_tf.planning import summaries, units
 from gshard_tf.planning.chips import CHIPS
 from gshard_tf.planning.html import markup, svg
-from gshard_tf.planning.plan import Plan, Weight
+from gshard_tf.planning.plan import Plan
+from gshard_tf.planning.records import Weight
 from gshard_tf.planning.text import hardware
 
 

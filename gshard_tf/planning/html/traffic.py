@@ -7,7 +7,8 @@ from html import escape
 from gshard_tf.hlo.collectives import KINDS
 from gshard_tf.planning import summaries, units
 from gshard_tf.planning.html import markup
-from gshard_tf.planning.plan import Communication, Plan
+from gshard_tf.planning.plan import Plan
+from gshard_tf.planning.records import Communication
 
 
 def communication(plan: Plan) -> str:
