@@ -3,17 +3,39 @@
 from __future__ import annotations
 
 import functools
+import io
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from gshard_tf.export.manifest import Tensor
-from gshard_tf.io.atomic_files import local_path
+from gshard_tf.io.atomic_files import local_path, write_file
 
 
-class Batches:
+def write_data(folder: str | os.PathLike, arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes packed data: for each input of a program all of its rows.
+
+    Args:
+        folder: Where, on a local or mounted disk; it is made.
+        arrays: `[N, ...]` by the name of the input (`gshard_tf.export.batch_arrays`
+            names the parts of a batch). Integers may be of a smaller type than the
+            program's: token ids fit `uint16`.
+    """
+    folder = local_path(folder, "folder")
+    lengths = {name: len(array) for name, array in arrays.items()}
+    if not arrays or len(set(lengths.values())) > 1:
+        raise ValueError(
+            f"Data have one row per example in every array. Received: rows={lengths}"
+        )
+    for name, array in arrays.items():
+        out = io.BytesIO()
+        np.save(out, np.asarray(array))
+        write_file(folder / f"{name}.npy", out.getvalue())
+
+
+class ArrayBatches:
     """The batches of a folder that `write_data` wrote; read as they are needed.
 
     Args:

@@ -21,13 +21,13 @@ from gshard_tf.checkpoints.naming import array_of, state_of
 from gshard_tf.compat.keras_seeds import global_seed_state
 from gshard_tf.export import program_file
 from gshard_tf.export.manifest import (
+    PLATFORMS,
     Layout,
     Manifest,
     Tensor,
     Variant,
     fit_layout,
 )
-from gshard_tf.export.naming import named_batch, named_leaves
 from gshard_tf.io.atomic_files import local_path
 from gshard_tf.sharding.mesh import create_mesh, use_mesh
 from gshard_tf.spmd import lowering
@@ -41,10 +41,9 @@ from gshard_tf.spmd.keras_step import (
     complete,
     roles_of,
 )
+from gshard_tf.spmd.leaf_names import batch_arrays, named_leaves
 from gshard_tf.spmd.program import jit_step
 from gshard_tf.spmd.step import StepLayouts, step_layouts
-
-PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
 
 def step_program(
@@ -223,7 +222,7 @@ class StepProgram:
             role = roles.get(id(value), "other")
             tensor = _tensor(name, value, layouts.captures[i], role)
             state.append(dataclasses.replace(tensor, path=variable.path))
-        inputs = list(named_batch(self.specs))
+        inputs = list(batch_arrays(self.specs))
         outputs = [
             name for name, leaf in named_leaves(step.structure) if leaf is lowering.LEAF
         ]

@@ -9,7 +9,7 @@ import numpy as np
 from gshard_tf.checkpoints.manifest import Array
 from gshard_tf.checkpoints.matching import match
 from gshard_tf.checkpoints.naming import array_of, state_of
-from gshard_tf.export import program_file
+from gshard_tf.export.state_file import read_state, write_state
 from gshard_tf.io.atomic_files import local_path
 
 
@@ -28,7 +28,7 @@ def save_state(model: keras.Model, path: str | os.PathLike, step: int = 0) -> No
     arrays = {
         name: array_of(variable).numpy() for name, variable in state_of(model).items()
     }
-    program_file.write_state(path, arrays, step=step)
+    write_state(path, arrays, step=step)
 
 
 def load_state(model: keras.Model, path: str | os.PathLike) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def load_state(model: keras.Model, path: str | os.PathLike) -> dict[str, Any]:
     Raises:
         ValueError: when the file does not fit the model; nothing is changed then.
     """
-    arrays, meta = program_file.read_state(path)
+    arrays, meta = read_state(path)
     variables = state_of(model)
     matches = match(
         {name: (tuple(v.shape), _dtype(v)) for name, v in variables.items()},

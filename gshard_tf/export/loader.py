@@ -26,7 +26,7 @@ def load(
     path: str | os.PathLike,
     mesh: int | Mapping[str, int] | None = None,
     devices: Sequence[Any] | None = None,
-) -> PortableProgram:
+) -> LoadedProgram:
     """Loads and compiles a program file.
 
     Args:
@@ -54,10 +54,10 @@ def load(
     variant = manifest.choose(len(devices), mesh)
     programs, constants = program_file.read_programs(path)
     program = programs[variant.start : variant.start + variant.size]
-    return PortableProgram(manifest, variant, program, constants, devices)
+    return LoadedProgram(manifest, variant, program, constants, devices)
 
 
-class PortableProgram:
+class LoadedProgram:
     """A step on the devices of this machine; made by `load`.
 
     ```python

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 FORMAT = 1
+#: Platforms that a program can be exported for, as jax names them.
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 Layout = tuple[str | None, ...]
 
 

@@ -24,13 +24,11 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from gshard_tf.export import program_file
-from gshard_tf.export.array_dataset import Batches
-from gshard_tf.export.manifest import Manifest
+from gshard_tf.export import program_file, state_file
+from gshard_tf.export.array_dataset import ArrayBatches, write_data
+from gshard_tf.export.manifest import PLATFORMS, Manifest
 from gshard_tf.io.atomic_files import make_folder, path_option
 from gshard_tf.runtime.termination import Termination
-
-PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -153,7 +151,7 @@ def _start_jax(options: argparse.Namespace, manifest: Manifest) -> None:
 def _state(options: argparse.Namespace) -> tuple[dict[str, np.ndarray], int]:
     """The state to go on with, and the steps it has seen."""
     path = _begin_with(options)
-    arrays, meta = program_file.read_state(path)
+    arrays, meta = state_file.read_state(path)
     return arrays, int(meta.get("step", 0))
 
 
@@ -249,13 +247,13 @@ def _end(options: argparse.Namespace, step: int, seconds: float) -> str | None:
 
 def _load(
     path: pathlib.Path, data: pathlib.Path, options: argparse.Namespace, log: Log
-) -> tuple[Any, Batches]:
+) -> tuple[Any, ArrayBatches]:
     from gshard_tf.export.loader import load
 
     begun = time.perf_counter()
     program = load(path, options.devices)
     training = program.manifest.mode == "train"
-    batches = Batches(
+    batches = ArrayBatches(
         data,
         program.manifest.inputs,
         options.shuffle if training else None,
@@ -276,7 +274,7 @@ def _load(
 def _save(out: pathlib.Path, state: dict[str, Any], step: int, log: Log) -> None:
     begun = time.perf_counter()
     arrays = {name: np.asarray(value) for name, value in state.items()}
-    program_file.write_state(out / "state.npz", arrays, step=step)
+    state_file.write_state(out / "state.npz", arrays, step=step)
     log("save", step=step, seconds=time.perf_counter() - begun)
 
 
@@ -354,7 +352,7 @@ def _pass(options: argparse.Namespace, log: Log) -> int:
         outputs, state = program(batches.batch(number), state)
         for name, value in outputs.items():
             said.setdefault(name, []).append(np.asarray(value))
-    program_file.write_data(
+    write_data(
         options.out, {name: np.concatenate(parts) for name, parts in said.items()}
     )
     log("predict", step=step, rows=len(batches) * batches.size)

@@ -8,10 +8,10 @@ import numpy as np
 import tensorflow as tf
 
 from gshard_tf.compat.xla_protos import HloModuleProto
-from gshard_tf.export.naming import named_leaves
 from gshard_tf.hlo.layer_names import LayerNames
 from gshard_tf.sharding.sharded_variable import PlacedVariable
 from gshard_tf.spmd import lowering
+from gshard_tf.spmd.leaf_names import named_leaves
 from gshard_tf.verification import measures
 from gshard_tf.verification.measures import Measure
 from gshard_tf.verification.observing import find_first

@@ -20,7 +20,7 @@ def named_leaves(nest: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield from named_leaves(part, f"{prefix}.{name}" if prefix else name)
 
 
-def named_batch(batch: Any) -> dict[str, Any]:
+def batch_arrays(batch: Any) -> dict[str, Any]:
     """The arrays of a batch, as `fit` passes it to a step, by the names of inputs.
 
     Args:

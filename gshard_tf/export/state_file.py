@@ -1,0 +1,60 @@
+"""State files: an `.npz` of arrays by name, with their dtypes and metadata."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from gshard_tf.io.atomic_files import local_path, write_file
+
+_META = "__meta__"
+
+
+def write_state(
+    path: str | os.PathLike, arrays: Mapping[str, np.ndarray], **meta: Any
+) -> None:
+    """Writes a state file.
+
+    Args:
+        path: Where; the file that is there is replaced when the new one is whole.
+        arrays: By name.
+        meta: What else to keep, as JSON can: the number of steps done, say.
+    """
+    write_file(path, npz_bytes(arrays, meta))
+
+
+def read_state(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The arrays of a state file, and what `write_state` was given besides."""
+    return read_npz(local_path(path))
+
+
+def npz_bytes(arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> bytes:
+    """Returns arrays and metadata as the bytes of an `.npz` file."""
+    # numpy's file format does not know bfloat16 and its kin, so types are noted.
+    dtypes = {name: array.dtype.name for name, array in arrays.items()}
+    note = json.dumps({"dtypes": dtypes, **meta})
+    out = io.BytesIO()
+    np.savez(out, **{_META: np.array(note)}, **arrays)
+    return out.getvalue()
+
+
+def read_npz(file: Any) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Returns arrays and metadata of an `.npz` file that `npz_bytes` made."""
+    import ml_dtypes  # noqa: F401 (so that numpy knows its types by name)
+
+    with np.load(file) as saved:
+        if _META not in saved.files:
+            raise ValueError(f"{file} is no state file of gshard_tf.")
+        meta = json.loads(str(saved[_META]))
+        dtypes = meta.pop("dtypes")
+        arrays = {
+            name: saved[name].view(np.dtype(dtypes[name]))
+            for name in saved.files
+            if name != _META
+        }
+    return arrays, meta
