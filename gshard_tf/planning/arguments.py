@@ -153,7 +153,7 @@ def main(arguments: list[str] | None = None) -> int:
     # TensorFlow's advice about this machine is not either.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    from gshard_tf.planning.cli import run
+    from gshard_tf.planning.command import run
 
     return run(options)
 

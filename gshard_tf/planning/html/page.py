@@ -5,13 +5,16 @@ from collections.abc import Sequence
 from html import escape
 
 from gshard_tf.planning import compare, units
-from gshard_tf.planning.html import (
-    markup,
+from gshard_tf.planning.html import elements
+from gshard_tf.planning.html.communication_section import communication
+from gshard_tf.planning.html.cost_sections import (
+    flops_by_layer,
     memory,
-    mesh,
-    traffic,
-    work,
+    memory_parts,
+    out_of_memory,
+    step_time,
 )
+from gshard_tf.planning.html.variables_section import devices, origin, variables
 from gshard_tf.planning.plan import Plan
 from gshard_tf.planning.text import hardware
 
@@ -66,12 +69,12 @@ def _overview(plans: Sequence[Plan]) -> str:
     largest = max(plan.needed for plan in plans) or 1
     lines = []
     for i, plan in enumerate(plans):
-        bar = markup.bar(memory.parts(plan), largest, "bare")
+        bar = elements.bar(memory_parts(plan), largest, "bare")
         time = "-" if plan.time is None else units.seconds(plan.time.roofline)
         lines.append(
-            f'<tr><th scope="row"><a href="#plan-{i}">{escape(markup.title(plan))}</a>'
-            "</th>"
-            f"<td>{escape(markup.mesh_text(plan))}</td><td>{markup.badge(plan)}</td>"
+            f'<tr><th scope="row"><a href="#plan-{i}">'
+            f"{escape(elements.title(plan))}</a></th>"
+            f"<td>{escape(elements.mesh_text(plan))}</td><td>{elements.badge(plan)}</td>"
             f'<td class="n">{units.size(plan.needed)}</td>'
             f'<td class="wide">{bar}</td><td class="n">{time}</td></tr>'
         )
@@ -84,9 +87,11 @@ def _overview(plans: Sequence[Plan]) -> str:
     )
     if len(plans) == 2:
         a, b = plans
-        notes = "".join(markup.note(text, "bad") for text in compare.differences(a, b))
+        notes = "".join(
+            elements.note(text, "bad") for text in compare.differences(a, b)
+        )
         cells = "".join(
-            f'<tr><th scope="row">{markup.indented(name)}</th>'
+            f'<tr><th scope="row">{elements.indented(name)}</th>'
             f'<td class="n">{escape(x)}</td><td class="n">{escape(y)}</td>'
             f'<td class="n">{escape(r)}</td></tr>'
             for name, x, y, r in compare.rows(a, b)
@@ -105,18 +110,18 @@ def _overview(plans: Sequence[Plan]) -> str:
 def _plan(plan: Plan, number: int) -> str:
     return (
         f'<section class="plan" id="plan-{number}"><div class="title">'
-        f"<h2>{escape(markup.title(plan))}</h2>{markup.badge(plan)}</div>"
-        f"{_facts(plan)}{memory.too_much(plan)}{_notes(plan)}"
-        f'<div class="pair">{memory.filled(plan)}{work.duration(plan)}</div>'
-        f"{traffic.communication(plan)}{work.products(plan)}"
-        f"{mesh.variables(plan, number)}"
-        f'<div class="pair">{mesh.devices(plan)}{mesh.origin(plan)}</div></section>'
+        f"<h2>{escape(elements.title(plan))}</h2>{elements.badge(plan)}</div>"
+        f"{_facts(plan)}{out_of_memory(plan)}{_notes(plan)}"
+        f'<div class="pair">{memory(plan)}{step_time(plan)}</div>'
+        f"{communication(plan)}{flops_by_layer(plan)}"
+        f"{variables(plan, number)}"
+        f'<div class="pair">{devices(plan)}{origin(plan)}</div></section>'
     )
 
 
 def _facts(plan: Plan) -> str:
     facts = [
-        ("mesh", markup.mesh_text(plan), hardware(plan)),
+        ("mesh", elements.mesh_text(plan), hardware(plan)),
         ("parameters", units.number(plan.parameters),
          f"{units.size(plan.state_bytes())} with the optimizer"),
         ("memory of a core", units.size(plan.needed), _of_capacity(plan)),
@@ -171,9 +176,9 @@ def _notes(plan: Plan) -> str:
     out = ""
     if plan.advice:
         out += "<h3>What to try</h3>" + "".join(
-            markup.note(t, "try") for t in plan.advice
+            elements.note(t, "try") for t in plan.advice
         )
     if plan.complaints:
         out += "<h3>What looks wrong</h3>" if not out else "<h4>What looks wrong</h4>"
-        out += "".join(markup.note(text, "bad") for text in plan.complaints)
+        out += "".join(elements.note(text, "bad") for text in plan.complaints)
     return f'<section class="card">{out}</section>'

@@ -1,10 +1,10 @@
-"""Which part of each variable is where, the devices, and what the plan was made of."""
+"""Sections of the page about variables, devices, and the origin of a plan."""
 
 from html import escape
 
 from gshard_tf.planning import summaries, units
-from gshard_tf.planning.chips import CHIPS
-from gshard_tf.planning.html import markup, svg
+from gshard_tf.planning.html import elements
+from gshard_tf.planning.html.weight_map import weight_map
 from gshard_tf.planning.plan import Plan
 from gshard_tf.planning.records import Weight
 from gshard_tf.planning.text import hardware
@@ -22,7 +22,7 @@ def variables(plan: Plan, number: int) -> str:
         drawn = maps.setdefault((first.shape, first.layout), str(len(maps)))
         lines.append(_weight_row(plan, group, drawn))
     figures = "".join(
-        f'<div data-map="{name}">{svg.weight_map(shape, layout, plan.mesh)}</div>'
+        f'<div data-map="{name}">{weight_map(shape, layout, plan.mesh)}</div>'
         for (shape, layout), name in maps.items()
     )
     roles = {w.role for w in plan.weights}
@@ -80,7 +80,7 @@ def _weight_row(plan: Plan, group: summaries.Alike, drawn: str) -> str:
     )
     names = [w.path for w in group.items]
     layout = " ".join(
-        markup.axis(axis) if axis else '<span class="quiet">-</span>'
+        elements.axis(axis) if axis else '<span class="quiet">-</span>'
         for axis in first.layout
     )
     rules = list(dict.fromkeys(w.rule for w in group.items))
@@ -99,12 +99,9 @@ def _weight_row(plan: Plan, group: summaries.Alike, drawn: str) -> str:
 
 
 def devices(plan: Plan) -> str:
-    wraps_at = None
     facts = ""
     if plan.chip is not None:
         chip = plan.chip
-        known = CHIPS.get(chip["name"])
-        wraps_at = known.wraps_at if known else None
         per = chip["devices"]
         facts = (
             f'<p class="quiet">A chip {escape(str(chip["name"]))}: '
@@ -112,21 +109,12 @@ def devices(plan: Plan) -> str:
             f"{units.size(chip['hbm_bandwidth'])}/s, links of "
             f"{units.size(chip['link_bandwidth'])}/s in each direction"
             + (f"; its {per} cores share them" if per > 1 else "")
-            + f". {_links_in_words(plan, wraps_at)}</p>"
+            + ".</p>"
         )
     return (
         f'<section class="card"><h3>Devices: {escape(hardware(plan))}</h3>'
-        f"{svg.chips(plan, wraps_at)}{facts}</section>"
+        f"{facts}</section>"
     )
-
-
-def _links_in_words(plan: Plan, wraps_at: int | None) -> str:
-    says = "Lines between chips are links"
-    if any(svg.is_ring(n, wraps_at) for n in plan.slice_shape):
-        says += "; where they go on beyond the edge, the ends are joined to a ring"
-    if len(plan.slice_shape) > 2:
-        says += "; chips in the same place of neighbouring panels are linked too"
-    return f"{says}."
 
 
 def origin(plan: Plan) -> str:
@@ -134,7 +122,7 @@ def origin(plan: Plan) -> str:
     for logical, axis in plan.rules.items():
         by_axis.setdefault(axis, []).append(logical)
     mesh = "".join(
-        f'<tr><th scope="row">{markup.axis(name)}</th><td class="n">{size:,}</td>'
+        f'<tr><th scope="row">{elements.axis(name)}</th><td class="n">{size:,}</td>'
         f"<td>{escape(', '.join(by_axis.get(name, [])) or '-')}</td></tr>"
         for name, size in plan.mesh.items()
     )

@@ -1,4 +1,4 @@
-"""What `gshard-plan` does once its arguments are checked (by `arguments`)."""
+"""Runs `gshard-plan` on arguments that `arguments` has parsed and checked."""
 
 import argparse
 import importlib
@@ -13,12 +13,14 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-import gshard_tf
 from gshard_tf.compat.keras_seeds import own_global_seed_generator
 from gshard_tf.planning import planner
 from gshard_tf.planning.compare import compare
 from gshard_tf.planning.html.page import page
 from gshard_tf.planning.plan import Plan
+from gshard_tf.runtime.devices import request_cpu_devices
+from gshard_tf.sharding.mesh import create_mesh
+from gshard_tf.sharding.rules import AxisRules
 from gshard_tf.spmd.abstract import AbstractStrategy
 
 FITS, BAD_INPUT, DOES_NOT_FIT = 0, 2, 3
@@ -64,10 +66,10 @@ def _plan(options: argparse.Namespace) -> int:
     # Their number cannot change once jax has started, so the most come first.
     wanted = [int(n[4:]) for n in options.topology if n.startswith("cpu:")]
     if wanted:
-        gshard_tf.request_cpu_devices(max(wanted))
+        request_cpu_devices(max(wanted))
     function = _find(options.target)
     if wanted:  # the file may have asked for fewer
-        gshard_tf.request_cpu_devices(max(wanted))
+        request_cpu_devices(max(wanted))
     if options.batch is None:
         batch = _returned_batch(function, options)
     else:
@@ -106,9 +108,9 @@ def _plan(options: argparse.Namespace) -> int:
     return FITS if all(made.fits for made in plans) else DOES_NOT_FIT
 
 
-def _rules(options: argparse.Namespace) -> gshard_tf.AxisRules | None:
+def _rules(options: argparse.Namespace) -> AxisRules | None:
     # Anew for each plan: they remember what was used.
-    return gshard_tf.AxisRules(dict(options.rule)) if options.rule else None
+    return AxisRules(dict(options.rule)) if options.rule else None
 
 
 def _write_page(options: argparse.Namespace, plans: list[Plan]) -> None:
@@ -169,7 +171,7 @@ def _split(returned: Any) -> tuple[Any, Any]:
 
 def _returned_batch(function: Callable[[], Any], options: argparse.Namespace) -> Any:
     """The batch that the function returns beside its model; it runs once for that."""
-    mesh = gshard_tf.create_mesh(options.mesh or {"expert": 1})
+    mesh = create_mesh(options.mesh or {"expert": 1})
     axes = {axis for _, axis in options.rule if axis is not None}
     if axes - set(mesh.dim_names):
         raise ValueError(

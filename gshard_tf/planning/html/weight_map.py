@@ -1,14 +1,9 @@
-"""Pictures of a plan as SVG: a weight on the mesh, the mesh's axes, the chips."""
+"""Map of a weight on the mesh as SVG: the shard that each core holds."""
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Sequence
 from html import escape
-
-from gshard_tf.planning import units
-from gshard_tf.planning.chips import is_ring
-from gshard_tf.planning.plan import Plan
 
 # More cells than this along an axis cannot be told apart: several share one.
 MAX_COLUMNS = 64
@@ -91,7 +86,6 @@ def _dimension_bars(dimensions: Sequence[Split]) -> str:
         return '<p class="quiet">A scalar: every core holds it.</p>'
     width, height, gap, left, right = 530, 22, 10, 120, 210
     total = len(dimensions) * (height + gap)
-    # "in use": which of the split dimensions it is, for its colours.
     out = [
         f'<svg class="dims" viewBox="0 0 {left + width + right} {total}" role="img" '
         f'aria-label="{escape(_dimensions_in_words(dimensions))}">'
@@ -228,93 +222,3 @@ def _unravel(index: int, sizes: Sequence[int]) -> list[int]:
         index, n = divmod(index, size)
         found.append(n)
     return found[::-1]
-
-
-def chips(plan: Plan, wraps_at: int | None) -> str:
-    """The chips of a slice, their cores and links; of a CPU its virtual devices."""
-    if plan.chip is None:
-        return _loose_devices(plan.cores)
-    shape = plan.slice_shape
-    *layers, rows, columns = (1, 1, *shape)
-    panels = math.prod(layers)
-    step = max(8.0, min(56.0, 640 / max(columns * min(panels, 4), rows)))
-    box, margin = step * 0.66, step * 0.7
-    across = min(panels, max(1, int(1100 // (columns * step + 2 * margin))))
-    panel_width = columns * step + 2 * margin
-    panel_height = rows * step + 2 * margin + (18 if panels > 1 else 0)
-    rings = [is_ring(n, wraps_at) for n in (rows, columns)]
-    links, squares, cores, labels = [], [], [], []
-    per_chip = plan.chip["devices"]
-    for panel in range(panels):
-        left = (panel % across) * panel_width + margin
-        top = (panel // across) * panel_height + margin
-        if panels > 1:
-            top += 18
-            labels.append(
-                f'<text x="{left:.0f}" y="{top - 8 - margin * 0.4:.0f}">'
-                f"{escape(_panel_name(panel, layers, len(shape)))}</text>"
-            )
-        for r, c in itertools.product(range(rows), range(columns)):
-            x, y = left + c * step, top + r * step
-            squares.append(f"M{x:.1f} {y:.1f}h{box:.1f}v{box:.1f}h-{box:.1f}z")
-            cores.append(_cores(x, y, box, per_chip))
-            middle_x, middle_y = x + box / 2, y + box / 2
-            if c + 1 < columns:
-                links.append(f"M{x + box:.1f} {middle_y:.1f}h{step - box:.1f}")
-            if r + 1 < rows:
-                links.append(f"M{middle_x:.1f} {y + box:.1f}v{step - box:.1f}")
-            stub = margin * 0.5
-            if rings[1] and c == 0:
-                links.append(f"M{x:.1f} {middle_y:.1f}h-{stub:.1f}")
-            if rings[1] and c == columns - 1:
-                links.append(f"M{x + box:.1f} {middle_y:.1f}h{stub:.1f}")
-            if rings[0] and r == 0:
-                links.append(f"M{middle_x:.1f} {y:.1f}v-{stub:.1f}")
-            if rings[0] and r == rows - 1:
-                links.append(f"M{middle_x:.1f} {y + box:.1f}v{stub:.1f}")
-    width = across * panel_width
-    height = math.ceil(panels / across) * panel_height
-    words = (
-        f"{math.prod(shape):,} chips in a grid of {units.dims(shape)}, "
-        f"{per_chip} programmable cores each"
-    )
-    return (
-        f'<svg class="chips" viewBox="0 0 {width:.0f} {height:.0f}" '
-        f'style="max-width:{width:.0f}px" role="img" aria-label="{escape(words)}">'
-        f'<path class="links" d="{"".join(links)}"/>'
-        f'<path class="chip" d="{"".join(squares)}"/>'
-        f'<path class="core" d="{"".join(cores)}"/>{"".join(labels)}</svg>'
-    )
-
-
-def _panel_name(panel: int, layers: Sequence[int], dimensions: int) -> str:
-    place = _unravel(panel, layers)[-(dimensions - 2) :]
-    return ", ".join(f"dimension {i} = {n}" for i, n in enumerate(place))
-
-
-def _cores(x: float, y: float, box: float, count: int) -> str:
-    gap = box * 0.12
-    width = (box - gap * (count + 1)) / count
-    height = box - 2 * gap
-    return "".join(
-        f"M{x + gap + n * (width + gap):.1f} {y + gap:.1f}h{width:.1f}v{height:.1f}"
-        f"h-{width:.1f}z"
-        for n in range(count)
-    )
-
-
-def _loose_devices(count: int) -> str:
-    shown = min(count, 256)
-    columns = min(shown, 16)
-    rows = math.ceil(shown / columns)
-    boxes = "".join(
-        f"M{6 + 34 * (n % columns)} {6 + 34 * (n // columns)}h26v26h-26z"
-        for n in range(shown)
-    )
-    width = 34 * columns + 6
-    return (
-        f'<svg class="chips" viewBox="0 0 {width} {34 * rows + 6}" '
-        f'style="max-width:{width}px" role="img" '
-        f'aria-label="{count:,} virtual CPU devices">'
-        f'<path class="core" d="{boxes}"/></svg>'
-    )
