@@ -47,14 +47,14 @@ def content_key(
     return digest.hexdigest()
 
 
-class Cache:
+class PlanCache:
     """A folder of plans, one file each; without a folder it holds nothing."""
 
     def __init__(self, folder: pathlib.Path | None):
         self.folder = folder
 
     @classmethod
-    def of(cls, cache: bool | str | os.PathLike) -> "Cache":
+    def from_option(cls, cache: bool | str | os.PathLike) -> "PlanCache":
         """The cache that `plan` was asked to use.
 
         Raises:

@@ -42,10 +42,10 @@ def compare(a: Plan, b: Plan) -> str:
 def rows(a: Plan, b: Plan) -> list[Row]:
     """The lines of the comparison: name, first, second, ratio."""
     found = [
-        _row("cores", a, b, lambda p: p.cores, units.number),
+        _row("cores", a, b, lambda p: p.num_devices, units.number),
         _row("parameters", a, b, lambda p: p.parameters, units.number),
-        _row("capacity of a core", a, b, lambda p: p.capacity, units.size),
-        _row("memory of a core", a, b, lambda p: p.needed, units.size),
+        _row("capacity of a core", a, b, lambda p: p.bytes_available, units.size),
+        _row("memory of a core", a, b, lambda p: p.bytes_needed, units.size),
     ]
     for role in summaries.ROLES:
         if any(p.state_bytes(role) for p in (a, b)):
@@ -63,7 +63,7 @@ def rows(a: Plan, b: Plan) -> list[Row]:
              units.size),
         _row("  outputs", a, b, lambda p: p.memory and p.memory.outputs, units.size),
         _row("FLOPs of a core", a, b, lambda p: p.flops, units.flops),
-        _row("  over those written", a, b, lambda p: p.flops_over_written,
+        _row("  over those written", a, b, lambda p: p.flops_ratio,
              lambda value: f"{value:.3f}"),
         _row("memory accesses of a core", a, b, lambda p: p.bytes_accessed, units.size),
     ]  # fmt: skip

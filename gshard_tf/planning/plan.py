@@ -80,7 +80,7 @@ class Plan:
     key: str
 
     @property
-    def cores(self) -> int:
+    def num_devices(self) -> int:
         count = 1
         for size in self.mesh.values():
             count *= size
@@ -92,14 +92,14 @@ class Plan:
         return self.out_of_memory is None
 
     @property
-    def needed(self) -> float:
+    def bytes_needed(self) -> float:
         """Bytes per core that the program needs, whether it fits or not."""
         if self.out_of_memory is not None:
             return self.out_of_memory.needed
         return self.memory.total if self.memory else 0
 
     @property
-    def capacity(self) -> float | None:
+    def bytes_available(self) -> float | None:
         """Bytes that a core has for it; None where they are the host's."""
         if self.out_of_memory is not None:
             return self.out_of_memory.capacity
@@ -118,7 +118,7 @@ class Plan:
         return found
 
     @property
-    def flops_over_written(self) -> float | None:
+    def flops_ratio(self) -> float | None:
         """Compiled over written FLOPs: 1.05 means that 5 percent are wasted."""
         if self.flops is None or not self.flops_as_written:
             return None

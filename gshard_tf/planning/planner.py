@@ -17,7 +17,7 @@ from gshard_tf.compat.xla import hlo_as_text
 from gshard_tf.hlo import layer_names, parser
 from gshard_tf.hlo.collectives import collectives
 from gshard_tf.hlo.flops import flops_by_operation
-from gshard_tf.planning.cache import Cache, content_key
+from gshard_tf.planning.cache import PlanCache, content_key
 from gshard_tf.planning.chips import Topology, find_topology
 from gshard_tf.planning.memory import (
     advice_for,
@@ -27,7 +27,11 @@ from gshard_tf.planning.memory import (
 )
 from gshard_tf.planning.plan import Plan
 from gshard_tf.planning.records import OutOfMemory, StepTime, Weight
-from gshard_tf.planning.reshards import Judge, annotations, summarise
+from gshard_tf.planning.reshards import (
+    ReshardClassifier,
+    annotations,
+    summarize_communication,
+)
 from gshard_tf.planning.roofline import Interconnect, step_time
 from gshard_tf.sharding.layout_report import describe_one
 from gshard_tf.sharding.mesh import create_mesh
@@ -100,7 +104,7 @@ def plan(
         ImportError: when a TPU is asked for and libtpu is not installed.
     """
     check_mode(mode)
-    store = Cache.of(cache)
+    store = PlanCache.from_option(cache)
     specs = batch_specs(batch)
     found = find_topology(topology)
     mesh = _mesh_for(found, mesh)
@@ -144,7 +148,9 @@ def plan(
     if oom is not None and not oom.buffers:
         largest = largest_as_written(written_module, layers)
         oom = dataclasses.replace(oom, buffers=largest, as_written=True)
-    judge = Judge(annotations(written_module, layers), weights, mesh, layouts.rules)
+    judge = ReshardClassifier(
+        annotations(written_module, layers), weights, mesh, layouts.rules
+    )
     loops = written_module.loops()
     facts = _program_facts(program, found, layers, judge, loops)
     uncounted = _uncounted(facts.pop("unknown_loops"), layers)
@@ -286,7 +292,7 @@ def _program_facts(
     program: SpmdProgram | None,
     topology: Topology,
     layers: layer_names.LayerNames,
-    judge: Judge,
+    judge: ReshardClassifier,
     loops: Mapping[str, int | None],
 ) -> dict[str, Any]:
     """What is read off the compiled program; nothing without one."""
@@ -307,10 +313,7 @@ def _program_facts(
         by_layer[layer] = by_layer.get(layer, 0.0) + flops
     total = sum(by_layer.values())
     cost = program.compiled.cost_analysis() or {}
-    communication = [
-        dataclasses.replace(c, times=1) if c.times is None else c
-        for c in collectives(module, loops)
-    ]
+    communication = collectives(module, loops)
     seconds: Sequence[float] = [0.0] * len(communication)
     time_: StepTime | None = None
     if topology.chip is not None:
@@ -321,10 +324,10 @@ def _program_facts(
             topology.chip,
             total,
             cost.get("bytes accessed", 0.0),
-            sum(c.times * s for c, s in zip(communication, seconds, strict=True)),
+            sum(c.runs * s for c, s in zip(communication, seconds, strict=True)),
             cost.get("optimal_seconds"),
         )
-    summary, reshards = summarise(communication, layers, judge, seconds)
+    summary, reshards = summarize_communication(communication, layers, judge, seconds)
     return {
         "flops": total,
         "flops_by_layer": by_layer,

@@ -27,25 +27,25 @@ ROLE_NAMES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Alike:
+class SimilarGroup:
     """Things whose names differ in numbers only, under a name with `*` for these."""
 
     name: str
     items: list[Any]
 
 
-def alike(
+def group_similar(
     items: Iterable[Item],
     name: Callable[[Item], str],
     also: Callable[[Item], Any] = lambda item: None,
-) -> list[Alike]:
+) -> list[SimilarGroup]:
     """Groups items by name without numbers (and by `also`), in order of appearance."""
     groups: dict[Any, list[Item]] = {}
     for item in items:
         key = (_NUMBER.sub("", name(item)), also(item))
         groups.setdefault(key, []).append(item)
     return [
-        Alike(_pattern([name(item) for item in members]), members)
+        SimilarGroup(_pattern([name(item) for item in members]), members)
         for members in groups.values()
     ]
 
@@ -108,13 +108,13 @@ def memory_segments(plan: Plan) -> list[Segment]:
     return segments
 
 
-def copies(plan: Plan, weight: Weight) -> int:
+def replicas(plan: Plan, weight: Weight) -> int:
     """How many cores hold the same part of a weight."""
     split = 1
     for axis in weight.layout:
         for name in (axis or "").split("+"):
             split *= plan.mesh.get(name, 1)
-    return plan.cores // split
+    return plan.num_devices // split
 
 
 def rules_by_axis(plan: Plan) -> str:
@@ -148,7 +148,7 @@ def by_layer(communication: Sequence[Communication]) -> list[LayerTotal]:
     """Collectives by layer, layers alike together; the most bytes first."""
     totals = [
         LayerTotal(group.name, len({part.layer for part in group.items}), group.items)
-        for group in alike(communication, lambda part: part.layer)
+        for group in group_similar(communication, lambda part: part.layer)
     ]
     return sorted(totals, key=lambda total: -total.bytes)
 

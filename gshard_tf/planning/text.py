@@ -55,10 +55,12 @@ def verdict(plan: Plan) -> str:
 def hardware(plan: Plan) -> str:
     """Cores and chips in words."""
     if plan.chip is None:
-        return f"{plan.cores:,} virtual CPU devices"
-    chips = plan.cores // plan.chip["devices"]
+        return f"{plan.num_devices:,} virtual CPU devices"
+    chips = plan.num_devices // plan.chip["devices"]
     shape = units.dims(plan.slice_shape)
-    return f"{plan.cores:,} cores on {chips:,} chips {plan.chip['name']} ({shape})"
+    return (
+        f"{plan.num_devices:,} cores on {chips:,} chips {plan.chip['name']} ({shape})"
+    )
 
 
 def _head(plan: Plan) -> list[str]:
@@ -125,7 +127,7 @@ def _variables(plan: Plan) -> list[str]:
                     "",
                 )
             )
-    groups = summaries.alike(
+    groups = summaries.group_similar(
         (w for w in plan.weights if w.role in ("weight", "frozen")),
         lambda w: w.path,
         lambda w: (w.shape, w.layout, w.dtype),
@@ -204,7 +206,7 @@ def _communication(plan: Plan) -> list[str]:
 def _work(plan: Plan) -> list[str]:
     lines = [""]
     if plan.flops is not None:
-        over = plan.flops_over_written
+        over = plan.flops_ratio
         lines.append(
             f"products  {units.flops(plan.flops)} a core"
             + (f", {over:.3f} of those written in the model" if over else "")

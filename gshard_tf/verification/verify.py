@@ -19,7 +19,7 @@ from gshard_tf.spmd.keras_step import (
     roles_of,
 )
 from gshard_tf.spmd.strategy import SpmdStrategy
-from gshard_tf.verification.checking import StepToCheck, check_step
+from gshard_tf.verification.comparison import StepToCheck, check_step
 from gshard_tf.verification.report import VerificationReport
 
 

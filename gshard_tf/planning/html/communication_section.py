@@ -11,7 +11,7 @@ from gshard_tf.planning.plan import Plan
 from gshard_tf.planning.records import Communication
 
 
-def communication(plan: Plan) -> str:
+def communication_section(plan: Plan) -> str:
     if not plan.fits:
         return ""
     out = '<section class="card"><h3>Communication in a step</h3>'

@@ -8,7 +8,7 @@ from gshard_tf.planning.html import elements
 from gshard_tf.planning.plan import Plan
 
 
-def out_of_memory(plan: Plan) -> str:
+def out_of_memory_section(plan: Plan) -> str:
     oom = plan.out_of_memory
     if oom is None:
         return ""
@@ -48,12 +48,12 @@ def out_of_memory(plan: Plan) -> str:
     )
 
 
-def memory(plan: Plan) -> str:
+def memory_section(plan: Plan) -> str:
     segments = memory_parts(plan)
     if not segments:
         return ""
-    capacity = plan.capacity
-    total = plan.needed
+    capacity = plan.bytes_available
+    total = plan.bytes_needed
     scale = max(capacity or 0, total) or 1
     limit = ""
     if capacity:
@@ -88,7 +88,7 @@ def memory_parts(plan: Plan) -> list[elements.Part]:
     return [(s.key, s.label, s.bytes) for s in summaries.memory_segments(plan)]
 
 
-def step_time(plan: Plan) -> str:
+def step_time_section(plan: Plan) -> str:
     if not plan.fits:
         return ""
     out = '<section class="card"><h3>Time of a step: an estimate, not a measurement'
@@ -119,10 +119,10 @@ def step_time(plan: Plan) -> str:
     )
 
 
-def flops_by_layer(plan: Plan) -> str:
+def flops_section(plan: Plan) -> str:
     if not plan.flops_by_layer:
         return ""
-    groups = summaries.alike(plan.flops_by_layer.items(), lambda item: item[0])
+    groups = summaries.group_similar(plan.flops_by_layer.items(), lambda item: item[0])
     sums = [
         (group.name, len(group.items), sum(value for _, value in group.items))
         for group in groups

@@ -50,7 +50,7 @@ def indented(name: str) -> str:
 def badge(plan: Plan) -> str:
     if not plan.fits:
         return f'<span class="badge no">{escape(verdict(plan))}</span>'
-    css = "yes" if plan.capacity else "open"
+    css = "yes" if plan.bytes_available else "open"
     return f'<span class="badge {css}">{escape(verdict(plan))}</span>'
 
 

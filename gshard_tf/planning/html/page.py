@@ -6,15 +6,19 @@ from html import escape
 
 from gshard_tf.planning import compare, units
 from gshard_tf.planning.html import elements
-from gshard_tf.planning.html.communication_section import communication
+from gshard_tf.planning.html.communication_section import communication_section
 from gshard_tf.planning.html.cost_sections import (
-    flops_by_layer,
-    memory,
+    flops_section,
     memory_parts,
-    out_of_memory,
-    step_time,
+    memory_section,
+    out_of_memory_section,
+    step_time_section,
 )
-from gshard_tf.planning.html.variables_section import devices, origin, variables
+from gshard_tf.planning.html.variables_section import (
+    devices_section,
+    origin_section,
+    variables_section,
+)
 from gshard_tf.planning.plan import Plan
 from gshard_tf.planning.text import hardware
 
@@ -66,7 +70,7 @@ def _overview(plans: Sequence[Plan]) -> str:
     """All plans in a table, when there are several; of two, their ratio."""
     if len(plans) == 1:
         return ""
-    largest = max(plan.needed for plan in plans) or 1
+    largest = max(plan.bytes_needed for plan in plans) or 1
     lines = []
     for i, plan in enumerate(plans):
         bar = elements.bar(memory_parts(plan), largest, "bare")
@@ -75,7 +79,7 @@ def _overview(plans: Sequence[Plan]) -> str:
             f'<tr><th scope="row"><a href="#plan-{i}">'
             f"{escape(elements.title(plan))}</a></th>"
             f"<td>{escape(elements.mesh_text(plan))}</td><td>{elements.badge(plan)}</td>"
-            f'<td class="n">{units.size(plan.needed)}</td>'
+            f'<td class="n">{units.size(plan.bytes_needed)}</td>'
             f'<td class="wide">{bar}</td><td class="n">{time}</td></tr>'
         )
     out = (
@@ -111,11 +115,12 @@ def _plan(plan: Plan, number: int) -> str:
     return (
         f'<section class="plan" id="plan-{number}"><div class="title">'
         f"<h2>{escape(elements.title(plan))}</h2>{elements.badge(plan)}</div>"
-        f"{_facts(plan)}{out_of_memory(plan)}{_notes(plan)}"
-        f'<div class="pair">{memory(plan)}{step_time(plan)}</div>'
-        f"{communication(plan)}{flops_by_layer(plan)}"
-        f"{variables(plan, number)}"
-        f'<div class="pair">{devices(plan)}{origin(plan)}</div></section>'
+        f"{_facts(plan)}{out_of_memory_section(plan)}{_notes(plan)}"
+        f'<div class="pair">{memory_section(plan)}{step_time_section(plan)}</div>'
+        f"{communication_section(plan)}{flops_section(plan)}"
+        f"{variables_section(plan, number)}"
+        f'<div class="pair">{devices_section(plan)}{origin_section(plan)}</div>'
+        "</section>"
     )
 
 
@@ -124,10 +129,10 @@ def _facts(plan: Plan) -> str:
         ("mesh", elements.mesh_text(plan), hardware(plan)),
         ("parameters", units.number(plan.parameters),
          f"{units.size(plan.state_bytes())} with the optimizer"),
-        ("memory of a core", units.size(plan.needed), _of_capacity(plan)),
+        ("memory of a core", units.size(plan.bytes_needed), _of_capacity(plan)),
     ]  # fmt: skip
     if plan.flops is not None:
-        over = plan.flops_over_written
+        over = plan.flops_ratio
         facts.append(
             (
                 "products of a core",
@@ -164,10 +169,10 @@ def _facts(plan: Plan) -> str:
 
 
 def _of_capacity(plan: Plan) -> str:
-    capacity = plan.capacity
+    capacity = plan.bytes_available
     if not capacity:
         return "the host's"
-    return f"{units.percent(plan.needed, capacity)} of {units.size(capacity)}"
+    return f"{units.percent(plan.bytes_needed, capacity)} of {units.size(capacity)}"
 
 
 def _notes(plan: Plan) -> str:

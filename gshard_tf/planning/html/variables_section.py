@@ -10,8 +10,8 @@ from gshard_tf.planning.records import Weight
 from gshard_tf.planning.text import hardware
 
 
-def variables(plan: Plan, number: int) -> str:
-    groups = summaries.alike(
+def variables_section(plan: Plan, number: int) -> str:
+    groups = summaries.group_similar(
         plan.weights, lambda w: w.path, lambda w: (w.shape, w.layout, w.dtype, w.role)
     )
     groups.sort(key=lambda group: -sum(w.bytes_per_core for w in group.items))
@@ -62,20 +62,20 @@ def variables(plan: Plan, number: int) -> str:
     )
 
 
-def _weight_row(plan: Plan, group: summaries.Alike, drawn: str) -> str:
+def _weight_row(plan: Plan, group: summaries.SimilarGroup, drawn: str) -> str:
     first: Weight = group.items[0]
     whole = sum(w.bytes for w in group.items)
     core = sum(w.bytes_per_core for w in group.items)
-    copies = summaries.copies(plan, first)
-    parts = plan.cores // copies
+    copies = summaries.replicas(plan, first)
+    parts = plan.num_devices // copies
     each = "Each of them: " if len(group.items) > 1 else ""
     says = (
         f"{each}{first.dtype} {units.dims(first.shape)}, {units.size(first.bytes)}, "
         + (
             f"in {parts:,} parts of {units.size(first.bytes_per_core)}, each on "
-            f"{copies:,} of {plan.cores:,} cores."
+            f"{copies:,} of {plan.num_devices:,} cores."
             if parts > 1
-            else f"whole on each of the {plan.cores:,} cores."
+            else f"whole on each of the {plan.num_devices:,} cores."
         )
     )
     names = [w.path for w in group.items]
@@ -98,7 +98,7 @@ def _weight_row(plan: Plan, group: summaries.Alike, drawn: str) -> str:
     )
 
 
-def devices(plan: Plan) -> str:
+def devices_section(plan: Plan) -> str:
     facts = ""
     if plan.chip is not None:
         chip = plan.chip
@@ -117,7 +117,7 @@ def devices(plan: Plan) -> str:
     )
 
 
-def origin(plan: Plan) -> str:
+def origin_section(plan: Plan) -> str:
     by_axis: dict[str | None, list[str]] = {}
     for logical, axis in plan.rules.items():
         by_axis.setdefault(axis, []).append(logical)

@@ -68,7 +68,11 @@ def test_a_plan_is_of_the_program_that_runs(made):
 def test_what_a_plan_says(made):
     planned, _, _ = made
     assert planned.model == "tiny" and planned.mode == "train"
-    assert planned.cores == CORES and planned.fits and planned.memory.capacity is None
+    assert (
+        planned.num_devices == CORES
+        and planned.fits
+        and planned.memory.capacity is None
+    )
     weights = 16 * 8 + CORES * 2 * 16 * 32 + 16 * 4 + 4
     assert planned.parameters == weights
     assert planned.state_bytes("weight") == 4 * weights
@@ -84,7 +88,7 @@ def test_what_a_plan_says(made):
     assert planned.count("all-to-all") == 3 and planned.count("all-gather") == 0
     assert planned.reshards == []
     # The dispatcher writes its maps twice, and XLA makes them once.
-    assert 0.8 < planned.flops_over_written < 1.01
+    assert 0.8 < planned.flops_ratio < 1.01
     # The products of [C, M] x [M, H] in each group: two forward, two for the weights'
     # gradients, one for the hidden layer's. The CPU compiler drops some of their names.
     capacity = 2 * LENGTH // CORES

@@ -10,7 +10,7 @@ from planted import X, Y, assert_same_bits, on_mesh, sparse_loss, state, three_l
 import gshard_tf
 import keras_layers
 from gshard_tf.runtime.process_group import Group
-from gshard_tf.verification import checking, measures, references
+from gshard_tf.verification import comparison, measures, references
 from gshard_tf.verification import verify as verify_module
 
 
@@ -225,7 +225,7 @@ def test_an_error_on_the_way_changes_nothing(monkeypatch):
 
 
 def test_without_room_on_one_device_tensorflow_is_left(monkeypatch):
-    whole = checking.on_one_device
+    whole = comparison.on_one_device
 
     def no_room(*args):
         one = whole(*args)
@@ -236,13 +236,13 @@ def test_without_room_on_one_device_tensorflow_is_left(monkeypatch):
         monkeypatch.setattr(one, "compile", fail)
         return one
 
-    monkeypatch.setattr(checking, "on_one_device", no_room)
+    monkeypatch.setattr(comparison, "on_one_device", no_room)
     model = on_mesh(three_layers)
     report = gshard_tf.verify(model, (X, Y))
     assert report.ok
     assert {row.reference for row in report.rows} == {"TensorFlow"}
     assert any("one device: RuntimeError: RESOURCE" in note for note in report.notes)
-    monkeypatch.setattr(checking, "in_tensorflow", fail_to_run)
+    monkeypatch.setattr(comparison, "in_tensorflow", fail_to_run)
     with pytest.raises(RuntimeError, match="nothing to compare with"):
         gshard_tf.verify(model, (X, Y))
 

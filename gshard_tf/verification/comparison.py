@@ -13,8 +13,8 @@ from gshard_tf.sharding.sharded_variable import PlacedVariable
 from gshard_tf.spmd import lowering
 from gshard_tf.spmd.leaf_names import named_leaves
 from gshard_tf.verification import measures
+from gshard_tf.verification.first_difference import find_first
 from gshard_tf.verification.measures import Measure
-from gshard_tf.verification.observing import find_first
 from gshard_tf.verification.references import (
     OnDevices,
     Run,

@@ -54,7 +54,7 @@ Compare = Callable[[lowering.LoweredStep], list[Measure]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
+class FirstDifference:
     """The first instruction that differs.
 
     Attributes:
@@ -70,7 +70,7 @@ class Found:
     certain: bool
 
 
-class Graph:
+class EntryGraph:
     """The instructions of a module's entry computation.
 
     Args:
@@ -170,7 +170,7 @@ class Graph:
 
 def find_first(
     step: lowering.LoweredStep, differing: Sequence[int], compare: Compare
-) -> Found | None:
+) -> FirstDifference | None:
     """Finds an instruction that differs while all that it is computed from is equal.
 
     Args:
@@ -182,9 +182,9 @@ def find_first(
         The instruction; None when nothing differs any more as soon as something in
         between is a result too: the compiler makes another program then.
     """
-    graph = Graph(step.hlo)
+    graph = EntryGraph(step.hlo)
     equal: set[int] = set()
-    found: Found | None = None
+    found: FirstDifference | None = None
     starts = [graph.results[i] for i in differing]
     ends = [id_ for id_ in starts if graph.by_id[id_].opcode not in _GIVEN]
     candidates = sorted({*graph.sources(starts, equal), *ends}, key=graph.place.get)
@@ -198,7 +198,7 @@ def find_first(
         equal.update(id_ for id_, each in zip(chosen, measures, strict=True) if each.ok)
         if at is not None:
             first = chosen[at]
-            found = Found(
+            found = FirstDifference(
                 graph.by_id[first], measures[at], graph.inside(first), certain=False
             )
         elif found is None:
@@ -210,7 +210,7 @@ def find_first(
     return found
 
 
-def _choose(candidates: list[int], near: list[int], graph: Graph) -> list[int]:
+def _choose(candidates: list[int], near: list[int], graph: EntryGraph) -> list[int]:
     """Some candidates at equal distances, and all that are near, in order."""
     count = min(len(candidates), _OBSERVED)
     places = np.unique(np.linspace(0, len(candidates) - 1, count).astype(int))
