@@ -287,7 +287,7 @@ def test_bad_arguments_say_what_would_be_right():
         planned(build="model")
     with pytest.raises(ValueError, match="must return the keras.Model"):
         planned(build=lambda: 3)
-    with pytest.raises(ValueError, match="made before"):
+    with pytest.raises(ValueError, match="created before"):
         made = moe_model()
         planned(build=lambda: made)
 
