@@ -1,4 +1,4 @@
-"""The report of a plan: plain data, as a table and as JSON."""
+"""`Plan`: the result of planning, as attributes, a table, and JSON."""
 
 import dataclasses
 import json
@@ -15,42 +15,42 @@ from gshard_tf.planning.records import (
 )
 from gshard_tf.planning.text import table
 
-#: Raised when the fields change or are counted otherwise, so that an old file is
-#: refused and not misread.
+#: Increased when the fields or their definitions change, so that an old file is
+#: rejected and not misread.
 FORMAT = 3
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a step of a model needs and does on a mesh that need not exist.
+    """Memory, FLOPs and communication of a step on a mesh that need not exist.
 
     Attributes:
-        model: Its name.
+        model: The name of the model.
         mode: "train", "evaluate" or "predict".
         topology: Such as "v3:8x8".
-        chip: What a chip has: the fields of `Chip`; None on a CPU.
-        slice_shape: Chips along each dimension.
+        chip: The figures of a chip, the fields of `Chip`; None on a CPU.
+        slice_shape: The number of chips along each dimension.
         mesh: Axes and their sizes.
         rules: Logical axis -> mesh axis.
         inputs: dtype and shape of each tensor of the batch.
         weights: All variables.
-        memory: Per core; None if it does not fit.
-        out_of_memory: Why it does not fit; None if it does.
-        flops: Of the compiled products, per core.
-        flops_as_written: Of the step's products before partitioning, over the cores.
-        flops_by_layer: Of the compiled products, per core.
-        bytes_accessed: Per core, as the compiler counts them.
-        communication: By kind, layer and axis.
-        reshards: Those that nobody asked for.
+        memory: The memory of a core; None if the step does not fit.
+        out_of_memory: The reason why it does not fit; None if it does.
+        flops: FLOPs of the compiled matmuls and convolutions, per core.
+        flops_as_written: FLOPs of the step before partitioning, divided by the cores.
+        flops_by_layer: `flops` by layer.
+        bytes_accessed: Bytes accessed per core, as the compiler counts them.
+        communication: Collectives by kind, layer and axis.
+        reshards: Layout changes that no annotation implies.
         time: The estimate; None on a CPU or if it does not fit.
-        complaints: Loops that cannot be counted, rules that match nothing, large
-            weights that no rule mentions.
-        advice: What to try.
-        trace_seconds: To trace and lower the step.
-        compile_seconds: To partition and compile it.
-        host_bytes: Largest resident size of this process so far.
-        versions: Of the packages that took part.
-        key: What identifies the plan's content.
+        complaints: Warnings: loops that cannot be counted, rules that match nothing,
+            large weights that no rule names.
+        advice: Suggestions for a step that does not fit.
+        trace_seconds: The time to trace and lower the step.
+        compile_seconds: The time to partition and compile it.
+        host_bytes: The largest resident size of this process so far.
+        versions: The versions of the packages involved.
+        key: A hash that identifies the plan's content.
     """
 
     model: str
@@ -81,6 +81,7 @@ class Plan:
 
     @property
     def num_devices(self) -> int:
+        """The number of cores."""
         count = 1
         for size in self.mesh.values():
             count *= size
@@ -100,32 +101,32 @@ class Plan:
 
     @property
     def bytes_available(self) -> float | None:
-        """Bytes that a core has for it; None where they are the host's."""
+        """Bytes per core that are available; None where they are the host's."""
         if self.out_of_memory is not None:
             return self.out_of_memory.capacity
         return self.memory.capacity if self.memory else None
 
     @property
     def parameters(self) -> int:
-        """How many numbers the model's weights have."""
-        found = 0
+        """The number of parameters of the model."""
+        parameters = 0
         for weight in self.weights:
             if weight.role in ("weight", "frozen"):
                 count = 1
                 for size in weight.shape:
                     count *= size
-                found += count
-        return found
+                parameters += count
+        return parameters
 
     @property
     def flops_ratio(self) -> float | None:
-        """Compiled over written FLOPs: 1.05 means that 5 percent are wasted."""
+        """Compiled FLOPs over those as written: at 1.05, 5 percent are wasted."""
         if self.flops is None or not self.flops_as_written:
             return None
         return self.flops / self.flops_as_written
 
     def state_bytes(self, *roles: str, per_core: bool = False) -> int:
-        """Bytes of the variables of these roles; of all without any."""
+        """Returns the bytes of the variables of some roles, by default of all."""
         return sum(
             w.bytes_per_core if per_core else w.bytes
             for w in self.weights
@@ -133,7 +134,7 @@ class Plan:
         )
 
     def count(self, kind: str, layer: str = "") -> int:
-        """How many collectives of a kind run in a step, in a layer or what is in it."""
+        """Returns how many collectives of a kind run in a layer and those within it."""
         return sum(
             c.count
             for c in self.communication
@@ -141,25 +142,27 @@ class Plan:
         )
 
     def to_json(self) -> str:
-        """The whole report as one JSON object."""
+        """Returns the plan as one JSON object."""
         return json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> "Plan":
-        """What `to_json` wrote.
+        """Returns the plan that `to_json` wrote.
 
         Raises:
-            ValueError: when the text is no plan, or one of another version.
+            ValueError: when the text is not a plan, or one of another format.
         """
         try:
             fields = json.loads(text)
         except json.JSONDecodeError as error:
-            raise ValueError(f"This is no plan: {error}") from error
-        found = fields.pop("format", None) if isinstance(fields, dict) else None
-        if found != FORMAT:
             raise ValueError(
-                f"This is no plan of this version (format {FORMAT}); make it anew. "
-                f"Received: format={found!r}"
+                f"The text must be the JSON of a plan: {error}. Received: {text[:80]!r}"
+            ) from error
+        format_ = fields.pop("format", None) if isinstance(fields, dict) else None
+        if format_ != FORMAT:
+            raise ValueError(
+                f"The plan must be of format {FORMAT}; make it again with this "
+                f"version. Received: format={format_!r}"
             )
         fields["slice_shape"] = tuple(fields["slice_shape"])
         fields["weights"] = [

@@ -10,12 +10,12 @@ class Weight:
     Attributes:
         path: Its Keras path.
         role: "weight", "frozen" (no gradient), "optimizer" or "other" (metrics, seeds).
-        shape: Its whole shape.
+        shape: Its global shape.
         dtype: Its dtype.
-        layout: Mesh axis, or None, of each dimension.
-        bytes: Of the whole.
-        bytes_per_core: Of what each core holds.
-        rule: What decided the layout.
+        layout: The mesh axis, or None, of each dimension.
+        bytes: The global size.
+        bytes_per_core: The size of the shard of each core.
+        rule: The rule that decided the layout.
     """
 
     path: str
@@ -34,10 +34,10 @@ class Memory:
 
     Attributes:
         arguments: State and batch.
-        outputs: Results that do not take the place of arguments.
-        temporaries: What lives within the step, most of it activations.
+        outputs: Results that do not reuse the memory of arguments.
+        temporaries: Memory within the step, most of it activations.
         code: The program itself.
-        capacity: What the core has; None where it is the host's.
+        capacity: The memory of the core; None where it is the host's.
     """
 
     arguments: int
@@ -63,15 +63,15 @@ class Buffer:
 
 @dataclasses.dataclass(frozen=True)
 class OutOfMemory:
-    """Why the compiler gave up.
+    """The reason why a program does not fit.
 
     Attributes:
-        needed: Bytes per core that it wanted.
-        capacity: Bytes per core that there are for it.
-        buffers: The largest, if it named them.
-        message: What it said.
-        as_written: Whether it named none, and `buffers` are the largest tensors of the
-            step as it is written: whole, before they are split over cores.
+        needed: Bytes per core that the program needs.
+        capacity: Bytes per core that are available.
+        buffers: The largest buffers.
+        message: The compiler's message.
+        as_written: Whether the compiler named no buffers, and `buffers` are the
+            largest tensors of the step before it is split over cores.
     """
 
     needed: float
@@ -83,18 +83,18 @@ class OutOfMemory:
 
 @dataclasses.dataclass(frozen=True)
 class Communication:
-    """Collectives that are alike.
+    """The collectives of one kind, layer and mesh axis.
 
     Attributes:
         kind: Such as "all-to-all".
         layer: The layer that they belong to, or "".
         axis: The mesh axes over which devices communicate, joined by "+".
-        count: How many run in a step; those of a loop as often as it turns, or once
-            where that depends on values (`Plan.complaints` then says so).
-        bytes: What a core receives by all of them.
-        seconds: By the roofline.
-        asked: Whether annotations ask for it; sums of partial results (all-reduce,
-            reduce-scatter) always count as asked for.
+        count: How many run in a step; those of a loop once per iteration, or once if
+            the number of iterations depends on values (`Plan.complaints` names it).
+        bytes: The bytes that a core receives by all of them.
+        seconds: The time of all of them by the roofline.
+        asked: Whether annotations imply it; sums of partial results (all-reduce,
+            reduce-scatter) always count as implied.
     """
 
     kind: str
@@ -108,17 +108,17 @@ class Communication:
 
 @dataclasses.dataclass(frozen=True)
 class Reshard:
-    """A change of layout that no annotation asks for.
+    """A change of layout that no annotation implies.
 
     Attributes:
         kind: The collective.
-        layer: Where it happens.
-        operation: The operation that wanted the other layout.
-        shape: What each core receives, as `f32[8,128]`.
+        layer: The layer that it happens in.
+        operation: The operation that needed the other layout.
+        shape: The array that each core receives, as `f32[8,128]`.
         axis: The mesh axes.
         count: How many run in a step.
-        bytes: What a core receives by all of them.
-        advice: Which annotation would remove it.
+        bytes: The bytes that a core receives by all of them.
+        advice: The annotation that would remove it.
     """
 
     kind: str
@@ -133,14 +133,14 @@ class Reshard:
 
 @dataclasses.dataclass(frozen=True)
 class StepTime:
-    """An estimate, not a measurement.
+    """The estimated time of a step.
 
     Attributes:
-        compute: Seconds for the products at the chip's peak.
-        hbm: Seconds for the bytes that the compiler says are accessed.
+        compute: Seconds for matmuls and convolutions at the chip's peak.
+        hbm: Seconds for the bytes that the compiler counts as accessed.
         interconnect: Seconds for the collectives.
         compiler: The compiler's own estimate; None where it is absurd or not given.
-        assumptions: What the figures rest on, in sentences.
+        assumptions: The assumptions behind the figures, in sentences.
     """
 
     compute: float
@@ -151,10 +151,10 @@ class StepTime:
 
     @property
     def roofline(self) -> float:
-        """No step is faster: whichever of the three takes longest."""
+        """The lower bound: the longest of the three."""
         return max(self.compute, self.hbm, self.interconnect)
 
     @property
     def without_overlap(self) -> float:
-        """If communication waited for computation and the other way round."""
+        """The time if communication and computation never overlapped."""
         return max(self.compute, self.hbm) + self.interconnect

@@ -1,4 +1,4 @@
-"""Plans as one HTML page that needs nothing else, neither a network nor a server."""
+"""Plans as one self-contained HTML page, without a network or a server."""
 
 import importlib.resources
 from collections.abc import Sequence
@@ -22,24 +22,24 @@ from gshard_tf.planning.html.variables_section import (
 from gshard_tf.planning.plan import Plan
 from gshard_tf.planning.text import hardware
 
-# Nothing may be loaded from anywhere, whatever a name in a plan holds.
+# The page may load nothing, whatever a name in a plan contains.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
 
 def page(plans: Sequence[Plan]) -> str:
-    """One self-contained HTML page of one or more plans.
+    """Returns one self-contained HTML page of one or more plans.
 
     It opens from a file, offline, in light and dark; all names are escaped. Without
-    JavaScript all is there but choosing, filtering and sorting variables.
+    JavaScript, variables cannot be selected, filtered or sorted.
 
     Args:
-        plans: At least one; of two, a comparison comes first.
+        plans: At least one; with two, a comparison comes first.
 
     Raises:
-        ValueError: when there is no plan.
+        ValueError: for no plans.
     """
     if not plans:
-        raise ValueError("A page needs at least one plan. Received: no plans")
+        raise ValueError(f"A page needs at least one plan. Received: plans={plans}")
     files = importlib.resources.files(__package__)
     title = " and ".join(dict.fromkeys(f"{p.model} on {p.topology}" for p in plans))
     body = "".join(_plan(plan, i) for i, plan in enumerate(plans))
@@ -51,7 +51,7 @@ def page(plans: Sequence[Plan]) -> str:
         f"<title>Plan: {escape(title)}</title>"
         f"<style>{files.joinpath('page.css').read_text('utf-8')}</style></head><body>"
         f'<header class="top"><h1>{_heading(plans)}</h1>'
-        '<p class="quiet">Compiled by gshard-tf for hardware that was not there. Sizes '
+        '<p class="quiet">Compiled by gshard-tf without the hardware. Sizes '
         "are decimal (1 GB is 10<sup>9</sup> bytes), and of one core where they "
         "say so. Times are estimates, not measurements.</p></header>"
         f"<main>{_overview(plans)}{body}</main>"
@@ -67,7 +67,7 @@ def _heading(plans: Sequence[Plan]) -> str:
 
 
 def _overview(plans: Sequence[Plan]) -> str:
-    """All plans in a table, when there are several; of two, their ratio."""
+    """Returns several plans as a table; for two, also their ratio."""
     if len(plans) == 1:
         return ""
     largest = max(plan.bytes_needed for plan in plans) or 1

@@ -15,15 +15,17 @@ def variables_section(plan: Plan, number: int) -> str:
         plan.weights, lambda w: w.path, lambda w: (w.shape, w.layout, w.dtype, w.role)
     )
     groups.sort(key=lambda group: -sum(w.bytes_per_core for w in group.items))
-    maps: dict[tuple, str] = {}
+    map_names: dict[tuple, str] = {}
     lines = []
     for group in groups:
         first: Weight = group.items[0]
-        drawn = maps.setdefault((first.shape, first.layout), str(len(maps)))
-        lines.append(_weight_row(plan, group, drawn))
+        map_name = map_names.setdefault(
+            (first.shape, first.layout), str(len(map_names))
+        )
+        lines.append(_weight_row(plan, group, map_name))
     figures = "".join(
         f'<div data-map="{name}">{weight_map(shape, layout, plan.mesh)}</div>'
-        for (shape, layout), name in maps.items()
+        for (shape, layout), name in map_names.items()
     )
     roles = {w.role for w in plan.weights}
     options = "".join(
@@ -62,18 +64,18 @@ def variables_section(plan: Plan, number: int) -> str:
     )
 
 
-def _weight_row(plan: Plan, group: summaries.SimilarGroup, drawn: str) -> str:
+def _weight_row(plan: Plan, group: summaries.SimilarGroup, map_name: str) -> str:
     first: Weight = group.items[0]
     whole = sum(w.bytes for w in group.items)
     core = sum(w.bytes_per_core for w in group.items)
-    copies = summaries.replicas(plan, first)
-    parts = plan.num_devices // copies
+    replicas = summaries.replicas(plan, first)
+    parts = plan.num_devices // replicas
     each = "Each of them: " if len(group.items) > 1 else ""
-    says = (
+    caption = (
         f"{each}{first.dtype} {units.dims(first.shape)}, {units.size(first.bytes)}, "
         + (
             f"in {parts:,} parts of {units.size(first.bytes_per_core)}, each on "
-            f"{copies:,} of {plan.num_devices:,} cores."
+            f"{replicas:,} of {plan.num_devices:,} cores."
             if parts > 1
             else f"whole on each of the {plan.num_devices:,} cores."
         )
@@ -86,10 +88,10 @@ def _weight_row(plan: Plan, group: summaries.SimilarGroup, drawn: str) -> str:
     rules = list(dict.fromkeys(w.rule for w in group.items))
     rule = rules[0] if len(rules) == 1 else f"{rules[0]}, and others"
     return (
-        f'<tr data-map="{drawn}" data-role="{escape(first.role)}" '
+        f'<tr data-map="{map_name}" data-role="{escape(first.role)}" '
         f'data-name="{escape(group.name)}" data-names="{escape(chr(10).join(names))}" '
         f'data-count="{len(names)}" data-bytes="{whole}" data-core="{core}" '
-        f'data-says="{escape(says)}"><th scope="row"><button type="button" '
+        f'data-says="{escape(caption)}"><th scope="row"><button type="button" '
         f'class="pick">{escape(group.name)}</button></th>'
         f'<td class="n">{len(names):,}</td><td class="n">{units.size(whole)}</td>'
         f'<td class="n">{units.size(core)}</td>'

@@ -5,13 +5,13 @@ import math
 from collections.abc import Sequence
 from html import escape
 
-# More cells than this along an axis cannot be told apart: several share one.
+# More cells than this along an axis are too small to see: several cores share one.
 MAX_COLUMNS = 64
 MAX_ROWS = 32
-# Up to so many cells, each says what it is when pointed at.
+# Up to so many cells, each has a tooltip.
 _TITLED = 256
 
-# A scale whose lightness grows evenly, and which the colour-blind can read
+# A scale of evenly growing lightness, which the color-blind can read
 # (matplotlib's viridis at a few points, without its darkest end).
 _SCALE = [(68, 58, 131), (49, 104, 142), (33, 145, 140), (53, 183, 121),
           (144, 215, 67), (253, 231, 37)]  # fmt: skip
@@ -26,7 +26,7 @@ class Split:
     parts: int
 
     def range_of(self, part: int) -> str:
-        """The indices of a part, as a slice."""
+        """Returns the indices of a part as a slice."""
         if self.parts == 1:
             return ":"
         length = math.ceil(self.size / self.parts)
@@ -36,28 +36,28 @@ class Split:
 def splits(
     shape: Sequence[int], layout: Sequence[str | None], mesh: dict[str, int]
 ) -> list[Split]:
-    """How each dimension of a weight is split."""
-    found = []
+    """Returns how each dimension of a weight is split."""
+    dimensions = []
     for length, axis in zip(shape, layout, strict=True):
         axes = tuple(name for name in (axis or "").split("+") if name in mesh)
-        found.append(Split(length, axes, math.prod(mesh[name] for name in axes)))
-    return found
+        dimensions.append(Split(length, axes, math.prod(mesh[name] for name in axes)))
+    return dimensions
 
 
 def weight_map(
     shape: Sequence[int], layout: Sequence[str | None], mesh: dict[str, int]
 ) -> str:
-    """Which part of a weight each core holds: its dimensions, then the mesh.
+    """Returns SVG of the shard that each core holds: dimensions, then the mesh.
 
-    Parts of the first dimension that is split differ in hue, those of the second in
-    lightness; cores of one colour hold the same.
+    Parts of the first split dimension differ in hue, those of the second in lightness;
+    cores of one color hold the same shard.
     """
     dimensions = splits(shape, layout, mesh)
     return _dimension_bars(dimensions) + _mesh_grid(dimensions, mesh)
 
 
-def colour(first: float, second: float | None = None) -> str:
-    """Of a part: `first` and `second`, 0 to 1, say where in its dimensions it is."""
+def color(first: float, second: float | None = None) -> str:
+    """Returns the color of a part by its place, 0 to 1, in one or two dimensions."""
     place = min(max(first, 0.0), 1.0) * (len(_SCALE) - 1)
     low = min(int(place), len(_SCALE) - 2)
     rgb = [
@@ -71,14 +71,14 @@ def colour(first: float, second: float | None = None) -> str:
     return "#" + "".join(f"{round(value):02x}" for value in rgb)
 
 
-def _part_colour(dimensions: Sequence[Split], parts: Sequence[int]) -> str | None:
-    """The colour of what a core holds; None when it is all of the weight."""
+def _part_color(dimensions: Sequence[Split], parts: Sequence[int]) -> str | None:
+    """Returns the color of a core's shard; None when it is the whole weight."""
     places = [
         part / max(split.parts - 1, 1)
         for split, part in zip(dimensions, parts, strict=True)
         if split.parts > 1
     ]
-    return colour(*places[:2]) if places else None
+    return color(*places[:2]) if places else None
 
 
 def _dimension_bars(dimensions: Sequence[Split]) -> str:
@@ -104,7 +104,7 @@ def _dimension_bars(dimensions: Sequence[Split]) -> str:
             if split.parts > 1:
                 place = n / max(shown - 1, 1)
                 fill = (
-                    colour(place)
+                    color(place)
                     if split_before == 0
                     else f"hsl(0 0% {88 - 64 * place:.0f}%)"
                 )
@@ -165,7 +165,7 @@ def _mesh_grid(dimensions: Sequence[Split], mesh: dict[str, int]) -> str:
             column = c * per_column
             place[last] = column
             parts = [_part(split, place, mesh) for split in dimensions]
-            fill = _part_colour(dimensions, parts) or "var(--whole)"
+            fill = _part_color(dimensions, parts) or "var(--whole)"
             x = left + c * cell
             shape = (
                 f'<rect class="cell" x="{x:.2f}" y="{y:.2f}" width="{cell:.2f}" '
@@ -175,11 +175,11 @@ def _mesh_grid(dimensions: Sequence[Split], mesh: dict[str, int]) -> str:
                 out.append(f"{shape}/>")
                 continue
             where = ", ".join(f"{name} {n}" for name, n in place.items())
-            held = ", ".join(
+            region = ", ".join(
                 split.range_of(part)
                 for split, part in zip(dimensions, parts, strict=True)
             )
-            out.append(f"{shape}><title>{escape(where)}: [{held}]</title></rect>")
+            out.append(f"{shape}><title>{escape(where)}: [{region}]</title></rect>")
     out.append(
         f'<rect class="frame" x="{left}" y="{top}" width="{width:.2f}" '
         f'height="{height:.2f}"/></svg>'
@@ -187,16 +187,16 @@ def _mesh_grid(dimensions: Sequence[Split], mesh: dict[str, int]) -> str:
     cores = per_column * per_row
     even = columns % per_column == 0 and rows % per_row == 0
     each = f"{'' if even else 'up to '}{cores} neighbouring cores"
-    says = f"A cell is {'one core' if cores == 1 else each}."
+    caption = f"A cell is {'one core' if cores == 1 else each}."
     split = sum(dimension.parts > 1 for dimension in dimensions)
     if split:
-        says += " Cores of one colour hold the same part."
+        caption += " Cores of one color hold the same part."
     if split > 1:
-        says += (
+        caption += (
             " The hue is the part of the first dimension that is split, the lightness "
             "that of the second."
         )
-    return "".join(out) + f'<p class="quiet">{says}</p>'
+    return "".join(out) + f'<p class="quiet">{caption}</p>'
 
 
 def _grid_in_words(dimensions: Sequence[Split], mesh: dict[str, int]) -> str:
@@ -217,8 +217,8 @@ def _part(split: Split, place: dict[str, int], mesh: dict[str, int]) -> int:
 
 
 def _unravel(index: int, sizes: Sequence[int]) -> list[int]:
-    found = []
+    indices = []
     for size in reversed(sizes):
         index, n = divmod(index, size)
-        found.append(n)
-    return found[::-1]
+        indices.append(n)
+    return indices[::-1]
