@@ -267,7 +267,7 @@ def _weights(model: keras.Model, step: LoweredStep, layouts: Layouts) -> list[We
                 path=row.path,
                 role=roles.get(id(value), "other"),
                 shape=row.shape,
-                dtype=row.dtype,
+                dtype=value.dtype.name,
                 layout=row.layout,
                 bytes=row.bytes,
                 bytes_per_core=row.bytes_per_device,
