@@ -46,22 +46,28 @@ def instruction_flops(
         )
         return 2 * instruction.arrays[0].elements * depth
     if instruction.opcode == "convolution":
-        left, right = (computation[name].arrays[0] for name in instruction.operands[:2])
+        image, kernel = (
+            computation[name].arrays[0].dims for name in instruction.operands[:2]
+        )
         return _convolution_flops(
-            left.dims, right.dims, instruction.arrays[0].dims, instruction.attributes
+            image, kernel, instruction.arrays[0].dims, instruction.attributes
         )
     return 0
 
 
 def _dims(attributes: str, name: str) -> list[int]:
-    found = re.search(rf"{name}=\{{([\d,]*)\}}", attributes)
-    return [int(d) for d in found[1].split(",") if d] if found else []
+    match = re.search(rf"{name}=\{{([\d,]*)\}}", attributes)
+    return [int(d) for d in match[1].split(",") if d] if match else []
 
 
 def _convolution_flops(
     left: tuple[int, ...], right: tuple[int, ...], out: tuple[int, ...], attributes: str
 ) -> int:
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", attributes)
+    if labels is None:
+        raise ValueError(
+            f"A convolution must have dim_labels. Received: {attributes!r}"
+        )
     of_left, of_right, of_out = labels[1], labels[2], labels[3]
     window = re.search(r"window=\{([^}]*)\}", attributes)
     fields = dict(f.split("=", 1) for f in window[1].split()) if window else {}
@@ -88,7 +94,7 @@ def _convolution_flops(
 def _valid_positions(
     left: int, right: int, out: int, low: int, stride: int, dilate: int, spread: int
 ) -> int:
-    """How many pairs (output, kernel position) meet an element of the operand."""
+    """Returns how many pairs (output, kernel position) meet an element."""
     total = 0
     kernel = np.arange(right) * spread
     for position in range(out):

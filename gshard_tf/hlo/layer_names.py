@@ -1,4 +1,4 @@
-"""From the names of operations in a program to the layers they belong to."""
+"""Maps the names of operations in a program to the layers of a model."""
 
 import re
 from typing import Any
@@ -7,14 +7,14 @@ import keras
 
 from gshard_tf.compat.keras_layers import direct_sublayers
 
-# A tree of names: a layer's name -> the tree of the layers in it.
+# A tree of names: a layer's name -> the tree of the layers within it.
 Tree = dict[str, "Tree"]
 
 _NUMBER = re.compile(r"_\d+$")
 
 
 def layer_tree(model: keras.Model) -> Tree:
-    """The names of a model's layers, and of its optimizer, nested as they are."""
+    """Returns the nested names of a model's layers, and its optimizer's."""
     tree: Tree = {model.name: _children(model)}
     optimizer = getattr(model, "optimizer", None)
     if optimizer is not None:
@@ -34,20 +34,20 @@ class LayerNames:
 
     def __init__(self, tree: Tree):
         self.tree = tree
-        # Layers by their own name, where no other has it: what a loop computes for a
-        # gradient is called after its innermost layers alone.
+        # Layers by their own name, where it is unique: the gradient operations of a
+        # loop are named after their innermost layers alone.
         self._unique = _by_name(tree)
 
     def layer_of(self, op_name: str) -> str:
-        """The path of the innermost layer that an operation was made in, or "".
+        """Returns the path of the innermost layer that made an operation, or "".
 
-        An operation is called after the scopes around it, `.../encoder_2/moe_1/einsum`,
-        where TensorFlow adds a number to a scope that it enters again.
+        An operation is named after the scopes around it, `.../encoder_2/moe_1/einsum`.
+        TensorFlow appends a number to a scope that it enters again.
         """
         path: list[str] = []
         tree = self.tree
-        # Within a loop or a recomputation, gradients are called anew from the
-        # outermost.
+        # Within a loop or a recomputation, the names of gradients start again at the
+        # outermost layer.
         for part in op_name.rpartition("gradients/")[2].split("/"):
             # Keras enters a layer's scope twice, the second time to call it, so a
             # number is TensorFlow's rather than the layer's own.
@@ -63,18 +63,18 @@ class LayerNames:
 
 
 def _by_name(tree: Tree) -> dict[str, tuple[tuple[str, ...], Tree]]:
-    """The layers whose name no other has: name -> path and tree."""
-    found: dict[str, list] = {}
+    """Returns path and tree of each layer whose name is unique, by name."""
+    places: dict[str, list] = {}
 
     def visit(tree: Tree, path: tuple[str, ...]) -> None:
         for name, inner in tree.items():
-            found.setdefault(name, []).append(((*path, name), inner))
+            places.setdefault(name, []).append(((*path, name), inner))
             visit(inner, (*path, name))
 
     visit(tree, ())
-    return {name: each[0] for name, each in found.items() if len(each) == 1}
+    return {name: each[0] for name, each in places.items() if len(each) == 1}
 
 
 def operation_of(op_name: str) -> str:
-    """The last part of an operation's name, such as `einsum`."""
+    """Returns the last part of an operation's name, such as `einsum`."""
     return _NUMBER.sub("", op_name.rstrip("/").rpartition("/")[2])

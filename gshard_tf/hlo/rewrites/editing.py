@@ -1,4 +1,4 @@
-"""Replaces instructions of an `HloModuleProto` by others."""
+"""Replacement of instructions of an `HloModuleProto` by others."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,7 +15,7 @@ from gshard_tf.compat.xla_protos import ShapeProto as Shape
 
 
 class Editor:
-    """Emits instructions before the one that is being looked at."""
+    """Emits instructions before the one that is being edited."""
 
     def __init__(self, module: HloModuleProto):
         self._next_id = 1 + max(
@@ -26,23 +26,24 @@ class Editor:
         self._next_computation = 1 + max(c.id for c in module.computations)
         self._known: dict[int, Instruction] = {}
         self._emitted: list[Instruction] = []
-        self._origin: Instruction | None = None
-        # By element type: computations that the module does not have yet.
+        # The instruction that is being edited.
+        self._origin: Instruction = Instruction()
+        # New computations of the module, by element type.
         self.additions: dict[int, HloComputationProto] = {}
 
     def operands(self, instruction: Instruction) -> list[Instruction]:
-        """What an instruction is computed from."""
+        """Returns the operands of an instruction."""
         return [self._known[i] for i in instruction.operand_ids]
 
     def emit(
         self, opcode: str, shape: Shape, operands: Sequence[Instruction], **fields: Any
     ) -> Instruction:
-        """A new instruction, with the metadata of the one that is being looked at.
+        """Emits a new instruction, with the metadata of the one that is being edited.
 
         Args:
             opcode: Its opcode.
             shape: Its shape.
-            operands: What it is computed from.
+            operands: Its operands.
             **fields: Other fields of its message; a message or a list is copied.
         """
         new = Instruction(
@@ -60,7 +61,7 @@ class Editor:
     def copy(
         self, instruction: Instruction, operands: Sequence[Instruction], shape: Shape
     ) -> Instruction:
-        """The same operation on other operands."""
+        """Emits the same operation on other operands."""
         new = Instruction()
         new.CopyFrom(instruction)
         new.id = self._next_id
@@ -71,20 +72,20 @@ class Editor:
         return new
 
     def constant(self, number: int, element_type: int) -> Instruction:
-        """A scalar."""
+        """Emits a scalar constant."""
         scalar = array_shape(xla_data_pb2.S32, [])
-        made = self.emit(
+        constant = self.emit(
             "constant",
             scalar,
             [],
             literal=LiteralProto(shape=scalar, s32s=[number]),
         )
         if element_type == xla_data_pb2.S32:
-            return made
-        return self.emit("convert", array_shape(element_type, []), [made])
+            return constant
+        return self.emit("convert", array_shape(element_type, []), [constant])
 
     def sum_over_first(self, value: Instruction) -> Instruction:
-        """The sum of `value` over its first dimension."""
+        """Emits the sum of `value` over its first dimension."""
         element_type = value.shape.element_type
         return self.emit(
             "reduce",
@@ -137,12 +138,12 @@ class Editor:
         computation: HloComputationProto,
         replace: Callable[["Editor", Instruction], Instruction | None],
     ) -> int:
-        """Calls `replace(editor, instruction)` for each instruction, in their order.
+        """Calls `replace(editor, instruction)` for each instruction, in order.
 
-        What it returns stands in for the instruction from then on; None keeps it.
+        Its result replaces the instruction from then on; None keeps it.
 
         Returns:
-            How many were replaced.
+            The number of replaced instructions.
         """
         instead: dict[int, int] = {}
         self._known, self._emitted = {}, []
@@ -170,11 +171,11 @@ def edit_module(
     module: HloModuleProto,
     replace: Callable[[Editor, Instruction], Instruction | None],
 ) -> int:
-    """Edits each computation of a module; returns how many were replaced."""
+    """Edits each computation of a module; returns the number of replacements."""
     editor = Editor(module)
     replaced = sum(editor.edit(c, replace) for c in module.computations)
     if editor.additions:
-        # A computation stands before those that call it.
+        # A computation precedes those that call it.
         computations = [*editor.additions.values(), *module.computations]
         computations = [type(c).FromString(c.SerializeToString()) for c in computations]
         del module.computations[:]
@@ -183,7 +184,7 @@ def edit_module(
 
 
 def array_shape(element_type: int, dimensions: Sequence[int]) -> Shape:
-    """The shape of a dense array, in row-major layout."""
+    """Returns the shape of a dense array in row-major layout."""
     shape = Shape(element_type=element_type, dimensions=dimensions)
     shape.is_dynamic_dimension.extend([False] * len(dimensions))
     shape.layout.minor_to_major.extend(reversed(range(len(dimensions))))
@@ -191,7 +192,7 @@ def array_shape(element_type: int, dimensions: Sequence[int]) -> Shape:
 
 
 def resized(shape: Shape, dimension: int, size: int) -> Shape:
-    """`shape` with another size along one dimension."""
+    """Returns `shape` with another size along one dimension."""
     dimensions = list(shape.dimensions)
     dimensions[dimension] = size
     return array_shape(shape.element_type, dimensions)

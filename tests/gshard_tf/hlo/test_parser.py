@@ -82,7 +82,7 @@ ENTRY %main (a: f32[4,4]) -> f32[4,4] {
 
 
 def test_other_text_is_refused():
-    with pytest.raises(ValueError, match="no text of an HLO module"):
+    with pytest.raises(ValueError, match="must be that of an HLO module"):
         parser.parse("func.func @main() {}")
 
 
