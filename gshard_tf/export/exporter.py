@@ -1,6 +1,6 @@
-"""A Keras step as a file: traced for each mesh, exported by jax, described by name.
+"""Exports a Keras step to a file: traced for each mesh, serialized by jax.
 
-This is the side that has TensorFlow; `loader.py` is the one that has not.
+This side needs TensorFlow; `loader.py` does not.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ class StepProgram:
                 halving its axes leads to, down to one device.
             initial_state: The name of a state file (`save_state`) in the same folder,
                 from which the runner starts.
-            platforms: What it can be loaded on, as jax calls it.
+            platforms: The platforms that it can be loaded on, of `PLATFORMS`.
 
         Returns:
             The manifest of the file.
@@ -140,25 +140,26 @@ class StepProgram:
         axes = [_axes(own, mesh) for mesh in meshes or halvings(own)]
         if _sizes(own) not in axes:
             axes = [_sizes(own), *axes]
-        found: Manifest | None = None
-        programs, variants, constants = [], [], {}
+        manifests: list[Manifest] = []
+        programs: list[bytes] = []
+        variants: list[Variant] = []
+        constants: dict[str, np.ndarray] = {}
         for sizes in axes:
             step = self._lower(create_mesh(sizes, own.device_type()))
-            described = self._describe(step)
-            if found is None:
-                found, constants = described, _constants(step)
-            elif (found.state, found.updates) != (described.state, described.updates):
+            manifests.append(self._describe(step))
+            first, last = manifests[0], manifests[-1]
+            if len(manifests) == 1:
+                constants = _constants(step)
+            elif (first.state, first.updates) != (last.state, last.updates):
                 raise RuntimeError(
                     "The step uses other variables on another mesh, so one file "
                     f"cannot hold both. Save one by one. Received: mesh={sizes}"
                 )
-            programs.append(
-                _export(step, described, sizes, platforms, self._used(step))
-            )
+            programs.append(_export(step, last, sizes, platforms, self._used(step)))
             start = sum(variant.size for variant in variants)
             variants.append(Variant(sizes, start, len(programs[-1])))
         manifest = dataclasses.replace(
-            found,
+            manifests[0],
             variants=variants,
             platforms=list(platforms),
             initial_state=initial_state,
@@ -171,14 +172,14 @@ class StepProgram:
         fn = getattr(self.model, MODES[self.mode])
 
         def on_mesh(data):
-            # Inside the strategy's own mesh, which this one stands for.
+            # Replaces the strategy's own mesh within its scope.
             with use_mesh(mesh, extended.layouts.rules):
                 return fn(data)
 
         with self.strategy.scope():
             if is_abstract(self.model):
                 return lower_abstract(extended, on_mesh, (self.specs,))
-            given = [spec for spec in tf.nest.flatten(self.specs) if spec is not None]
+            specs = [spec for spec in tf.nest.flatten(self.specs) if spec is not None]
 
             def step(*tensors):
                 values = iter(tensors)
@@ -188,7 +189,7 @@ class StepProgram:
                 outputs = extended.call_fn(on_mesh, (data,), {})
                 return lowering.as_results(outputs)
 
-            return lowering.lower(*lowering.trace(step, given))
+            return lowering.lower(*lowering.trace(step, specs))
 
     def _describe(self, step: lowering.LoweredStep) -> Manifest:
         names = {
@@ -206,17 +207,18 @@ class StepProgram:
                 continue
             if value is global_seed_state():
                 raise ValueError(
-                    "The step draws from Keras's global seed generator, which is "
-                    "neither the model's nor its optimizer's, so nobody could put its "
-                    "state back. Make a keras.random.SeedGenerator an attribute of a "
-                    "layer, and pass it as seed= to the functions of keras.random. "
+                    "A saved step must not draw from Keras's global seed generator, "
+                    "which is neither the model's nor its optimizer's, so its state "
+                    "could not be restored. Make a keras.random.SeedGenerator an "
+                    "attribute of a layer, and pass it as seed= to the functions of "
+                    "keras.random. "
                     f"Received: {value.name!r}"
                 )
             if id(value) not in names:
                 raise ValueError(
-                    f"The step uses the variable {value.name!r}, which is neither the "
-                    "model's nor its optimizer's, so nobody could put its value back. "
-                    "Make it an attribute of a layer."
+                    "Variables of a saved step must be the model's or its optimizer's, "
+                    "or their values could not be restored. Make it an attribute of a "
+                    f"layer. Received: the variable {value.name!r}"
                 )
             name, variable = names[id(value)]
             role = roles.get(id(value), "other")
@@ -257,21 +259,21 @@ def _check_metrics(model: keras.Model) -> None:
         variable.assign(value)
     if other:
         raise ValueError(
-            "Where there is no Keras, metrics are reset by setting them to zero, and "
-            f"some of this model begin at something else. Received: {other}"
+            "Metrics must begin at zero, because without Keras they are reset to "
+            f"zero. Received: {other}, which begin at other values"
         )
 
 
 def halvings(mesh: dtensor.Mesh) -> list[dict[str, int]]:
-    """A mesh, and what halving its axes, the first one first, leads to; then one."""
+    """Returns a mesh and its halvings, axis by axis, down to one device."""
     sizes = _sizes(mesh)
-    found = [dict(sizes)]
+    meshes = [dict(sizes)]
     for axis in sizes:
         while sizes[axis] > 1:
             half = sizes[axis] % 2 == 0
             sizes[axis] = sizes[axis] // 2 if half else 1
-            found.append(dict(sizes))
-    return found
+            meshes.append(dict(sizes))
+    return meshes
 
 
 def _export(
@@ -305,7 +307,7 @@ def _export(
             layouts.outputs,
             layouts.captures,
             layouts.uses,
-            # Whoever calls it donates.
+            # The caller donates.
             donate=False,
         )
         return bytes(export.export(jitted, platforms=platforms)(*shapes).serialize())
@@ -325,7 +327,7 @@ def _tensors(
     specs: Sequence[tf.TensorSpec],
     layouts: Sequence[dtensor.Layout],
 ) -> list[Tensor]:
-    # (There are more results than outputs: new values of state follow.)
+    # There are more results than outputs: new values of state follow.
     return [
         _tensor(name, spec, layout, role)
         for name, spec, layout in zip(names, specs, layouts, strict=False)
@@ -361,7 +363,7 @@ def _axes(own: dtensor.Mesh, mesh: int | Mapping[str, int]) -> dict[str, int]:
     if isinstance(mesh, int) and not isinstance(mesh, bool) and len(names) == 1:
         return {names[0]: mesh}
     raise ValueError(
-        f"A mesh has the axes of the strategy's, {names}, in that order, such as "
-        f"{_sizes(own)}; or it is a number of devices, if there is one axis. "
+        f"A mesh must have the axes of the strategy's, {names}, in that order, such "
+        f"as {_sizes(own)}; or be a number of devices, if there is one axis. "
         f"Received: {mesh!r}"
     )

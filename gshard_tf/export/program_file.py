@@ -25,26 +25,26 @@ def write_program(
     programs: list[bytes],
     constants: Mapping[str, np.ndarray],
 ) -> None:
-    """Writes a program file; `manifest.variants` say where in `programs` each is."""
+    """Writes a program file; `manifest.variants` index into the joined `programs`."""
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w") as archive:
         archive.writestr("manifest.json", manifest.to_json(), zipfile.ZIP_DEFLATED)
         archive.writestr("programs", b"".join(programs), zipfile.ZIP_LZMA)
         if constants:
             archive.writestr("constants.npz", npz_bytes(constants, {}))
-    write_file(path, out.getvalue())
+    write_file(local_path(path), out.getvalue())
 
 
 def read_manifest(path: str | os.PathLike) -> Manifest:
-    """The manifest of a program file."""
+    """Returns the manifest of a program file."""
     with _open_program(path) as archive:
         return Manifest.from_json(archive.read("manifest.json").decode())
 
 
 def read_programs(path: str | os.PathLike) -> tuple[bytes, dict[str, np.ndarray]]:
-    """The bytes of all programs of a file, and its constants."""
+    """Returns the joined bytes of all programs of a file, and its constants."""
     with _open_program(path) as archive:
-        constants = {}
+        constants: dict[str, np.ndarray] = {}
         if "constants.npz" in archive.namelist():
             constants, _ = read_npz(io.BytesIO(archive.read("constants.npz")))
         return archive.read("programs"), constants
@@ -54,7 +54,12 @@ def _open_program(path: str | os.PathLike) -> zipfile.ZipFile:
     try:
         archive = zipfile.ZipFile(local_path(path))
     except zipfile.BadZipFile as error:
-        raise ValueError(f"{path} is no program file: {error}") from error
+        raise ValueError(
+            f"The file must be a program file: {error}. Received: {path}"
+        ) from error
     if "manifest.json" not in archive.namelist():
-        raise ValueError(f"{path} is no program file: it has no manifest.json")
+        raise ValueError(
+            "The file must be a program file. Received: "
+            f"{path}, a zip without a manifest.json"
+        )
     return archive

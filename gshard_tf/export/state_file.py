@@ -21,25 +21,26 @@ def write_state(
     """Writes a state file.
 
     Args:
-        path: Where; the file that is there is replaced when the new one is whole.
-        arrays: By name.
-        meta: What else to keep, as JSON can: the number of steps done, say.
+        path: The file. An existing one is replaced atomically.
+        arrays: Arrays by name.
+        meta: Other entries that JSON can hold, such as the number of steps done.
     """
-    write_file(path, npz_bytes(arrays, meta))
+    write_file(local_path(path), npz_bytes(arrays, meta))
 
 
 def read_state(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """The arrays of a state file, and what `write_state` was given besides."""
+    """Returns the arrays of a state file, and its other entries."""
     return read_npz(local_path(path))
 
 
 def npz_bytes(arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> bytes:
     """Returns arrays and metadata as the bytes of an `.npz` file."""
-    # numpy's file format does not know bfloat16 and its kin, so types are noted.
+    # numpy's file format lacks bfloat16 and similar types, so dtypes are stored.
     dtypes = {name: array.dtype.name for name, array in arrays.items()}
     note = json.dumps({"dtypes": dtypes, **meta})
     out = io.BytesIO()
-    np.savez(out, **{_META: np.array(note)}, **arrays)
+    entries: dict[str, Any] = {_META: np.array(note), **arrays}
+    np.savez(out, **entries)
     return out.getvalue()
 
 
@@ -49,7 +50,9 @@ def read_npz(file: Any) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 
     with np.load(file) as saved:
         if _META not in saved.files:
-            raise ValueError(f"{file} is no state file of gshard_tf.")
+            raise ValueError(
+                f"The file must be a state file of gshard_tf. Received: {file}"
+            )
         meta = json.loads(str(saved[_META]))
         dtypes = meta.pop("dtypes")
         arrays = {

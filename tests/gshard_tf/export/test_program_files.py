@@ -44,7 +44,7 @@ def test_a_manifest_comes_back_as_it_was():
     made = manifest(EIGHT, ONE)
     assert export.Manifest.from_json(made.to_json()) == made
     later = json.dumps({**json.loads(made.to_json()), "format": 2})
-    with pytest.raises(ValueError, match="format 2, .* reads format 1"):
+    with pytest.raises(ValueError, match="must be of format 1.* Received: format=2"):
         export.Manifest.from_json(later)
 
 
@@ -101,7 +101,7 @@ def test_state_comes_back_to_the_bit(tmp_path):
         assert found[name].dtype == array.dtype, name
         assert found[name].tobytes() == array.tobytes(), name
     np.savez(tmp_path / "other.npz", a=1)
-    with pytest.raises(ValueError, match="no state file"):
+    with pytest.raises(ValueError, match="must be a state file"):
         export.read_state(tmp_path / "other.npz")
 
 
@@ -121,10 +121,10 @@ def test_half_of_a_file_is_never_seen(tmp_path, monkeypatch):
 
 def test_what_is_no_program(tmp_path):
     (tmp_path / "a").write_bytes(b"hello")
-    with pytest.raises(ValueError, match="no program file"):
+    with pytest.raises(ValueError, match="must be a program file"):
         export.load(tmp_path / "a")
     zipfile.ZipFile(tmp_path / "b", "w").close()
-    with pytest.raises(ValueError, match="has no manifest"):
+    with pytest.raises(ValueError, match="without a manifest"):
         export.read_manifest(tmp_path / "b")
 
 
@@ -172,11 +172,15 @@ def test_shuffled_batches_are_a_function_of_seed_and_number(tmp_path):
 @pytest.mark.parametrize(
     ("inputs", "options", "says"),
     [
-        ([tensor("z", 4)], {}, "an input 'z', and there is no .*Received.*'x', 'y'"),
-        ([tensor("x", 4, 2)], {}, r"do not fit .* int32\[2\]. Received: uint8\[3\]"),
+        (
+            [tensor("z", 4)],
+            {},
+            "an input 'z', so the file .*must exist.*Received.*'x', 'y'",
+        ),
+        ([tensor("x", 4, 2)], {}, r"must fit .* int32\[2\]. Received: uint8\[3\]"),
         ([tensor("x", 4, 3, dtype="bool")], {}, r"bool\[3\]. Received: uint8"),
-        ([tensor("x", 11, 3)], {}, "do not fill one batch. Received: 10 rows"),
-        ([tensor("x", 4, 3)], {"every_row": True}, "no whole number of batches"),
+        ([tensor("x", 11, 3)], {}, "must fill at least one batch. Received: 10 rows"),
+        ([tensor("x", 4, 3)], {"every_row": True}, "must be a whole number of batches"),
         ([tensor("x", 4, 3), tensor("y", 5)], {}, r"batch sizes=\[4, 5\]"),
     ],
 )
