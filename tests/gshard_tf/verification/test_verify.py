@@ -193,9 +193,9 @@ def test_what_is_refused(monkeypatch):
     model = on_mesh(three_layers)
     with pytest.raises(ValueError, match="mode is one of"):
         gshard_tf.verify(model, (X, Y), "fit")
-    with pytest.raises(ValueError, match="tolerance is a number.*-1"):
+    with pytest.raises(ValueError, match="`tolerance` must be at least 0.*-1"):
         gshard_tf.verify(model, (X, Y), tolerance=-1)
-    with pytest.raises(ValueError, match="so the batch has numbers.*TensorSpec"):
+    with pytest.raises(ValueError, match="`batch` must be of arrays.*TensorSpec"):
         gshard_tf.verify(model, tf.TensorSpec([8, 8, 4], tf.float32))
     keras.backend.clear_session()
     plain = three_layers()
@@ -203,7 +203,7 @@ def test_what_is_refused(monkeypatch):
         gshard_tf.verify(plain, (X, Y))
     with pytest.raises(ValueError, match="SpmdStrategy.*Received"):
         plain.fit(X, Y, verbose=0, callbacks=[gshard_tf.VerifyFirstStep()])
-    with pytest.raises(ValueError, match="tolerance is a number"):
+    with pytest.raises(ValueError, match="`tolerance` must be at least 0"):
         gshard_tf.VerifyFirstStep(tolerance=float("nan"))
     monkeypatch.setattr(verify_module, "group", lambda: Group(count=2))
     with pytest.raises(ValueError, match="2 processes"):
