@@ -17,8 +17,9 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.experimental import dtensor
 
-from gshard_tf.checkpoints.naming import array_of, state_of
+from gshard_tf.checkpoints.naming import state_of
 from gshard_tf.compat.keras_seeds import global_seed_state
+from gshard_tf.compat.keras_variables import backend_variable
 from gshard_tf.export import program_file
 from gshard_tf.export.manifest import (
     PLATFORMS,
@@ -29,21 +30,21 @@ from gshard_tf.export.manifest import (
     fit_layout,
 )
 from gshard_tf.io.atomic_files import local_path
-from gshard_tf.sharding.mesh import create_mesh, use_mesh
+from gshard_tf.sharding.mesh import axis_sizes, create_mesh, use_mesh
+from gshard_tf.sharding.partition_spec import layout_of, spec_of
 from gshard_tf.spmd import lowering
-from gshard_tf.spmd.abstract import is_abstract
-from gshard_tf.spmd.abstract_step import lower_abstract
-from gshard_tf.spmd.base import MeshExtended
+from gshard_tf.spmd.abstract import is_abstract, lower_abstract
+from gshard_tf.spmd.base import MeshExtended, owned
 from gshard_tf.spmd.keras_step import (
     MODES,
     batch_specs,
     check_mode,
     complete,
-    roles_of,
+    variable_roles,
 )
 from gshard_tf.spmd.leaf_names import batch_arrays, named_leaves
 from gshard_tf.spmd.program import jit_step
-from gshard_tf.spmd.step import StepLayouts, step_layouts
+from gshard_tf.spmd.step_layouts import StepLayouts, step_layouts
 
 
 def step_program(
@@ -102,7 +103,7 @@ class StepProgram:
         with strategy.scope():
             complete(model, self.specs, mode)
         for variable in state_of(model).values():
-            strategy.extended.ours(variable)
+            owned(variable, strategy)
         if not is_abstract(model):
             _check_metrics(model)
 
@@ -138,8 +139,8 @@ class StepProgram:
         path = local_path(path)  # before minutes of tracing
         own = self.strategy.extended.mesh
         axes = [_axes(own, mesh) for mesh in meshes or halvings(own)]
-        if _sizes(own) not in axes:
-            axes = [_sizes(own), *axes]
+        if axis_sizes(own) not in axes:
+            axes = [axis_sizes(own), *axes]
         manifests: list[Manifest] = []
         programs: list[bytes] = []
         variants: list[Variant] = []
@@ -186,17 +187,17 @@ class StepProgram:
                 data = tf.nest.map_structure(
                     lambda spec: None if spec is None else next(values), self.specs
                 )
-                outputs = extended.call_fn(on_mesh, (data,), {})
+                outputs = extended.run_step(on_mesh, (data,), {})
                 return lowering.as_results(outputs)
 
             return lowering.lower(*lowering.trace(step, specs))
 
     def _describe(self, step: lowering.LoweredStep) -> Manifest:
         names = {
-            id(array_of(variable)): (name, variable)
+            id(backend_variable(variable)): (name, variable)
             for name, variable in state_of(self.model).items()
         }
-        roles = roles_of(self.model)
+        roles = variable_roles(self.model)
         layouts = step_layouts(self.strategy.extended.layouts, step)
         state = []
         for i, value in enumerate(step.captures):
@@ -222,6 +223,8 @@ class StepProgram:
                 )
             name, variable = names[id(value)]
             role = roles.get(id(value), "other")
+            # A file has one role for all that is neither trained nor reset.
+            role = "other" if role == "frozen" else role
             tensor = _tensor(name, value, layouts.captures[i], role)
             state.append(dataclasses.replace(tensor, path=variable.path))
         inputs = list(batch_arrays(self.specs))
@@ -245,7 +248,7 @@ class StepProgram:
 
     def _used(self, step: lowering.LoweredStep) -> list[Layout | None]:
         uses = step_layouts(self.strategy.extended.layouts, step).uses
-        return [None if use is None else _by_name(use) for use in uses]
+        return [None if use is None else spec_of(use) for use in uses]
 
 
 def _check_metrics(model: keras.Model) -> None:
@@ -266,7 +269,7 @@ def _check_metrics(model: keras.Model) -> None:
 
 def halvings(mesh: dtensor.Mesh) -> list[dict[str, int]]:
     """Returns a mesh and its halvings, axis by axis, down to one device."""
-    sizes = _sizes(mesh)
+    sizes = axis_sizes(mesh)
     meshes = [dict(sizes)]
     for axis in sizes:
         while sizes[axis] > 1:
@@ -289,27 +292,19 @@ def _export(
     mesh = create_mesh(sizes)
 
     def on_mesh(tensors: Iterable[Tensor]) -> list[dtensor.Layout]:
-        return [_layout(fit_layout(tensor, sizes), mesh) for tensor in tensors]
+        return [layout_of(fit_layout(tensor, sizes), mesh) for tensor in tensors]
 
     layouts = StepLayouts(
         on_mesh(manifest.inputs),
         on_mesh(manifest.outputs),
         on_mesh(manifest.state),
-        [None if use is None else _layout(use, mesh) for use in used],
+        [None if use is None else layout_of(use, mesh) for use in used],
     )
     abstract = jax.sharding.AbstractMesh(tuple(sizes.values()), tuple(sizes))
     with jax.enable_x64(True), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*GSPMD.*")
-        jitted, shapes, _ = jit_step(
-            step,
-            abstract,
-            layouts.inputs,
-            layouts.outputs,
-            layouts.captures,
-            layouts.uses,
-            # The caller donates.
-            donate=False,
-        )
+        # The caller donates.
+        jitted, shapes, _ = jit_step(step, abstract, layouts, donate=False)
         return bytes(export.export(jitted, platforms=platforms)(*shapes).serialize())
 
 
@@ -335,25 +330,11 @@ def _tensors(
 
 
 def _tensor(name: str, value: Any, layout: dtensor.Layout, role: str) -> Tensor:
-    return Tensor(name, tuple(value.shape), _dtype(value), _by_name(layout), role)
+    return Tensor(name, tuple(value.shape), _dtype(value), spec_of(layout), role)
 
 
 def _dtype(value: Any) -> str:
     return np.dtype(value.dtype.as_numpy_dtype).name
-
-
-def _by_name(layout: dtensor.Layout) -> Layout:
-    return tuple(None if s == dtensor.UNSHARDED else s for s in layout.sharding_specs)
-
-
-def _layout(layout: Layout, mesh: dtensor.Mesh) -> dtensor.Layout:
-    return dtensor.Layout(
-        [dtensor.UNSHARDED if axis is None else axis for axis in layout], mesh
-    )
-
-
-def _sizes(mesh: dtensor.Mesh) -> dict[str, int]:
-    return {name: mesh.dim_size(name) for name in mesh.dim_names}
 
 
 def _axes(own: dtensor.Mesh, mesh: int | Mapping[str, int]) -> dict[str, int]:
@@ -364,6 +345,6 @@ def _axes(own: dtensor.Mesh, mesh: int | Mapping[str, int]) -> dict[str, int]:
         return {names[0]: mesh}
     raise ValueError(
         f"A mesh must have the axes of the strategy's, {names}, in that order, such "
-        f"as {_sizes(own)}; or be a number of devices, if there is one axis. "
+        f"as {axis_sizes(own)}; or be a number of devices, if there is one axis. "
         f"Received: {mesh!r}"
     )

@@ -8,7 +8,8 @@ import numpy as np
 
 from gshard_tf.checkpoints.manifest import Array
 from gshard_tf.checkpoints.matching import match
-from gshard_tf.checkpoints.naming import array_of, state_of
+from gshard_tf.checkpoints.naming import state_of
+from gshard_tf.compat.keras_variables import backend_variable
 from gshard_tf.export.state_file import read_state, write_state
 from gshard_tf.io.atomic_files import local_path
 
@@ -26,7 +27,8 @@ def save_state(model: keras.Model, path: str | os.PathLike, step: int = 0) -> No
     """
     path = local_path(path)  # before everything is copied
     arrays = {
-        name: array_of(variable).numpy() for name, variable in state_of(model).items()
+        name: backend_variable(variable).numpy()
+        for name, variable in state_of(model).items()
     }
     write_state(path, arrays, step=step)
 
@@ -56,4 +58,4 @@ def load_state(model: keras.Model, path: str | os.PathLike) -> dict[str, Any]:
 
 
 def _dtype(variable: Any) -> str:
-    return np.dtype(array_of(variable).dtype.as_numpy_dtype).name
+    return np.dtype(backend_variable(variable).dtype.as_numpy_dtype).name

@@ -12,8 +12,8 @@ import keras
 import tensorflow as tf
 from tensorflow.experimental import dtensor
 
+from gshard_tf.compat.jax_hlo import hlo_as_text
 from gshard_tf.compat.keras_seeds import own_global_seed_generator
-from gshard_tf.compat.xla import hlo_as_text
 from gshard_tf.hlo import layer_names, parser
 from gshard_tf.hlo.flops import flops_by_operation
 from gshard_tf.planning.cache import PlanCache, content_key
@@ -27,26 +27,24 @@ from gshard_tf.planning.memory import (
 from gshard_tf.planning.plan import Plan
 from gshard_tf.planning.program_facts import program_facts, uncounted_loops
 from gshard_tf.planning.records import OutOfMemory, Weight
-from gshard_tf.planning.reshards import (
-    ReshardClassifier,
-    annotations,
-)
+from gshard_tf.planning.reshards import ReshardClassifier, annotations
+from gshard_tf.runtime.device_arrays import Placement
 from gshard_tf.sharding.layout_report import describe_one
-from gshard_tf.sharding.mesh import create_mesh
+from gshard_tf.sharding.mesh import axis_sizes, create_mesh
 from gshard_tf.sharding.rules import AxisRules
 from gshard_tf.sharding.sharded_variable import PlacedVariable
 from gshard_tf.sharding.variable_layouts import Layouts
-from gshard_tf.spmd.abstract import AbstractStrategy, is_abstract
-from gshard_tf.spmd.abstract_step import lower_abstract
+from gshard_tf.spmd.abstract import AbstractStrategy, is_abstract, lower_abstract
+from gshard_tf.spmd.executable import compile_step
 from gshard_tf.spmd.keras_step import (
     MODES,
     batch_specs,
     check_mode,
     complete,
+    variable_roles,
 )
 from gshard_tf.spmd.lowering import LoweredStep
-from gshard_tf.spmd.program import Placement, SpmdProgram
-from gshard_tf.spmd.step import compile_step
+from gshard_tf.spmd.program import SpmdProgram
 
 
 def plan(
@@ -159,7 +157,7 @@ def plan(
         topology=hardware.name,
         chip=None if hardware.chip is None else _fields(hardware.chip),
         slice_shape=hardware.shape,
-        mesh=_sizes(device_mesh),
+        mesh=axis_sizes(device_mesh),
         rules=dict(layouts.rules.rules),
         inputs=[
             f"{spec.dtype.name}[{','.join(map(str, spec.shape))}]"
@@ -195,14 +193,10 @@ def _mesh_for(
     if device_mesh.size != cores:
         raise ValueError(
             f"The mesh must have as many devices as the topology has cores: "
-            f"{topology.name} has {cores}. Received: mesh={_sizes(device_mesh)} with "
-            f"{device_mesh.size}"
+            f"{topology.name} has {cores}. Received: "
+            f"mesh={axis_sizes(device_mesh)} with {device_mesh.size}"
         )
     return device_mesh
-
-
-def _sizes(mesh: dtensor.Mesh) -> dict[str, int]:
-    return dict(zip(mesh.dim_names, mesh.shape(), strict=True))
 
 
 def _build(model: keras.Model | Callable[[], keras.Model]) -> keras.Model:
@@ -244,28 +238,17 @@ def _build(model: keras.Model | Callable[[], keras.Model]) -> keras.Model:
 
 
 def _weights(model: keras.Model, step: LoweredStep, layouts: Layouts) -> list[Weight]:
-    roles = {id(v.value): "weight" for v in model.trainable_variables}
-    roles |= {
-        id(v.value): "frozen"
-        for v in model.non_trainable_variables
-        if v.dtype.startswith(("float", "bfloat"))
-        and "metrics" not in v.path
-        and "seed" not in v.path
-    }
-    metrics = {id(v.value) for v in model.metrics_variables}
-    roles = {key: role for key, role in roles.items() if key not in metrics}
-    optimizer = getattr(model, "optimizer", None)
-    if optimizer is not None:
-        roles |= {id(v.value): "optimizer" for v in optimizer.variables}
+    roles = variable_roles(model)
     weights = []
     for value in step.captures:
         if not isinstance(value, PlacedVariable):
             continue
         row = describe_one(value.path, value, layouts)
+        role = roles.get(id(value), "other")
         weights.append(
             Weight(
                 path=row.path,
-                role=roles.get(id(value), "other"),
+                role="other" if role == "metric" else role,
                 shape=row.shape,
                 dtype=value.dtype.name,
                 layout=row.layout,
@@ -285,7 +268,7 @@ def _compile(
     layers: layer_names.LayerNames,
 ) -> tuple[SpmdProgram | None, OutOfMemory | None]:
     try:
-        return compile_step(strategy.extended, step, placement), None
+        return compile_step(strategy.extended.layouts, step, placement), None
     except RuntimeError as error:  # jaxlib's errors are all of this class
         oom = out_of_memory(str(error), topology.hbm_bytes, layers)
         if oom is None:

@@ -16,20 +16,21 @@ from tensorflow.experimental import dtensor
 from tensorflow.python.ops import control_flow_util
 
 from gshard_tf.compat.keras_fit import BuildingMayFail, read_no_batch_to_build
+from gshard_tf.runtime.device_arrays import Placement, assemble, named_sharding
 from gshard_tf.runtime.process_group import group
 from gshard_tf.sharding.layout_report import Description
-from gshard_tf.sharding.regions import Region, assemble
+from gshard_tf.sharding.regions import Region
 from gshard_tf.sharding.rules import AxisRules
 from gshard_tf.sharding.variable_layouts import Layouts
-from gshard_tf.spmd.base import MeshExtended
+from gshard_tf.spmd.base import MeshExtended, MeshStrategy
 from gshard_tf.spmd.input_checks import InputChecks
-from gshard_tf.spmd.on_mesh import OnMesh
-from gshard_tf.spmd.program import Placement, SpmdProgram, named_sharding
-from gshard_tf.spmd.step import SkippedStep, Step
+from gshard_tf.spmd.nonfinite import SkippedStep
+from gshard_tf.spmd.program import SpmdProgram
+from gshard_tf.spmd.step import Step
 from gshard_tf.spmd.variable import MeshVariable
 
 
-class SpmdStrategy(OnMesh, tf.distribute.Strategy):
+class SpmdStrategy(MeshStrategy, tf.distribute.Strategy):
     """Trains, evaluates and predicts with one program partitioned over a mesh.
 
     Keras sees one replica and one global batch. Each step that it runs is lowered
@@ -55,10 +56,10 @@ class SpmdStrategy(OnMesh, tf.distribute.Strategy):
             raises `tf.errors.InvalidArgumentError`, which names the step and what it
             was found in. It costs a second copy of the state, and a look at all of
             it at every step. Defaults to False.
-        own_rows: With several processes (`join_processes`): whether each of them feeds
-            its own rows of every batch, in their order, rather than all rows. Defaults
-            to False: the same input pipeline everywhere, of which each process keeps
-            its part.
+        process_local_batches: With several processes (`join_processes`): whether each
+            of them feeds its own rows of every batch, in their order, rather than all
+            rows. Defaults to False: the same input pipeline everywhere, of which each
+            process keeps its part.
         check_inputs: Of how many steps the ids and labels are looked at on the host,
             before the step: of the first so many after `fit`, `evaluate` or `predict`
             begins; True: of all; False: of none. Defaults to 100. One that is out of
@@ -76,7 +77,7 @@ class SpmdStrategy(OnMesh, tf.distribute.Strategy):
         mesh: dtensor.Mesh,
         rules: AxisRules | None = None,
         check_numerics: bool = False,
-        own_rows: bool = False,
+        process_local_batches: bool = False,
         check_inputs: bool | int = 100,
     ):
         if not isinstance(mesh, dtensor.Mesh):
@@ -91,7 +92,12 @@ class SpmdStrategy(OnMesh, tf.distribute.Strategy):
             )
         super().__init__(
             SpmdExtended(
-                self, mesh, rules, check_numerics, own_rows, InputChecks(check_inputs)
+                self,
+                mesh,
+                rules,
+                check_numerics,
+                process_local_batches,
+                InputChecks(check_inputs),
             )
         )
 
@@ -130,13 +136,13 @@ class SpmdExtended(MeshExtended):
         mesh: dtensor.Mesh,
         rules: AxisRules | None,
         check_numerics: bool,
-        own_rows: bool,
+        process_local_batches: bool,
         input_checks: InputChecks,
     ):
         super().__init__(container, mesh, rules)
         self.placement = Placement(mesh)
         self.check_numerics = check_numerics
-        self._own_rows = own_rows
+        self._process_local_batches = process_local_batches
         self.input_checks = input_checks
         self.residence = _Residence(self.placement, self.layouts)
         self.programs: list[weakref.ref] = []
@@ -154,7 +160,7 @@ class SpmdExtended(MeshExtended):
     @property
     def row_share(self) -> int:
         """How many times as many rows a step has as this process feeds."""
-        return group().count if self._own_rows else 1
+        return group().count if self._process_local_batches else 1
 
     def global_specs(self, values: Sequence[Any]) -> list[tf.TensorSpec]:
         """The specs of the arguments of a step over all processes.
@@ -171,12 +177,12 @@ class SpmdExtended(MeshExtended):
             specs.append(tf.TensorSpec(shape, value.dtype))
         return specs
 
-    def make_variable(self, **kwargs: Any) -> MeshVariable:
+    def create_variable(self, **kwargs: Any) -> MeshVariable:
         variable = MeshVariable(**kwargs)
         variable.residence = self.residence
         return variable
 
-    def is_ours(self, value: Any) -> bool:
+    def owns(self, value: Any) -> bool:
         return getattr(value, "residence", None) is self.residence
 
     def _scope(self, strategy: tf.distribute.Strategy) -> BuildingMayFail:

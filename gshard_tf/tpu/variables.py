@@ -28,7 +28,8 @@ from tensorflow.python.saved_model import save_context
 from tensorflow.python.trackable import base as trackable
 
 from gshard_tf.sharding import op_sharding
-from gshard_tf.sharding.regions import Region, splits
+from gshard_tf.sharding.partition_spec import PartitionSpec, spec_of
+from gshard_tf.sharding.regions import Region
 from gshard_tf.sharding.sharded_variable import InPieces, PlacedVariable
 from gshard_tf.testing.tpu.bridge import tile_assignment
 from gshard_tf.tpu.exported_variable import being_exported
@@ -276,8 +277,8 @@ class MeshTPUVariable(InPieces, _OnCores, tpu_values.TPUMirroredVariable):
         """The mesh of one replica."""
         return self.storage.layout.mesh
 
-    def splits(self) -> list[str | None]:
-        return splits(self.storage.layout)
+    def partition_spec(self) -> PartitionSpec:
+        return spec_of(self.storage.layout)
 
     def own_pieces(self) -> list[tuple[Region, tf.Tensor]]:
         held = self.storage.cores(0)  # of replicas that are all alike

@@ -9,8 +9,7 @@ import tensorflow as tf
 from parity import assert_close, run_on_mesh, run_plain
 
 import gshard_tf
-from gshard_tf.spmd.abstract import AbstractStrategy
-from gshard_tf.spmd.abstract_step import lower_abstract
+from gshard_tf.spmd.abstract import AbstractStrategy, lower_abstract
 from keras_layers import (
     EncoderBlock,
     Transformer,
