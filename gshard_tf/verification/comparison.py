@@ -37,7 +37,7 @@ class StepToCheck:
         step: The step, lowered for the mesh.
         trace: Traces it again without a mesh, to be compiled or not.
         arrays: Its arguments.
-        roles: The role of each variable by its `id`; see `keras_step.roles_of`.
+        roles: The role of each variable by its `id`; see `keras_step.variable_roles`.
         layers: Finds the layers of the model in the names of operations.
         title: The title of the report.
         trains: Whether weights are expected to change.
@@ -233,7 +233,7 @@ def _names(checked: StepToCheck) -> list[tuple[str, str]]:
     for i in checked.step.updates:
         variable = checked.step.captures[i]
         kind = checked.roles.get(id(variable), "other")
-        if kind == "other":
+        if kind in ("other", "frozen"):
             # Such as a slot of an optimizer that is not the model's own.
             kind = "state" if variable.reference is None else "optimizer"
         names.append((kind, variable.path))
