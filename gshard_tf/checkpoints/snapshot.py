@@ -12,7 +12,7 @@ from gshard_tf.checkpoints.naming import Variable
 from gshard_tf.checkpoints.tensor_bundle import Piece
 from gshard_tf.compat.keras_variables import backend_variable
 from gshard_tf.sharding.regions import Region, aligned_copies, whole
-from gshard_tf.sharding.sharded_variable import InPieces
+from gshard_tf.sharding.sharded_variable import ShardedVariable
 
 
 def describe(state: Mapping[str, Variable]) -> dict[str, Array]:
@@ -22,7 +22,7 @@ def describe(state: Mapping[str, Variable]) -> dict[str, Array]:
         value = backend_variable(variable)
         shape = tuple(value.shape)
         split: tuple[str | None, ...] = (None,) * len(shape)
-        if isinstance(value, InPieces):
+        if isinstance(value, ShardedVariable):
             split = value.partition_spec()
         path = getattr(variable, "path", value.name)
         found[name] = Array(shape, value.dtype.name, path, split)
@@ -43,9 +43,9 @@ def snapshot(state: Mapping[str, Variable], is_chief: bool) -> list[Piece]:
             value = backend_variable(variable)
             shape = tuple(value.shape)
             parts = None
-            if isinstance(value, InPieces):
-                held.enter_context(value.pieces_held())
-                parts = value.own_pieces()
+            if isinstance(value, ShardedVariable):
+                held.enter_context(value.hold_shards())
+                parts = value.addressable_shards()
             if parts is not None:
                 for region, part in parts:
                     kind = pieces if tf.is_tensor(part) else views
@@ -71,8 +71,8 @@ def load(variable: Variable, read: Reader) -> Callable[[], None]:
     So everything can be read, and found to be whole, before anything changes.
     """
     value = backend_variable(variable)
-    if isinstance(value, InPieces):
-        return value.load(lambda region: read(region).numpy())
+    if isinstance(value, ShardedVariable):
+        return value.stage(lambda region: read(region).numpy())
     loaded: Any = read(whole(tuple(value.shape)))
     return lambda: value.assign(loaded)
 

@@ -19,7 +19,7 @@ from tensorflow.python.ops import control_flow_util
 from gshard_tf.sharding.annotations import shard
 from gshard_tf.sharding.mesh import axis_sizes, create_mesh, use_mesh
 from gshard_tf.sharding.rules import AxisRules
-from gshard_tf.sharding.sharded_variable import PlacedVariable
+from gshard_tf.sharding.sharded_variable import MeshVariableBase
 from gshard_tf.spmd.base import MeshStrategy
 from gshard_tf.tpu.device_assignment import assign_cores
 from gshard_tf.tpu.initial_value import InitialValue
@@ -142,7 +142,7 @@ class MeshTPUExtended(tf_tpu_strategy.TPUExtended):
             self.mesh.size == 1
             or kwargs.get("skip_mirrored_creator")
             or kwargs.get("custom_tpu_variable_creator")
-            or not isinstance(reference, PlacedVariable | None)
+            or not isinstance(reference, MeshVariableBase | None)
         ):
             return super()._create_variable(next_creator, **kwargs)
         kwargs.pop("colocate_with", None)
@@ -167,7 +167,7 @@ class MeshTPUExtended(tf_tpu_strategy.TPUExtended):
             **kwargs,
         )
         storage.belongs_to(variable)
-        self.layouts.note_created(variable, reference)
+        self.layouts.register(variable, reference)
         return variable
 
     def owns(self, value: Any) -> bool:
@@ -236,4 +236,4 @@ class MeshTPUExtended(tf_tpu_strategy.TPUExtended):
             return value
         if not isinstance(value, tf.Tensor) or not value.shape.is_fully_defined():
             return value
-        return shard(value, self.layouts.of_batch(value.shape))
+        return shard(value, self.layouts.batch_layout(value.shape))

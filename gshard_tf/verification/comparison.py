@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from gshard_tf.compat.xla_protos import HloModuleProto
 from gshard_tf.hlo.layer_names import LayerNames
-from gshard_tf.sharding.sharded_variable import PlacedVariable
+from gshard_tf.sharding.sharded_variable import MeshVariableBase
 from gshard_tf.spmd import lowering
 from gshard_tf.spmd.leaf_names import named_leaves
 from gshard_tf.verification import measures
@@ -286,7 +286,7 @@ def _blind_spots(checked: StepToCheck, rows: Sequence[Row]) -> list[str]:
     slots = {
         id(variable.reference)
         for variable in checked.step.captures
-        if isinstance(variable, PlacedVariable) and id(variable) in moved
+        if isinstance(variable, MeshVariableBase) and id(variable) in moved
     }
     still = [
         variable.path
