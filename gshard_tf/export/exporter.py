@@ -193,20 +193,21 @@ class StepProgram:
             return lowering.lower(*lowering.trace(step, specs))
 
     def _describe(self, step: lowering.LoweredStep) -> Manifest:
-        names = {
+        names: dict[int, tuple[str, Any]] = {
             id(backend_variable(variable)): (name, variable)
             for name, variable in state_of(self.model).items()
         }
         roles = variable_roles(self.model)
         layouts = step_layouts(self.strategy.extended.layouts, step)
         state = []
+        seed: Any = global_seed_state()
         for i, value in enumerate(step.captures):
             if not isinstance(value, tf.Variable):
                 state.append(
                     _tensor(f"constant/{i}", value, layouts.captures[i], "constant")
                 )
                 continue
-            if value is global_seed_state():
+            if value is seed:
                 raise ValueError(
                     "A saved step must not draw from Keras's global seed generator, "
                     "which is neither the model's nor its optimizer's, so its state "

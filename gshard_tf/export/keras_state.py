@@ -1,6 +1,7 @@
 """The state of a Keras model as a file that jax alone reads, and back."""
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import keras
@@ -47,7 +48,7 @@ def load_state(model: keras.Model, path: str | os.PathLike) -> dict[str, Any]:
         ValueError: when the file does not fit the model; nothing is changed then.
     """
     arrays, meta = read_state(path)
-    variables = state_of(model)
+    variables: Mapping[str, Any] = state_of(model)
     matches = match(
         {name: (tuple(v.shape), _dtype(v)) for name, v in variables.items()},
         {name: Array(a.shape, a.dtype.name, "", ()) for name, a in arrays.items()},

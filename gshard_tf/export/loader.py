@@ -221,7 +221,8 @@ def _x64() -> Iterator[None]:
         with jax.enable_x64(True):
             yield
     else:
-        from jax.experimental import enable_x64
+        # The name in earlier versions of jax than the one that types are checked with.
+        from jax.experimental import enable_x64  # type: ignore[attr-defined]
 
         with enable_x64():
             yield
