@@ -49,7 +49,7 @@ class Collective:
 
     @property
     def runs(self) -> int:
-        """How often it counts: once where `times` is not known."""
+        """The number of runs that count: 1 where `times` is not known."""
         return 1 if self.times is None else self.times
 
 

@@ -119,7 +119,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="SPEC",
         help="the global batch that fit passes to a step: (x, y) or x, of tensors such "
         "as int32[512,128], nested by (...) and {'name': ...}; by default what the "
-        "function returns beside the model",
+        "function returns with the model",
     )
     result.add_argument("--mode", choices=MODES, default="train", help="default: train")
     result.add_argument(
@@ -201,23 +201,29 @@ def target(text: str) -> Target:
     module, colon, function = text.rpartition(":")
     if not colon or not module or not function.isidentifier():
         raise argparse.ArgumentTypeError(
-            f"a module or a .py file, a colon and a function, such as model.py:build. "
-            f"Received: {text!r}"
+            "must be a module or a .py file, a colon and a function, such as "
+            f"model.py:build. Received: {text!r}"
         )
     parsed = Target(module, function)
     if parsed.file is not None:
         if not parsed.file.is_file():
-            raise argparse.ArgumentTypeError(f"there is no file {module!r}")
+            raise argparse.ArgumentTypeError(
+                f"must name a file that exists: there is no file {module!r}. "
+                f"Received: {text!r}"
+            )
         return parsed
     first = module.partition(".")[0]
     if not all(part.isidentifier() for part in module.split(".")):
-        raise argparse.ArgumentTypeError(f"{module!r} is no name of a module")
+        raise argparse.ArgumentTypeError(
+            f"must name a module or a .py file. Received: {module!r}"
+        )
     # Modules in the current folder can be imported, as with `python -m`.
     if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     if importlib.util.find_spec(first) is None:
         raise argparse.ArgumentTypeError(
-            f"there is no module {first!r} here or among the installed ones"
+            "must name a module that is installed or in this folder: there is no "
+            f"module {first!r}. Received: {text!r}"
         )
     return parsed
 
@@ -226,7 +232,8 @@ def topology(text: str) -> str:
     """Returns the name of a topology; the compiler checks later whether it exists."""
     if not re.fullmatch(r"cpu:[1-9]\d*|(?!cpu:)[a-z]\w*:\d+(x\d+)*", text):
         raise argparse.ArgumentTypeError(
-            f"a chip and its slice, such as v5e:2x4, or cpu:8. Received: {text!r}"
+            "must be a chip and its slice, such as v5e:2x4, or cpu:8. "
+            f"Received: {text!r}"
         )
     return text
 
@@ -238,7 +245,7 @@ def mesh(text: str) -> dict[str, int]:
         match = re.fullmatch(r"\s*([A-Za-z_]\w*)=([1-9]\d*)\s*", part)
         if match is None or match[1] in sizes:
             raise argparse.ArgumentTypeError(
-                "axes, each with a name of its own, and their sizes, such as "
+                "must be axes, each with a name of its own, and their sizes, such as "
                 f"data=4,model=2. Received: {text!r}"
             )
         sizes[match[1]] = int(match[2])
@@ -250,8 +257,8 @@ def rule(text: str) -> tuple[str, str | None]:
     match = re.fullmatch(r"([A-Za-z_]\w*)=([A-Za-z_]\w*)", text)
     if match is None:
         raise argparse.ArgumentTypeError(
-            "a logical axis and a mesh axis, such as batch=data, or batch=none. "
-            f"Received: {text!r}"
+            "must be a logical axis and a mesh axis, such as batch=data, or "
+            f"batch=none. Received: {text!r}"
         )
     return match[1], None if match[2] == "none" else match[2]
 
@@ -304,7 +311,7 @@ def _nest(node: ast.expr, text: str) -> Any:
 
 def _no_batch(text: str, why: str) -> str:
     return (
-        f"{why}. A batch is a nest of tensors, such as "
+        f"{why}. A batch must be a nest of tensors, such as "
         f"'(int32[512,128], int32[512,128]), int32[512,128]'. Received: {text!r}"
     )
 
@@ -314,7 +321,7 @@ def output(text: str) -> Path:
     path = path_option(text)
     if path.is_dir() or not path.parent.is_dir():
         raise argparse.ArgumentTypeError(
-            f"a file in a folder that exists. Received: {text!r}"
+            f"must be a file in a folder that exists. Received: {text!r}"
         )
     return path
 

@@ -149,7 +149,10 @@ def _find(target: Target) -> Callable[[], Any]:
         raise FunctionError(_failure(f"importing {target.module}", error)) from error
     function = getattr(module, target.function, None)
     if not callable(function):
-        raise FunctionError(f"{target.module} has no function {target.function!r}")
+        raise FunctionError(
+            "MODULE must have the function that creates the model, and "
+            f"{target.module} has no function {target.function!r}. Received: {target}"
+        )
     return function
 
 

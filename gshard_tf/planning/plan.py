@@ -89,7 +89,7 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether the program fits into the memory of a core."""
+        """True if the program fits into the memory of a core."""
         return self.out_of_memory is None
 
     @property

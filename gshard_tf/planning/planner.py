@@ -121,7 +121,7 @@ def plan(
         raise ValueError(
             "The function that creates the model must not call "
             "keras.backend.clear_session(), which removes the scope in which the model "
-            "is built."
+            "is built. Received: a function that calls it"
         ) from error
     trace_seconds = time.perf_counter() - start
     weights = _weights(built, step, layouts)

@@ -93,7 +93,7 @@ class VerificationReport:
 
     @property
     def ok(self) -> bool:
-        """Whether no value differs by more than it may."""
+        """True if no value differs by more than it may."""
         return all(row.ok for row in self.rows)
 
     @property

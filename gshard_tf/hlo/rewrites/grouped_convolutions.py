@@ -39,7 +39,7 @@ def keep_local(module: HloModuleProto, mesh: MeshAxes) -> int:
 
 
 def _forward(editor: Editor, old: Instruction, mesh: MeshAxes) -> Instruction:
-    """The convolution itself, or the gradient of its input."""
+    """Emits the convolution itself, or the gradient of its input."""
     numbers = old.convolution_dimension_numbers
     batch, batch_out = numbers.input_batch_dimension, numbers.output_batch_dimension
     images, kernel = editor.operands(old)
@@ -55,7 +55,7 @@ def _forward(editor: Editor, old: Instruction, mesh: MeshAxes) -> Instruction:
 
 
 def _kernel_gradient(editor: Editor, old: Instruction, mesh: MeshAxes) -> Instruction:
-    """The gradient of the kernel, which contracts the batch."""
+    """Emits the gradient of the kernel, which contracts the batch."""
     numbers = old.convolution_dimension_numbers
     # In this convolution, the channels are the batch, in groups, and the images are the
     # features of input and kernel.

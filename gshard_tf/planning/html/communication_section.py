@@ -109,7 +109,7 @@ def _reshards(plan: Plan) -> str:
         f"{units.size(r.bytes)} to a core<p>{escape(r.advice)}</p></div>"
         for r in plan.reshards
     )
-    return f"<h4>Changes of layout that nobody asked for</h4>{notes}"
+    return f"<h4>Changes of layout that no annotation implies</h4>{notes}"
 
 
 def _bar(parts: Sequence[Communication], largest: float) -> str:

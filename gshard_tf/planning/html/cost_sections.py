@@ -34,7 +34,7 @@ def out_of_memory_section(plan: Plan) -> str:
             else "The largest buffers"
         )
         out += (
-            f"<h4>{what}, beside the memory of a core</h4>"
+            f"<h4>{what}, compared with the memory of a core</h4>"
             '<div class="scroll"><table><thead><tr><th scope="col">shape</th>'
             '<th scope="col">layer</th>'
             '<th scope="col">operation</th><th scope="col" class="n">size</th>'

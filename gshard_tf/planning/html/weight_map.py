@@ -134,7 +134,7 @@ def _dimensions_in_words(dimensions: Sequence[Split]) -> str:
 
 
 def _mesh_grid(dimensions: Sequence[Split], mesh: dict[str, int]) -> str:
-    """The mesh's cores: its last axis from left to right, the others downwards."""
+    """Returns the mesh's cores: its last axis from left to right, others downwards."""
     *outer, last = mesh
     columns, rows = mesh[last], math.prod(mesh[name] for name in outer)
     per_column = math.ceil(columns / MAX_COLUMNS)
