@@ -12,22 +12,21 @@ OUT/log.jsonl, is one JSON object.
 from __future__ import annotations
 
 import argparse
-import json
-import math
 import os
 import pathlib
 import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 
 from gshard_tf.export import program_file, state_file
 from gshard_tf.export.array_dataset import ArrayBatches, write_data
 from gshard_tf.export.manifest import PLATFORMS, Manifest
-from gshard_tf.io.atomic_files import make_folder, path_option
+from gshard_tf.export.run_log import Log, scalars
+from gshard_tf.io.atomic_files import path_option
 from gshard_tf.runtime.termination import Termination
 
 
@@ -68,23 +67,6 @@ def parser() -> argparse.ArgumentParser:
     add("--devices", type=int, help="how many to use; by default as many as can be")
     add("--platform", choices=PLATFORMS, help="their kind; by default what jax finds")
     return result
-
-
-class Log:
-    """Writes JSON lines to standard output and, with a folder, to a file."""
-
-    def __init__(self, folder: pathlib.Path | None):
-        self._file: TextIO | None = None
-        if folder is not None:
-            make_folder(folder)
-            self._file = open(folder / "log.jsonl", "a", encoding="utf-8")
-
-    def __call__(self, event: str, **fields: Any) -> None:
-        """Writes one line, and flushes it."""
-        line = json.dumps({"event": event, **fields})
-        print(line, flush=True)
-        if self._file is not None:
-            print(line, file=self._file, flush=True)
 
 
 class Interruption:
@@ -219,7 +201,7 @@ def _train(options: argparse.Namespace, log: Log) -> int:
             _wait(previous)
             previous = outputs
             if step % options.log_every == 0:
-                metrics, now = numbers(outputs), time.perf_counter()
+                metrics, now = scalars(outputs), time.perf_counter()
                 pace = (now - since) / (step - last)
                 log("train", step=step, **metrics, seconds_per_step=pace)
                 since, last = now, step
@@ -290,16 +272,6 @@ def _wait(outputs: Any) -> None:
     jax.block_until_ready(outputs)
 
 
-def numbers(outputs: dict[str, Any]) -> dict[str, float | None]:
-    """Returns the scalars among the outputs for JSON, in which NaN is null."""
-    scalars: dict[str, float | None] = {}
-    for name, value in outputs.items():
-        if value.ndim == 0:
-            number = float(value)
-            scalars[name] = number if math.isfinite(number) else None
-    return scalars
-
-
 # ----------------------------------------------------------- evaluating, predicting
 
 
@@ -340,7 +312,7 @@ class Evaluation:
                 return {**state, **before}
             outputs, state = self.program(self.batches.batch(number), state)
         seconds = time.perf_counter() - start
-        self.log("evaluate", step=step, **numbers(outputs), seconds=seconds)
+        self.log("evaluate", step=step, **scalars(outputs), seconds=seconds)
         return {**state, **before}
 
 
