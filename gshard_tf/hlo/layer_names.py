@@ -1,7 +1,6 @@
 """Maps the names of operations in a program to the layers of a model."""
 
 import re
-from typing import Any
 
 import keras
 
@@ -22,7 +21,7 @@ def layer_tree(model: keras.Model) -> Tree:
     return tree
 
 
-def _children(layer: Any) -> Tree:
+def _children(layer: keras.layers.Layer) -> Tree:
     children = direct_sublayers(layer)
     # Layers that a layer runs without owning them, such as the blocks of a stack.
     children += getattr(layer, "inner_layers", [])

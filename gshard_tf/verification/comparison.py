@@ -12,6 +12,7 @@ from gshard_tf.hlo.layer_names import LayerNames
 from gshard_tf.sharding.sharded_variable import MeshVariableBase
 from gshard_tf.spmd import lowering
 from gshard_tf.spmd.leaf_names import named_leaves
+from gshard_tf.spmd.strategy import SpmdExtended
 from gshard_tf.verification import measures
 from gshard_tf.verification.first_difference import find_first
 from gshard_tf.verification.measures import Measure
@@ -43,7 +44,7 @@ class StepToCheck:
         trains: Whether weights are expected to change.
     """
 
-    extended: Any
+    extended: SpmdExtended
     step: lowering.LoweredStep
     trace: Callable[[bool], Any]
     arrays: Sequence[np.ndarray]

@@ -14,6 +14,7 @@ from gshard_tf.sharding.mesh import create_mesh
 from gshard_tf.spmd import lowering
 from gshard_tf.spmd.program import SpmdProgram
 from gshard_tf.spmd.step_layouts import StepLayouts, step_layouts
+from gshard_tf.spmd.strategy import SpmdExtended
 
 # From the values of all captures to all results, outputs first.
 Run = Callable[[Sequence[np.ndarray]], list[np.ndarray]]
@@ -69,13 +70,17 @@ class OnDevices:
         return run
 
 
-def on_mesh(extended: Any, step: lowering.LoweredStep, arrays: Any) -> OnDevices:
+def on_mesh(
+    extended: SpmdExtended, step: lowering.LoweredStep, arrays: Sequence[np.ndarray]
+) -> OnDevices:
     """Returns the step as the strategy runs it."""
     layouts = step_layouts(extended.layouts, step)
     return OnDevices(step, extended.placement, layouts, arrays)
 
 
-def on_one_device(extended: Any, step: lowering.LoweredStep, arrays: Any) -> OnDevices:
+def on_one_device(
+    extended: SpmdExtended, step: lowering.LoweredStep, arrays: Sequence[np.ndarray]
+) -> OnDevices:
     """Returns the step on the first device of the mesh, which holds everything.
 
     XLA ignores the annotations of a module with one partition.

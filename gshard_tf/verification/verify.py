@@ -18,7 +18,7 @@ from gshard_tf.spmd.keras_step import (
     complete,
     variable_roles,
 )
-from gshard_tf.spmd.strategy import SpmdStrategy
+from gshard_tf.spmd.strategy import SpmdExtended, SpmdStrategy
 from gshard_tf.verification.comparison import StepToCheck, check_step
 from gshard_tf.verification.report import VerificationReport
 
@@ -106,7 +106,7 @@ def verify(
 def check_lowered(
     model: keras.Model,
     mode: str,
-    extended: Any,
+    extended: SpmdExtended,
     step: lowering.LoweredStep,
     trace: Callable[[bool], Any],
     arrays: Sequence[np.ndarray],
