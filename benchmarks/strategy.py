@@ -36,7 +36,6 @@ import tensorflow as tf
 import gshard_tf
 from benchmarks.harness import machine
 from benchmarks.harness.command_line import say
-from gshard_tf.hlo import collectives
 from keras_layers import Dropout, MoELayer, Transformer
 
 OPTIMIZERS: dict[str, Callable[[], keras.optimizers.Optimizer]] = {
@@ -124,11 +123,11 @@ def program() -> dict[str, Any]:
     train, evaluate = strategy.programs[0], strategy.programs[-1]
     counts = {}
     for name, compiled in (("train", train), ("forward", evaluate)):
-        kinds = [collective.kind for collective in collectives.collectives(compiled)]
+        kinds = [collective.kind for collective in compiled.collectives()]
         counts[name] = {kind: kinds.count(kind) for kind in sorted(set(kinds))}
     fractions = {
         path: local / whole
-        for path, whole, local in collectives.argument_bytes(train)
+        for path, whole, local in train.argument_bytes()
         if "experts" in path
     }
     moe_layers = 2 * (LAYERS // 2)

@@ -66,7 +66,7 @@ def run_side(side: str, experts: int, steps: int, weights_file: str) -> dict[str
     gshard_tf.request_cpu_devices(int(np.prod(SLICE)))
     from gshard_examples.translation.model import make_model
     from gshard_examples.translation.settings import Settings
-    from gshard_tf.hlo import collectives, parser
+    from gshard_tf.hlo.collectives import collectives
     from gshard_tf.testing.tpu.simulated_fit import SimulatedStep, parts_of
     from gshard_tf.testing.tpu.synthetic_slice import SyntheticTPU
 
@@ -98,11 +98,7 @@ def run_side(side: str, experts: int, steps: int, weights_file: str) -> dict[str
     state = [v.value for v in model.variables + model.optimizer.variables]
     variables = state + [v.value for v in model.metrics_variables]
     step = SimulatedStep(strategy, train_step, batch, variables)
-    gathers = [
-        c
-        for c in collectives.collectives_of(parser.parse(step.program.as_text()))
-        if c.kind == "all-gather"
-    ]
+    gathers = [c for c in collectives(step.program.as_text()) if c.kind == "all-gather"]
 
     def weights_now() -> list[np.ndarray]:
         with strategy.scope():  # without it TensorFlow's own cannot be read

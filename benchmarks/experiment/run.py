@@ -219,7 +219,7 @@ def _write(folder: pathlib.Path, batches: Any) -> None:
 
     parts: dict[str, list[np.ndarray]] = {}
     for batch in batches:
-        for name, array in export.named_batch(batch).items():
+        for name, array in export.batch_arrays(batch).items():
             small = np.uint8 if array.dtype == np.float32 else np.uint16
             parts.setdefault(name, []).append(array.astype(small))
     export.write_data(folder, {name: np.concatenate(p) for name, p in parts.items()})
@@ -303,7 +303,7 @@ def measure(out: pathlib.Path, rounds: int = 20) -> None:
         folder = out / run_name(experts, SEEDS[0])
         program = export.load(folder / "train.gshard")
         arrays, _ = export.read_state(folder / "start.npz")
-        batches = export.Batches(out / f"data-{SEEDS[0]}", program.manifest.inputs)
+        batches = export.ArrayBatches(out / f"data-{SEEDS[0]}", program.manifest.inputs)
         sides[run_name(experts, SEEDS[0])] = _step_of(program, arrays, batches)
     times = timing.alternate(sides, rounds, warm_up=2)
     found = {name: timing.median(times, name) for name in sides}

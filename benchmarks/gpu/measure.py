@@ -30,7 +30,7 @@ from benchmarks.gpu.peers import PEERS
 from benchmarks.harness import timing
 from benchmarks.harness.command_line import circumstances, say
 from gshard_tf import export
-from gshard_tf.export import PortableProgram, Tensor
+from gshard_tf.export import LoadedProgram, Tensor
 
 # Before jax starts: the torch peers need memory of the same GPU.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -151,7 +151,7 @@ def _time(run: Callable[[], object], rounds: int) -> dict[str, Any]:
     return {"seconds": timing.median(times, "it"), "rounds": rounds}
 
 
-def side(program: PortableProgram) -> Callable[[], object]:
+def side(program: LoadedProgram) -> Callable[[], object]:
     """A call of the program with its state and arguments on the device."""
     import jax
 
@@ -178,7 +178,7 @@ def _values(tensor: Tensor, rng: np.random.Generator) -> np.ndarray:
     return np.resize(block.astype(tensor.dtype), tensor.shape)
 
 
-def memory(program: PortableProgram) -> dict[str, int]:
+def memory(program: LoadedProgram) -> dict[str, int]:
     """Bytes of a compiled program, and the peak of the device if it tells."""
     import jax
 

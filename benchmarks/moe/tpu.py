@@ -22,7 +22,6 @@ import tensorflow as tf
 
 import gshard_tf
 from benchmarks.harness import machine
-from gshard_tf.hlo import collectives
 from gshard_tf.runtime.device_arrays import Placement
 from gshard_tf.runtime.devices import topology_devices
 from gshard_tf.spmd import lowering
@@ -68,7 +67,7 @@ def compile_layer(topology: str, model_dim: int, hidden_dim: int) -> dict:
     capacity = 2 * GROUP_SIZE // cores
     analytic = 3 * 2 * 2 * cores * capacity * model_dim * hidden_dim
     memory = program.compiled.memory_analysis()
-    kinds = collections.Counter(c.kind for c in collectives.collectives(program))
+    kinds = collections.Counter(c.kind for c in program.collectives())
     return {
         "topology": topology,
         "cores": cores,

@@ -140,14 +140,14 @@ def run(name: str, quick: bool) -> dict[str, Any]:
         "recomputed": "blocks" if deep else "attention",
         "weights": plan.parameters,
         "fits": plan.fits,
-        "hbm_gb": plan.needed / 1e9,
+        "hbm_gb": plan.bytes_needed / 1e9,
         "paper_hbm_gb": None if quick else paper_hbm,
         "state_gb": plan.state_bytes(per_core=True) / 1e9,
         "temporaries_gb": plan.memory.temporaries / 1e9 if plan.fits else None,
         "code_gb": plan.memory.code / 1e9 if plan.fits else None,
         "tflops": plan.flops and plan.flops / 1e12,
         "flops_over_analytic": plan.flops and plan.flops / analytic,
-        "flops_over_written": plan.flops_over_written,
+        "flops_over_written": plan.flops_ratio,
         "expert_all_gathers": sum(
             c.count
             for c in plan.communication

@@ -1,28 +1,31 @@
-"""Which part of each variable is where, the devices, and what the plan was made of."""
+"""Sections of the page about variables, devices, and the origin of a plan."""
 
 from html import escape
 
 from gshard_tf.planning import summaries, units
-from gshard_tf.planning.chips import CHIPS
-from gshard_tf.planning.html import markup, svg
-from gshard_tf.planning.plan import Plan, Weight
+from gshard_tf.planning.html import elements
+from gshard_tf.planning.html.weight_map import weight_map
+from gshard_tf.planning.plan import Plan
+from gshard_tf.planning.records import Weight
 from gshard_tf.planning.text import hardware
 
 
-def variables(plan: Plan, number: int) -> str:
-    groups = summaries.alike(
+def variables_section(plan: Plan, number: int) -> str:
+    groups = summaries.group_similar(
         plan.weights, lambda w: w.path, lambda w: (w.shape, w.layout, w.dtype, w.role)
     )
     groups.sort(key=lambda group: -sum(w.bytes_per_core for w in group.items))
-    maps: dict[tuple, str] = {}
+    map_names: dict[tuple, str] = {}
     lines = []
     for group in groups:
         first: Weight = group.items[0]
-        drawn = maps.setdefault((first.shape, first.layout), str(len(maps)))
-        lines.append(_weight_row(plan, group, drawn))
+        map_name = map_names.setdefault(
+            (first.shape, first.layout), str(len(map_names))
+        )
+        lines.append(_weight_row(plan, group, map_name))
     figures = "".join(
-        f'<div data-map="{name}">{svg.weight_map(shape, layout, plan.mesh)}</div>'
-        for (shape, layout), name in maps.items()
+        f'<div data-map="{name}">{weight_map(shape, layout, plan.mesh)}</div>'
+        for (shape, layout), name in map_names.items()
     )
     roles = {w.role for w in plan.weights}
     options = "".join(
@@ -61,34 +64,34 @@ def variables(plan: Plan, number: int) -> str:
     )
 
 
-def _weight_row(plan: Plan, group: summaries.Alike, drawn: str) -> str:
+def _weight_row(plan: Plan, group: summaries.SimilarGroup, map_name: str) -> str:
     first: Weight = group.items[0]
     whole = sum(w.bytes for w in group.items)
     core = sum(w.bytes_per_core for w in group.items)
-    copies = summaries.copies(plan, first)
-    parts = plan.cores // copies
+    replicas = summaries.replicas(plan, first)
+    parts = plan.num_devices // replicas
     each = "Each of them: " if len(group.items) > 1 else ""
-    says = (
+    caption = (
         f"{each}{first.dtype} {units.dims(first.shape)}, {units.size(first.bytes)}, "
         + (
             f"in {parts:,} parts of {units.size(first.bytes_per_core)}, each on "
-            f"{copies:,} of {plan.cores:,} cores."
+            f"{replicas:,} of {plan.num_devices:,} cores."
             if parts > 1
-            else f"whole on each of the {plan.cores:,} cores."
+            else f"whole on each of the {plan.num_devices:,} cores."
         )
     )
     names = [w.path for w in group.items]
     layout = " ".join(
-        markup.axis(axis) if axis else '<span class="quiet">-</span>'
+        elements.axis(axis) if axis else '<span class="quiet">-</span>'
         for axis in first.layout
     )
     rules = list(dict.fromkeys(w.rule for w in group.items))
     rule = rules[0] if len(rules) == 1 else f"{rules[0]}, and others"
     return (
-        f'<tr data-map="{drawn}" data-role="{escape(first.role)}" '
+        f'<tr data-map="{map_name}" data-role="{escape(first.role)}" '
         f'data-name="{escape(group.name)}" data-names="{escape(chr(10).join(names))}" '
         f'data-count="{len(names)}" data-bytes="{whole}" data-core="{core}" '
-        f'data-says="{escape(says)}"><th scope="row"><button type="button" '
+        f'data-says="{escape(caption)}"><th scope="row"><button type="button" '
         f'class="pick">{escape(group.name)}</button></th>'
         f'<td class="n">{len(names):,}</td><td class="n">{units.size(whole)}</td>'
         f'<td class="n">{units.size(core)}</td>'
@@ -97,13 +100,10 @@ def _weight_row(plan: Plan, group: summaries.Alike, drawn: str) -> str:
     )
 
 
-def devices(plan: Plan) -> str:
-    wraps_at = None
+def devices_section(plan: Plan) -> str:
     facts = ""
     if plan.chip is not None:
         chip = plan.chip
-        known = CHIPS.get(chip["name"])
-        wraps_at = known.wraps_at if known else None
         per = chip["devices"]
         facts = (
             f'<p class="quiet">A chip {escape(str(chip["name"]))}: '
@@ -111,29 +111,20 @@ def devices(plan: Plan) -> str:
             f"{units.size(chip['hbm_bandwidth'])}/s, links of "
             f"{units.size(chip['link_bandwidth'])}/s in each direction"
             + (f"; its {per} cores share them" if per > 1 else "")
-            + f". {_links_in_words(plan, wraps_at)}</p>"
+            + ".</p>"
         )
     return (
         f'<section class="card"><h3>Devices: {escape(hardware(plan))}</h3>'
-        f"{svg.chips(plan, wraps_at)}{facts}</section>"
+        f"{facts}</section>"
     )
 
 
-def _links_in_words(plan: Plan, wraps_at: int | None) -> str:
-    says = "Lines between chips are links"
-    if any(svg.is_ring(n, wraps_at) for n in plan.slice_shape):
-        says += "; where they go on beyond the edge, the ends are joined to a ring"
-    if len(plan.slice_shape) > 2:
-        says += "; chips in the same place of neighbouring panels are linked too"
-    return f"{says}."
-
-
-def origin(plan: Plan) -> str:
+def origin_section(plan: Plan) -> str:
     by_axis: dict[str | None, list[str]] = {}
     for logical, axis in plan.rules.items():
         by_axis.setdefault(axis, []).append(logical)
     mesh = "".join(
-        f'<tr><th scope="row">{markup.axis(name)}</th><td class="n">{size:,}</td>'
+        f'<tr><th scope="row">{elements.axis(name)}</th><td class="n">{size:,}</td>'
         f"<td>{escape(', '.join(by_axis.get(name, [])) or '-')}</td></tr>"
         for name, size in plan.mesh.items()
     )

@@ -1,4 +1,4 @@
-"""What `gshard-plan` does once its arguments are checked (by `arguments`)."""
+"""Runs `gshard-plan` on arguments that `arguments` has parsed and checked."""
 
 import argparse
 import importlib
@@ -13,26 +13,29 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-import gshard_tf
 from gshard_tf.compat.keras_seeds import own_global_seed_generator
 from gshard_tf.planning import planner
+from gshard_tf.planning.arguments import Target
 from gshard_tf.planning.compare import compare
 from gshard_tf.planning.html.page import page
 from gshard_tf.planning.plan import Plan
+from gshard_tf.runtime.devices import request_cpu_devices
+from gshard_tf.sharding.mesh import create_mesh
+from gshard_tf.sharding.rules import AxisRules
 from gshard_tf.spmd.abstract import AbstractStrategy
 
 FITS, BAD_INPUT, DOES_NOT_FIT = 0, 2, 3
 
 
 class FunctionError(ValueError):
-    """The function that makes the model could not be found, or it raised."""
+    """An error for a function that cannot be found, or that raises."""
 
 
 def run(options: argparse.Namespace) -> int:
     """Plans or compares; returns the exit status.
 
     Args:
-        options: Of `gshard_tf.planning.arguments.parser()`, checked.
+        options: Checked arguments of `gshard_tf.planning.arguments.parser()`.
     """
     try:
         if options.compare:
@@ -40,7 +43,7 @@ def run(options: argparse.Namespace) -> int:
         return _plan(options)
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and type(error) is not RuntimeError:
-            raise  # of jaxlib, say: nothing that another input would mend
+            raise  # such as jaxlib's: no other input would avoid it
         print(f"gshard-plan: {error}", file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:
@@ -49,7 +52,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _compare(options: argparse.Namespace) -> int:
-    plans = []
+    plans: list[Plan] = []
     for path in options.compare:
         try:
             plans.append(Plan.from_json(path.read_text("utf-8")))
@@ -61,13 +64,13 @@ def _compare(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    # Their number cannot change once jax has started, so the most come first.
-    wanted = [int(n[4:]) for n in options.topology if n.startswith("cpu:")]
-    if wanted:
-        gshard_tf.request_cpu_devices(max(wanted))
+    # Their number cannot change once jax has started, so the largest comes first.
+    cpu_counts = [int(n[4:]) for n in options.topology if n.startswith("cpu:")]
+    if cpu_counts:
+        request_cpu_devices(max(cpu_counts))
     function = _find(options.target)
-    if wanted:  # the file may have asked for fewer
-        gshard_tf.request_cpu_devices(max(wanted))
+    if cpu_counts:  # the file may have requested fewer
+        request_cpu_devices(max(cpu_counts))
     if options.batch is None:
         batch = _returned_batch(function, options)
     else:
@@ -78,13 +81,13 @@ def _plan(options: argparse.Namespace) -> int:
     def build() -> keras.Model:
         return _split(_call(function, options.target))[0]
 
-    plans = []
+    plans: list[Plan] = []
     for name in options.topology:
         _say(f"planning for {name} ...")
-        # So that layers are called the same in every plan, whatever was built before.
+        # Layers have the same names in every plan, whatever was built before.
         keras.backend.clear_session()
-        begun = time.perf_counter()
-        made = planner.plan(
+        start = time.perf_counter()
+        result = planner.plan(
             build,
             name,
             mesh=options.mesh,
@@ -93,22 +96,22 @@ def _plan(options: argparse.Namespace) -> int:
             mode=options.mode,
             cache=not options.no_cache,
         )
-        _say(f"planned for {name} in {time.perf_counter() - begun:.1f} s")
+        _say(f"planned for {name} in {time.perf_counter() - start:.1f} s")
         if plans:
             print()
-        print(made, flush=True)
-        plans.append(made)
+        print(result, flush=True)
+        plans.append(result)
         if options.json:
             path = _json_path(options.json, name, len(options.topology))
-            path.write_text(made.to_json(), "utf-8")
+            path.write_text(result.to_json(), "utf-8")
             _say(f"wrote {path}")
     _write_page(options, plans)
-    return FITS if all(made.fits for made in plans) else DOES_NOT_FIT
+    return FITS if all(each.fits for each in plans) else DOES_NOT_FIT
 
 
-def _rules(options: argparse.Namespace) -> gshard_tf.AxisRules | None:
-    # Anew for each plan: they remember what was used.
-    return gshard_tf.AxisRules(dict(options.rule)) if options.rule else None
+def _rules(options: argparse.Namespace) -> AxisRules | None:
+    # New ones for each plan, because they record which rules were used.
+    return AxisRules(dict(options.rule)) if options.rule else None
 
 
 def _write_page(options: argparse.Namespace, plans: list[Plan]) -> None:
@@ -123,39 +126,44 @@ def _json_path(path: pathlib.Path, topology: str, plans: int) -> pathlib.Path:
     return path.with_name(f"{path.stem}-{topology.replace(':', '-')}{path.suffix}")
 
 
-def _find(target: Any) -> Callable[[], Any]:
-    """The function that a `gshard_tf.planning.arguments.Target` names."""
+def _find(target: Target) -> Callable[[], Any]:
+    """Returns the function that a target names."""
     try:
         if target.file is None:
             module = importlib.import_module(target.module)
         else:
-            # As `python FILE` does: what stands beside it can be imported.
+            # Modules in its folder can be imported, as with `python FILE`.
             sys.path.insert(0, str(target.file.resolve().parent))
             spec = importlib.util.spec_from_file_location(target.file.stem, target.file)
             if spec is None or spec.loader is None:
-                raise FunctionError(f"{target.module} is no Python file")
+                raise FunctionError(
+                    f"MODULE must be a Python file. Received: {target.module}"
+                )
             module = importlib.util.module_from_spec(spec)
             # Pickling and Keras's own registry look modules up by name.
             sys.modules.setdefault(target.file.stem, module)
             spec.loader.exec_module(module)
     except FunctionError:
         raise
-    except Exception as error:  # what a user's file raises may be anything
-        raise FunctionError(_told(f"importing {target.module}", error)) from error
+    except Exception as error:  # a user's file may raise anything
+        raise FunctionError(_failure(f"importing {target.module}", error)) from error
     function = getattr(module, target.function, None)
     if not callable(function):
-        raise FunctionError(f"{target.module} has no function {target.function!r}")
+        raise FunctionError(
+            "MODULE must have the function that creates the model, and "
+            f"{target.module} has no function {target.function!r}. Received: {target}"
+        )
     return function
 
 
-def _call(function: Callable[[], Any], target: Any) -> Any:
+def _call(function: Callable[[], Any], target: Target) -> Any:
     try:
         return function()
-    except Exception as error:  # what a user's function raises may be anything
-        raise FunctionError(_told(f"{target}()", error)) from error
+    except Exception as error:  # a user's function may raise anything
+        raise FunctionError(_failure(f"{target}()", error)) from error
 
 
-def _told(what: str, error: Exception) -> str:
+def _failure(what: str, error: Exception) -> str:
     last = traceback.extract_tb(error.__traceback__)[-1]
     place = f"{pathlib.Path(last.filename).name}, line {last.lineno}"
     return f"{what} failed: {type(error).__name__}: {error} ({place})"
@@ -168,21 +176,22 @@ def _split(returned: Any) -> tuple[Any, Any]:
 
 
 def _returned_batch(function: Callable[[], Any], options: argparse.Namespace) -> Any:
-    """The batch that the function returns beside its model; it runs once for that."""
-    mesh = gshard_tf.create_mesh(options.mesh or {"expert": 1})
+    """Returns the batch that the function returns, by running it once."""
+    mesh = create_mesh(options.mesh or {"expert": 1})
     axes = {axis for _, axis in options.rule if axis is not None}
     if axes - set(mesh.dim_names):
         raise ValueError(
-            f"The rules name the mesh axes {sorted(axes)}; give them sizes by --mesh, "
-            "such as --mesh data=4,model=2."
+            f"The rules name the mesh axes {sorted(axes)}, which must have sizes by "
+            "--mesh, such as --mesh data=4,model=2. "
+            f"Received: --mesh {options.mesh}"
         )
     strategy = AbstractStrategy(mesh, _rules(options))
     with strategy.scope(), own_global_seed_generator():
         _, batch = _split(_call(function, options.target))
     if batch is None:
         raise ValueError(
-            f"A plan needs the batch of a step. Give it by --batch, or return (model, "
-            f"batch) from {options.target}."
+            "A plan needs the batch of a step. Give it by --batch, or return (model, "
+            f"batch) from {options.target}. Received: batch=None"
         )
     return batch
 

@@ -1,4 +1,4 @@
-"""One step on the mesh, compared with the same step on one device and in TensorFlow."""
+"""Compares a step on the mesh with the same step on one device and in TensorFlow."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -6,15 +6,16 @@ from typing import Any
 
 import numpy as np
 import tensorflow as tf
-from tensorflow.compiler.xla.service import hlo_pb2
 
-from gshard_tf.export.naming import named_leaves
-from gshard_tf.planning.layer_names import LayerNames
+from gshard_tf.compat.xla_protos import HloModuleProto
+from gshard_tf.hlo.layer_names import LayerNames
 from gshard_tf.sharding.sharded_variable import MeshVariableBase
 from gshard_tf.spmd import lowering
+from gshard_tf.spmd.leaf_names import named_leaves
+from gshard_tf.spmd.strategy import SpmdExtended
 from gshard_tf.verification import measures
+from gshard_tf.verification.first_difference import find_first
 from gshard_tf.verification.measures import Measure
-from gshard_tf.verification.observing import find_first
 from gshard_tf.verification.references import (
     OnDevices,
     Run,
@@ -30,20 +31,20 @@ TENSORFLOW = "TensorFlow"
 
 @dataclasses.dataclass(frozen=True)
 class StepToCheck:
-    """A step, and what it is about to be called with.
+    """A step and its arguments.
 
     Attributes:
         extended: The `SpmdExtended` of its strategy.
-        step: The step as it was lowered for the mesh.
-        trace: Traces it again, without a mesh, for compiling or not.
+        step: The step, lowered for the mesh.
+        trace: Traces it again without a mesh, to be compiled or not.
         arrays: Its arguments.
-        roles: What each variable is for, by its `id`; see `keras_step.variable_roles`.
+        roles: The role of each variable by its `id`; see `keras_step.variable_roles`.
         layers: Finds the layers of the model in the names of operations.
-        title: What to call it.
-        trains: Whether weights are meant to move.
+        title: The title of the report.
+        trains: Whether weights are expected to change.
     """
 
-    extended: Any
+    extended: SpmdExtended
     step: lowering.LoweredStep
     trace: Callable[[bool], Any]
     arrays: Sequence[np.ndarray]
@@ -53,44 +54,44 @@ class StepToCheck:
     trains: bool
 
 
-def check_step(given: StepToCheck, tolerance: float | None) -> VerificationReport:
-    """Runs a step three ways and compares everything that comes out.
+def check_step(checked: StepToCheck, tolerance: float | None) -> VerificationReport:
+    """Runs a step in three ways and compares all results.
 
     No variable is written to: each run has copies.
 
     Args:
-        given: The step.
+        checked: The step.
         tolerance: Relative to the largest number of each array; None: by the narrowest
             floating type of the step.
     """
-    proto = hlo_pb2.HloModuleProto.FromString(given.step.hlo)
+    proto = HloModuleProto.FromString(checked.step.hlo)
     default, rounding = measures.precision(proto)
     tolerance = default if tolerance is None else tolerance
-    captures = _values(given)
-    comparer = _Comparer(given, captures, tolerance, rounding)
+    captures = _values(checked)
+    comparer = _Comparer(checked, captures, tolerance, rounding)
     opcodes = _opcodes(proto)
-    # Of one seed, TensorFlow's kernels draw other numbers than a compiler's.
+    # With the same seed, TensorFlow's kernels and compilers draw different numbers.
     compiled = "rng-bit-generator" in opcodes
     notes = _notes_on(opcodes)
-    mesh = on_mesh(given.extended, given.step, given.arrays)
-    found = mesh.compile(given.step)(captures)
-    one = on_one_device(given.extended, given.step, given.arrays)
-    # Two references: the first has the lowering in common with the mesh, and shows what
-    # partitioning does; the second has nothing in common but the layers.
+    mesh = on_mesh(checked.extended, checked.step, checked.arrays)
+    results = mesh.compile(checked.step)(captures)
+    one = on_one_device(checked.extended, checked.step, checked.arrays)
+    # Two references: the first shares the lowering with the mesh, so it shows the
+    # effect of partitioning; the second shares only the layers.
     references: dict[str, list[np.ndarray]] = {}
     for name, make in (
-        (ONE_DEVICE, lambda: one.compile(given.step)),
+        (ONE_DEVICE, lambda: one.compile(checked.step)),
         (
             TENSORFLOW,
             lambda: in_tensorflow(
-                given.trace(compiled), given.step, given.arrays, compiled
+                checked.trace(compiled), checked.step, checked.arrays, compiled
             ),
         ),
     ):
         try:
             run = make()
             references[name] = run(captures)
-        # Whatever keeps a reference from running is no difference; it is said.
+        # A reference that cannot run is not a difference; a note reports it.
         except (RuntimeError, ValueError, TypeError, tf.errors.OpError) as error:
             notes.append(f"Not compared with {name}: {_first_line(error)}")
             continue
@@ -98,29 +99,30 @@ def check_step(given: StepToCheck, tolerance: float | None) -> VerificationRepor
             comparer.noise = comparer.noise_of(run, references[name])
     if not references:
         raise RuntimeError(
-            f"There is nothing to compare with: {given.title} runs neither on one "
-            f"device nor in TensorFlow alone. {' '.join(notes)}"
+            "A comparison needs a reference, and there is nothing to compare with: "
+            f"{checked.title} runs neither on one device nor in TensorFlow alone. "
+            f"Received: {' '.join(notes)}"
         )
     rows = [
         Row(reference, kind, name, measure)
         for reference, expected in references.items()
         for (kind, name), measure in zip(
-            _names(given), comparer.compare(found, expected), strict=True
+            _names(checked), comparer.compare(results, expected), strict=True
         )
     ]
     origin = None
     differing = [
         i
-        for i, row in enumerate(rows[: len(given.step.results)])
+        for i, row in enumerate(rows[: len(checked.step.results)])
         if row.reference == ONE_DEVICE and not row.ok
     ]
     if differing:
-        origin = _origin(given, comparer, mesh, one, differing)
+        origin = _origin(checked, comparer, mesh, one, differing)
         if origin is None:
             notes.append(
-                "The difference vanishes as soon as values in between are looked at, "
-                "since the compiler then makes another program; so there is no telling "
-                "where it begins."
+                "The difference vanishes when intermediate values become results, "
+                "because the compiler then makes another program; so its origin is not "
+                "known."
             )
     elif not all(row.ok for row in rows) and ONE_DEVICE in references:
         notes.append(
@@ -128,41 +130,42 @@ def check_step(given: StepToCheck, tolerance: float | None) -> VerificationRepor
             "what they have in common, the annotations of layers, the lowering or XLA, "
             "and not in partitioning."
         )
-    notes += _what_was_not_seen(given, rows)
-    return VerificationReport(given.title, tolerance, rows, origin, notes)
+    notes += _blind_spots(checked, rows)
+    return VerificationReport(checked.title, tolerance, rows, origin, notes)
 
 
 class _Comparer:
-    """Compares the results of two runs, knowing what rounding does to them."""
+    """Compares the results of two runs, given the effect of rounding on them."""
 
     def __init__(
         self,
-        given: StepToCheck,
+        checked: StepToCheck,
         captures: list[np.ndarray],
         tolerance: float,
         rounding: float,
     ):
-        self.step = given.step
+        self.step = checked.step
         self.captures = captures
         self.tolerance = tolerance
         self.noise: list[float] | None = None
-        # Numbers that stand alone are learning rates, loss scales and counts.
-        which = [
+        # Scalars are learning rates, loss scales and counts, so they are not rounded.
+        is_rounded = [
             isinstance(variable, tf.Variable)
             and measures.is_floating(value)
             and value.ndim > 0
-            for variable, value in zip(given.step.captures, captures, strict=True)
+            for variable, value in zip(checked.step.captures, captures, strict=True)
         ]
-        self.perturbed = measures.perturbed(captures, which, rounding)
+        self.perturbed = measures.perturbed(captures, is_rounded, rounding)
 
     def _old(self, captures: Sequence[np.ndarray], count: int) -> list[Any]:
-        """What each result was before, for a new value of a variable; else None."""
+        """Returns the old value of each result that updates a variable; else None."""
         step = self.step
-        old = [None] * step.num_outputs + [captures[i] for i in step.updates]
+        old: list[Any] = [None] * step.num_outputs
+        old += [captures[i] for i in step.updates]
         return old + [None] * (count - len(old))
 
     def noise_of(self, run: Run, results: Sequence[np.ndarray]) -> list[float]:
-        """By how much rounding changes each result."""
+        """Returns how much rounding changes each result."""
         old = self._old(self.captures, len(results))
         others = [
             (run(captures), self._old(captures, len(results)))
@@ -179,37 +182,39 @@ class _Comparer:
 
     def compare(
         self,
-        found: Sequence[np.ndarray],
+        results: Sequence[np.ndarray],
         expected: Sequence[np.ndarray],
         noise: Sequence[float] | None = None,
     ) -> list[Measure]:
-        old = self._old(self.captures, len(found))
-        noise = self.noise if noise is None else noise
+        """Measures each result; `noise` defaults to that of the whole step."""
+        old = self._old(self.captures, len(results))
+        if noise is None:
+            noise = self.noise or [0.0] * len(results)
         return [
             measures.measure(a, b, before, self.tolerance, each)
-            for a, b, before, each in zip(found, expected, old, noise, strict=True)
+            for a, b, before, each in zip(results, expected, old, noise, strict=True)
         ]
 
 
 def _origin(
-    given: StepToCheck,
+    checked: StepToCheck,
     comparer: _Comparer,
     mesh: OnDevices,
     one: OnDevices,
     differing: list[int],
 ) -> Origin | None:
     def compare(step: lowering.LoweredStep) -> list[Measure]:
-        found = mesh.compile(step)(comparer.captures)
+        results = mesh.compile(step)(comparer.captures)
         run = one.compile(step)
         expected = run(comparer.captures)
-        return comparer.compare(found, expected, comparer.noise_of(run, expected))
+        return comparer.compare(results, expected, comparer.noise_of(run, expected))
 
-    first = find_first(given.step, differing, compare)
+    first = find_first(checked.step, differing, compare)
     if first is None:
         return None
     metadata = first.instruction.metadata
     return Origin(
-        given.layers.layer_of(metadata.op_name),
+        checked.layers.layer_of(metadata.op_name),
         f"{first.instruction.name} ({first.instruction.opcode})",
         metadata.op_name,
         first.measure,
@@ -218,32 +223,32 @@ def _origin(
     )
 
 
-def _values(given: StepToCheck) -> list[np.ndarray]:
-    """The state of the step, copied from wherever it is fresh."""
-    return [np.array(value.numpy()) for value in given.step.captures]
+def _values(checked: StepToCheck) -> list[np.ndarray]:
+    """Returns copies of the current state of the step."""
+    return [np.array(value.numpy()) for value in checked.step.captures]
 
 
-def _names(given: StepToCheck) -> list[tuple[str, str]]:
-    """Kind and name of each result."""
-    found = [("output", name) for name, _ in named_leaves(given.step.structure)]
-    for i in given.step.updates:
-        variable = given.step.captures[i]
-        kind = given.roles.get(id(variable), "other")
+def _names(checked: StepToCheck) -> list[tuple[str, str]]:
+    """Returns kind and name of each result."""
+    names = [("output", name) for name, _ in named_leaves(checked.step.structure)]
+    for i in checked.step.updates:
+        variable = checked.step.captures[i]
+        kind = checked.roles.get(id(variable), "other")
         if kind in ("other", "frozen"):
-            # A slot of an optimizer that the model does not know of, say.
+            # Such as a slot of an optimizer that is not the model's own.
             kind = "state" if variable.reference is None else "optimizer"
-        found.append((kind, variable.path))
-    return found
+        names.append((kind, variable.path))
+    return names
 
 
-def _opcodes(proto: hlo_pb2.HloModuleProto) -> dict[str, list[str]]:
-    """The opcodes of a module, and the operations that each was made from."""
-    found: dict[str, list[str]] = {}
+def _opcodes(proto: HloModuleProto) -> dict[str, list[str]]:
+    """Returns the opcodes of a module with the operations that each stems from."""
+    opcodes: dict[str, list[str]] = {}
     for computation in proto.computations:
         for instruction in computation.instructions:
-            names = found.setdefault(instruction.opcode, [])
+            names = opcodes.setdefault(instruction.opcode, [])
             names.append(instruction.metadata.op_name)
-    return found
+    return opcodes
 
 
 def _notes_on(opcodes: dict[str, list[str]]) -> list[str]:
@@ -256,9 +261,9 @@ def _notes_on(opcodes: dict[str, list[str]]) -> list[str]:
     ]
 
 
-def _what_was_not_seen(given: StepToCheck, rows: Sequence[Row]) -> list[str]:
-    """What equal rows do not say."""
-    rows = rows[: len(given.step.results)]
+def _blind_spots(checked: StepToCheck, rows: Sequence[Row]) -> list[str]:
+    """Returns notes on values of which equal rows prove little."""
+    rows = rows[: len(checked.step.results)]
     notes = []
     loose = [
         row.name
@@ -270,24 +275,24 @@ def _what_was_not_seen(given: StepToCheck, rows: Sequence[Row]) -> list[str]:
             f"Rounding decides most of {len(loose)} values, so little can be said of "
             f"them: {_some(loose)}"
         )
-    if not given.trains:
+    if not checked.trains:
         return notes
     moved = {
-        id(given.step.captures[i])
+        id(checked.step.captures[i])
         for i, row in zip(
-            given.step.updates, rows[given.step.num_outputs :], strict=True
+            checked.step.updates, rows[checked.step.num_outputs :], strict=True
         )
         if row.measure.moved
     }
     slots = {
         id(variable.reference)
-        for variable in given.step.captures
+        for variable in checked.step.captures
         if isinstance(variable, MeshVariableBase) and id(variable) in moved
     }
     still = [
         variable.path
-        for variable in given.step.captures
-        if given.roles.get(id(variable)) == "weight"
+        for variable in checked.step.captures
+        if checked.roles.get(id(variable)) == "weight"
         and id(variable) not in moved | slots
     ]
     if still:

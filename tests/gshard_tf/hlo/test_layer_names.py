@@ -2,7 +2,7 @@
 
 import pytest
 
-from gshard_tf.planning.layer_names import LayerNames, operation_of
+from gshard_tf.hlo.layer_names import LayerNames, operation_of
 
 TREE = {
     "model": {

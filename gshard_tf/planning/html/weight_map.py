@@ -1,22 +1,17 @@
-"""Pictures of a plan as SVG: a weight on the mesh, the mesh's axes, the chips."""
+"""Map of a weight on the mesh as SVG: the shard that each core holds."""
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Sequence
 from html import escape
 
-from gshard_tf.planning import units
-from gshard_tf.planning.chips import is_ring
-from gshard_tf.planning.plan import Plan
-
-# More cells than this along an axis cannot be told apart: several share one.
+# More cells than this along an axis are too small to see: several cores share one.
 MAX_COLUMNS = 64
 MAX_ROWS = 32
-# Up to so many cells, each says what it is when pointed at.
+# Up to so many cells, each has a tooltip.
 _TITLED = 256
 
-# A scale whose lightness grows evenly, and which the colour-blind can read
+# A scale of evenly growing lightness, which the color-blind can read
 # (matplotlib's viridis at a few points, without its darkest end).
 _SCALE = [(68, 58, 131), (49, 104, 142), (33, 145, 140), (53, 183, 121),
           (144, 215, 67), (253, 231, 37)]  # fmt: skip
@@ -31,7 +26,7 @@ class Split:
     parts: int
 
     def range_of(self, part: int) -> str:
-        """The indices of a part, as a slice."""
+        """Returns the indices of a part as a slice."""
         if self.parts == 1:
             return ":"
         length = math.ceil(self.size / self.parts)
@@ -41,28 +36,28 @@ class Split:
 def splits(
     shape: Sequence[int], layout: Sequence[str | None], mesh: dict[str, int]
 ) -> list[Split]:
-    """How each dimension of a weight is split."""
-    found = []
+    """Returns how each dimension of a weight is split."""
+    dimensions = []
     for length, axis in zip(shape, layout, strict=True):
         axes = tuple(name for name in (axis or "").split("+") if name in mesh)
-        found.append(Split(length, axes, math.prod(mesh[name] for name in axes)))
-    return found
+        dimensions.append(Split(length, axes, math.prod(mesh[name] for name in axes)))
+    return dimensions
 
 
 def weight_map(
     shape: Sequence[int], layout: Sequence[str | None], mesh: dict[str, int]
 ) -> str:
-    """Which part of a weight each core holds: its dimensions, then the mesh.
+    """Returns SVG of the shard that each core holds: dimensions, then the mesh.
 
-    Parts of the first dimension that is split differ in hue, those of the second in
-    lightness; cores of one colour hold the same.
+    Parts of the first split dimension differ in hue, those of the second in lightness;
+    cores of one color hold the same shard.
     """
     dimensions = splits(shape, layout, mesh)
     return _dimension_bars(dimensions) + _mesh_grid(dimensions, mesh)
 
 
-def colour(first: float, second: float | None = None) -> str:
-    """Of a part: `first` and `second`, 0 to 1, say where in its dimensions it is."""
+def color(first: float, second: float | None = None) -> str:
+    """Returns the color of a part by its place, 0 to 1, in one or two dimensions."""
     place = min(max(first, 0.0), 1.0) * (len(_SCALE) - 1)
     low = min(int(place), len(_SCALE) - 2)
     rgb = [
@@ -76,14 +71,14 @@ def colour(first: float, second: float | None = None) -> str:
     return "#" + "".join(f"{round(value):02x}" for value in rgb)
 
 
-def _part_colour(dimensions: Sequence[Split], parts: Sequence[int]) -> str | None:
-    """The colour of what a core holds; None when it is all of the weight."""
+def _part_color(dimensions: Sequence[Split], parts: Sequence[int]) -> str | None:
+    """Returns the color of a core's shard; None when it is the whole weight."""
     places = [
         part / max(split.parts - 1, 1)
         for split, part in zip(dimensions, parts, strict=True)
         if split.parts > 1
     ]
-    return colour(*places[:2]) if places else None
+    return color(*places[:2]) if places else None
 
 
 def _dimension_bars(dimensions: Sequence[Split]) -> str:
@@ -91,7 +86,6 @@ def _dimension_bars(dimensions: Sequence[Split]) -> str:
         return '<p class="quiet">A scalar: every core holds it.</p>'
     width, height, gap, left, right = 530, 22, 10, 120, 210
     total = len(dimensions) * (height + gap)
-    # "in use": which of the split dimensions it is, for its colours.
     out = [
         f'<svg class="dims" viewBox="0 0 {left + width + right} {total}" role="img" '
         f'aria-label="{escape(_dimensions_in_words(dimensions))}">'
@@ -110,7 +104,7 @@ def _dimension_bars(dimensions: Sequence[Split]) -> str:
             if split.parts > 1:
                 place = n / max(shown - 1, 1)
                 fill = (
-                    colour(place)
+                    color(place)
                     if split_before == 0
                     else f"hsl(0 0% {88 - 64 * place:.0f}%)"
                 )
@@ -140,7 +134,7 @@ def _dimensions_in_words(dimensions: Sequence[Split]) -> str:
 
 
 def _mesh_grid(dimensions: Sequence[Split], mesh: dict[str, int]) -> str:
-    """The mesh's cores: its last axis from left to right, the others downwards."""
+    """Returns the mesh's cores: its last axis from left to right, others downwards."""
     *outer, last = mesh
     columns, rows = mesh[last], math.prod(mesh[name] for name in outer)
     per_column = math.ceil(columns / MAX_COLUMNS)
@@ -171,7 +165,7 @@ def _mesh_grid(dimensions: Sequence[Split], mesh: dict[str, int]) -> str:
             column = c * per_column
             place[last] = column
             parts = [_part(split, place, mesh) for split in dimensions]
-            fill = _part_colour(dimensions, parts) or "var(--whole)"
+            fill = _part_color(dimensions, parts) or "var(--whole)"
             x = left + c * cell
             shape = (
                 f'<rect class="cell" x="{x:.2f}" y="{y:.2f}" width="{cell:.2f}" '
@@ -181,11 +175,11 @@ def _mesh_grid(dimensions: Sequence[Split], mesh: dict[str, int]) -> str:
                 out.append(f"{shape}/>")
                 continue
             where = ", ".join(f"{name} {n}" for name, n in place.items())
-            held = ", ".join(
+            region = ", ".join(
                 split.range_of(part)
                 for split, part in zip(dimensions, parts, strict=True)
             )
-            out.append(f"{shape}><title>{escape(where)}: [{held}]</title></rect>")
+            out.append(f"{shape}><title>{escape(where)}: [{region}]</title></rect>")
     out.append(
         f'<rect class="frame" x="{left}" y="{top}" width="{width:.2f}" '
         f'height="{height:.2f}"/></svg>'
@@ -193,16 +187,16 @@ def _mesh_grid(dimensions: Sequence[Split], mesh: dict[str, int]) -> str:
     cores = per_column * per_row
     even = columns % per_column == 0 and rows % per_row == 0
     each = f"{'' if even else 'up to '}{cores} neighbouring cores"
-    says = f"A cell is {'one core' if cores == 1 else each}."
+    caption = f"A cell is {'one core' if cores == 1 else each}."
     split = sum(dimension.parts > 1 for dimension in dimensions)
     if split:
-        says += " Cores of one colour hold the same part."
+        caption += " Cores of one color hold the same part."
     if split > 1:
-        says += (
+        caption += (
             " The hue is the part of the first dimension that is split, the lightness "
             "that of the second."
         )
-    return "".join(out) + f'<p class="quiet">{says}</p>'
+    return "".join(out) + f'<p class="quiet">{caption}</p>'
 
 
 def _grid_in_words(dimensions: Sequence[Split], mesh: dict[str, int]) -> str:
@@ -223,98 +217,8 @@ def _part(split: Split, place: dict[str, int], mesh: dict[str, int]) -> int:
 
 
 def _unravel(index: int, sizes: Sequence[int]) -> list[int]:
-    found = []
+    indices = []
     for size in reversed(sizes):
         index, n = divmod(index, size)
-        found.append(n)
-    return found[::-1]
-
-
-def chips(plan: Plan, wraps_at: int | None) -> str:
-    """The chips of a slice, their cores and links; of a CPU its virtual devices."""
-    if plan.chip is None:
-        return _loose_devices(plan.cores)
-    shape = plan.slice_shape
-    *layers, rows, columns = (1, 1, *shape)
-    panels = math.prod(layers)
-    step = max(8.0, min(56.0, 640 / max(columns * min(panels, 4), rows)))
-    box, margin = step * 0.66, step * 0.7
-    across = min(panels, max(1, int(1100 // (columns * step + 2 * margin))))
-    panel_width = columns * step + 2 * margin
-    panel_height = rows * step + 2 * margin + (18 if panels > 1 else 0)
-    rings = [is_ring(n, wraps_at) for n in (rows, columns)]
-    links, squares, cores, labels = [], [], [], []
-    per_chip = plan.chip["devices"]
-    for panel in range(panels):
-        left = (panel % across) * panel_width + margin
-        top = (panel // across) * panel_height + margin
-        if panels > 1:
-            top += 18
-            labels.append(
-                f'<text x="{left:.0f}" y="{top - 8 - margin * 0.4:.0f}">'
-                f"{escape(_panel_name(panel, layers, len(shape)))}</text>"
-            )
-        for r, c in itertools.product(range(rows), range(columns)):
-            x, y = left + c * step, top + r * step
-            squares.append(f"M{x:.1f} {y:.1f}h{box:.1f}v{box:.1f}h-{box:.1f}z")
-            cores.append(_cores(x, y, box, per_chip))
-            middle_x, middle_y = x + box / 2, y + box / 2
-            if c + 1 < columns:
-                links.append(f"M{x + box:.1f} {middle_y:.1f}h{step - box:.1f}")
-            if r + 1 < rows:
-                links.append(f"M{middle_x:.1f} {y + box:.1f}v{step - box:.1f}")
-            stub = margin * 0.5
-            if rings[1] and c == 0:
-                links.append(f"M{x:.1f} {middle_y:.1f}h-{stub:.1f}")
-            if rings[1] and c == columns - 1:
-                links.append(f"M{x + box:.1f} {middle_y:.1f}h{stub:.1f}")
-            if rings[0] and r == 0:
-                links.append(f"M{middle_x:.1f} {y:.1f}v-{stub:.1f}")
-            if rings[0] and r == rows - 1:
-                links.append(f"M{middle_x:.1f} {y + box:.1f}v{stub:.1f}")
-    width = across * panel_width
-    height = math.ceil(panels / across) * panel_height
-    words = (
-        f"{math.prod(shape):,} chips in a grid of {units.dims(shape)}, "
-        f"{per_chip} programmable cores each"
-    )
-    return (
-        f'<svg class="chips" viewBox="0 0 {width:.0f} {height:.0f}" '
-        f'style="max-width:{width:.0f}px" role="img" aria-label="{escape(words)}">'
-        f'<path class="links" d="{"".join(links)}"/>'
-        f'<path class="chip" d="{"".join(squares)}"/>'
-        f'<path class="core" d="{"".join(cores)}"/>{"".join(labels)}</svg>'
-    )
-
-
-def _panel_name(panel: int, layers: Sequence[int], dimensions: int) -> str:
-    place = _unravel(panel, layers)[-(dimensions - 2) :]
-    return ", ".join(f"dimension {i} = {n}" for i, n in enumerate(place))
-
-
-def _cores(x: float, y: float, box: float, count: int) -> str:
-    gap = box * 0.12
-    width = (box - gap * (count + 1)) / count
-    height = box - 2 * gap
-    return "".join(
-        f"M{x + gap + n * (width + gap):.1f} {y + gap:.1f}h{width:.1f}v{height:.1f}"
-        f"h-{width:.1f}z"
-        for n in range(count)
-    )
-
-
-def _loose_devices(count: int) -> str:
-    shown = min(count, 256)
-    columns = min(shown, 16)
-    rows = math.ceil(shown / columns)
-    boxes = "".join(
-        f"M{6 + 34 * (n % columns)} {6 + 34 * (n // columns)}h26v26h-26z"
-        for n in range(shown)
-    )
-    width = 34 * columns + 6
-    return (
-        f'<svg class="chips" viewBox="0 0 {width} {34 * rows + 6}" '
-        f'style="max-width:{width}px" role="img" '
-        f'aria-label="{count:,} virtual CPU devices">'
-        f'<path class="core" d="{boxes}"/></svg>'
-    )
+        indices.append(n)
+    return indices[::-1]

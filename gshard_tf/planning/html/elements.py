@@ -1,4 +1,4 @@
-"""Small pieces of HTML of which the page's parts are made."""
+"""HTML elements that the sections of the page share."""
 
 from collections.abc import Callable, Iterable
 from html import escape
@@ -7,7 +7,7 @@ from gshard_tf.planning import units
 from gshard_tf.planning.plan import Plan
 from gshard_tf.planning.text import verdict
 
-#: Colour, label and size of a part of a bar. A colour that ends in "!" is striped.
+#: Color, label and size of a part of a bar. A color that ends in "!" is striped.
 Part = tuple[str, str, float]
 
 
@@ -15,15 +15,15 @@ def bar(
     parts: Iterable[Part],
     scale: float,
     css: str = "",
-    shown: Callable[[float], str] = units.size,
+    format_: Callable[[float], str] = units.size,
 ) -> str:
-    """Parts beside each other; `scale` is the whole width."""
+    """Returns a bar of adjacent parts; `scale` is the value of its whole width."""
     parts = [part for part in parts if part[2] > 0]
-    words = ", ".join(f"{label} {shown(value)}" for _, label, value in parts)
+    words = ", ".join(f"{label} {format_(value)}" for _, label, value in parts)
     spans = "".join(
         f'<span class="{"unasked" if key.endswith("!") else ""}" style="width:'
         f'{100 * value / scale:.3f}%;--c:var(--{key.rstrip("!")})" '
-        f'title="{escape(f"{label}: {shown(value)}")}"></span>'
+        f'title="{escape(f"{label}: {format_(value)}")}"></span>'
         for key, label, value in parts
     )
     return (
@@ -50,7 +50,7 @@ def indented(name: str) -> str:
 def badge(plan: Plan) -> str:
     if not plan.fits:
         return f'<span class="badge no">{escape(verdict(plan))}</span>'
-    css = "yes" if plan.capacity else "open"
+    css = "yes" if plan.bytes_available else "open"
     return f'<span class="badge {css}">{escape(verdict(plan))}</span>'
 
 

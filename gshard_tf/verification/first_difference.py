@@ -1,8 +1,8 @@
-"""Where a difference begins: a step's module, made to give what is in between.
+"""Finds the first instruction that differs, by making intermediate values results.
 
-The results of a module say that something differs; which instruction did it is found by
-making some of them results too, on both sides, and going from one that differs to what
-it is computed from, until all of that is equal.
+The results of a module show that something differs. To find the instruction, some
+instructions become results too, on both sides; from one that differs, the search
+proceeds to its operands, until all of these are equal.
 """
 
 import dataclasses
@@ -10,20 +10,23 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import tensorflow as tf
-from tensorflow.compiler.xla import xla_data_pb2
-from tensorflow.compiler.xla.service import hlo_pb2
 
+from gshard_tf.compat.xla_protos import (
+    HloInstructionProto,
+    HloModuleProto,
+    xla_data_pb2,
+)
 from gshard_tf.spmd import lowering
 from gshard_tf.verification.measures import Measure
 
-# How many results in between one compilation gives, and how many bytes they may have.
+# The largest number of intermediate results of one compilation, and of their bytes.
 _OBSERVED = 48
 _BYTES = 1 << 30
 _ROUNDS = 8
-# How many of the results that differ are looked at first.
+# The number of differing results that the search starts from.
 _ENDS = 8
 
-_GIVEN = ("parameter", "constant", "iota", "partition-id")
+_LEAVES = ("parameter", "constant", "iota", "partition-id")
 _INNER = ("while", "conditional", "call")
 _DTYPES = {
     getattr(xla_data_pb2, name): dtype
@@ -46,42 +49,42 @@ _DTYPES = {
     }.items()
 }
 
-# Runs a step on both sides and compares its results, those in between included.
+# Runs a step on both sides and compares its results, intermediate ones included.
 Compare = Callable[[lowering.LoweredStep], list[Measure]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
+class FirstDifference:
     """The first instruction that differs.
 
     Attributes:
-        instruction: It, as HLO has it.
-        measure: By how much.
+        instruction: The HLO instruction.
+        measure: The size of the difference.
         inside: The opcode of the loop or branch that it is a result of, or "".
-        certain: Whether all that it is computed from was found to be equal.
+        certain: Whether all its operands were equal.
     """
 
-    instruction: hlo_pb2.HloInstructionProto
+    instruction: HloInstructionProto
     measure: Measure
     inside: str
     certain: bool
 
 
-class Graph:
+class EntryGraph:
     """The instructions of a module's entry computation.
 
     Args:
-        hlo: A serialised `HloModuleProto`.
+        hlo: A serialized `HloModuleProto`.
     """
 
     def __init__(self, hlo: bytes):
-        self.proto = hlo_pb2.HloModuleProto.FromString(hlo)
+        self.proto = HloModuleProto.FromString(hlo)
         [self.entry] = [
             computation
             for computation in self.proto.computations
             if computation.id == self.proto.entry_computation_id
         ]
-        # Operands come before what uses them.
+        # Operands precede their users.
         self.by_id = {each.id: each for each in self.entry.instructions}
         self.place = {id_: i for i, id_ in enumerate(self.by_id)}
         root = self.by_id[self.entry.root_id]
@@ -89,9 +92,9 @@ class Graph:
         self.results = list(root.operand_ids) if is_tuple else [root.id]
 
     def sources(self, starts: Iterable[int], equal: set[int]) -> list[int]:
-        """What `starts` are computed from, in order, themselves excluded.
+        """Returns what `starts` are computed from, in order, without themselves.
 
-        Nothing that can be observed lies behind one of `equal`, or is a constant.
+        The search stops at instructions of `equal`, and constants are left out.
         """
         seen: set[int] = set()
         waiting = [o for start in starts for o in self.by_id[start].operand_ids]
@@ -103,40 +106,41 @@ class Graph:
         return [id_ for id_ in self.by_id if id_ in seen and self._observable(id_)]
 
     def operands(self, id_: int) -> list[int]:
-        """The nearest observable instructions that one is computed from."""
-        found = []
+        """Returns the nearest observable instructions that one is computed from."""
+        operands = []
         for operand in self.by_id[id_].operand_ids:
             if self._observable(operand):
-                found.append(operand)
-            elif self.by_id[operand].opcode not in _GIVEN:
-                found += self.operands(operand)
-        return found
+                operands.append(operand)
+            elif self.by_id[operand].opcode not in _LEAVES:
+                operands += self.operands(operand)
+        return operands
 
     def _observable(self, id_: int) -> bool:
         instruction = self.by_id[id_]
         return (
-            instruction.opcode not in _GIVEN
+            instruction.opcode not in _LEAVES
             and instruction.shape.element_type in _DTYPES
         )
 
     def inside(self, id_: int) -> str:
-        """The opcode of the loop or branch that an instruction is a result of."""
+        """Returns the opcode of the loop or branch that an instruction comes from."""
         instruction = self.by_id[id_]
         while instruction.opcode == "get-tuple-element":
             instruction = self.by_id[instruction.operand_ids[0]]
         return instruction.opcode if instruction.opcode in _INNER else ""
 
     def bytes(self, id_: int) -> int:
+        """Returns the size of an instruction's result."""
         shape = self.by_id[id_].shape
         return int(np.prod(shape.dimensions)) * _DTYPES[shape.element_type].size
 
     def with_results(
         self, step: lowering.LoweredStep, ids: Sequence[int]
     ) -> lowering.LoweredStep:
-        """The step with some instructions as results after its own, all outputs."""
-        proto = hlo_pb2.HloModuleProto()
+        """Returns the step with some instructions as additional outputs."""
+        proto = HloModuleProto()
         proto.CopyFrom(self.proto)
-        # Memory is not reused; places in the aliasing table would be others.
+        # Memory is not reused: the indices of the aliasing table no longer hold.
         proto.ClearField("input_output_alias")
         [entry] = [c for c in proto.computations if c.id == self.entry.id]
         root = entry.instructions.add()
@@ -167,24 +171,26 @@ class Graph:
 
 def find_first(
     step: lowering.LoweredStep, differing: Sequence[int], compare: Compare
-) -> Found | None:
-    """Finds an instruction that differs while all that it is computed from is equal.
+) -> FirstDifference | None:
+    """Finds an instruction that differs while all its operands are equal.
 
     Args:
         step: The step.
-        differing: Which of its results differ.
+        differing: The indices of its results that differ.
         compare: Runs a step on both sides.
 
     Returns:
-        The instruction; None when nothing differs any more as soon as something in
-        between is a result too: the compiler makes another program then.
+        The instruction; None when nothing differs any more once intermediate values
+        are results too, because the compiler then makes another program.
     """
-    graph = Graph(step.hlo)
+    graph = EntryGraph(step.hlo)
     equal: set[int] = set()
-    found: Found | None = None
+    difference: FirstDifference | None = None
     starts = [graph.results[i] for i in differing]
-    ends = [id_ for id_ in starts if graph.by_id[id_].opcode not in _GIVEN]
-    candidates = sorted({*graph.sources(starts, equal), *ends}, key=graph.place.get)
+    ends = [id_ for id_ in starts if graph.by_id[id_].opcode not in _LEAVES]
+    candidates = sorted(
+        {*graph.sources(starts, equal), *ends}, key=graph.place.__getitem__
+    )
     near = ends[:_ENDS]
     for _ in range(_ROUNDS):
         chosen = _choose(candidates, [id_ for id_ in near if id_ in candidates], graph)
@@ -195,25 +201,26 @@ def find_first(
         equal.update(id_ for id_, each in zip(chosen, measures, strict=True) if each.ok)
         if at is not None:
             first = chosen[at]
-            found = Found(
+            difference = FirstDifference(
                 graph.by_id[first], measures[at], graph.inside(first), certain=False
             )
-        elif found is None:
+        elif difference is None:
             return None
-        candidates = graph.sources([found.instruction.id], equal)
-        near = graph.operands(found.instruction.id)
+        candidates = graph.sources([difference.instruction.id], equal)
+        near = graph.operands(difference.instruction.id)
         if not set(near) - equal:
-            return dataclasses.replace(found, certain=True)
-    return found
+            return dataclasses.replace(difference, certain=True)
+    return difference
 
 
-def _choose(candidates: list[int], near: list[int], graph: Graph) -> list[int]:
-    """Some candidates at equal distances, and all that are near, in order."""
+def _choose(candidates: list[int], near: list[int], graph: EntryGraph) -> list[int]:
+    """Returns candidates at equal distances, and all near ones, in order."""
     count = min(len(candidates), _OBSERVED)
     places = np.unique(np.linspace(0, len(candidates) - 1, count).astype(int))
-    chosen, size = [], 0
+    chosen: list[int] = []
+    size = 0
     for id_ in dict.fromkeys([*near, *(candidates[i] for i in places)]):
         if size + graph.bytes(id_) <= _BYTES or not chosen:
             chosen.append(id_)
             size += graph.bytes(id_)
-    return sorted(chosen, key=graph.place.get)
+    return sorted(chosen, key=graph.place.__getitem__)

@@ -1,4 +1,4 @@
-"""Names for the tensors of a nest, in the order in which TensorFlow flattens it."""
+"""Names of the tensors of a nest, in the order in which TensorFlow flattens it."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -7,7 +7,7 @@ BATCH = ("x", "y", "sample_weight")
 
 
 def named_leaves(nest: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """`(name, leaf)` of each leaf that is not None: `x.0`, `x.tokens`, `loss`."""
+    """Yields `(name, leaf)` of each leaf but None: `x.0`, `x.tokens`, `loss`."""
     if isinstance(nest, Mapping):
         parts = [(str(key), nest[key]) for key in sorted(nest)]
     elif isinstance(nest, tuple | list):
@@ -20,8 +20,8 @@ def named_leaves(nest: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield from named_leaves(part, f"{prefix}.{name}" if prefix else name)
 
 
-def named_batch(batch: Any) -> dict[str, Any]:
-    """The arrays of a batch, as `fit` passes it to a step, by the names of inputs.
+def batch_arrays(batch: Any) -> dict[str, Any]:
+    """Returns the arrays of a batch, as `fit` passes it to a step, by input name.
 
     Args:
         batch: `x`, or a tuple `(x,)`, `(x, y)` or `(x, y, sample_weight)`, each a nest
@@ -33,10 +33,10 @@ def named_batch(batch: Any) -> dict[str, Any]:
     parts = batch if isinstance(batch, tuple) else (batch,)
     if not 1 <= len(parts) <= 3:
         raise ValueError(
-            "A batch is x, (x, y) or (x, y, sample_weight). "
+            "A batch must be x, (x, y) or (x, y, sample_weight). "
             f"Received: a tuple of {len(parts)}"
         )
-    found: dict[str, Any] = {}
+    arrays: dict[str, Any] = {}
     for name, part in zip(BATCH, parts, strict=False):
-        found.update(named_leaves(part, name))
-    return found
+        arrays.update(named_leaves(part, name))
+    return arrays

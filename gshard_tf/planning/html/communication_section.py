@@ -1,4 +1,4 @@
-"""What a step communicates, by kind and by layer."""
+"""Section of the page about communication, by kind and by layer."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -6,11 +6,12 @@ from html import escape
 
 from gshard_tf.hlo.collectives import KINDS
 from gshard_tf.planning import summaries, units
-from gshard_tf.planning.html import markup
-from gshard_tf.planning.plan import Communication, Plan
+from gshard_tf.planning.html import elements
+from gshard_tf.planning.plan import Plan
+from gshard_tf.planning.records import Communication
 
 
-def communication(plan: Plan) -> str:
+def communication_section(plan: Plan) -> str:
     if not plan.fits:
         return ""
     out = '<section class="card"><h3>Communication in a step</h3>'
@@ -30,9 +31,10 @@ def communication(plan: Plan) -> str:
         )
     largest = max(part.bytes for part in kinds) or 1
     lines = "".join(
-        f'<tr><th scope="row">{escape(part.kind)}</th><td>{markup.axis(part.axis)}</td>'
+        f'<tr><th scope="row">{escape(part.kind)}</th>'
+        f"<td>{elements.axis(part.axis)}</td>"
         f"<td>{'yes' if part.asked else '<b>no</b>'}</td>"
-        f'<td class="wide">{markup.bar([_collective_part(part)], largest)}</td>'
+        f'<td class="wide">{elements.bar([_collective_part(part)], largest)}</td>'
         f'<td class="n">{units.size(part.bytes)}</td><td class="n">{part.count:,}</td>'
         + (f'<td class="n">{units.seconds(part.seconds)}</td>' if timed else "")
         + "</tr>"
@@ -74,8 +76,8 @@ def _layer_table(totals: Sequence[summaries.LayerTotal], timed: bool) -> str:
     largest = max(total.bytes for total in totals) or 1
     lines = "".join(
         f'<tr><th scope="row"><code>{escape(total.layer or "(no layer)")}</code>'
-        f"{markup.times(total.layers, 'layers')}</th>"
-        f"<td>{''.join(markup.axis(axis) for axis in _axis_names(total.parts))}</td>"
+        f"{elements.times(total.layers, 'layers')}</th>"
+        f"<td>{''.join(elements.axis(axis) for axis in _axis_names(total.parts))}</td>"
         f'<td class="wide">'
         f"{_bar(total.parts, largest)}</td>"
         f'<td class="n">{units.size(total.bytes)}</td>'
@@ -102,19 +104,19 @@ def _reshards(plan: Plan) -> str:
         return '<p class="quiet">All of it is asked for by annotations.</p>'
     notes = "".join(
         f'<div class="note"><b>{r.count:,} {escape(r.kind)}</b> of '
-        f"<code>{escape(r.shape)}</code> over {markup.axis(r.axis)} in "
+        f"<code>{escape(r.shape)}</code> over {elements.axis(r.axis)} in "
         f"<code>{escape(r.layer or 'no layer')}</code>, "
         f"{units.size(r.bytes)} to a core<p>{escape(r.advice)}</p></div>"
         for r in plan.reshards
     )
-    return f"<h4>Changes of layout that nobody asked for</h4>{notes}"
+    return f"<h4>Changes of layout that no annotation implies</h4>{notes}"
 
 
 def _bar(parts: Sequence[Communication], largest: float) -> str:
-    return markup.bar(map(_collective_part, summaries.by_kind(parts)), largest)
+    return elements.bar(map(_collective_part, summaries.by_kind(parts)), largest)
 
 
-def _collective_part(part: Communication) -> markup.Part:
+def _collective_part(part: Communication) -> elements.Part:
     key = part.kind if part.kind in KINDS else "other"
     label = f"{part.count:,} {part.kind} over {part.axis or '-'}"
     return (key, label, part.bytes) if part.asked else (f"{key}!", label, part.bytes)
