@@ -73,7 +73,8 @@ def run_side(side: str, experts: int, steps: int, weights_file: str) -> dict[str
     mesh = gshard_tf.create_mesh({"expert": int(np.prod(SLICE))}, "TPU")
     rules = gshard_tf.AxisRules.default(mesh)
     if side == "ours":
-        strategy = gshard_tf.tpu_strategy(SyntheticTPU(SLICE), mesh, rules)
+        tpu = SyntheticTPU(SLICE)
+        strategy = gshard_tf.tpu_strategy(tpu, mesh, rules, tpu.topology)
     else:
         strategy = default_strategy()
     settings = Settings(experts=experts)

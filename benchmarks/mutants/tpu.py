@@ -5,7 +5,7 @@ from benchmarks.mutants.mutant import Mutant
 _HERE = "tests/gshard_tf"
 _ASSIGNMENT = f"{_HERE}/tpu/test_device_assignment.py"
 _CONSTRUCTION = f"{_HERE}/tpu/test_construction.py"
-_CORE_LAYOUTS = f"{_HERE}/tpu/test_layouts.py"
+_CORE_LAYOUTS = f"{_HERE}/tpu/test_core_layouts.py"
 _INITIAL = f"{_HERE}/tpu/test_initial_value.py"
 _REPLICAS = f"{_HERE}/tpu/test_replicas.py"
 _SEMANTICS = f"{_HERE}/tpu/test_semantics.py"
@@ -33,14 +33,14 @@ MUTANTS = (
         "a replica takes one core of each chip",
     ),
     Mutant(
-        "gshard_tf/tpu/layouts.py",
+        "gshard_tf/tpu/core_layouts.py",
         "        for axis in unused:\n",
         "        for axis in unused[:1]:\n",
         (f"{_CORE_LAYOUTS}::test_all_axes_left_over_split_it",),
         "on meshes of three axes a part of a weight lies on two cores",
     ),
     Mutant(
-        "gshard_tf/tpu/layouts.py",
+        "gshard_tf/tpu/core_layouts.py",
         "use = decision.use or decision.layout",
         "use = decision.use",
         (
@@ -106,7 +106,7 @@ MUTANTS = (
         "every core gets the first core's part back",
     ),
     Mutant(
-        "gshard_tf/tpu/variables.py",
+        "gshard_tf/tpu/core_variables.py",
         "            if tile not in found:\n",
         "            if True:\n",
         (f"{_CONSTRUCTION}::test_checkpoints_of_ours_have_the_cores_pieces",),
@@ -114,7 +114,7 @@ MUTANTS = (
         survives="The copies are equal; what is read too often is lost time alone.",
     ),
     Mutant(
-        "gshard_tf/tpu/variables.py",
+        "gshard_tf/tpu/core_variables.py",
         "tf.tensor_scatter_nd_sub",
         "tf.tensor_scatter_nd_add",
         (f"{_REPLICAS}::test_every_replica_holds_its_parts_after",),
@@ -136,28 +136,28 @@ MUTANTS = (
         "only the first replica has the first values",
     ),
     Mutant(
-        "gshard_tf/tpu/variables.py",
+        "gshard_tf/tpu/core_variables.py",
         "[getattr(shards, method)(value) for shards in self._values]",
         "[getattr(shards, method)(value) for shards in self._values[:1]]",
         (f"{_REPLICAS}::test_every_replica_holds_its_parts_after",),
         "an assignment reaches the first replica only",
     ),
     Mutant(
-        "gshard_tf/tpu/variables.py",
+        "gshard_tf/tpu/core_variables.py",
         "        def become() -> None:\n            for shards in self._values:\n",
         "        def become() -> None:\n            for shards in self._values[:1]:\n",
         (f"{_REPLICAS}::test_every_replica_holds_its_parts_after",),
         "a checkpoint of ours is restored into the first replica only",
     ),
     Mutant(
-        "gshard_tf/tpu/variables.py",
+        "gshard_tf/tpu/core_variables.py",
         "        updates = []\n        for shards in self._values:\n",
         "        updates = []\n        for shards in self._values[-1:]:\n",
         (f"{_REPLICAS}::test_every_replica_holds_its_parts_after",),
         "TensorFlow's checkpoints are restored into the last replica only",
     ),
     Mutant(
-        "gshard_tf/tpu/variables.py",
+        "gshard_tf/tpu/core_variables.py",
         "[held[core].handle for core in cores]",
         "[each.handle for each in held]",
         (
@@ -166,22 +166,21 @@ MUTANTS = (
         "a program takes a core's part for that of another core",
     ),
     Mutant(
-        "gshard_tf/tpu/variables.py",
+        "gshard_tf/tpu/core_variables.py",
         "from_layout(self.decision.use)",
         "from_layout(self.decision.layout)",
         (f"{_REPLICAS}::test_a_table_is_used_in_the_parts_that_its_rule_says",),
         "a weight that is stored in more parts than it is used in is not gathered",
     ),
     Mutant(
-        "gshard_tf/tpu/variables.py",
-        "dims, cores = tile_assignment(storage.sharding())",
-        "dims, cores = tile_assignment(storage.sharding())\n"
-        "            dims = dims[::-1]",
+        "gshard_tf/tpu/core_variables.py",
+        "dims, cores = list(assignment.shape)",
+        "dims, cores = list(assignment.shape[::-1])",
         (f"{_REPLICAS}::test_every_replica_holds_its_parts_after",),
         "a program puts the parts together along the wrong dimensions",
     ),
     Mutant(
-        "gshard_tf/tpu/variables.py",
+        "gshard_tf/tpu/core_variables.py",
         "delta.indices)[:, None]",
         "delta.indices)[::-1, None]",
         (f"{_REPLICAS}::test_every_replica_holds_its_parts_after",),

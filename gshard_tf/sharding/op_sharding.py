@@ -11,6 +11,7 @@ import tensorflow as tf
 # gradient (the same annotation) and that `tile` and `partial_tile` still count
 # devices by their position in the mesh.
 from tensorflow.compiler.tf2xla.python import xla as tf2xla
+from tensorflow.compiler.xla import xla_data_pb2
 from tensorflow.core.framework import attr_value_pb2
 from tensorflow.experimental import dtensor
 from tensorflow.python.compiler.xla.experimental import xla_sharding
@@ -65,3 +66,27 @@ def from_layout(layout: dtensor.Layout) -> bytes:
         return tiled(devices.reshape(tiles))
     sharding = xla_sharding.Sharding.partial_tile(devices.reshape(tiles + [copies]))
     return sharding.proto.SerializeToString()
+
+
+def tile_dimensions(sharding: bytes) -> tuple[int, ...]:
+    """Returns the number of shards along each dimension, then that of copies if any.
+
+    Empty for a sharding that is not tiled.
+    """
+    proto = xla_data_pb2.OpSharding.FromString(sharding)
+    return tuple(proto.tile_assignment_dimensions)
+
+
+def tile_assignment(sharding: bytes) -> np.ndarray:
+    """Returns the device of each shard, an array of shape `tile_dimensions(sharding)`.
+
+    Flattened, it is the order in which TensorFlow and XLA list the shards of a tensor.
+
+    Raises:
+        ValueError: when the sharding is not tiled.
+    """
+    proto = xla_data_pb2.OpSharding.FromString(sharding)
+    if not proto.tile_assignment_dimensions:
+        raise ValueError(f"`sharding` must be tiled. Received: sharding={proto}")
+    devices = np.array(proto.tile_assignment_devices)
+    return devices.reshape(proto.tile_assignment_dimensions)

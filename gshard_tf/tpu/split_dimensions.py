@@ -10,9 +10,9 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import tensorflow as tf
-from tensorflow.compiler.xla import xla_data_pb2
 
 from gshard_tf.compat.tf_graphs import called_graphs
+from gshard_tf.sharding.op_sharding import tile_dimensions
 
 # A dimension of a tensor.
 Place = tuple[tf.Tensor, int]
@@ -68,9 +68,9 @@ class SplitDimensions:
 
 
 def _parts(annotation: tf.Operation) -> Sequence[int]:
-    sharding = xla_data_pb2.OpSharding.FromString(annotation.get_attr("_XlaSharding"))
-    # (Behind the dimensions of the tensor may stand how many copies there are.)
-    return sharding.tile_assignment_dimensions[: annotation.outputs[0].shape.rank]
+    # (After the dimensions of the tensor may come the number of copies.)
+    dimensions = tile_dimensions(annotation.get_attr("_XlaSharding"))
+    return dimensions[: annotation.outputs[0].shape.rank]
 
 
 def _links(operation: tf.Operation) -> Iterator[tuple[Place, Place]]:

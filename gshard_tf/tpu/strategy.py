@@ -21,14 +21,14 @@ from gshard_tf.sharding.mesh import create_mesh, use_mesh
 from gshard_tf.sharding.rules import AxisRules
 from gshard_tf.sharding.sharded_variable import PlacedVariable
 from gshard_tf.spmd.on_mesh import OnMesh
+from gshard_tf.tpu.core_layouts import CoreLayouts
+from gshard_tf.tpu.core_variables import CoreShards, MeshTPUSyncOnRead, MeshTPUVariable
 from gshard_tf.tpu.device_assignment import assign_cores
 from gshard_tf.tpu.initial_value import InitialValue
-from gshard_tf.tpu.layouts import CoreLayouts
 from gshard_tf.tpu.partitioner_faults import PartitionerFaults
 from gshard_tf.tpu.restore_patch import pass_on_all_slices
 from gshard_tf.tpu.storage import Storage
 from gshard_tf.tpu.system import connect
-from gshard_tf.tpu.variables import CoreShards, MeshTPUSyncOnRead, MeshTPUVariable
 
 
 def tpu_strategy(

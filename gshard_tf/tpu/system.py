@@ -4,8 +4,6 @@ import importlib.metadata
 
 import tensorflow as tf
 
-from gshard_tf.testing.tpu.synthetic_slice import SyntheticTPU
-
 
 def connect(
     tpu: str | tf.distribute.cluster_resolver.ClusterResolver | None,
@@ -28,8 +26,6 @@ def connect(
         ValueError: a topology without the resolver that it is from.
     """
     tf.config.experimental.enable_mlir_bridge()
-    if isinstance(tpu, SyntheticTPU):
-        return tpu, tpu.topology
     if topology is not None:
         if not isinstance(tpu, tf.distribute.cluster_resolver.ClusterResolver):
             raise ValueError(

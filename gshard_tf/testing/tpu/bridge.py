@@ -13,10 +13,12 @@ import dataclasses
 import re
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
-from tensorflow.compiler.xla import xla_data_pb2
 from tensorflow.python import pywrap_mlir
 from tensorflow.python.ops import handle_data_util
+
+from gshard_tf.sharding import op_sharding
 
 # The first half of the TPU bridge: finds what belongs to the TPU, makes a function of
 # it, lifts reads and writes of variables out of it, and notes the shardings.
@@ -222,11 +224,10 @@ class _Host:
         partitions = re.search(r"partition_dims = \[([^\]]*)\]", sources[0][1])
         parts = [int(n) for n in (partitions[1] if partitions else "").split(",") if n]
         first = sources[0][0][0]
-        order = range(len(sources[0][0]))
+        order = list(range(len(sources[0][0])))
         if parts:
-            # Its i-th operand is for the core that the sharding names.
-            cores = list(tile_assignment(sharding)[1])
-            order = [cores.index(core) for core in order]
+            # The operands are in the order of the shards: here, of the cores.
+            order = np.argsort(op_sharding.tile_assignment(sharding).ravel()).tolist()
         return Argument(
             inputs=tuple(tuple(inputs[i] for i in order) for inputs, _ in sources),
             partitions=tuple(parts),
@@ -278,15 +279,6 @@ class _Host:
             "tf.TPUPartitionedInputV2", "tf_device.cluster_func",
         }  # fmt: skip
         return tuple(o.name for o in self.operations if o.name not in usual)
-
-
-def tile_assignment(sharding: bytes) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Into how many parts each dimension is cut, and the core of each part."""
-    found = xla_data_pb2.OpSharding.FromString(sharding)
-    return (
-        tuple(found.tile_assignment_dimensions),
-        tuple(found.tile_assignment_devices),
-    )
 
 
 def _values(text: str) -> tuple[str, ...]:

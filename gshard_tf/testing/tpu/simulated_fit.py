@@ -15,7 +15,7 @@ import numpy as np
 import tensorflow as tf
 
 from gshard_tf.testing.tpu.bridge import CoreModule, core_module
-from gshard_tf.testing.tpu.program import CoreProgram
+from gshard_tf.testing.tpu.core_program import CoreProgram
 
 
 class SimulatedStep:

@@ -35,7 +35,8 @@ def path(name):
 
 
 def main(mesh):
-    strategy = gshard_tf.tpu_strategy(SyntheticTPU((2, 4, 1, 1)), mesh)
+    tpu = SyntheticTPU((2, 4, 1, 1))
+    strategy = gshard_tf.tpu_strategy(tpu, mesh, topology=tpu.topology)
     FOUND["is a TPUStrategy"] = isinstance(strategy, tf.distribute.TPUStrategy)
     FOUND["replicas"] = strategy.num_replicas_in_sync
     FOUND["cores"] = strategy.device_assignment.core_assignment.tolist()

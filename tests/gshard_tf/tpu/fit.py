@@ -68,7 +68,8 @@ def train(model, dataset, steps):
 
 
 def main(mesh, optimizer, dropout, per_execution):
-    strategy = gshard_tf.tpu_strategy(SyntheticTPU((2, 4, 1, 1)), mesh)
+    tpu = SyntheticTPU((2, 4, 1, 1))
+    strategy = gshard_tf.tpu_strategy(tpu, mesh, topology=tpu.topology)
     per_epoch = 2 * per_execution
     data = models.data(BATCH * per_epoch)
     dataset = tf.data.Dataset.from_tensor_slices(data).batch(BATCH, drop_remainder=True)

@@ -25,7 +25,7 @@ from tensorflow.python import pywrap_mlir
 import gshard_tf
 from gshard_tf.runtime.devices import topology_devices
 from gshard_tf.testing.tpu import bridge
-from gshard_tf.testing.tpu.program import CoreProgram
+from gshard_tf.testing.tpu.core_program import CoreProgram
 from gshard_tf.testing.tpu.synthetic_slice import serialized_topology
 
 HERE = pathlib.Path(__file__).parent

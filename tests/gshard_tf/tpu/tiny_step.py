@@ -49,7 +49,8 @@ def train(model, ids, y, replicas):
 
 
 def main(mesh):
-    strategy = gshard_tf.tpu_strategy(SyntheticTPU((2, 4, 1, 1)), mesh)
+    tpu = SyntheticTPU((2, 4, 1, 1))
+    strategy = gshard_tf.tpu_strategy(tpu, mesh, topology=tpu.topology)
     replicas = strategy.num_replicas_in_sync
     with strategy.scope():
         model = tiny()

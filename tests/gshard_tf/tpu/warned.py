@@ -57,8 +57,8 @@ def warned(strategy, model, *specs):
 
 def main(mesh):
     tpu = SyntheticTPU((2, 4, 1, 1))
-    strategy = gshard_tf.tpu_strategy(tpu, mesh)
-    alone = gshard_tf.tpu_strategy(tpu, {"data": 1})
+    strategy = gshard_tf.tpu_strategy(tpu, mesh, topology=tpu.topology)
+    alone = gshard_tf.tpu_strategy(tpu, {"data": 1}, topology=tpu.topology)
     images = tf.TensorSpec([4, 16, 16, 3]), tf.TensorSpec([4, 1])
     ids = tf.TensorSpec([8, 8], tf.int32), tf.TensorSpec([8, 8, 2])
     with strategy.scope():

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from gshard_tf.runtime.devices import cpu_devices
-from gshard_tf.testing.tpu.bridge import Argument, CoreModule, tile_assignment
+from gshard_tf.sharding import op_sharding
+from gshard_tf.testing.tpu.bridge import Argument, CoreModule
 
 
 class CoreProgram:
@@ -163,15 +164,15 @@ def _with_whole_results(text: str) -> str:
 
 def _cut(value: np.ndarray, sharding: bytes, cores: int) -> list[np.ndarray]:
     """What the host sends to each core of a replica."""
-    tiles, devices = tile_assignment(sharding)
+    tiles = op_sharding.tile_dimensions(sharding)
     if not tiles:  # each core has all of it
         return [value] * cores
-    devices = np.reshape(devices, tiles)
-    parts: list[Any] = [None] * cores
-    for place in np.ndindex(*tiles):
-        where = []
+    shards: list[Any] = [None] * cores
+    for place, core in np.ndenumerate(op_sharding.tile_assignment(sharding)):
+        index = []
+        # (After the dimensions of the value may come the number of copies.)
         for i, n, size in zip(place, tiles, value.shape, strict=False):
             step = size // n
-            where.append(slice(i * step, (i + 1) * step))
-        parts[devices[place]] = value[tuple(where)]
-    return parts
+            index.append(slice(i * step, (i + 1) * step))
+        shards[core] = value[tuple(index)]
+    return shards

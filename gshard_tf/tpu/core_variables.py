@@ -30,7 +30,6 @@ from tensorflow.python.trackable import base as trackable
 from gshard_tf.sharding import op_sharding
 from gshard_tf.sharding.regions import Region, splits
 from gshard_tf.sharding.sharded_variable import InPieces, PlacedVariable
-from gshard_tf.testing.tpu.bridge import tile_assignment
 from gshard_tf.tpu.exported_variable import being_exported
 from gshard_tf.tpu.storage import Storage
 
@@ -101,12 +100,13 @@ class CoreShards(tpu_replicated_variable.TPUReplicatedVariable):
                 "only inside a TPU program. Outside, use read_value() and assign()."
             )
         storage, held = self.storage, self._vars
-        dims, cores = [], range(len(held))
+        dims, cores = [], list(range(len(held)))
         if storage.is_split:
-            dims, cores = tile_assignment(storage.sharding())
+            assignment = op_sharding.tile_assignment(storage.sharding())
+            dims, cores = list(assignment.shape), assignment.ravel().tolist()
         with tpu_util.outside_or_skip_tpu_context():
             whole = partition_ops.tpu_partitioned_input_v2(
-                # The runtime gives the i-th part to the core that the sharding names.
+                # In the order of the shards, as the runtime reads the sharding.
                 [held[core].handle for core in cores],
                 partition_dims=dims,
                 is_packed=False,

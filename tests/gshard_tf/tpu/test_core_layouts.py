@@ -5,7 +5,7 @@ import tensorflow as tf
 
 import gshard_tf
 from gshard_tf.sharding.sharded_variable import PlacedVariable
-from gshard_tf.tpu.layouts import CoreLayouts
+from gshard_tf.tpu.core_layouts import CoreLayouts
 
 
 class Weight(PlacedVariable):
