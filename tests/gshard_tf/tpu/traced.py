@@ -87,7 +87,7 @@ def arguments(function, owners):
         text = annotated.get(str(i))
         found[name] = {
             "inputs": [[[r, core] for _, r, core in each] for each in given],
-            "read as": None if text is None else sharding(bridge._unescaped(text)),
+            "read as": None if text is None else sharding(bridge.unescaped(text)),
         }
     return found
 
