@@ -59,7 +59,7 @@ MUTANTS = (
     ),
     Mutant(
         "gshard_tf/checkpoints/tensor_bundle.py",
-        'spec = "" if region == whole(shape) else _slice_spec(shape, region)',
+        'spec = "" if region == whole(shape) else slice_spec(shape, region)',
         'spec = ""',
         (f"{_BUNDLE}::test_any_part_of_an_array_that_two_devices_wrote",),
         "a device is given all of an array for its part",

@@ -54,7 +54,7 @@ def write(prefix: Path, pieces: Sequence[Piece]) -> None:
             tf.raw_ops.SaveV2(
                 prefix=str(prefix),
                 tensor_names=[piece.name for piece in pieces],
-                shape_and_slices=[_slice_spec(p.shape, p.region) for p in pieces],
+                shape_and_slices=[slice_spec(p.shape, p.region) for p in pieces],
                 tensors=[_tensor(piece.value) for piece in pieces],
             )
         except tf.errors.OpError as error:
@@ -135,7 +135,7 @@ def read(
         DamagedError: when they do not match, or a file is missing, short or unreadable.
         OSError: when too many files are open, or memory is used up.
     """
-    spec = "" if region == whole(shape) else _slice_spec(shape, region)
+    spec = "" if region == whole(shape) else slice_spec(shape, region)
     with tf.device("/cpu:0"):
         try:
             [value] = tf.raw_ops.RestoreV2(
@@ -183,7 +183,7 @@ def _as_os(error: tf.errors.OpError) -> OSError:
     return OSError(said)
 
 
-def _slice_spec(shape: tuple[int, ...], region: Region) -> str:
+def slice_spec(shape: tuple[int, ...], region: Region) -> str:
     """TensorFlow's text for a slice: `"8 4 0,2:0,4"` is the first quarter of [8, 4]."""
     if region == whole(shape):
         return ""

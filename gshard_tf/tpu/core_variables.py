@@ -1,49 +1,43 @@
-"""Variables of a TPUStrategy that are split over the cores of a replica.
+"""Variables of a TPUStrategy that are sharded over the cores of a replica.
 
-In SPMD mode TensorFlow's own strategy keeps every variable in full on every core.
-Here a core holds its part: `CoreShards` are the parts of one replica, which a TPU
+In SPMD mode TensorFlow's own strategy keeps every variable in full on every core. Here
+a core holds a shard: a `ReplicaVariable` is the shards of one replica, which a TPU
 program sees as one variable of the full shape, and `MeshTPUVariable` is what layers,
 optimizers and users see.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
-
-# Private APIs: no public name makes a variable of parts that a TPU program takes for
-# one. On an upgrade, compare `handle` below with that of `TPUReplicatedVariable`, and
-# check that `TPUMirroredVariable` still reaches its values through `_values`.
-from tensorflow.core.framework import attr_value_pb2
 from tensorflow.experimental import dtensor
-from tensorflow.python.distribute import (
-    tpu_replicated_variable,
-    tpu_util,
-    tpu_values,
-)
-from tensorflow.python.ops import gen_resource_variable_ops
-from tensorflow.python.ops import gen_tpu_partition_ops as partition_ops
-from tensorflow.python.saved_model import save_context
-from tensorflow.python.trackable import base as trackable
 
+from gshard_tf.checkpoints.tensor_bundle import slice_spec
+from gshard_tf.compat import tf_saving, tpu
+from gshard_tf.compat.keras_export import is_exporting
 from gshard_tf.sharding import op_sharding
 from gshard_tf.sharding.regions import Region, splits
 from gshard_tf.sharding.sharded_variable import InPieces, PlacedVariable
-from gshard_tf.tpu.exported_variable import being_exported
-from gshard_tf.tpu.storage import Storage
+from gshard_tf.tpu.storage import Coordinates, Storage
+
+_DENSE_SCATTERS = {
+    "add": tf.tensor_scatter_nd_add,
+    "sub": tf.tensor_scatter_nd_sub,
+    "update": tf.tensor_scatter_nd_update,
+}
 
 
-class CoreShards(tpu_replicated_variable.TPUReplicatedVariable):
-    """What the cores of one replica hold of a variable.
+class ReplicaVariable(tpu.TPUReplicatedVariable):
+    """The shards of a variable on the cores of one replica.
 
     Args:
         storage: The variable's storage.
-        replica: Which replica.
+        replica: The number of the replica.
     """
 
     def __init__(self, storage: Storage, replica: int):
-        # Not TensorFlow's constructor: it wants the variables of all cores, of one
+        # Not TensorFlow's constructor, which needs the variables of all cores, of one
         # shape, now.
         self.storage = storage
         self._replica = replica
@@ -52,8 +46,19 @@ class CoreShards(tpu_replicated_variable.TPUReplicatedVariable):
         self._cached_value = None
 
     @property
-    def _vars(self) -> list[Any]:
-        return self.storage.cores(self._replica)
+    def core_variables(self) -> list[Any]:
+        """The variable of each core, in the order of the mesh."""
+        return self.storage.core_variables(self._replica)
+
+    @property
+    def _vars(self) -> list[Any]:  # as TensorFlow's class calls them
+        return self.core_variables
+
+    def shards(self) -> Iterator[tuple[Coordinates, Any]]:
+        """Yields the coordinates of each core's shard, and the core's variable."""
+        yield from zip(
+            self.storage.shard_coordinates(), self.core_variables, strict=True
+        )
 
     # -- known before there are values --------------------------------------------
 
@@ -92,55 +97,49 @@ class CoreShards(tpu_replicated_variable.TPUReplicatedVariable):
 
     @property
     def handle(self) -> tf.Tensor:
-        if save_context.in_save_context() or tf.executing_eagerly():
-            return self._vars[0].handle
-        if tpu_util.enclosing_tpu_context() is None:
+        if tf_saving.in_save_context() or tf.executing_eagerly():
+            return self.core_variables[0].handle
+        if not tpu.in_tpu_program():
             raise NotImplementedError(
-                f"The variable {self.name!r} is split over cores, so it has one handle "
-                "only inside a TPU program. Outside, use read_value() and assign()."
+                "A variable that is sharded over cores must be in a TPU program to "
+                "have one handle. Elsewhere, use read_value() and assign(). Received: "
+                f"the variable {self.name!r}"
             )
-        storage, held = self.storage, self._vars
-        dims, cores = [], list(range(len(held)))
-        if storage.is_split:
-            assignment = op_sharding.tile_assignment(storage.sharding())
+        variables, sharding = self.core_variables, self.storage.op_sharding()
+        dims: list[int] = []
+        cores = list(range(len(variables)))
+        if self.storage.is_sharded:
+            assignment = op_sharding.tile_assignment(sharding)
             dims, cores = list(assignment.shape), assignment.ravel().tolist()
-        with tpu_util.outside_or_skip_tpu_context():
-            whole = partition_ops.tpu_partitioned_input_v2(
-                # In the order of the shards, as the runtime reads the sharding.
-                [held[core].handle for core in cores],
-                partition_dims=dims,
-                is_packed=False,
-            )
-            sharding = attr_value_pb2.AttrValue(s=storage.sharding())
-            whole.op._set_attr("_XlaSharding", sharding)
-        return whole
+        handles = [variables[core].handle for core in cores]
+        return tpu.partitioned_input(handles, dims, sharding)
 
     # -- outside of it ---------------------------------------------------------------
 
     def read_value(self) -> tf.Tensor:
-        if not self.storage.is_split:
-            return self._vars[0].read_value()
-        if not tf.executing_eagerly() and being_exported():
-            # By the raw operation: a variable that the graph knows of as read would be
-            # saved besides this one.
-            return gen_resource_variable_ops.read_variable_op(
-                self.storage.exported_whole.handle, self.dtype
+        if not self.storage.is_sharded:
+            return self.core_variables[0].read_value()
+        if not tf.executing_eagerly() and is_exporting():
+            # By the raw operation: a variable that the graph records as read would be
+            # saved in addition to this one.
+            return tf.raw_ops.ReadVariableOp(
+                resource=self.storage.exported_whole.handle, dtype=self.dtype
             )
-        return self.storage.assemble([v.read_value() for v in self._vars])
+        return self.storage.assemble([v.read_value() for v in self.core_variables])
 
     def _update(self, update_fn: Callable, value: Any, **kwargs: Any) -> Any:
         value = tf.convert_to_tensor(value, dtype=self.dtype)
         if not value.shape.is_compatible_with(self.shape):
             raise ValueError(
-                f"The variable {self.name!r} has the shape {self.shape}. "
+                f"The value of {self.name!r} must have the shape {self.shape}. "
                 f"Received: a value of shape {value.shape}"
             )
         updates = []
-        for variable, tile in zip(self._vars, self.storage.tiles(), strict=True):
-            slices = self.storage.slices(tile)
+        for coordinates, variable in self.shards():
+            index = self.storage.shard_index(coordinates)
             with tf.device(variable.device):
                 updates.append(
-                    update_fn(variable, value[slices] if slices else value, **kwargs)
+                    update_fn(variable, value[index] if index else value, **kwargs)
                 )
         return None if tf.executing_eagerly() else tf.group(*updates)
 
@@ -153,23 +152,24 @@ class CoreShards(tpu_replicated_variable.TPUReplicatedVariable):
             "options": options,
             **kwargs,
         }
-        if not self.storage.is_split:
+        if not self.storage.is_sharded:
             return super()._export_to_saved_model_graph(**arguments)
         whole = self.storage.exported_whole
-        resources = whole._export_to_saved_model_graph(**arguments)
-        for part in self._vars:
-            object_map[part] = object_map[whole]
-            tensor_map[part.handle] = tensor_map[whole.handle]
-            resources.append(part.handle)
+        resources = tf_saving.add_to_saved_model(whole, **arguments)
+        for variable in self.core_variables:
+            object_map[variable] = object_map[whole]
+            tensor_map[variable.handle] = tensor_map[whole.handle]
+            resources.append(variable.handle)
         object_map[self] = object_map[whole]
         tensor_map[self] = tensor_map[whole.handle]
         return [*resources, self]
 
 
-class _OnCores(PlacedVariable):
-    """What the variables of all kinds have in common. `_values`: one per replica."""
+class _StoredVariable(PlacedVariable):
+    """The part that variables of all kinds share. `_values`: one per replica."""
 
-    _values: list[CoreShards]
+    _values: list[ReplicaVariable]
+    numpy: Callable[[], np.ndarray]
 
     @property
     def storage(self) -> Storage:
@@ -177,16 +177,16 @@ class _OnCores(PlacedVariable):
 
     @property
     def path(self) -> str:
-        keras_variable = self.keras_variable and self.keras_variable()
+        keras_variable = None if self.keras_variable is None else self.keras_variable()
         return self.storage.name if keras_variable is None else keras_variable.path
 
     @property
     def bytes_per_core(self) -> int:
-        """Bytes that each core holds, those of the parts themselves."""
+        """Bytes that each core holds: of the shards themselves."""
         [size] = {
-            int(np.prod(v.shape)) * v.dtype.size
-            for shards in self._values
-            for v in shards._vars
+            int(np.prod(variable.shape)) * variable.dtype.size
+            for replica in self._values
+            for variable in replica.core_variables
         }
         return size
 
@@ -196,39 +196,39 @@ class _OnCores(PlacedVariable):
         return np.array(self.numpy(), dtype=dtype, copy=copy)
 
 
-class MeshTPUVariable(InPieces, _OnCores, tpu_values.TPUMirroredVariable):
-    """A weight, a slot or a counter: equal in all replicas, split within each."""
+class MeshTPUVariable(InPieces, _StoredVariable, tpu.TPUMirroredVariable):
+    """A weight, a slot or a counter: equal in all replicas, sharded within each."""
 
-    lies_in_parts = True  # what `restoring.py` looks for
+    is_sharded = True  # read by `tf_saving.patch_trackable_restore`
 
     def _read_variable_op(self) -> tf.Tensor:
         value = super()._read_variable_op()
         if self.decision is not None and self.decision.use is not None:
-            # Stored split to save memory, used as the rules say.
+            # Stored in more shards to save memory, used as the rules say.
             value = op_sharding.constrain(
                 value, op_sharding.from_layout(self.decision.use)
             )
         return value
 
-    # In a TPU program, TensorFlow's own way. Outside, each replica's parts.
+    # In a TPU program, TensorFlow's own way. Outside, each replica's shards.
 
     def assign(self, value: Any, *args: Any, **kwargs: Any) -> Any:
-        if _in_tpu_program():
+        if tpu.in_tpu_program():
             return super().assign(value, *args, **kwargs)
         return self._update_replicas("assign", value)
 
     def assign_add(self, value: Any, *args: Any, **kwargs: Any) -> Any:
-        if _in_tpu_program():
+        if tpu.in_tpu_program():
             return super().assign_add(value, *args, **kwargs)
         return self._update_replicas("assign_add", value)
 
     def assign_sub(self, value: Any, *args: Any, **kwargs: Any) -> Any:
-        if _in_tpu_program():
+        if tpu.in_tpu_program():
             return super().assign_sub(value, *args, **kwargs)
         return self._update_replicas("assign_sub", value)
 
     def _update_replicas(self, method: str, value: Any) -> Any:
-        updates = [getattr(shards, method)(value) for shards in self._values]
+        updates = [getattr(replica, method)(value) for replica in self._values]
         if tf.executing_eagerly():
             return self
         with tf.control_dependencies(updates):
@@ -239,37 +239,26 @@ class MeshTPUVariable(InPieces, _OnCores, tpu_values.TPUMirroredVariable):
     def scatter_add(
         self, sparse_delta: tf.IndexedSlices, use_locking: Any = False, name: Any = None
     ) -> Any:
-        return self._scatter(
-            gen_resource_variable_ops.resource_scatter_add,
-            tf.tensor_scatter_nd_add,
-            sparse_delta,
-        )
+        return self._scatter("add", sparse_delta)
 
     def scatter_sub(
         self, sparse_delta: tf.IndexedSlices, use_locking: Any = False, name: Any = None
     ) -> Any:
-        return self._scatter(
-            gen_resource_variable_ops.resource_scatter_sub,
-            tf.tensor_scatter_nd_sub,
-            sparse_delta,
-        )
+        return self._scatter("sub", sparse_delta)
 
     def scatter_update(
         self, sparse_delta: tf.IndexedSlices, use_locking: Any = False, name: Any = None
     ) -> Any:
-        return self._scatter(
-            gen_resource_variable_ops.resource_scatter_update,
-            tf.tensor_scatter_nd_update,
-            sparse_delta,
-        )
+        return self._scatter("update", sparse_delta)
 
-    def _scatter(self, raw: Callable, dense: Callable, delta: tf.IndexedSlices) -> Any:
-        if _in_tpu_program():
-            return tpu_util.make_raw_scatter_xxx_fn(raw)(self, sparse_delta=delta)
+    def _scatter(self, kind: str, delta: tf.IndexedSlices) -> Any:
+        if tpu.in_tpu_program():
+            return tpu.scatter_in_program(kind, self, delta)
         rows = tf.convert_to_tensor(delta.indices)[:, None]
-        return self.assign(dense(self.read_value(), rows, delta.values))
+        scatter = _DENSE_SCATTERS[kind]
+        return self.assign(scatter(self.read_value(), rows, delta.values))
 
-    # -- checkpoints of ours -----------------------------------------------------------
+    # -- checkpoints of gshard_tf ------------------------------------------------------
 
     @property
     def mesh(self) -> dtensor.Mesh:
@@ -280,69 +269,55 @@ class MeshTPUVariable(InPieces, _OnCores, tpu_values.TPUMirroredVariable):
         return splits(self.storage.layout)
 
     def own_pieces(self) -> list[tuple[Region, tf.Tensor]]:
-        held = self.storage.cores(0)  # of replicas that are all alike
-        found = {}
-        for variable, tile in zip(held, self.storage.tiles(), strict=True):
-            if tile not in found:
+        shards = {}
+        for coordinates, variable in self._values[0].shards():  # replicas are equal
+            if coordinates not in shards:
                 with tf.device("/cpu:0"):
-                    found[tile] = tf.identity(variable.read_value())
-        return [(self.storage.region(tile), part) for tile, part in found.items()]
+                    shards[coordinates] = tf.identity(variable.read_value())
+        return [
+            (self.storage.shard_region(coordinates), value)
+            for coordinates, value in shards.items()
+        ]
 
     def load(self, read: Callable[[Region], np.ndarray]) -> Callable[[], None]:
-        tiles = self.storage.tiles()
         values = {
-            tile: read(self.storage.region(tile)) for tile in dict.fromkeys(tiles)
+            coordinates: read(self.storage.shard_region(coordinates))
+            for coordinates in dict.fromkeys(self.storage.shard_coordinates())
         }
 
-        def become() -> None:
-            for shards in self._values:
-                for variable, tile in zip(shards._vars, tiles, strict=True):
+        def commit() -> None:
+            for replica in self._values:
+                for coordinates, variable in replica.shards():
                     with tf.device(variable.device):
-                        variable.assign(values[tile], read_value=False)
+                        variable.assign(values[coordinates], read_value=False)
 
-        return become
+        return commit
 
     # -- TensorFlow's checkpoints ------------------------------------------------------
 
     def _serialize_to_tensors(self) -> dict[str, Any]:
-        """Each distinct part, read where it lies: nobody has the whole."""
-        shards, storage = self._values[0], self.storage
-        saved = {}
-        for variable, tile in zip(shards._vars, storage.tiles(), strict=True):
-            spec = _slice_spec(storage, tile)
-            if spec not in saved:
-                saved[spec] = variable._serialize_to_tensors()[
-                    trackable.VARIABLE_VALUE_KEY
-                ]
-        return {trackable.VARIABLE_VALUE_KEY: saved}
+        """Each distinct shard, read on its own core: no host has the whole."""
+        slices = {}
+        for coordinates, variable in self._values[0].shards():
+            spec = self._slice_spec(coordinates)
+            if spec not in slices:
+                slices[spec] = tf_saving.value_to_save(variable)
+        return tf_saving.serialized_slices(slices)
 
     def _restore_from_tensors(self, restored_tensors: dict[str, Any]) -> Any:
-        restored = restored_tensors[trackable.VARIABLE_VALUE_KEY]
-        if not isinstance(restored, dict):
-            restored = {"": restored}
-        storage = self.storage
+        slices = tf_saving.restored_slices(restored_tensors)
         updates = []
-        for shards in self._values:
-            for variable, tile in zip(shards._vars, storage.tiles(), strict=True):
+        for replica in self._values:
+            for coordinates, variable in replica.shards():
                 with tf.device(variable.device):
-                    value = restored[_slice_spec(storage, tile)]
+                    value = slices[self._slice_spec(coordinates)]
                     updates.append(variable.assign(value, read_value=False))
         return None if tf.executing_eagerly() else tf.group(*updates)
 
+    def _slice_spec(self, coordinates: Coordinates) -> str:
+        region = self.storage.shard_region(coordinates)
+        return slice_spec(tuple(self.storage.shape), region)
 
-class MeshTPUSyncOnRead(_OnCores, tpu_values.TPUSyncOnReadVariable):
+
+class MeshTPUSyncOnReadVariable(_StoredVariable, tpu.TPUSyncOnReadVariable):
     """A metric's variable: each replica has its own, and reading sums them."""
-
-
-def _in_tpu_program() -> bool:
-    return not tf.executing_eagerly() and tpu_util.enclosing_tpu_context() is not None
-
-
-def _slice_spec(storage: Storage, tile: tuple[int, ...]) -> str:
-    """A part as checkpoints call it: `"8 32 0,1:0,32"` is row 0 of 8; "" the whole."""
-    slices = storage.slices(tile)
-    if not slices:
-        return ""
-    whole = " ".join(str(n) for n in storage.shape)
-    parts = ":".join(f"{s.start},{s.stop - s.start}" for s in slices)
-    return f"{whole} {parts}"
