@@ -160,7 +160,7 @@ MUTANTS = (
         "a batch of another length runs the program of the first",
     ),
     Mutant(
-        "gshard_tf/spmd/step.py",
+        "gshard_tf/spmd/executable.py",
         "for i, value in zip(step.updates, updated, strict=True):",
         "for i, value in list(zip(step.updates, updated, strict=True))[:-1]:",
         (f"{_CUSTOM_LOOPS}::test_run_inside_a_tf_function",),
@@ -176,7 +176,7 @@ MUTANTS = (
         "what is to be checked once is checked before every step",
     ),
     Mutant(
-        "gshard_tf/spmd/step.py",
+        "gshard_tf/spmd/executable.py",
         "                [np.array(array) for array in arrays],\n",
         "                list(arrays),\n",
         (f"{_VALUES}::test_a_skipped_batch_is_a_copy",),
@@ -204,7 +204,7 @@ MUTANTS = (
         "a step is skipped only if it breaks every variable",
     ),
     Mutant(
-        "gshard_tf/spmd/program.py",
+        "gshard_tf/runtime/device_arrays.py",
         "return np.array(value, copy=True)",
         "return np.asarray(value)",
         (f"{_VALUES}::test_a_value_that_was_read_is_a_copy",),
@@ -218,9 +218,9 @@ MUTANTS = (
         "a new value has the layout of another variable",
     ),
     Mutant(
-        "gshard_tf/spmd/program.py",
-        "return NamedSharding(mesh, PartitionSpec(*specs))",
-        "return NamedSharding(mesh, PartitionSpec(*reversed(specs)))",
+        "gshard_tf/runtime/device_arrays.py",
+        "return NamedSharding(mesh, PartitionSpec(*spec_of(layout)))",
+        "return NamedSharding(mesh, PartitionSpec(*reversed(spec_of(layout))))",
         (
             f"{_LAYOUTS}::test_the_program_holds_an_eighth_of_the_experts_and_their_slots",
         ),

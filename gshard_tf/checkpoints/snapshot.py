@@ -8,8 +8,9 @@ from typing import Any
 import tensorflow as tf
 
 from gshard_tf.checkpoints.manifest import Array
-from gshard_tf.checkpoints.naming import Variable, array_of
+from gshard_tf.checkpoints.naming import Variable
 from gshard_tf.checkpoints.tensor_bundle import Piece
+from gshard_tf.compat.keras_variables import backend_variable
 from gshard_tf.sharding.regions import Region, aligned_copies, whole
 from gshard_tf.sharding.sharded_variable import InPieces
 
@@ -18,11 +19,11 @@ def describe(state: Mapping[str, Variable]) -> dict[str, Array]:
     """Shape, type and layout of each variable."""
     found = {}
     for name, variable in state.items():
-        value = array_of(variable)
+        value = backend_variable(variable)
         shape = tuple(value.shape)
         split: tuple[str | None, ...] = (None,) * len(shape)
         if isinstance(value, InPieces):
-            split = tuple(value.splits())
+            split = value.partition_spec()
         path = getattr(variable, "path", value.name)
         found[name] = Array(shape, value.dtype.name, path, split)
     return found
@@ -39,7 +40,7 @@ def snapshot(state: Mapping[str, Variable], is_chief: bool) -> list[Piece]:
     views, pieces = [], []
     with contextlib.ExitStack() as held:
         for name, variable in state.items():
-            value = array_of(variable)
+            value = backend_variable(variable)
             shape = tuple(value.shape)
             parts = None
             if isinstance(value, InPieces):
@@ -69,7 +70,7 @@ def load(variable: Variable, read: Reader) -> Callable[[], None]:
 
     So everything can be read, and found to be whole, before anything changes.
     """
-    value = array_of(variable)
+    value = backend_variable(variable)
     if isinstance(value, InPieces):
         return value.load(lambda region: read(region).numpy())
     loaded: Any = read(whole(tuple(value.shape)))

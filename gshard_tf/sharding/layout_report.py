@@ -5,8 +5,9 @@ from collections.abc import Callable
 
 import keras
 import numpy as np
-from tensorflow.experimental import dtensor
 
+from gshard_tf.sharding.mesh import axis_sizes
+from gshard_tf.sharding.partition_spec import spec_of
 from gshard_tf.sharding.sharded_variable import PlacedVariable
 from gshard_tf.sharding.variable_layouts import Layouts
 
@@ -98,7 +99,7 @@ def describe(
     if optimizer is not None:
         variables += optimizer.variables
     rows = [describe_one(v.path, ours(v), layouts) for v in variables]
-    mesh = dict(zip(layouts.mesh.dim_names, layouts.mesh.shape(), strict=True))
+    mesh = axis_sizes(layouts.mesh)
     return Description(mesh, rows, layouts.complaints())
 
 
@@ -111,10 +112,7 @@ def describe_one(path: str, value: PlacedVariable, layouts: Layouts) -> Row:
     return Row(
         path=path,
         shape=shape,
-        layout=tuple(
-            None if s == dtensor.UNSHARDED else s
-            for s in decision.layout.sharding_specs
-        ),
+        layout=spec_of(decision.layout),
         bytes=size,
         bytes_per_device=size // shards,
         rule=decision.rule,

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from gshard_tf.sharding.partition_spec import PartitionSpec
 from gshard_tf.sharding.regions import Region
 
 
@@ -42,8 +43,8 @@ class PlacedVariable:
 class InPieces(PlacedVariable):
     """A variable of which each device has its own piece, as checkpoints see it."""
 
-    def splits(self) -> list[str | None]:
-        """The mesh axis that each dimension is stored split over; None: it is whole."""
+    def partition_spec(self) -> PartitionSpec:
+        """The mesh axis over which each dimension is stored split, or None."""
         raise NotImplementedError
 
     def own_pieces(self) -> list[tuple[Region, np.ndarray | tf.Tensor]] | None:

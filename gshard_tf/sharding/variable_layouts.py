@@ -1,17 +1,16 @@
 """Which layout each variable of a strategy has, and which rule decided it."""
 
 import dataclasses
-import inspect
 import warnings
 import weakref
 from typing import Any
 
-import keras
 import numpy as np
 import tensorflow as tf
 from tensorflow.experimental import dtensor
 
-from gshard_tf.sharding.annotations import named_axes
+from gshard_tf.compat.keras_variables import current_variable
+from gshard_tf.sharding.annotations import logical_axes
 from gshard_tf.sharding.rules import AxisRules
 from gshard_tf.sharding.sharded_variable import PlacedVariable
 
@@ -55,7 +54,7 @@ class Layouts:
 
     def note_created(self, variable: PlacedVariable, reference: Any) -> None:
         """Notes whose variable this is: a Keras layer's, or a slot of a weight."""
-        keras_variable = keras_variable_being_made()
+        keras_variable = current_variable()
         if keras_variable is not None:
             variable.keras_variable = weakref.ref(keras_variable)
         if isinstance(reference, PlacedVariable):
@@ -124,7 +123,7 @@ class Layouts:
     def _used_as_stored(self, variable: PlacedVariable) -> bool:
         """Whether a step uses it in the parts in which it lies, gathering nothing."""
         keras_variable = variable.keras_variable and variable.keras_variable()
-        names = None if keras_variable is None else named_axes(keras_variable)
+        names = None if keras_variable is None else logical_axes(keras_variable)
         # What a loop over layers uses one by one must not be gathered as a whole.
         in_loop = bool(names) and names[0] == "layer"
         return variable.reference is not None or in_loop
@@ -148,7 +147,7 @@ class Layouts:
                     f"whole path. Received: paths=[({pattern[0]!r}, {pattern[1]!r})]"
                 )
             return self._by_axes(pattern[1], variable, f"path {pattern[0]!r}")
-        axes = None if keras_variable is None else named_axes(keras_variable)
+        axes = None if keras_variable is None else logical_axes(keras_variable)
         if axes is not None:
             return self._by_axes(axes, variable, f"axes {_names(axes)}")
         if variable.reference is not None:
@@ -273,19 +272,3 @@ def _of_one_optimizer(
     scope, other = (each.path.rpartition("/")[0] for each in (factor, slot))
     # Keras 3: adafactor/dense_kernel_velocity; a factor says no more than adafactor.
     return slot.keras_variable is not None and scope == other
-
-
-def keras_variable_being_made() -> keras.Variable | None:
-    """The Keras variable for which TensorFlow is making one now, or None."""
-    # Keras gives `tf.Variable` neither the path of the variable nor itself, so look
-    # up the stack for the `keras.Variable` whose value is being made. (A few frames:
-    # TensorFlow's chain of creators lies between.)
-    frame = inspect.currentframe()
-    for _ in range(40):
-        frame = frame.f_back
-        if frame is None:
-            return None
-        owner = frame.f_locals.get("self")
-        if isinstance(owner, keras.Variable):
-            return owner
-    return None

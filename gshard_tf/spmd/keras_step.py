@@ -74,17 +74,30 @@ def complete(model: keras.Model, specs: Any, mode: str) -> None:
         optimizer.build(model.trainable_variables)
 
 
-def roles_of(model: keras.Model) -> dict[int, str]:
-    """What each variable of a model is for, by the `id` of its `value`.
+def variable_roles(model: keras.Model) -> dict[int, str]:
+    """The role of each variable of a model, by the `id` of its `value`.
 
-    "weight" (trainable), "metric" (what Keras resets at each epoch, in layers too),
-    "optimizer", or "other" (frozen weights, statistics, seeds).
+    "weight" (trainable), "frozen" (floating, and neither a metric's nor a seed),
+    "metric" (reset by Keras at each epoch, in layers too), "optimizer", or "other".
     """
     optimizer = getattr(model, "optimizer", None)
-    kinds = {
+    by_role = {
         "other": model.variables,
+        "frozen": [v for v in model.non_trainable_variables if _is_frozen_weight(v)],
         "optimizer": [] if optimizer is None else optimizer.variables,
         "weight": model.trainable_variables,
         "metric": model.metrics_variables,
     }
-    return {id(v.value): role for role, those in kinds.items() for v in those}
+    return {
+        id(variable.value): role
+        for role, variables in by_role.items()
+        for variable in variables
+    }
+
+
+def _is_frozen_weight(variable: keras.Variable) -> bool:
+    return (
+        variable.dtype.startswith(("float", "bfloat"))
+        and "metrics" not in variable.path
+        and "seed" not in variable.path
+    )

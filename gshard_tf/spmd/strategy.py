@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import os
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -17,21 +16,21 @@ from tensorflow.experimental import dtensor
 from tensorflow.python.ops import control_flow_util
 
 from gshard_tf.compat.keras_fit import BuildingMayFail, read_no_batch_to_build
-from gshard_tf.export import exporter
+from gshard_tf.runtime.device_arrays import Placement, assemble, named_sharding
 from gshard_tf.runtime.process_group import group
 from gshard_tf.sharding.layout_report import Description
-from gshard_tf.sharding.regions import Region, assemble
+from gshard_tf.sharding.regions import Region
 from gshard_tf.sharding.rules import AxisRules
 from gshard_tf.sharding.variable_layouts import Layouts
-from gshard_tf.spmd.base import MeshExtended
+from gshard_tf.spmd.base import MeshExtended, MeshStrategy
 from gshard_tf.spmd.input_checks import InputChecks
-from gshard_tf.spmd.on_mesh import OnMesh
-from gshard_tf.spmd.program import Placement, SpmdProgram, named_sharding
-from gshard_tf.spmd.step import SkippedStep, Step
+from gshard_tf.spmd.nonfinite import SkippedStep
+from gshard_tf.spmd.program import SpmdProgram
+from gshard_tf.spmd.step import Step
 from gshard_tf.spmd.variable import MeshVariable
 
 
-class SpmdStrategy(OnMesh, tf.distribute.Strategy):
+class SpmdStrategy(MeshStrategy, tf.distribute.Strategy):
     """Trains, evaluates and predicts with one program partitioned over a mesh.
 
     Keras sees one replica and one global batch. Each step that it runs is lowered
@@ -57,10 +56,10 @@ class SpmdStrategy(OnMesh, tf.distribute.Strategy):
             raises `tf.errors.InvalidArgumentError`, which names the step and what it
             was found in. It costs a second copy of the state, and a look at all of
             it at every step. Defaults to False.
-        own_rows: With several processes (`join_processes`): whether each of them feeds
-            its own rows of every batch, in their order, rather than all rows. Defaults
-            to False: the same input pipeline everywhere, of which each process keeps
-            its part.
+        process_local_batches: With several processes (`join_processes`): whether each
+            of them feeds its own rows of every batch, in their order, rather than all
+            rows. Defaults to False: the same input pipeline everywhere, of which each
+            process keeps its part.
         check_inputs: Of how many steps the ids and labels are looked at on the host,
             before the step: of the first so many after `fit`, `evaluate` or `predict`
             begins; True: of all; False: of none. Defaults to 100. One that is out of
@@ -78,7 +77,7 @@ class SpmdStrategy(OnMesh, tf.distribute.Strategy):
         mesh: dtensor.Mesh,
         rules: AxisRules | None = None,
         check_numerics: bool = False,
-        own_rows: bool = False,
+        process_local_batches: bool = False,
         check_inputs: bool | int = 100,
     ):
         if not isinstance(mesh, dtensor.Mesh):
@@ -93,7 +92,12 @@ class SpmdStrategy(OnMesh, tf.distribute.Strategy):
             )
         super().__init__(
             SpmdExtended(
-                self, mesh, rules, check_numerics, own_rows, InputChecks(check_inputs)
+                self,
+                mesh,
+                rules,
+                check_numerics,
+                process_local_batches,
+                InputChecks(check_inputs),
             )
         )
 
@@ -122,67 +126,6 @@ class SpmdStrategy(OnMesh, tf.distribute.Strategy):
         rewrites = self.programs[-1].rewrites if self.programs else ()
         return dataclasses.replace(described, rewrites=rewrites)
 
-    def program(
-        self, model: keras.Model, mode: str = "train", batch: Any = None
-    ) -> exporter.StepProgram:
-        """A step of a model as a program that can be saved and run without TensorFlow.
-
-        ```python
-        strategy.save_state(model, "run/state.npz")
-        program = strategy.program(model, "train", batch=(x[:64], y[:64]))
-        program.save("run/train.gshard", initial_state="state.npz")
-        ```
-
-        and, where there is jax and nothing else, `python -m gshard_tf.export.runner`.
-
-        Args:
-            model: A model of this strategy; compiled, unless it is only to predict.
-            mode: "train", "evaluate" or "predict".
-            batch: What `fit` passes to a step: `(x, y)` or `(x, y, sample_weight)`,
-                or `x` alone, each a nest of arrays, `tf.TensorSpec` or
-                `keras.KerasTensor`. The *global* batch; a program is for one shape.
-
-        Returns:
-            What can be saved; nothing is compiled.
-
-        Raises:
-            ValueError: for an unknown mode, a batch without static shapes, or a model
-                that is not compiled or not of this strategy.
-        """
-        return exporter.StepProgram(self, model, mode, batch)
-
-    def save_state(
-        self, model: keras.Model, path: str | os.PathLike, step: int = 0
-    ) -> None:
-        """Writes the variables of a model, its metrics and its optimizer to a file.
-
-        Args:
-            model: A model that is built and compiled, as the first step leaves it.
-            path: An `.npz` file on a local or mounted disk; one that is there is
-                replaced.
-            step: How many steps the model has been trained, for the runner to go on
-                with.
-
-        Raises:
-            ValueError: when `path` is remote, `gs://` say.
-        """
-        exporter.save_state(model, path, step)
-
-    def load_state(self, model: keras.Model, path: str | os.PathLike) -> dict[str, Any]:
-        """Gives a model the state of a file that `save_state` or the runner wrote.
-
-        Args:
-            model: The model that it is the state of, or one made by the same code.
-            path: The file.
-
-        Returns:
-            What the file says besides: `step`, the number of steps done.
-
-        Raises:
-            ValueError: when the file does not fit the model; nothing is changed then.
-        """
-        return exporter.load_state(model, path)
-
 
 class SpmdExtended(MeshExtended):
     """What `tf.distribute` asks of `SpmdStrategy` behind its public face."""
@@ -193,13 +136,13 @@ class SpmdExtended(MeshExtended):
         mesh: dtensor.Mesh,
         rules: AxisRules | None,
         check_numerics: bool,
-        own_rows: bool,
+        process_local_batches: bool,
         input_checks: InputChecks,
     ):
         super().__init__(container, mesh, rules)
         self.placement = Placement(mesh)
         self.check_numerics = check_numerics
-        self._own_rows = own_rows
+        self._process_local_batches = process_local_batches
         self.input_checks = input_checks
         self.residence = _Residence(self.placement, self.layouts)
         self.programs: list[weakref.ref] = []
@@ -217,7 +160,7 @@ class SpmdExtended(MeshExtended):
     @property
     def row_share(self) -> int:
         """How many times as many rows a step has as this process feeds."""
-        return group().count if self._own_rows else 1
+        return group().count if self._process_local_batches else 1
 
     def global_specs(self, values: Sequence[Any]) -> list[tf.TensorSpec]:
         """The specs of the arguments of a step over all processes.
@@ -234,12 +177,12 @@ class SpmdExtended(MeshExtended):
             specs.append(tf.TensorSpec(shape, value.dtype))
         return specs
 
-    def make_variable(self, **kwargs: Any) -> MeshVariable:
+    def create_variable(self, **kwargs: Any) -> MeshVariable:
         variable = MeshVariable(**kwargs)
         variable.residence = self.residence
         return variable
 
-    def is_ours(self, value: Any) -> bool:
+    def owns(self, value: Any) -> bool:
         return getattr(value, "residence", None) is self.residence
 
     def _scope(self, strategy: tf.distribute.Strategy) -> BuildingMayFail:

@@ -29,7 +29,9 @@ from tensorflow.python.ops import gen_resource_variable_ops, resource_variable_o
 
 from gshard_tf.compat.tensorflow import out_of_graphs
 from gshard_tf.compat.tf_gradients import with_dense_gradient
-from gshard_tf.sharding.regions import Region, own_pieces, splits
+from gshard_tf.runtime.device_arrays import addressable_shards
+from gshard_tf.sharding.partition_spec import PartitionSpec, spec_of
+from gshard_tf.sharding.regions import Region
 from gshard_tf.sharding.sharded_variable import InPieces
 
 
@@ -127,7 +129,7 @@ class MeshVariable(InPieces, resource_variable_ops.ResourceVariable):
         if self._device_value is None:
             return None
         self._check_not_lost()
-        return list(own_pieces(self._device_value))
+        return list(addressable_shards(self._device_value))
 
     def pieces_held(self) -> contextlib.AbstractContextManager:
         return self.residence.lock
@@ -142,8 +144,8 @@ class MeshVariable(InPieces, resource_variable_ops.ResourceVariable):
 
         return become
 
-    def splits(self) -> list[str | None]:
-        return splits(self.residence.layout(self))
+    def partition_spec(self) -> PartitionSpec:
+        return spec_of(self.residence.layout(self))
 
     @property
     def mesh(self) -> tf.experimental.dtensor.Mesh:

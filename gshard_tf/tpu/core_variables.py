@@ -17,7 +17,8 @@ from gshard_tf.checkpoints.tensor_bundle import slice_spec
 from gshard_tf.compat import tf_saving, tpu
 from gshard_tf.compat.keras_export import is_exporting
 from gshard_tf.sharding import op_sharding
-from gshard_tf.sharding.regions import Region, splits
+from gshard_tf.sharding.partition_spec import PartitionSpec, spec_of
+from gshard_tf.sharding.regions import Region
 from gshard_tf.sharding.sharded_variable import InPieces, PlacedVariable
 from gshard_tf.tpu.storage import Coordinates, Storage
 
@@ -265,8 +266,8 @@ class MeshTPUVariable(InPieces, _StoredVariable, tpu.TPUMirroredVariable):
         """The mesh of one replica."""
         return self.storage.layout.mesh
 
-    def splits(self) -> list[str | None]:
-        return splits(self.storage.layout)
+    def partition_spec(self) -> PartitionSpec:
+        return spec_of(self.storage.layout)
 
     def own_pieces(self) -> list[tuple[Region, tf.Tensor]]:
         shards = {}

@@ -12,10 +12,10 @@ from tensorflow.python.ops import control_flow_util
 from gshard_tf.compat import tpu as tpu_compat
 from gshard_tf.compat.tf_saving import patch_trackable_restore
 from gshard_tf.sharding.annotations import shard
-from gshard_tf.sharding.mesh import create_mesh, use_mesh
+from gshard_tf.sharding.mesh import axis_sizes, create_mesh, use_mesh
 from gshard_tf.sharding.rules import AxisRules
 from gshard_tf.sharding.sharded_variable import PlacedVariable
-from gshard_tf.spmd.on_mesh import OnMesh
+from gshard_tf.spmd.base import MeshStrategy
 from gshard_tf.tpu.core_layouts import CoreLayouts
 from gshard_tf.tpu.core_variables import (
     MeshTPUSyncOnReadVariable,
@@ -76,7 +76,7 @@ def tpu_strategy(
     return MeshTPUStrategy(resolver, topology, mesh, rules)
 
 
-class MeshTPUStrategy(OnMesh, tf.distribute.TPUStrategy):
+class MeshTPUStrategy(MeshStrategy, tf.distribute.TPUStrategy):
     """The strategy that `tpu_strategy` returns.
 
     Args:
@@ -85,6 +85,9 @@ class MeshTPUStrategy(OnMesh, tf.distribute.TPUStrategy):
         mesh: The cores of one replica.
         rules: The rules, or None.
     """
+
+    extended: "MeshTPUExtended"
+    unowned_hint = " (On a mesh of one core, all variables are TensorFlow's own.)"
 
     def __init__(
         self,
@@ -128,9 +131,7 @@ class MeshTPUExtended(tpu_compat.TPUExtended):
         )
         self.mesh = mesh
         self.layouts = CoreLayouts(mesh, rules)
-        self._faults = PartitionerFaults(
-            dict(zip(mesh.dim_names, mesh.shape(), strict=True))
-        )
+        self._faults = PartitionerFaults(axis_sizes(mesh))
         patch_trackable_restore()
 
     # -- variables -------------------------------------------------------------------
@@ -167,23 +168,11 @@ class MeshTPUExtended(tpu_compat.TPUExtended):
         self.layouts.note_created(variable, reference)
         return variable
 
-    def ours(self, variable: tf.Variable | keras.Variable) -> PlacedVariable:
-        """Returns the variable itself.
-
-        Raises:
-            ValueError: when the strategy did not create it, or does not shard it.
-        """
-        value = variable.value if isinstance(variable, keras.Variable) else variable
-        if not isinstance(value, MeshTPUVariable | MeshTPUSyncOnReadVariable) or (
-            value.distribute_strategy is not tpu_compat.strategy_of(self)
-        ):
-            name = getattr(variable, "path", getattr(variable, "name", variable))
-            raise ValueError(
-                "The variable must be created in `with strategy.scope():`, and the "
-                "mesh must have several cores: variables of one core are TensorFlow's "
-                f"own. Received: the variable {name!r}"
-            )
-        return value
+    def owns(self, value: Any) -> bool:
+        """Returns whether it is a variable that this strategy stores on its mesh."""
+        return isinstance(value, MeshTPUVariable | MeshTPUSyncOnReadVariable) and (
+            value.distribute_strategy is tpu_compat.strategy_of(self)
+        )
 
     # -- input -----------------------------------------------------------------------
 

@@ -311,5 +311,5 @@ def test_the_others_never_start(index):
 def test_one_process_joins_nobody():
     group = gshard_tf.join_processes()
     assert group.is_chief and group.count == 1
-    batch = gshard_tf.own_rows((np.zeros([3, 2]),))
+    batch = gshard_tf.process_local_rows((np.zeros([3, 2]),))
     assert batch[0].shape == (3, 2)

@@ -115,7 +115,7 @@ def test_values(any_mesh):
 
 def test_refusals(any_mesh):
     assert "A TPU program is compiled by the TPU" in any_mesh["jit_compile"]
-    assert "must be created in `with strategy.scope():`" in any_mesh["another's"]
+    assert "inside `with strategy.scope():`" in any_mesh["another's"]
 
 
 def test_a_mesh_of_one_core_is_tensorflows_own():
