@@ -15,7 +15,7 @@ def in_save_context() -> bool:
     """Returns whether a SavedModel is being written.
 
     Relies on: `save_context.in_save_context`. On an upgrade, watch: that TensorFlow's
-    own distributed variables still ask it.
+    own distributed variables still call it.
     """
     return save_context.in_save_context()
 

@@ -72,10 +72,10 @@ def core_variable(
 ) -> tf.Variable:
     """Creates a variable on the current device, also in the scope of a strategy.
 
-    There `tf.Variable` would ask the strategy to create it.
+    There `tf.Variable` would have the strategy create it.
 
     Relies on: `ResourceVariable`, the class of the instances of `tf.Variable`. On an
-    upgrade, watch: that its constructor asks no strategy.
+    upgrade, watch: that its constructor calls no strategy.
     """
     return resource_variable_ops.ResourceVariable(
         value, dtype=dtype, trainable=trainable, name=name
@@ -126,7 +126,7 @@ def in_tpu_program() -> bool:
 def partitioned_input(
     handles: Sequence[tf.Tensor], partition_dims: Sequence[int], sharding: bytes
 ) -> tf.Tensor:
-    """Returns one handle for a TPU program, of a variable that lies on several cores.
+    """Returns one handle for a TPU program, of a variable that several cores store.
 
     Relies on: the operation `TPUPartitionedInputV2`, of which TensorFlow's bridge reads
     the attribute `_XlaSharding`. On an upgrade, compare with

@@ -11,10 +11,11 @@ import tensorflow as tf
 # gradient (the same annotation) and that `tile` and `partial_tile` still count
 # devices by their position in the mesh.
 from tensorflow.compiler.tf2xla.python import xla as tf2xla
-from tensorflow.compiler.xla import xla_data_pb2
 from tensorflow.core.framework import attr_value_pb2
 from tensorflow.experimental import dtensor
 from tensorflow.python.compiler.xla.experimental import xla_sharding
+
+from gshard_tf.compat.xla_protos import OpSharding
 
 
 def constrain(tensor: tf.Tensor, sharding: bytes) -> tf.Tensor:
@@ -73,7 +74,7 @@ def tile_dimensions(sharding: bytes) -> tuple[int, ...]:
 
     Empty for a sharding that is not tiled.
     """
-    proto = xla_data_pb2.OpSharding.FromString(sharding)
+    proto = OpSharding.FromString(sharding)
     return tuple(proto.tile_assignment_dimensions)
 
 
@@ -85,7 +86,7 @@ def tile_assignment(sharding: bytes) -> np.ndarray:
     Raises:
         ValueError: when the sharding is not tiled.
     """
-    proto = xla_data_pb2.OpSharding.FromString(sharding)
+    proto = OpSharding.FromString(sharding)
     if not proto.tile_assignment_dimensions:
         raise ValueError(f"`sharding` must be tiled. Received: sharding={proto}")
     devices = np.array(proto.tile_assignment_devices)

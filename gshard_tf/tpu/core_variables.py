@@ -167,7 +167,7 @@ class ReplicaVariable(tpu.TPUReplicatedVariable):
 
 
 class _StoredVariable(PlacedVariable):
-    """The part that variables of all kinds share. `_values`: one per replica."""
+    """Base of both kinds of variables. `_values`: one per replica."""
 
     _values: list[ReplicaVariable]
     numpy: Callable[[], np.ndarray]

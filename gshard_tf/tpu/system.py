@@ -4,6 +4,8 @@ import importlib.metadata
 
 import tensorflow as tf
 
+from gshard_tf.compat.versions import LIBTPU, TPU_WHEEL
+
 
 def connect(
     tpu: str | tf.distribute.cluster_resolver.ClusterResolver | None,
@@ -53,6 +55,6 @@ def _check_has_tpu_kernels() -> None:
         raise ImportError(
             "A TPU of this machine needs the wheel tensorflow-tpu in place of "
             "tensorflow: pip uninstall tensorflow; pip install "
-            "'tensorflow-tpu==2.20.0' 'libtpu==0.0.14'. Received: tensorflow "
+            f"'tensorflow-tpu=={TPU_WHEEL}' 'libtpu=={LIBTPU}'. Received: tensorflow "
             f"{version}, which has no TPU operations"
         ) from error

@@ -3,7 +3,7 @@
 The step is traced under the strategy, lowered by TensorFlow's TPU bridge, partitioned
 by XLA, and run on one CPU device per core, each of which gets the shards of that core
 and nothing else. It is for tests and measurements; the TPU's own compiler, numbers and
-runtime take no part.
+runtime are not simulated.
 """
 
 from collections.abc import Callable, Iterable, Iterator
