@@ -15,7 +15,7 @@ from tensorflow.core.framework import attr_value_pb2
 from tensorflow.experimental import dtensor
 from tensorflow.python.compiler.xla.experimental import xla_sharding
 
-from gshard_tf.compat.xla_protos import OpSharding
+from gshard_tf.compat.xla_protos import xla_data_pb2
 
 
 def constrain(tensor: tf.Tensor, sharding: bytes) -> tf.Tensor:
@@ -74,7 +74,7 @@ def tile_dimensions(sharding: bytes) -> tuple[int, ...]:
 
     Empty for a sharding that is not tiled.
     """
-    proto = OpSharding.FromString(sharding)
+    proto = xla_data_pb2.OpSharding.FromString(sharding)
     return tuple(proto.tile_assignment_dimensions)
 
 
@@ -86,7 +86,7 @@ def tile_assignment(sharding: bytes) -> np.ndarray:
     Raises:
         ValueError: when the sharding is not tiled.
     """
-    proto = OpSharding.FromString(sharding)
+    proto = xla_data_pb2.OpSharding.FromString(sharding)
     if not proto.tile_assignment_dimensions:
         raise ValueError(f"`sharding` must be tiled. Received: sharding={proto}")
     devices = np.array(proto.tile_assignment_devices)

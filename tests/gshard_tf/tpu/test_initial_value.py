@@ -44,7 +44,7 @@ def test_boxes(monkeypatch, name):
     monkeypatch.setattr(initial_value, "_CHUNK", 600)  # two rows at a time
 
     def whole_is_forbidden(self):
-        raise AssertionError("the whole was made")
+        raise AssertionError("the whole was computed")
 
     monkeypatch.setattr(initial_value.InitialValue, "_whole", whole_is_forbidden)
     initializer = INITIALIZERS[name]
@@ -90,16 +90,16 @@ def test_a_box_is_cut_from_short_runs(monkeypatch):
     monkeypatch.setattr(initial_value, "_CHUNK", 600)
     runs = []
 
-    def noted(make):
-        part = shardable_initializer(make)
+    def recorded(compute):
+        elements = shardable_initializer(compute)
 
         def run(start, stop):
             runs.append(stop - start)
-            return part(start, stop)
+            return elements(start, stop)
 
         return run
 
-    monkeypatch.setattr(initial_value, "shardable_initializer", noted)
+    monkeypatch.setattr(initial_value, "shardable_initializer", recorded)
     initializer = INITIALIZERS["uniform"]
     value = initial_value.InitialValue(
         lambda: initializer(SHAPE, dtype="float32"), SHAPE, "float32"

@@ -65,13 +65,13 @@ def main(mesh):
         model, experts = convolutions(), models.model("sparse")
     with alone.scope():
         single = convolutions()
-    found = {
+    results = {
         "convolutions": warned(strategy, model, *images),
         "again": warned(strategy, model, *images),
         "experts": warned(strategy, experts, *ids),
         "one core": warned(alone, single, *images),
     }
-    print(json.dumps(found))
+    print(json.dumps(results))
 
 
 main(json.loads(sys.argv[1]))
