@@ -60,7 +60,7 @@ def test_axes_of_a_mesh_are_directions_of_the_slice(shape, sizes):
     assert sum(map(len, changing)) == len(set.union(*changing))
 
 
-def test_cores_of_a_chip_are_neighbours_on_the_last_axis():
+def test_cores_of_a_chip_are_neighbors_on_the_last_axis():
     mesh = gshard_tf.create_mesh({"data": 4, "model": 8}, "TPU")
     assignment = assign_cores(topology(4, 4, 1, 2), mesh)
     cores = assignment.core_assignment[0]
