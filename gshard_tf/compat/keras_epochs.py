@@ -148,6 +148,15 @@ class RunningFit:
         return not ran_out
 
 
+def start_at_epoch(model: keras.Model, epoch: int | None) -> None:
+    """Lets the running `fit` of a model start at an epoch; None: at its own first one.
+
+    Relies on: `Model._initial_epoch`, which Keras's own `BackupAndRestore` sets. On an
+    upgrade, watch: `fit` reads it after `on_train_begin`.
+    """
+    model._initial_epoch = epoch
+
+
 def running_fit(
     model: keras.Model, frame: FrameType | None = None
 ) -> RunningFit | None:

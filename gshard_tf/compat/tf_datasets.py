@@ -13,6 +13,15 @@ _WITH_STATE = re.compile(
 )
 
 
+def iterator_resource(iterator: tf.data.Iterator) -> tf.Tensor:
+    """Returns the handle of an eager iterator, for the public raw operations.
+
+    Relies on: `OwnedIterator._iterator_resource`. On an upgrade, watch:
+    `SerializeIterator` and `DeserializeIterator` still take it.
+    """
+    return iterator._iterator_resource
+
+
 def operations_with_state(dataset: tf.data.Dataset) -> list[str]:
     """The operations in a dataset's functions that keep iterators from being saved.
 

@@ -17,7 +17,7 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.experimental import dtensor
 
-from gshard_tf.checkpoints.naming import state_of
+from gshard_tf.checkpoints.naming import training_state
 from gshard_tf.compat.keras_seeds import global_seed_state
 from gshard_tf.compat.keras_variables import backend_variable
 from gshard_tf.export import program_file
@@ -29,7 +29,7 @@ from gshard_tf.export.manifest import (
     fit_layout,
 )
 from gshard_tf.export.naming import named_batch, named_leaves
-from gshard_tf.io.atomic_files import local_path
+from gshard_tf.io.paths import local_path
 from gshard_tf.sharding.mesh import axis_sizes, create_mesh, use_mesh
 from gshard_tf.sharding.partition_spec import layout_of, spec_of
 from gshard_tf.spmd import lowering
@@ -103,7 +103,7 @@ class StepProgram:
         self.specs = batch_specs(batch)
         with strategy.scope():
             complete(model, self.specs, mode)
-        for variable in state_of(model).values():
+        for variable in training_state(model).values():
             owned(variable, strategy)
         if not is_abstract(model):
             _check_metrics(model)
@@ -195,7 +195,7 @@ class StepProgram:
     def _describe(self, step: lowering.LoweredStep) -> Manifest:
         names = {
             id(backend_variable(variable)): (name, variable)
-            for name, variable in state_of(self.model).items()
+            for name, variable in training_state(self.model).items()
         }
         roles = variable_roles(self.model)
         layouts = step_layouts(self.strategy.extended.layouts, step)

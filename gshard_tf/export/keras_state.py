@@ -8,10 +8,10 @@ import numpy as np
 
 from gshard_tf.checkpoints.manifest import Array
 from gshard_tf.checkpoints.matching import match
-from gshard_tf.checkpoints.naming import state_of
+from gshard_tf.checkpoints.naming import training_state
 from gshard_tf.compat.keras_variables import backend_variable
 from gshard_tf.export import program_file
-from gshard_tf.io.atomic_files import local_path
+from gshard_tf.io.paths import local_path
 
 
 def save_state(model: keras.Model, path: str | os.PathLike, step: int = 0) -> None:
@@ -28,7 +28,7 @@ def save_state(model: keras.Model, path: str | os.PathLike, step: int = 0) -> No
     path = local_path(path)  # before everything is copied
     arrays = {
         name: backend_variable(variable).numpy()
-        for name, variable in state_of(model).items()
+        for name, variable in training_state(model).items()
     }
     program_file.write_state(path, arrays, step=step)
 
@@ -47,7 +47,7 @@ def load_state(model: keras.Model, path: str | os.PathLike) -> dict[str, Any]:
         ValueError: when the file does not fit the model; nothing is changed then.
     """
     arrays, meta = program_file.read_state(path)
-    variables = state_of(model)
+    variables = training_state(model)
     matches = match(
         {name: (tuple(v.shape), _dtype(v)) for name, v in variables.items()},
         {name: Array(a.shape, a.dtype.name, "", ()) for name, a in arrays.items()},

@@ -27,7 +27,7 @@ import numpy as np
 from gshard_tf.export import program_file
 from gshard_tf.export.array_dataset import Batches
 from gshard_tf.export.manifest import Manifest
-from gshard_tf.io.atomic_files import make_folder, path_option
+from gshard_tf.io.paths import make_folder, path_option
 from gshard_tf.runtime.termination import Termination
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
@@ -192,7 +192,7 @@ def _train(options: argparse.Namespace, log: Log) -> int:
     )
     if options.evaluate:
         evaluation = Evaluation(
-            *options.evaluate, options, log, lambda: termination.heard
+            *options.evaluate, options, log, lambda: termination.is_requested
         )
     state = program.put_state(arrays)
     since, last = time.perf_counter(), step

@@ -15,7 +15,7 @@ import numpy as np
 from tensorflow.experimental import dtensor
 
 from gshard_tf.runtime.devices import mesh_devices
-from gshard_tf.runtime.process_group import together
+from gshard_tf.runtime.process_group import collective_section
 from gshard_tf.sharding.partition_spec import spec_of
 from gshard_tf.sharding.regions import Region, cut, region_of
 
@@ -79,7 +79,7 @@ class Placement:
     def _gathered(self, value: Any) -> Any:
         import jax
 
-        with together("reading a split variable"), jax.enable_x64(True):
+        with collective_section("reading a split variable"), jax.enable_x64(True):
             return jax.block_until_ready(self._gather(value))
 
 

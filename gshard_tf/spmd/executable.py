@@ -9,7 +9,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gshard_tf.runtime.device_arrays import Placement
-from gshard_tf.runtime.process_group import agree, group, together
+from gshard_tf.runtime.process_group import (
+    all_gather_text,
+    collective_section,
+    group,
+)
 from gshard_tf.sharding.variable_layouts import Layouts
 from gshard_tf.spmd.borrowed_variable import BorrowedVariable
 from gshard_tf.spmd.index_uses import IndexUse
@@ -67,7 +71,7 @@ class Executable:
             ]
             inputs = program.put_inputs(arrays)
             count = extended.steps_run[self.name]
-            with together(f"step {count} of {self.name}"):
+            with collective_section(f"step {count} of {self.name}"):
                 outputs, updated = program(inputs, captures)
                 # Until all devices are done, they may read the arguments' memory.
                 program.wait([*updated, *outputs])
@@ -173,7 +177,7 @@ def check_processes_agree(step: LoweredStep, name: str) -> None:
         path = f"{i} {getattr(value, 'path', 'constant')}"
         if not isinstance(value, MeshVariable) or value.device_value is None:
             mine["values"][path] = zlib.crc32(np.ascontiguousarray(value.numpy()))
-    said = [json.loads(text) for text in agree("step", json.dumps(mine))]
+    said = [json.loads(text) for text in all_gather_text("step", json.dumps(mine))]
     for i, theirs in enumerate(said):
         if theirs["shapes"] != said[0]["shapes"]:
             raise ValueError(

@@ -27,7 +27,8 @@ from gshard_examples.translation.model import make_model, make_strategy, scope
 from gshard_examples.translation.pipeline import Batches, tokenize_pairs, tokenize_split
 from gshard_examples.translation.settings import Settings
 from gshard_examples.translation.vocabulary import Vocabulary
-from gshard_tf.io.atomic_files import local_path, write_file
+from gshard_tf.io.atomic_files import write_file
+from gshard_tf.io.paths import local_path
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 
 import gshard_tf
-from gshard_tf.checkpoints import folders, tensor_bundle, writer
+from gshard_tf.checkpoints import step_folders, tensor_bundle, writer
 from gshard_tf.sharding.regions import whole
 
 
@@ -58,7 +58,7 @@ class Disk:
 
 def test_all_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     disk = Disk(monkeypatch)
-    checkpoints = gshard_tf.Checkpoints(tmp_path, background=False)
+    checkpoints = gshard_tf.CheckpointManager(tmp_path, asynchronous=False)
     checkpoints.save(state(), 1)
     path = checkpoints.path(1)
     published, partial = disk.named(path)
@@ -80,16 +80,16 @@ def test_a_part_is_on_the_disk_before_its_process_says_so(tmp_path, monkeypatch)
 
         count, index, is_chief = 2, 1, False
 
-        def hear(self, key, patience):
+        def get(self, key, timeout):
             return json.dumps({"error": ""})
 
-        def tell(self, key, text):
+        def put(self, key, text):
             disk.events.append(("said", key, json.loads(text)["error"]))
 
     monkeypatch.setattr(writer, "group", Second)
     (tmp_path / ".step.partial").mkdir()
     value = np.ones([4, 3], "float32")
-    pieces = [tensor_bundle.Piece("model/a", (4, 3), whole((4, 3)), value)]
+    pieces = [tensor_bundle.ArrayShard("model/a", (4, 3), whole((4, 3)), value)]
     writer.write(tmp_path / "step", None, pieces, 7)
     said = disk.events.index(("said", "checkpoint/7/part/1", ""))
     parts = {
@@ -100,7 +100,7 @@ def test_a_part_is_on_the_disk_before_its_process_says_so(tmp_path, monkeypatch)
 
 
 def test_half_of_a_removed_checkpoint_is_none(tmp_path, monkeypatch):
-    checkpoints = gshard_tf.Checkpoints(tmp_path, background=False)
+    checkpoints = gshard_tf.CheckpointManager(tmp_path, asynchronous=False)
     checkpoints.save(state(), 1)
 
     def die(path, ignore_errors=False):
@@ -111,19 +111,21 @@ def test_half_of_a_removed_checkpoint_is_none(tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(shutil, "rmtree", die)
         with pytest.raises(KeyboardInterrupt):
-            folders.remove(tmp_path, 1)
+            step_folders.remove(tmp_path, 1)
     assert checkpoints.steps() == []
 
 
 def test_a_name_that_begins_like_a_step_is_none(tmp_path):
-    checkpoints = gshard_tf.Checkpoints(tmp_path, background=False)
+    checkpoints = gshard_tf.CheckpointManager(tmp_path, asynchronous=False)
     checkpoints.save(state(), 1)
     shutil.copytree(checkpoints.path(1), tmp_path / "step-0000000002.copy")
     assert checkpoints.steps() == [1]
 
 
 def test_damaged_checkpoints_do_not_push_sound_ones_out(tmp_path):
-    checkpoints = gshard_tf.Checkpoints(tmp_path, keep=2, background=False)
+    checkpoints = gshard_tf.CheckpointManager(
+        tmp_path, max_to_keep=2, asynchronous=False
+    )
     for step in (1, 2):
         checkpoints.save(state(step), step)
     (checkpoints.path(2) / "state.index").write_bytes(b"")
