@@ -33,7 +33,7 @@ def assign_cores(
     if cores % mesh.size:
         raise ValueError(
             f"The {cores} cores of the slice must be a whole number of meshes. "
-            f"Received: {_sizes(mesh)} with {mesh.size} cores"
+            f"Received: mesh={axis_sizes(mesh)} with {mesh.size} cores"
         )
     # (Every divisor of the slice's size is the size of some box.)
     boxes = _boxes(slice_shape, mesh.size)
@@ -69,7 +69,3 @@ def _directions(box: tuple[int, ...], sizes: list[int]) -> tuple[int, ...] | Non
         if axis_steps <= set(steps):
             return order
     return None
-
-
-def _sizes(mesh: dtensor.Mesh) -> str:
-    return f"mesh={axis_sizes(mesh)}"
