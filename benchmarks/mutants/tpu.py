@@ -41,8 +41,8 @@ MUTANTS = (
     ),
     Mutant(
         "gshard_tf/tpu/core_layouts.py",
-        "use = decision.use or decision.layout",
-        "use = decision.use",
+        "compute = decision.compute or decision.storage",
+        "compute = decision.compute",
         (
             f"{_CORE_LAYOUTS}::test_the_axis_left_over_splits_the_largest_dimension_that_divides",
         ),
@@ -167,8 +167,8 @@ MUTANTS = (
     ),
     Mutant(
         "gshard_tf/tpu/core_variables.py",
-        "from_layout(self.decision.use)",
-        "from_layout(self.decision.layout)",
+        "from_layout(self.decision.compute)",
+        "from_layout(self.decision.storage)",
         (f"{_REPLICAS}::test_a_table_is_used_in_the_parts_that_its_rule_says",),
         "a weight that is stored in more parts than it is used in is not gathered",
     ),

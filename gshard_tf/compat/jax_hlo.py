@@ -69,7 +69,7 @@ def hlo_as_text(hlo: bytes) -> str:
     On an upgrade, watch: the place of `HloPrintOptions` and `HloModule`.
     """
     try:
-        from jaxlib import _hlo
+        from jaxlib import _hlo  # type: ignore[attr-defined]  # it has no stubs
     except ImportError:
         from jaxlib import _jax as _hlo
 

@@ -20,11 +20,7 @@ from tensorflow.python.distribute.tpu_values import (
     TPUMirroredVariable,
     TPUSyncOnReadVariable,
 )
-from tensorflow.python.ops import (
-    gen_resource_variable_ops,
-    gen_tpu_partition_ops,
-    resource_variable_ops,
-)
+from tensorflow.python.ops import gen_resource_variable_ops, gen_tpu_partition_ops
 
 __all__ = [
     "TPUExtended",
@@ -32,7 +28,6 @@ __all__ = [
     "TPUReplicatedVariable",
     "TPUSyncOnReadVariable",
     "core_devices",
-    "core_variable",
     "create_distributed_variable",
     "in_tpu_program",
     "partitioned_input",
@@ -65,21 +60,6 @@ def set_packed_variables(strategy: tf.distribute.Strategy, packed: bool) -> None
     `TPUStrategyV2` sets. On an upgrade, watch: where `TPUExtended` reads it.
     """
     strategy._enable_packed_variable_in_eager_mode = packed
-
-
-def core_variable(
-    value: tf.Tensor, dtype: tf.DType, trainable: bool, name: str
-) -> tf.Variable:
-    """Creates a variable on the current device, also in the scope of a strategy.
-
-    There `tf.Variable` would have the strategy create it.
-
-    Relies on: `ResourceVariable`, the class of the instances of `tf.Variable`. On an
-    upgrade, watch: that its constructor calls no strategy.
-    """
-    return resource_variable_ops.ResourceVariable(
-        value, dtype=dtype, trainable=trainable, name=name
-    )
 
 
 def create_distributed_variable(

@@ -246,7 +246,7 @@ class StepProgram:
         )
 
     def _used(self, step: lowering.LoweredStep) -> list[Layout | None]:
-        uses = step_layouts(self.strategy.extended.layouts, step).uses
+        uses = step_layouts(self.strategy.extended.layouts, step).compute
         return [None if use is None else spec_of(use) for use in uses]
 
 

@@ -29,11 +29,11 @@ from gshard_tf.planning.plan import OutOfMemory, Plan, StepTime, Weight
 from gshard_tf.planning.reshards import Judge, annotations, summarise
 from gshard_tf.planning.roofline import Interconnect, step_time
 from gshard_tf.runtime.device_arrays import Placement
-from gshard_tf.sharding.layout_report import describe_one
+from gshard_tf.sharding.layout_report import summarize_variable
 from gshard_tf.sharding.mesh import axis_sizes, create_mesh
 from gshard_tf.sharding.rules import AxisRules
-from gshard_tf.sharding.sharded_variable import PlacedVariable
-from gshard_tf.sharding.variable_layouts import Layouts
+from gshard_tf.sharding.sharded_variable import MeshVariableBase
+from gshard_tf.sharding.variable_layouts import VariableLayouts
 from gshard_tf.spmd.abstract import AbstractStrategy, is_abstract, lower_abstract
 from gshard_tf.spmd.executable import compile_step
 from gshard_tf.spmd.keras_step import (
@@ -105,7 +105,7 @@ def plan(
     found = find_topology(topology)
     mesh = _mesh_for(found, mesh)
     strategy = AbstractStrategy(mesh, rules)
-    layouts: Layouts = strategy.extended.layouts
+    layouts: VariableLayouts = strategy.extended.layouts
 
     begun = time.perf_counter()
     graph = tf.compat.v1.get_default_graph()  # where TensorFlow keeps the scope
@@ -166,7 +166,7 @@ def plan(
         memory=memory,
         out_of_memory=oom,
         flops_as_written=sum(written.values()) / mesh.size,
-        complaints=uncounted + layouts.complaints(),
+        complaints=uncounted + layouts.warnings(),
         advice=advice_for(weights, memory, oom, found.hbm_bytes, mesh),
         trace_seconds=trace_seconds,
         compile_seconds=compile_seconds,
@@ -232,13 +232,15 @@ def _build(model: keras.Model | Callable[[], keras.Model]) -> keras.Model:
     return built
 
 
-def _weights(model: keras.Model, step: LoweredStep, layouts: Layouts) -> list[Weight]:
+def _weights(
+    model: keras.Model, step: LoweredStep, layouts: VariableLayouts
+) -> list[Weight]:
     roles = variable_roles(model)
     found = []
     for value in step.captures:
-        if not isinstance(value, PlacedVariable):
+        if not isinstance(value, MeshVariableBase):
             continue
-        row = describe_one(value.path, value, layouts)
+        row = summarize_variable(value.path, value, layouts)
         role = roles.get(id(value), "other")
         found.append(
             Weight(

@@ -12,26 +12,19 @@ from typing import Any
 
 import keras
 import tensorflow as tf
-
-# Private API: whether Keras is inferring shapes. On an upgrade, check that
-# `compute_output_spec` of the TensorFlow backend still enters a `SymbolicScope`.
-from keras.src.backend.common.symbolic_scope import in_symbolic_scope
 from tensorflow.experimental import dtensor
 
-# Private API: how a variable tells gradient tapes that it is being read; its public
-# form is in the resource variable itself. On an upgrade, check that tapes still watch
-# the attribute `handle` of what is passed.
-from tensorflow.python.eager import tape
-
+from gshard_tf.compat.keras_models import in_symbolic_scope
 from gshard_tf.compat.keras_variables import current_variable, known_shape
 from gshard_tf.compat.tf_gradients import with_dense_gradient
+from gshard_tf.compat.tf_variables import ResourceVariableLike, notify_tapes
 from gshard_tf.sharding.rules import AxisRules
-from gshard_tf.sharding.sharded_variable import PlacedVariable
+from gshard_tf.sharding.sharded_variable import MeshVariableBase
 from gshard_tf.spmd import lowering
 from gshard_tf.spmd.base import MeshExtended, MeshStrategy
 
 
-class AbstractVariable(PlacedVariable, tf.Variable):
+class AbstractVariable(ResourceVariableLike, MeshVariableBase, tf.Variable):
     """A `tf.Variable` that holds no value.
 
     Args:
@@ -40,9 +33,6 @@ class AbstractVariable(PlacedVariable, tf.Variable):
         name: Its TensorFlow name.
         trainable: As in `tf.Variable`.
     """
-
-    # What tapes and optimizers look for in a variable.
-    _should_act_as_resource_variable = True
 
     def __init__(
         self, shape: tf.TensorShape, dtype: tf.DType, name: str, trainable: bool
@@ -84,7 +74,7 @@ class AbstractVariable(PlacedVariable, tf.Variable):
     def value(self) -> tf.Tensor:
         if self._tensor is not None and not in_symbolic_scope():
             # Tapes watch the handle, from which what follows is made.
-            tape.variable_accessed(self)
+            notify_tapes(self)
             tensor = self._tensor
             return with_dense_gradient(lambda: tf.identity(tensor), "Identity", tensor)
         return tf.identity(self.handle)
@@ -167,14 +157,6 @@ class AbstractVariable(PlacedVariable, tf.Variable):
         return ""
 
     @property
-    def _unique_id(self) -> str:
-        return f"{self._name}-{id(self)}"
-
-    @property
-    def _shared_name(self) -> str:
-        return self._name
-
-    @property
     def synchronization(self) -> tf.VariableSynchronization:
         return tf.VariableSynchronization.AUTO
 
@@ -231,7 +213,7 @@ class AbstractExtended(MeshExtended):
                 value = initial_value() if callable(initial_value) else initial_value
                 value = tf.convert_to_tensor(value, dtype)
             shape, dtype = value.shape, value.dtype
-        if dtype is None:
+        if dtype is None and keras_variable is not None:
             dtype = keras_variable.dtype
         variable = AbstractVariable(
             shape, tf.as_dtype(dtype), name or "Variable", trainable is not False

@@ -6,30 +6,19 @@ TensorFlow's own half, and shares the mixin.
 
 import threading
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import keras
 import tensorflow as tf
 from tensorflow.experimental import dtensor
 
-# Private API: the extended half of OneDeviceStrategy, which feeds one global batch to
-# one replica, as we do. On an upgrade, check `_create_variable` and
-# `_call_for_each_replica`.
-from tensorflow.python.distribute import one_device_strategy
-
 from gshard_tf.compat.keras_variables import backend_variable
-from gshard_tf.sharding.layout_report import Description, describe
+from gshard_tf.compat.tf_distribute import OneDeviceExtended
+from gshard_tf.sharding.layout_report import LayoutReport, describe
 from gshard_tf.sharding.mesh import use_mesh
 from gshard_tf.sharding.rules import AxisRules
-from gshard_tf.sharding.sharded_variable import PlacedVariable
-from gshard_tf.sharding.variable_layouts import Layouts
-
-
-class _Extended(Protocol):
-    mesh: dtensor.Mesh
-    layouts: Layouts
-
-    def owns(self, value: Any) -> bool: ...
+from gshard_tf.sharding.sharded_variable import MeshVariableBase
+from gshard_tf.sharding.variable_layouts import VariableLayouts
 
 
 class MeshStrategy:
@@ -39,7 +28,7 @@ class MeshStrategy:
     variable is one of its own.
     """
 
-    extended: _Extended
+    extended: Any
     # Appended to the error for a variable that the strategy does not own.
     unowned_hint = ""
 
@@ -55,13 +44,13 @@ class MeshStrategy:
 
     def layout(self, variable: tf.Variable | keras.Variable) -> dtensor.Layout:
         """The layout in which a variable of this strategy is stored."""
-        return self.extended.layouts.of(owned(variable, self)).layout
+        return self.extended.layouts.layout_for(owned(variable, self)).storage
 
-    def describe(self, model: keras.Model) -> Description:
+    def describe(self, model: keras.Model) -> LayoutReport:
         """How each weight and optimizer slot of a built model is stored, and why.
 
         Returns:
-            A `Description`; `print` it for a table.
+            A `LayoutReport`; `print` it for a table.
         """
         return describe(
             model, self.extended.layouts, lambda variable: owned(variable, self)
@@ -86,7 +75,7 @@ def owned(variable: tf.Variable | keras.Variable, strategy: MeshStrategy) -> Any
     return value
 
 
-class MeshExtended(one_device_strategy.OneDeviceExtended):
+class MeshExtended(OneDeviceExtended):
     """`StrategyExtended` of a strategy on a mesh.
 
     It creates variables, assigns their layouts, and enables annotations while a step
@@ -113,10 +102,15 @@ class MeshExtended(one_device_strategy.OneDeviceExtended):
         rules.check(mesh)
         super().__init__(container, "/cpu:0")
         self.mesh = mesh
-        self.layouts = Layouts(mesh, rules)
+        self.layouts = VariableLayouts(mesh, rules)
         self._tracing = _Tracing()
 
-    def create_variable(self, **kwargs: Any) -> PlacedVariable:
+    @property
+    def strategy(self) -> Any:
+        """The strategy."""
+        return self._container_strategy()
+
+    def create_variable(self, **kwargs: Any) -> MeshVariableBase:
         """A variable of the strategy's own kind, by the arguments of `tf.Variable`."""
         raise NotImplementedError
 
@@ -136,11 +130,11 @@ class MeshExtended(one_device_strategy.OneDeviceExtended):
             kwargs.pop(unused, None)
         with tf.device(self._device):
             variable = self.create_variable(**kwargs)
-        self.layouts.note_created(variable, reference)
+        self.layouts.register(variable, reference)
         return variable
 
     def _validate_colocate_with_variable(self, colocate_with_variable: Any) -> None:
-        owned(colocate_with_variable, self._container_strategy())
+        owned(colocate_with_variable, self.strategy)
 
     @property
     def is_tracing(self) -> bool:

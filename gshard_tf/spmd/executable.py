@@ -1,5 +1,6 @@
 """One compiled step: feeds it, runs it, and writes the state back."""
 
+import functools
 import json
 import weakref
 import zlib
@@ -7,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from tensorflow.experimental import dtensor
 
 from gshard_tf.runtime.device_arrays import Placement
 from gshard_tf.runtime.process_group import (
@@ -14,7 +16,7 @@ from gshard_tf.runtime.process_group import (
     collective_section,
     group,
 )
-from gshard_tf.sharding.variable_layouts import Layouts
+from gshard_tf.sharding.variable_layouts import VariableLayouts
 from gshard_tf.spmd.borrowed_variable import BorrowedVariable
 from gshard_tf.spmd.index_uses import IndexUse
 from gshard_tf.spmd.input_checks import argument_names, check_indices
@@ -52,21 +54,19 @@ class Executable:
 
     def __call__(self, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
         extended, step = self.extended, self.step
-        with extended.residence.lock:
-            if self.program is None or self.program.keep_finite != extended.keep_finite:
-                self._compile()
-            program, layouts = self.program, self.program.layouts.captures
+        with extended.transfer.lock:
+            program = self.program
+            if program is None or program.keep_finite != extended.keep_finite:
+                program = self._compile()
             extended.steps_run[self.name] += 1
             if extended.check_numerics:
                 self._check_finite(arrays, lambda i: f"argument {i}")
             captures = [
-                value.take_device_value(
-                    lambda array, layout=layout: extended.placement.put(array, layout)
-                )
+                value.device_value(functools.partial(self._put, x))
                 if isinstance(value, STATE_VARIABLES)
                 else self.constants[i]
-                for i, (value, layout) in enumerate(
-                    zip(step.captures, layouts, strict=True)
+                for i, (value, x) in enumerate(
+                    zip(step.captures, program.layouts.captures, strict=True)
                 )
             ]
             inputs = program.put_inputs(arrays)
@@ -87,10 +87,13 @@ class Executable:
                 )
             # At once: the old values are gone, their memory is reused.
             for i, value in zip(step.updates, updated, strict=True):
-                step.captures[i].set_device_value(value)
+                step.captures[i].set_device_copy(value)
             if program.keep_finite and np.any(broken):
                 self._note_skipped(np.asarray(broken), arrays)
             return [np.asarray(output) for output in outputs]
+
+    def _put(self, layout: dtensor.Layout, array: np.ndarray) -> Any:
+        return self.extended.placement.put(array, layout)
 
     def check_inputs(self, arrays: Sequence[np.ndarray]) -> None:
         """Raises `InputRangeError` for an id or a label that is out of range."""
@@ -128,11 +131,11 @@ class Executable:
                     "and its optimizer are as they were before that step."
                 )
 
-    def _compile(self) -> None:
+    def _compile(self) -> SpmdProgram:
         extended = self.extended
         if group().count > 1:
             check_processes_agree(self.step, self.name)
-        self.program = compile_step(
+        program = compile_step(
             extended.layouts,
             self.step,
             extended.placement,
@@ -143,15 +146,17 @@ class Executable:
         self.constants = {
             i: extended.placement.put(value.numpy(), layout)
             for i, (value, layout) in enumerate(
-                zip(self.step.captures, self.program.layouts.captures, strict=True)
+                zip(self.step.captures, program.layouts.captures, strict=True)
             )
             if not isinstance(value, STATE_VARIABLES)
         }
-        extended.programs.append(weakref.ref(self.program))
+        extended.programs.append(weakref.ref(program))
+        self.program = program
+        return program
 
 
 def compile_step(
-    layouts: Layouts,
+    layouts: VariableLayouts,
     step: LoweredStep,
     placement: Placement,
     donate: bool = True,
@@ -172,25 +177,26 @@ def check_processes_agree(step: LoweredStep, name: str) -> None:
     Raises:
         ValueError: in all of them, when it is not the same.
     """
-    mine = {"shapes": [str(spec) for spec in step.inputs], "values": {}}
+    shapes = [str(spec) for spec in step.inputs]
+    checksums: dict[str, int] = {}
     for i, value in enumerate(step.captures):
         path = f"{i} {getattr(value, 'path', 'constant')}"
-        if not isinstance(value, MeshVariable) or value.device_value is None:
-            mine["values"][path] = zlib.crc32(np.ascontiguousarray(value.numpy()))
-    said = [json.loads(text) for text in all_gather_text("step", json.dumps(mine))]
-    for i, theirs in enumerate(said):
-        if theirs["shapes"] != said[0]["shapes"]:
+        if not isinstance(value, MeshVariable) or value.device_copy is None:
+            data = np.ascontiguousarray(value.numpy()).reshape(-1).view(np.uint8)
+            checksums[path] = zlib.crc32(data.data)
+    message = json.dumps({"shapes": shapes, "values": checksums})
+    first, *others = (json.loads(text) for text in all_gather_text("step", message))
+    for i, other in enumerate(others, 1):
+        if other["shapes"] != first["shapes"]:
             raise ValueError(
-                f"The processes do not run the same {name}: process 0 has batches "
-                f"{said[0]['shapes']}. Received: process {i} has {theirs['shapes']}"
+                f"All processes must run the same {name}: process 0 has batches "
+                f"{first['shapes']}. Received: process {i} has {other['shapes']}"
             )
-        ours, others = said[0]["values"], theirs["values"]
-        differing = [
-            path for path in {**ours, **others} if ours.get(path) != others.get(path)
-        ]
+        one, two = first["values"], other["values"]
+        differing = [path for path in {**one, **two} if one.get(path) != two.get(path)]
         if differing:
             raise ValueError(
-                "The processes began with other values; call "
+                "All processes must begin with the same values; call "
                 "keras.utils.set_random_seed in all of them before the model is made, "
                 f"and restore the same checkpoint. Received: process {i} differs from "
                 f"process 0 in {len(differing)} variables: {differing[:5]}"

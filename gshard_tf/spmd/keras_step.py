@@ -5,6 +5,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from gshard_tf.compat.keras_models import build_symbolically, infer_outputs
+
 MODES = {"train": "train_step", "evaluate": "test_step", "predict": "predict_step"}
 
 
@@ -63,11 +65,9 @@ def complete(model: keras.Model, specs: Any, mode: str) -> None:
     x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(symbolic)
     if mode == "predict":
         if not model.built:
-            keras.backend.compute_output_spec(model, x, training=False)
+            infer_outputs(model, x)
         return
-    # Private API: what `fit` calls before it traces a step; a model's own train_step
-    # does not. On an upgrade, check that it still builds model, loss and metrics.
-    model._symbolic_build(data_batch=(x, y, sample_weight))
+    build_symbolically(model, (x, y, sample_weight))
     # A model with a train_step of its own may have none, or several elsewhere.
     optimizer = model.optimizer
     if mode == "train" and optimizer is not None and not optimizer.built:

@@ -58,13 +58,13 @@ def jit_step(
     safe = partition_safely(step.hlo, dict(mesh.shape), batch_axes)
     result_types = [_aval(spec) for spec in step.results]
     used = [None] * num_inputs + [
-        None if x is None else named_sharding(x, mesh) for x in layouts.uses
+        None if x is None else named_sharding(x, mesh) for x in layouts.compute
     ]
 
-    def gshard_step(*args):
+    def gshard_step(*arguments):
         args = [
             arg if sharding is None else jax.lax.with_sharding_constraint(arg, sharding)
-            for arg, sharding in zip(args, used, strict=True)
+            for arg, sharding in zip(arguments, used, strict=True)
         ]
         results = call_hlo(safe.hlo, args, result_types)
         if keep_finite:
@@ -90,14 +90,14 @@ def _kept_finite(old: list[Any], new: list[Any]) -> list[Any]:
     """The new values, or all the old ones if any became not finite; and which did."""
     from jax import numpy as jnp
 
-    broken = [
+    each = [
         # What was not finite before (a metric that begins at infinity) may stay so.
         jnp.any(~jnp.isfinite(after) & jnp.isfinite(before))
         if jnp.issubdtype(after.dtype, jnp.inexact)
         else jnp.bool_(False)
         for before, after in zip(old, new, strict=True)
     ]
-    broken = jnp.stack(broken) if broken else jnp.zeros([0], bool)
+    broken = jnp.stack(each) if each else jnp.zeros([0], bool)
     stays = jnp.any(broken)
     kept = [
         jnp.where(stays, before, after) for before, after in zip(old, new, strict=True)

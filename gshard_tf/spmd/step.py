@@ -29,7 +29,7 @@ class Step:
     Args:
         extended: The `SpmdExtended` of the strategy that runs it.
         fn: The function.
-        arguments: What it is called with, `(args, kwargs)`.
+        arguments: Its arguments, `(args, kwargs)`.
 
     Raises:
         ValueError: when an argument is no dense tensor of numbers.
@@ -43,7 +43,7 @@ class Step:
         for leaf in flat:
             _check_dense_number(leaf)
         self.tensors = [leaf for leaf in flat if _is_array(leaf)]
-        # Whatever is no tensor (None, a Python number, a variable) is part of the
+        # Anything but a tensor (None, a Python number, a variable) is part of the
         # program.
         self.arguments = tf.nest.pack_sequence_as(
             arguments, [lowering.LEAF if _is_array(leaf) else leaf for leaf in flat]
@@ -57,7 +57,7 @@ class Step:
     def trace_alone(self, arrays: Sequence[np.ndarray], jit_compile: bool) -> Any:
         """The step for `arrays`, traced without a mesh, for compiling or not."""
         specs = self.extended.global_specs(arrays)
-        with self._where_it_was_made():
+        with self._creation_context():
             return self._trace(without_mesh(self.fn), specs, jit_compile)[0]
 
     def _trace(
@@ -69,20 +69,20 @@ class Step:
 
         return lowering.trace(step, specs, jit_compile)
 
-    def emit(self) -> Any:
+    def call_from_graph(self) -> Any:
         """Puts a call of the program into the graph that is being traced."""
         specs = self.extended.global_specs(self.tensors)
         function, structure = self.trace(specs)
         # With what the trace made: Keras's global seed generator, say.
         self.keras_state = keras_state()
         for value in lowering.captured(function):
-            self._resident(value)
+            self._captured_value(value)
         if all(spec.shape.is_fully_defined() for spec in specs):
-            self._add(specs, function, structure)
+            self._compile_for(specs, function, structure)
         tensors, self.tensors = self.tensors, []
         _keep_with_graph(self)
         outputs = tf.numpy_function(
-            _Call(self),
+            _WeakCall(self),
             tensors,
             [output.dtype for output in function.outputs],
             stateful=True,
@@ -116,20 +116,22 @@ class Step:
         if _key(specs) not in self.executables:
             # A shape that was unknown when the graph was traced: the length of this
             # batch, say.
-            with self._where_it_was_made():
-                self._add(specs, *self.trace(specs))
+            with self._creation_context():
+                self._compile_for(specs, *self.trace(specs))
         return self.executables[_key(specs)]
 
     @contextlib.contextmanager
-    def _where_it_was_made(self) -> Iterator[None]:
+    def _creation_context(self) -> Iterator[None]:
         # A thread of TensorFlow's has neither Keras's state nor a strategy.
-        strategy = self.extended._container_strategy()
+        strategy = self.extended.strategy
         with use_keras_state(self.keras_state), strategy.scope():
             yield
 
-    def _add(self, specs: list[tf.TensorSpec], function: Any, structure: Any) -> None:
+    def _compile_for(
+        self, specs: list[tf.TensorSpec], function: Any, structure: Any
+    ) -> None:
         step = lowering.lower(function, structure)
-        captures = [self._resident(value) for value in step.captures]
+        captures = [self._captured_value(value) for value in step.captures]
         uses = []
         if self.extended.input_checks.steps:
             uses = index_uses(function, captures)
@@ -138,8 +140,8 @@ class Step:
             self.extended, step, self.name, self.arguments, uses
         )
 
-    def _resident(self, value: Any) -> Any:
-        """What stands for a captured variable or constant while the step runs.
+    def _captured_value(self, value: Any) -> Any:
+        """The stand-in for a captured variable or constant while the step runs.
 
         Raises:
             ValueError: for a variable that was made outside the strategy's scope.
@@ -147,22 +149,28 @@ class Step:
         if not isinstance(value, tf.Variable) or self.extended.owns(value):
             return value
         if value is global_seed_state():
-            return BorrowedVariable(value, self.extended.residence.to_host)
-        return owned(value, self.extended._container_strategy())
+            return BorrowedVariable(value, self.extended.transfer.to_host)
+        return owned(value, self.extended.strategy)
 
 
-class _Call:
-    """What a graph calls for a step, without keeping it alive.
+class _WeakCall:
+    """A call of a step by a graph, which does not keep the step alive.
 
     TensorFlow keeps Python functions of graphs for the life of the process, and a step
-    has a hold of a model, its state on the devices and the compiled programs.
+    refers to a model, its state on the devices and the compiled programs.
     """
 
     def __init__(self, step: Step):
         self.step = weakref.ref(step)
 
     def __call__(self, *arrays: np.ndarray) -> list[np.ndarray]:
-        return self.step().run(arrays)
+        step = self.step()
+        if step is None:
+            raise RuntimeError(
+                "A graph must keep the steps that it calls. Received: a call of a step "
+                "that no longer exists."
+            )
+        return step.run(arrays)
 
 
 def _keep_with_graph(step: Step) -> None:

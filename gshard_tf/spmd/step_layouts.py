@@ -5,8 +5,8 @@ import dataclasses
 from tensorflow.experimental import dtensor
 
 from gshard_tf.runtime.process_group import group
-from gshard_tf.sharding.sharded_variable import PlacedVariable
-from gshard_tf.sharding.variable_layouts import Layouts
+from gshard_tf.sharding.sharded_variable import MeshVariableBase
+from gshard_tf.sharding.variable_layouts import VariableLayouts
 from gshard_tf.spmd.lowering import LoweredStep
 
 
@@ -18,36 +18,38 @@ class StepLayouts:
         inputs: Of each argument.
         outputs: Of each output.
         captures: Of each captured variable or constant, as it is stored.
-        uses: As the step uses it, where that differs; else None.
+        compute: The layout in which the step computes with each capture, where it is
+            not the one in which it is stored; else None.
     """
 
     inputs: list[dtensor.Layout]
     outputs: list[dtensor.Layout]
     captures: list[dtensor.Layout]
-    uses: list[dtensor.Layout | None]
+    compute: list[dtensor.Layout | None]
 
 
-def step_layouts(layouts: Layouts, step: LoweredStep) -> StepLayouts:
+def step_layouts(layouts: VariableLayouts, step: LoweredStep) -> StepLayouts:
     """The layouts that the rules of a strategy give to a step."""
-    captures, uses = [], []
+    captures: list[dtensor.Layout] = []
+    compute: list[dtensor.Layout | None] = []
     for value in step.captures:
-        if isinstance(value, PlacedVariable):
-            decision = layouts.of(value)
-            captures.append(decision.layout)
-            uses.append(decision.use)
+        if isinstance(value, MeshVariableBase):
+            decision = layouts.layout_for(value)
+            captures.append(decision.storage)
+            compute.append(decision.compute)
         else:
             captures.append(dtensor.Layout.replicated(layouts.mesh, value.shape.rank))
-            uses.append(None)
+            compute.append(None)
     outputs = [spec.shape for spec in step.results[: step.num_outputs]]
     return StepLayouts(
-        [layouts.of_batch(spec.shape) for spec in step.inputs],
+        [layouts.batch_layout(spec.shape) for spec in step.inputs],
         [
             # Every process is given all of what comes out.
             dtensor.Layout.replicated(layouts.mesh, shape.rank)
             if group().count > 1
-            else layouts.of_batch(shape)
+            else layouts.batch_layout(shape)
             for shape in outputs
         ],
         captures,
-        uses,
+        compute,
     )

@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import threading
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,22 +11,18 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.experimental import dtensor
 
-# Private API: whether a graph is going to be compiled by TensorFlow itself.
-from tensorflow.python.ops import control_flow_util
-
 from gshard_tf.compat.keras_fit import BuildingMayFail, read_no_batch_to_build
-from gshard_tf.runtime.device_arrays import Placement, assemble, named_sharding
+from gshard_tf.compat.tf_graphs import is_compiled_by_tensorflow
+from gshard_tf.runtime.device_arrays import Placement
 from gshard_tf.runtime.process_group import group
-from gshard_tf.sharding.layout_report import Description
-from gshard_tf.sharding.regions import Region
+from gshard_tf.sharding.layout_report import LayoutReport
 from gshard_tf.sharding.rules import AxisRules
-from gshard_tf.sharding.variable_layouts import Layouts
 from gshard_tf.spmd.base import MeshExtended, MeshStrategy
 from gshard_tf.spmd.input_checks import InputChecks
 from gshard_tf.spmd.nonfinite import SkippedStep
 from gshard_tf.spmd.program import SpmdProgram
 from gshard_tf.spmd.step import Step
-from gshard_tf.spmd.variable import MeshVariable
+from gshard_tf.spmd.variable import MeshVariable, VariableTransfer
 
 
 class SpmdStrategy(MeshStrategy, tf.distribute.Strategy):
@@ -72,6 +67,8 @@ class SpmdStrategy(MeshStrategy, tf.distribute.Strategy):
             mesh, or `check_inputs` is no such number.
     """
 
+    extended: "SpmdExtended"
+
     def __init__(
         self,
         mesh: dtensor.Mesh,
@@ -115,11 +112,11 @@ class SpmdStrategy(MeshStrategy, tf.distribute.Strategy):
         """The programs compiled so far that are still in use, oldest first."""
         return [p for p in (ref() for ref in self.extended.programs) if p is not None]
 
-    def describe(self, model: keras.Model) -> Description:
+    def describe(self, model: keras.Model) -> LayoutReport:
         """How each weight and optimizer slot of a built model is stored, and why.
 
         Returns:
-            A `Description`; `print` it for a table. Once a program is compiled, it
+            A `LayoutReport`; `print` it for a table. Once a program is compiled, it
             also says what the latest one does for the partitioner's sake.
         """
         described = super().describe(model)
@@ -144,7 +141,7 @@ class SpmdExtended(MeshExtended):
         self.check_numerics = check_numerics
         self._process_local_batches = process_local_batches
         self.input_checks = input_checks
-        self.residence = _Residence(self.placement, self.layouts)
+        self.transfer = VariableTransfer(self.placement, self.layouts)
         self.programs: list[weakref.ref] = []
         self.steps_run: collections.Counter[str] = collections.Counter()
         # Set by `NonFiniteGuard`, for as long as a step of its `fit` runs.
@@ -155,7 +152,9 @@ class SpmdExtended(MeshExtended):
             None
         )
         self.last_error: Exception | None = None
-        self._graph_functions = weakref.WeakKeyDictionary()
+        self._graph_functions: weakref.WeakKeyDictionary[Callable, Callable] = (
+            weakref.WeakKeyDictionary()
+        )
 
     @property
     def row_share(self) -> int:
@@ -179,11 +178,11 @@ class SpmdExtended(MeshExtended):
 
     def create_variable(self, **kwargs: Any) -> MeshVariable:
         variable = MeshVariable(**kwargs)
-        variable.residence = self.residence
+        variable.transfer = self.transfer
         return variable
 
     def owns(self, value: Any) -> bool:
-        return getattr(value, "residence", None) is self.residence
+        return getattr(value, "transfer", None) is self.transfer
 
     def _scope(self, strategy: tf.distribute.Strategy) -> BuildingMayFail:
         return BuildingMayFail(super()._scope(strategy))
@@ -208,7 +207,7 @@ class SpmdExtended(MeshExtended):
             return super()._call_for_each_replica(fn, args, kwargs)
         if not tf.executing_eagerly():
             _check_not_compiled()
-            return Step(self, fn, (args, kwargs)).emit()
+            return Step(self, fn, (args, kwargs)).call_from_graph()
         if (
             isinstance(fn, tf.types.experimental.PolymorphicFunction)
             and not tf.config.functions_run_eagerly()
@@ -233,28 +232,8 @@ class SpmdExtended(MeshExtended):
         return self._graph_functions[fn]
 
 
-class _Residence:
-    """Moves variables between the mesh and elsewhere, one user at a time."""
-
-    def __init__(self, placement: Placement, layouts: Layouts):
-        self.lock = threading.RLock()
-        self.mesh = placement.mesh
-        self.to_host = placement.get
-        self._placement = placement
-        self._layouts = layouts
-
-    def layout(self, variable: MeshVariable) -> dtensor.Layout:
-        return self._layouts.of(variable).layout
-
-    def assemble(
-        self, variable: MeshVariable, read: Callable[[Region], np.ndarray]
-    ) -> Any:
-        sharding = named_sharding(self.layout(variable), self._placement.jax_mesh)
-        return assemble(tuple(variable.shape), sharding, read)
-
-
 def _check_not_compiled() -> None:
-    if control_flow_util.GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph()):
+    if is_compiled_by_tensorflow(tf.compat.v1.get_default_graph()):
         raise ValueError(
             "SpmdStrategy compiles the whole step itself, so it cannot stand inside a "
             "function with jit_compile=True. Compile a Keras model with "

@@ -19,7 +19,7 @@ from gshard_tf.compat.keras_export import is_exporting
 from gshard_tf.sharding import op_sharding
 from gshard_tf.sharding.partition_spec import PartitionSpec, spec_of
 from gshard_tf.sharding.regions import Region
-from gshard_tf.sharding.sharded_variable import InPieces, PlacedVariable
+from gshard_tf.sharding.sharded_variable import MeshVariableBase, ShardedVariable
 from gshard_tf.tpu.storage import Coordinates, Storage
 
 _DENSE_SCATTERS = {
@@ -166,7 +166,7 @@ class ReplicaVariable(tpu.TPUReplicatedVariable):
         return [*resources, self]
 
 
-class _StoredVariable(PlacedVariable):
+class _StoredVariable(MeshVariableBase):
     """Base of both kinds of variables. `_values`: one per replica."""
 
     _values: list[ReplicaVariable]
@@ -197,17 +197,17 @@ class _StoredVariable(PlacedVariable):
         return np.array(self.numpy(), dtype=dtype, copy=copy)
 
 
-class MeshTPUVariable(InPieces, _StoredVariable, tpu.TPUMirroredVariable):
+class MeshTPUVariable(ShardedVariable, _StoredVariable, tpu.TPUMirroredVariable):
     """A weight, a slot or a counter: equal in all replicas, sharded within each."""
 
     is_sharded = True  # read by `tf_saving.patch_trackable_restore`
 
     def _read_variable_op(self) -> tf.Tensor:
         value = super()._read_variable_op()
-        if self.decision is not None and self.decision.use is not None:
+        if self.decision is not None and self.decision.compute is not None:
             # Stored in more shards to save memory, used as the rules say.
             value = op_sharding.constrain(
-                value, op_sharding.from_layout(self.decision.use)
+                value, op_sharding.from_layout(self.decision.compute)
             )
         return value
 
@@ -269,7 +269,7 @@ class MeshTPUVariable(InPieces, _StoredVariable, tpu.TPUMirroredVariable):
     def partition_spec(self) -> PartitionSpec:
         return spec_of(self.storage.layout)
 
-    def own_pieces(self) -> list[tuple[Region, tf.Tensor]]:
+    def addressable_shards(self) -> list[tuple[Region, tf.Tensor]]:
         shards = {}
         for coordinates, variable in self._values[0].shards():  # replicas are equal
             if coordinates not in shards:
@@ -280,7 +280,7 @@ class MeshTPUVariable(InPieces, _StoredVariable, tpu.TPUMirroredVariable):
             for coordinates, value in shards.items()
         ]
 
-    def load(self, read: Callable[[Region], np.ndarray]) -> Callable[[], None]:
+    def stage(self, read: Callable[[Region], np.ndarray]) -> Callable[[], None]:
         values = {
             coordinates: read(self.storage.shard_region(coordinates))
             for coordinates in dict.fromkeys(self.storage.shard_coordinates())

@@ -13,11 +13,11 @@ from tensorflow.experimental import dtensor
 
 from gshard_tf.compat import tf_saving
 from gshard_tf.compat.tensorflow import out_of_graphs
-from gshard_tf.compat.tpu import core_variable
+from gshard_tf.compat.tf_variables import ResourceVariable
 from gshard_tf.sharding import op_sharding
 from gshard_tf.sharding.regions import Region, whole
-from gshard_tf.sharding.sharded_variable import PlacedVariable
-from gshard_tf.sharding.variable_layouts import Layouts
+from gshard_tf.sharding.sharded_variable import MeshVariableBase
+from gshard_tf.sharding.variable_layouts import VariableLayouts
 from gshard_tf.tpu.initial_value import InitialValue
 
 # The number of a shard along each dimension.
@@ -41,7 +41,7 @@ class Storage:
     def __init__(
         self,
         devices: np.ndarray,
-        layouts: Layouts,
+        layouts: VariableLayouts,
         initial: InitialValue,
         name: str,
         trainable: bool,
@@ -53,10 +53,10 @@ class Storage:
         self.trainable = trainable
         self._layouts = layouts
         self._initial: InitialValue | None = initial
-        self._owner: weakref.ref[PlacedVariable] | None = None
+        self._owner: weakref.ref[MeshVariableBase] | None = None
         self._cores: list[list[Any]] = []
 
-    def set_owner(self, owner: PlacedVariable) -> None:
+    def set_owner(self, owner: MeshVariableBase) -> None:
         """Sets the variable whose storage it is: the one that layers and users see."""
         self._owner = weakref.ref(owner)
 
@@ -67,7 +67,7 @@ class Storage:
             raise RuntimeError(
                 f"The variable of this storage must exist. Received: name={self.name!r}"
             )
-        return self._layouts.of(owner).layout
+        return self._layouts.layout_for(owner).storage
 
     def core_variables(self, replica: int) -> list[Any]:
         """Returns the variable of each core of a replica, in the order of the mesh."""
@@ -100,7 +100,8 @@ class Storage:
                 if coordinates[core] != shard:
                     continue
                 with tf.device(self.devices[replica][core]):
-                    variables[replica][core] = core_variable(
+                    # (In a strategy's scope `tf.Variable` would come back here.)
+                    variables[replica][core] = ResourceVariable(
                         value,
                         dtype=self.dtype,
                         trainable=self.trainable,

@@ -7,14 +7,14 @@ from typing import Any
 import keras
 import tensorflow as tf
 from tensorflow.experimental import dtensor
-from tensorflow.python.ops import control_flow_util
 
 from gshard_tf.compat import tpu as tpu_compat
+from gshard_tf.compat.tf_graphs import is_compiled_by_tensorflow
 from gshard_tf.compat.tf_saving import patch_trackable_restore
 from gshard_tf.sharding.annotations import shard
 from gshard_tf.sharding.mesh import axis_sizes, create_mesh, use_mesh
 from gshard_tf.sharding.rules import AxisRules
-from gshard_tf.sharding.sharded_variable import PlacedVariable
+from gshard_tf.sharding.sharded_variable import MeshVariableBase
 from gshard_tf.spmd.base import MeshStrategy
 from gshard_tf.tpu.core_layouts import CoreLayouts
 from gshard_tf.tpu.core_variables import (
@@ -142,7 +142,7 @@ class MeshTPUExtended(tpu_compat.TPUExtended):
             self.mesh.size == 1
             or kwargs.get("skip_mirrored_creator")
             or kwargs.get("custom_tpu_variable_creator")
-            or not isinstance(reference, PlacedVariable | None)
+            or not isinstance(reference, MeshVariableBase | None)
         ):
             return super()._create_variable(next_creator, **kwargs)
         kwargs.pop("colocate_with", None)
@@ -165,7 +165,7 @@ class MeshTPUExtended(tpu_compat.TPUExtended):
             **kwargs,
         )
         storage.set_owner(variable)
-        self.layouts.note_created(variable, reference)
+        self.layouts.register(variable, reference)
         return variable
 
     def owns(self, value: Any) -> bool:
@@ -196,9 +196,7 @@ class MeshTPUExtended(tpu_compat.TPUExtended):
     # -- steps -----------------------------------------------------------------------
 
     def tpu_run(self, fn: Callable, args: Any, kwargs: Any, options: Any = None) -> Any:
-        if control_flow_util.GraphOrParentsInXlaContext(
-            tf.compat.v1.get_default_graph()
-        ):
+        if is_compiled_by_tensorflow(tf.compat.v1.get_default_graph()):
             raise ValueError(
                 "A TPU program is compiled by the TPU, so strategy.run cannot be "
                 "called in a function with jit_compile=True. Compile a Keras model "
@@ -236,4 +234,4 @@ class MeshTPUExtended(tpu_compat.TPUExtended):
             return value
         if not isinstance(value, tf.Tensor) or not value.shape.is_fully_defined():
             return value
-        return shard(value, self.layouts.of_batch(value.shape))
+        return shard(value, self.layouts.batch_layout(value.shape))

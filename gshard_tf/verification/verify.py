@@ -125,7 +125,7 @@ def check_lowered(
     """
     mesh = extended.mesh
     sizes = axis_sizes(mesh)
-    with extended.residence.lock:
+    with extended.transfer.lock:
         return check_step(
             StepToCheck(
                 extended,

@@ -31,9 +31,9 @@ def test_onto_another_mesh(saved, mesh):
     if mesh == 8:
         # Each device has its own part, and nothing has passed through the host.
         value = other.layers[0].wi.value
-        assert not value._host_is_fresh
+        assert not value._host_is_current
         expected = made.layers[0].wi.numpy()
-        for region, piece in addressable_shards(value.device_value):
+        for region, piece in addressable_shards(value.device_copy):
             assert piece.shape[0] == 1
             np.testing.assert_array_equal(piece, cut(expected, region))
     runs.assert_same_bits(other, made)

@@ -39,7 +39,7 @@ def test_pieces_are_copies(state):
     """The next step reuses the memory of the values, while a thread writes them."""
     pieces = snapshot(state, is_chief=True)
     for name in ("model/wi", "model/copied"):
-        views = [view for _, view in backend_variable(state[name]).own_pieces()]
+        views = [view for _, view in backend_variable(state[name]).addressable_shards()]
         copies = of(pieces, name)
         assert len(views) == len(copies) > 0
         for view, piece in zip(views, copies, strict=True):

@@ -24,15 +24,6 @@ def test_a_strategy_is_found_from_its_extended_half():
     assert tpu.strategy_of(strategy.extended) is strategy
 
 
-def test_a_core_variable_is_no_variable_of_the_strategy():
-    with tf.distribute.MirroredStrategy(["CPU:0"]).scope():
-        variable = tpu.core_variable(tf.constant([1.0]), tf.float32, False, "weight")
-    assert type(variable) is type(tf.Variable(0.0))
-    assert variable.name == "weight:0"
-    assert not variable.trainable
-    assert variable.numpy() == [1.0]
-
-
 @pytest.mark.parametrize("synchronization", ["ON_WRITE", "ON_READ"])
 def test_the_class_of_a_variable_is_that_of_its_synchronization(synchronization):
     created = tpu.create_distributed_variable(

@@ -4,11 +4,11 @@ import pytest
 import tensorflow as tf
 
 import gshard_tf
-from gshard_tf.sharding.sharded_variable import PlacedVariable
+from gshard_tf.sharding.sharded_variable import MeshVariableBase
 from gshard_tf.tpu.core_layouts import CoreLayouts
 
 
-class Weight(PlacedVariable):
+class Weight(MeshVariableBase):
     """A variable as layouts see it."""
 
     dtype = tf.float32
@@ -28,7 +28,7 @@ def decided(axes, *shape):
     layouts = CoreLayouts(mesh, rules)
     weight = Weight(*shape)
     slot = Weight(*shape, reference=weight)
-    return layouts.of(weight), layouts.of(slot)
+    return layouts.layout_for(weight), layouts.layout_for(slot)
 
 
 def specs(layout):
@@ -37,20 +37,20 @@ def specs(layout):
 
 def test_the_axis_left_over_splits_the_largest_dimension_that_divides():
     weight_decision, slot = decided((None, "mlp", None), 4, 8, 12)
-    assert specs(weight_decision.layout) == [None, "model", "data"]
-    assert specs(weight_decision.use) == [None, "model", None]
+    assert specs(weight_decision.storage) == [None, "model", "data"]
+    assert specs(weight_decision.compute) == [None, "model", None]
     # A slot is used as it is stored.
-    assert specs(slot.layout) == [None, "model", "data"]
-    assert slot.use is None
+    assert specs(slot.storage) == [None, "model", "data"]
+    assert slot.compute is None
 
 
 @pytest.mark.parametrize(("axes", "shape"), [(("mlp",), (8,)), (("mlp", None), (8, 3))])
 def test_whole_where_nothing_divides(axes, shape):
     weight_decision, slot = decided(axes, *shape)
-    assert weight_decision.layout.is_fully_replicated()
-    assert specs(weight_decision.use) == ["model", None][: len(shape)]
-    assert "whole" in weight_decision.rule
-    assert slot.layout.is_fully_replicated()
+    assert weight_decision.storage.is_fully_replicated()
+    assert specs(weight_decision.compute) == ["model", None][: len(shape)]
+    assert "whole" in weight_decision.reason
+    assert slot.storage.is_fully_replicated()
 
 
 @pytest.mark.parametrize(
@@ -59,8 +59,8 @@ def test_whole_where_nothing_divides(axes, shape):
 )
 def test_what_has_no_copies_or_no_parts_stays(axes, expected):
     weight_decision, _ = decided(axes, 8, 8)
-    assert specs(weight_decision.layout) == expected
-    assert weight_decision.use is None
+    assert specs(weight_decision.storage) == expected
+    assert weight_decision.compute is None
 
 
 def test_all_axes_left_over_split_it():
@@ -68,6 +68,6 @@ def test_all_axes_left_over_split_it():
     rules = gshard_tf.AxisRules(
         {"mlp": "model"}, paths=[("weight", (None, "mlp", None))]
     )
-    weight_decision = CoreLayouts(mesh, rules).of(Weight(4, 8, 12))
+    weight_decision = CoreLayouts(mesh, rules).layout_for(Weight(4, 8, 12))
     # The largest dimension first, and each axis once: no core has another one's part.
-    assert specs(weight_decision.layout) == ["sequence", "model", "data"]
+    assert specs(weight_decision.storage) == ["sequence", "model", "data"]
