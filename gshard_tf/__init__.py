@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from gshard_tf.callbacks.verify_first_step import VerifyFirstStep
     from gshard_tf.checkpoints.dataset import ResumableDataset
     from gshard_tf.checkpoints.manager import CheckpointManager
-    from gshard_tf.checkpoints.naming import training_state
+    from gshard_tf.checkpoints.training_state import training_state
     from gshard_tf.compat.keras_calls import accumulated_batches
     from gshard_tf.planning.plan import Plan
     from gshard_tf.planning.planner import plan
@@ -100,7 +100,7 @@ _HOME = {
     "shard": "sharding.annotations",
     "split": "sharding.annotations",
     "tpu_strategy": "tpu.strategy",
-    "training_state": "checkpoints.naming",
+    "training_state": "checkpoints.training_state",
     "abort_all": "runtime.watchdog",
     "use_mesh": "sharding.mesh",
     "verify": "verification.verify",

@@ -12,7 +12,7 @@ _MATCHING = f"{_HERE}/checkpoints/test_matching.py"
 _RESTORE = f"{_HERE}/checkpoints/test_restore.py"
 _RESUME = f"{_HERE}/callbacks/test_resume.py"
 _SNAPSHOT = f"{_HERE}/checkpoints/test_snapshot.py"
-_STATE = f"{_HERE}/checkpoints/test_naming.py"
+_STATE = f"{_HERE}/checkpoints/test_training_state.py"
 
 MUTANTS = (
     Mutant(
@@ -121,21 +121,21 @@ MUTANTS = (
         "a pattern for what may be missing allows all that begins so",
     ),
     Mutant(
-        "gshard_tf/checkpoints/naming.py",
+        "gshard_tf/checkpoints/training_state.py",
         'self.renamed[part] = f"{base}_{count}" if count else base',
         "self.given[part] = part",
         (f"{_STATE}::test_names_are_the_same_wherever_a_model_is_made",),
         "names are those of Keras's counter, which differ by process",
     ),
     Mutant(
-        "gshard_tf/checkpoints/naming.py",
+        "gshard_tf/checkpoints/training_state.py",
         "key=lambda pair: -len(pair[0])",
         "key=lambda pair: len(pair[0])",
         (f"{_STATE}::test_slots_go_by_the_whole_name_of_their_weight",),
         "a slot goes by a weight whose name begins like its own weight's",
     ),
     Mutant(
-        "gshard_tf/checkpoints/naming.py",
+        "gshard_tf/checkpoints/training_state.py",
         "    while unique in state:\n",
         "    while False:\n",
         (f"{_STATE}::test_weights_of_one_name_are_told_apart",),

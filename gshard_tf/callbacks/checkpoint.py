@@ -13,16 +13,16 @@ from gshard_tf.callbacks.preemption import listen_for_sigterm
 from gshard_tf.callbacks.resume import check_epoch_resumes, restore_run
 from gshard_tf.checkpoints.dataset import ResumableDataset
 from gshard_tf.checkpoints.manager import CheckpointManager
-from gshard_tf.checkpoints.naming import Variable, section, training_state
 from gshard_tf.checkpoints.restore import Restored, array_reader
 from gshard_tf.checkpoints.snapshot import stage
+from gshard_tf.checkpoints.training_state import Variable, section, training_state
 from gshard_tf.compat.keras_epochs import running_fit, start_at_epoch
 from gshard_tf.compat.keras_variables import backend_variable
 from gshard_tf.runtime.termination import Termination
 
 
 class CheckpointCallback(keras.callbacks.Callback):
-    """Saves checkpoints while `fit` runs, and goes on from the newest one.
+    """Saves checkpoints while `fit` runs, and resumes from the newest one.
 
     Give the same command again after a stop: it restores weights, optimizer, seeds,
     metrics and the position in the data, and trains the steps that are left. On the
@@ -37,7 +37,7 @@ class CheckpointCallback(keras.callbacks.Callback):
     Put it first among the callbacks: the others then see the restored model.
 
     A run that `EarlyStopping` ended is finished: with the same settings, `fit` warns
-    and trains nothing. Without it, or with other settings, it goes on.
+    and trains nothing. Without it, or with other settings, the run resumes.
 
     SIGTERM, by which schedulers stop a run, ends it at the end of a step, with a
     checkpoint, before any validation: `fit` raises `SystemExit` with the code 75, in
@@ -47,33 +47,33 @@ class CheckpointCallback(keras.callbacks.Callback):
         directory: Where the checkpoints are, on a local or mounted disk; or a
             `CheckpointManager`, which has `max_to_keep`, `monitor`, `mode` and
             `asynchronous` of its own.
-        save_every: How many steps lie between two of them; None: only at the ends of
+        save_every: The number of steps between two of them; None: only at the ends of
             epochs, which are saved in any case.
-        dataset: What `fit` trains on. Without it, an epoch that was under way goes on
-            with whatever `fit` is given. Without `steps_per_epoch` an epoch is a pass
-            over all data: the batches before are read and dropped, which is exact
+        dataset: The input of `fit`. Without it, an epoch that was under way resumes
+            with the data that `fit` is given. Without `steps_per_epoch` an epoch is a
+            pass over all data: the batches before are read and dropped, which is exact
             where their order is the same each time. With it, that is exact where you
             start the data at step `CheckpointManager(directory).steps()[-1]`
             yourself, or where you save only at the ends of epochs and the data does
             not depend on the epoch. Where the data is known to be elsewhere, `fit`
             warns.
-        max_to_keep: How many of the newest are kept; None: all.
+        max_to_keep: The number of newest checkpoints to keep; None: all.
         monitor: A metric, such as `"val_loss"`, by which the best one is kept too. NaN
             is never best. The first epoch without it warns.
-        mode: `"min"` or `"max"`: which value of `monitor` is better.
-        config: Your own configuration, of JSON's types; restoring a run that was begun
-            with another one is an error.
+        mode: `"min"` or `"max"`: whether a lower or a higher `monitor` is better.
+        config: Your own configuration, of JSON's types; to restore a run that has
+            another one is an error.
         extra_state: Variables and optimizers that the model does not know of, by name.
-        resume: Whether to go on from the newest checkpoint; else to begin anew is an
-            error where there are any.
+        resume: Whether to resume from the newest checkpoint; if not, to begin anew is
+            an error where there are any.
         asynchronous: See `CheckpointManager`.
-        grace: How many seconds after SIGTERM the process has ended, come what may; a
-            little less than the scheduler leaves it. None: leaves the signal alone.
-            In a thread that is not the main one, the signal is left alone, too.
+        grace: Seconds from SIGTERM to the end of the process in any case; a little less
+            than the scheduler leaves it. None: the signal keeps its handler, as it does
+            in a thread that is not the main one.
 
     Attributes:
-        step: How many steps were done.
-        restored: What was restored at the beginning, or None.
+        step: The number of steps that were done.
+        restored: The result of the restore at the beginning, or None.
 
     Raises:
         ValueError: when `save_every` or `grace` is no positive number, or `directory`

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import keras
 
-from gshard_tf.checkpoints.naming import Variable
+from gshard_tf.checkpoints.training_state import Variable
 from gshard_tf.compat.keras_seeds import global_seed_state
 from gshard_tf.compat.keras_variables import backend_variable
 

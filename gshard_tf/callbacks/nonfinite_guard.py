@@ -161,7 +161,7 @@ class NonFiniteGuard(keras.callbacks.Callback):
         self._mark_empty_metrics(logs)
 
     def _was_resumed(self) -> bool:
-        """Whether the metrics have the values of an epoch that was resumed."""
+        """Returns whether the metrics have the values of an epoch that was resumed."""
         return bool(self._first_batch) and any(
             np.any(v.numpy()) for v in self.model.metrics_variables
         )

@@ -13,8 +13,8 @@ from gshard_tf.callbacks.resume_warnings import learning_rates, warn_of_restarts
 from gshard_tf.checkpoints.dataset import ResumableDataset
 from gshard_tf.checkpoints.manager import CheckpointManager
 from gshard_tf.checkpoints.manifest import Manifest
-from gshard_tf.checkpoints.naming import Variable
 from gshard_tf.checkpoints.restore import Restored
+from gshard_tf.checkpoints.training_state import Variable
 from gshard_tf.compat.keras_epochs import RunningFit, running_fit, start_at_epoch
 from gshard_tf.compat.keras_seeds import give_global_seed_generator
 from gshard_tf.spmd.keras_step import complete

@@ -7,7 +7,7 @@ from typing import Any
 import keras
 
 from gshard_tf.checkpoints.manifest import Manifest
-from gshard_tf.checkpoints.naming import Variable
+from gshard_tf.checkpoints.training_state import Variable
 from gshard_tf.compat.keras_epochs import RunningFit
 
 # Callbacks that set the rate themselves, so another one is no surprise.
@@ -48,7 +48,7 @@ def _of_the_data(fit: RunningFit, manifest: Manifest) -> str | None:
     if reason is None or not manifest.step:
         return None
     return (
-        f"The run goes on at step {manifest.step}, {manifest.epoch_step} steps into "
+        f"The run resumes at step {manifest.step}, {manifest.epoch_step} steps into "
         f"epoch {manifest.epoch + 1}, and the data that fit was given {reason}. To go "
         "on where it was, train on ResumableDataset(dataset).dataset, and give that to "
         "CheckpointCallback(dataset=...)."
@@ -61,7 +61,7 @@ def _of_the_callbacks(fit: RunningFit, manifest: Manifest) -> str | None:
     if not anew or not manifest.epoch:
         return None
     return (
-        f"The run goes on after epoch {manifest.epoch}, and a checkpoint does not have "
+        f"The run resumes after epoch {manifest.epoch}, and a checkpoint does not have "
         "what callbacks know of the epochs before. Their best value and their patience "
         f"begin anew: {', '.join(anew)}"
     )

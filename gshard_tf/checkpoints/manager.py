@@ -15,10 +15,10 @@ from gshard_tf.checkpoints import step_folders, tensor_bundle
 from gshard_tf.checkpoints.dataset import ResumableDataset
 from gshard_tf.checkpoints.manifest import Manifest
 from gshard_tf.checkpoints.matching import match
-from gshard_tf.checkpoints.naming import Variable
 from gshard_tf.checkpoints.restore import Restored, restore
 from gshard_tf.checkpoints.retention import best_step, prune, read_manifests
 from gshard_tf.checkpoints.snapshot import describe, snapshot
+from gshard_tf.checkpoints.training_state import Variable
 from gshard_tf.checkpoints.writer import write
 from gshard_tf.compat.keras_seeds import global_seed_state
 from gshard_tf.compat.keras_variables import backend_variable
@@ -235,7 +235,7 @@ class CheckpointManager:
 
     @property
     def is_writing(self) -> bool:
-        """Whether a thread is writing a checkpoint."""
+        """True while a thread is writing a checkpoint."""
         return self._thread is not None and self._thread.is_alive()
 
     def wait(self) -> None:

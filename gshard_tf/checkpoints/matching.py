@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from gshard_tf.checkpoints.errors import CheckpointMismatchError
 from gshard_tf.checkpoints.manifest import Array
-from gshard_tf.checkpoints.naming import section
+from gshard_tf.checkpoints.training_state import section
 
 
 @dataclasses.dataclass(frozen=True)

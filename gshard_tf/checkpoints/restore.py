@@ -14,8 +14,8 @@ from gshard_tf.checkpoints.dataset import ResumableDataset
 from gshard_tf.checkpoints.errors import CorruptCheckpointError
 from gshard_tf.checkpoints.manifest import Array, Manifest
 from gshard_tf.checkpoints.matching import Match
-from gshard_tf.checkpoints.naming import Variable
 from gshard_tf.checkpoints.snapshot import Reader, repeated, stage
+from gshard_tf.checkpoints.training_state import Variable
 from gshard_tf.checkpoints.writer import WRITE_TIMEOUT_SECONDS
 from gshard_tf.compat.keras_variables import backend_variable
 from gshard_tf.runtime.process_group import all_gather_text, group

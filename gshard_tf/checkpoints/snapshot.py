@@ -8,8 +8,8 @@ from typing import Any
 import tensorflow as tf
 
 from gshard_tf.checkpoints.manifest import Array
-from gshard_tf.checkpoints.naming import Variable
 from gshard_tf.checkpoints.tensor_bundle import ArrayShard
+from gshard_tf.checkpoints.training_state import Variable
 from gshard_tf.compat.keras_variables import backend_variable
 from gshard_tf.sharding.regions import Region, aligned_copies, whole
 from gshard_tf.sharding.sharded_variable import ShardedVariable

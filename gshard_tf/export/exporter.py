@@ -17,7 +17,7 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.experimental import dtensor
 
-from gshard_tf.checkpoints.naming import training_state
+from gshard_tf.checkpoints.training_state import training_state
 from gshard_tf.compat.keras_seeds import global_seed_state
 from gshard_tf.compat.keras_variables import backend_variable
 from gshard_tf.export import program_file

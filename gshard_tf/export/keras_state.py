@@ -8,7 +8,7 @@ import numpy as np
 
 from gshard_tf.checkpoints.manifest import Array
 from gshard_tf.checkpoints.matching import match
-from gshard_tf.checkpoints.naming import training_state
+from gshard_tf.checkpoints.training_state import training_state
 from gshard_tf.compat.keras_variables import backend_variable
 from gshard_tf.export import program_file
 from gshard_tf.io.paths import local_path

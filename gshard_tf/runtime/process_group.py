@@ -32,7 +32,7 @@ class ProcessGroup:
 
     @property
     def is_chief(self) -> bool:
-        """Whether this process does what only one may do: logs, lists of files."""
+        """True in the process that does what only one may do: logs, lists of files."""
         return self.index == 0
 
     def put(self, key: str, text: str) -> None:
@@ -102,10 +102,12 @@ class RunState:
         self._awaited: dict[str, float] = {}
 
     def next_id(self) -> int:
+        """Returns the next sequence number."""
         return next(self._ids)
 
     @contextlib.contextmanager
     def getting(self, key: str) -> Iterator[None]:
+        """Records that this process awaits a key."""
         self._awaited[key] = time.monotonic()
         try:
             yield
@@ -113,10 +115,7 @@ class RunState:
             self._awaited.pop(key, None)
 
     def waits_for(self) -> tuple[str, float] | None:
-        """The section or key for which this process needs the others, and since when.
-
-        None where it needs no other process.
-        """
+        """Returns the section or key that needs the others, and since when, or None."""
         since = self.waiting_since
         if since is not None:
             return self.section, since
