@@ -67,13 +67,14 @@ def run_side(side: str, experts: int, steps: int, weights_file: str) -> dict[str
     from gshard_examples.translation.model import make_model
     from gshard_examples.translation.settings import Settings
     from gshard_tf.hlo.collectives import collectives
-    from gshard_tf.testing.tpu.simulated_fit import SimulatedStep, parts_of
+    from gshard_tf.testing.tpu.simulated_fit import SimulatedStep, core_variables
     from gshard_tf.testing.tpu.synthetic_slice import SyntheticTPU
 
     mesh = gshard_tf.create_mesh({"expert": int(np.prod(SLICE))}, "TPU")
     rules = gshard_tf.AxisRules.default(mesh)
     if side == "ours":
-        strategy = gshard_tf.tpu_strategy(SyntheticTPU(SLICE), mesh, rules)
+        tpu = SyntheticTPU(SLICE)
+        strategy = gshard_tf.tpu_strategy(tpu, mesh, rules, tpu.topology)
     else:
         strategy = default_strategy()
     settings = Settings(experts=experts)
@@ -113,7 +114,10 @@ def run_side(side: str, experts: int, steps: int, weights_file: str) -> dict[str
     np.savez(weights_file, *weights)
     return {
         "bytes_per_core": sum(
-            max(part.shape.num_elements() * part.dtype.size for part in parts_of(v))
+            max(
+                part.shape.num_elements() * part.dtype.size
+                for part in core_variables(v)
+            )
             for v in state
         ),
         "all_gathers": sum(c.times for c in gathers),

@@ -64,6 +64,7 @@ def test_layers_know_annotations_only():
 
 def test_jax_is_imported_late_and_in_few_places():
     allowed = {
+        "core_program.py",
         "device_arrays.py",
         "devices.py",
         "exporter.py",

@@ -12,7 +12,7 @@ HERE = pathlib.Path(__file__).parent / "gshard_tf" / "tpu"
 
 
 def run_script(name, *arguments, **options):
-    """What a script prints last, which is JSON."""
+    """Runs a script and returns the JSON that it prints last."""
     printed = run_python(
         f"""
         import runpy, sys

@@ -102,7 +102,7 @@ MUTANTS = (
         "specs[max(fitting, key=lambda d: shape[d])] = axis",
         "specs[min(fitting, key=lambda d: shape[d])] = axis",
         (
-            "tests/gshard_tf/tpu/test_layouts.py::test_the_axis_left_over_splits_the_largest_dimension_that_divides",
+            "tests/gshard_tf/tpu/test_core_layouts.py::test_the_axis_left_over_splits_the_largest_dimension_that_divides",
         ),
         "fsdp splits the smallest dimension that divides",
     ),

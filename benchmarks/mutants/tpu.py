@@ -5,7 +5,7 @@ from benchmarks.mutants.mutant import Mutant
 _HERE = "tests/gshard_tf"
 _ASSIGNMENT = f"{_HERE}/tpu/test_device_assignment.py"
 _CONSTRUCTION = f"{_HERE}/tpu/test_construction.py"
-_CORE_LAYOUTS = f"{_HERE}/tpu/test_layouts.py"
+_CORE_LAYOUTS = f"{_HERE}/tpu/test_core_layouts.py"
 _INITIAL = f"{_HERE}/tpu/test_initial_value.py"
 _REPLICAS = f"{_HERE}/tpu/test_replicas.py"
 _SEMANTICS = f"{_HERE}/tpu/test_semantics.py"
@@ -33,14 +33,14 @@ MUTANTS = (
         "a replica takes one core of each chip",
     ),
     Mutant(
-        "gshard_tf/tpu/layouts.py",
+        "gshard_tf/tpu/core_layouts.py",
         "        for axis in unused:\n",
         "        for axis in unused[:1]:\n",
         (f"{_CORE_LAYOUTS}::test_all_axes_left_over_split_it",),
         "on meshes of three axes a part of a weight lies on two cores",
     ),
     Mutant(
-        "gshard_tf/tpu/layouts.py",
+        "gshard_tf/tpu/core_layouts.py",
         "compute = decision.compute or decision.storage",
         "compute = decision.compute",
         (
@@ -50,8 +50,8 @@ MUTANTS = (
     ),
     Mutant(
         "gshard_tf/tpu/initial_value.py",
-        "rows = part(first.start * row, first.stop * row)",
-        "rows = part(0, (first.stop - first.start) * row)",
+        "rows = elements(first.start * row, first.stop * row)",
+        "rows = elements(0, (first.stop - first.start) * row)",
         (f"{_INITIAL}::test_boxes",),
         "every core's part of a large weight begins as the first one's",
     ),
@@ -85,36 +85,36 @@ MUTANTS = (
     ),
     Mutant(
         "gshard_tf/tpu/storage.py",
-        "slice(i * n, (i + 1) * n) for i, n in zip(tile, sizes, strict=True)",
+        "slice(i * n, (i + 1) * n) for i, n in zip(coordinates, sizes, strict=True)",
         "slice((p - 1 - i) * n, (p - i) * n)\n"
-        "            for i, n, p in zip(tile, sizes, self.partitions, strict=True)",
+        "            for i, n, p in zip(coordinates, sizes, counts, strict=True)",
         (f"{_CONSTRUCTION}::test_it_starts_as_plain_keras_does",),
         "cores hold the parts in reversed order",
     ),
     Mutant(
         "gshard_tf/tpu/storage.py",
-        "at = dict(zip(mesh.dim_names, map(int, place), strict=True))",
-        "at = dict(zip(mesh.dim_names[::-1], map(int, place), strict=True))",
+        "at = dict(zip(mesh.dim_names, map(int, position), strict=True))",
+        "at = dict(zip(mesh.dim_names[::-1], map(int, position), strict=True))",
         (f"{_REPLICAS}::test_every_replica_holds_its_parts_after",),
         "the place of a core is read with the axes of the mesh swapped",
     ),
     Mutant(
-        "gshard_tf/tpu/restore_patch.py",
+        "gshard_tf/compat/tf_saving.py",
         "            spec.slice_spec: tensor\n",
         "            spec.slice_spec: restored_tensors[0]\n",
         (f"{_CONSTRUCTION}::test_files",),
         "every core gets the first core's part back",
     ),
     Mutant(
-        "gshard_tf/tpu/variables.py",
-        "            if tile not in found:\n",
+        "gshard_tf/tpu/core_variables.py",
+        "            if coordinates not in shards:\n",
         "            if True:\n",
         (f"{_CONSTRUCTION}::test_checkpoints_of_ours_have_the_cores_pieces",),
         "a checkpoint reads every copy of a part, to write the last one",
         survives="The copies are equal; what is read too often is lost time alone.",
     ),
     Mutant(
-        "gshard_tf/tpu/variables.py",
+        "gshard_tf/tpu/core_variables.py",
         "tf.tensor_scatter_nd_sub",
         "tf.tensor_scatter_nd_add",
         (f"{_REPLICAS}::test_every_replica_holds_its_parts_after",),
@@ -136,52 +136,51 @@ MUTANTS = (
         "only the first replica has the first values",
     ),
     Mutant(
-        "gshard_tf/tpu/variables.py",
-        "[getattr(shards, method)(value) for shards in self._values]",
-        "[getattr(shards, method)(value) for shards in self._values[:1]]",
+        "gshard_tf/tpu/core_variables.py",
+        "[getattr(replica, method)(value) for replica in self._values]",
+        "[getattr(replica, method)(value) for replica in self._values[:1]]",
         (f"{_REPLICAS}::test_every_replica_holds_its_parts_after",),
         "an assignment reaches the first replica only",
     ),
     Mutant(
-        "gshard_tf/tpu/variables.py",
-        "        def commit() -> None:\n            for shards in self._values:\n",
-        "        def commit() -> None:\n            for shards in self._values[:1]:\n",
+        "gshard_tf/tpu/core_variables.py",
+        "        def commit() -> None:\n            for replica in self._values:\n",
+        "        def commit() -> None:\n            for replica in self._values[:1]:\n",
         (f"{_REPLICAS}::test_every_replica_holds_its_parts_after",),
         "a checkpoint of ours is restored into the first replica only",
     ),
     Mutant(
-        "gshard_tf/tpu/variables.py",
-        "        updates = []\n        for shards in self._values:\n",
-        "        updates = []\n        for shards in self._values[-1:]:\n",
+        "gshard_tf/tpu/core_variables.py",
+        "        updates = []\n        for replica in self._values:\n",
+        "        updates = []\n        for replica in self._values[-1:]:\n",
         (f"{_REPLICAS}::test_every_replica_holds_its_parts_after",),
         "TensorFlow's checkpoints are restored into the last replica only",
     ),
     Mutant(
-        "gshard_tf/tpu/variables.py",
-        "[held[core].handle for core in cores]",
-        "[each.handle for each in held]",
+        "gshard_tf/tpu/core_variables.py",
+        "[variables[core].handle for core in cores]",
+        "[each.handle for each in variables]",
         (
             f"{_REPLICAS}::test_a_program_is_given_the_parts_in_the_order_of_its_sharding",
         ),
         "a program takes a core's part for that of another core",
     ),
     Mutant(
-        "gshard_tf/tpu/variables.py",
+        "gshard_tf/tpu/core_variables.py",
         "from_layout(self.decision.compute)",
         "from_layout(self.decision.storage)",
         (f"{_REPLICAS}::test_a_table_is_used_in_the_parts_that_its_rule_says",),
         "a weight that is stored in more parts than it is used in is not gathered",
     ),
     Mutant(
-        "gshard_tf/tpu/variables.py",
-        "dims, cores = tile_assignment(storage.sharding())",
-        "dims, cores = tile_assignment(storage.sharding())\n"
-        "            dims = dims[::-1]",
+        "gshard_tf/tpu/core_variables.py",
+        "dims, cores = list(assignment.shape)",
+        "dims, cores = list(assignment.shape[::-1])",
         (f"{_REPLICAS}::test_every_replica_holds_its_parts_after",),
         "a program puts the parts together along the wrong dimensions",
     ),
     Mutant(
-        "gshard_tf/tpu/variables.py",
+        "gshard_tf/tpu/core_variables.py",
         "delta.indices)[:, None]",
         "delta.indices)[::-1, None]",
         (f"{_REPLICAS}::test_every_replica_holds_its_parts_after",),

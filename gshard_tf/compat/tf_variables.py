@@ -5,7 +5,8 @@ from tensorflow.python.ops import resource_variable_ops
 
 # The class of `tf.Variable`'s instances.
 # Relies on: all of its methods reach the resource through the property `handle`, and
-# C++ through `_handle`; reads pass through `_read_variable_op`, or through `_handle`.
+# C++ through `_handle`; reads pass through `_read_variable_op`, or through `_handle`;
+# its constructor, unlike `tf.Variable`, calls no strategy.
 # On an upgrade, watch: both, and `_restore_from_tensors`, by which checkpoints assign.
 ResourceVariable = resource_variable_ops.ResourceVariable
 

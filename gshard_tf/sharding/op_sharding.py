@@ -6,6 +6,7 @@ When Shardy takes over from GSPMD's propagation, this file changes and no layer 
 import numpy as np
 from tensorflow.experimental import dtensor
 
+from gshard_tf.compat.xla_protos import OpSharding
 from gshard_tf.compat.xla_sharding import (
     constrain,
     partially_tiled,
@@ -17,6 +18,8 @@ __all__ = [
     "constrain",
     "from_layout",
     "replicated",
+    "tile_assignment",
+    "tile_dimensions",
     "tiled",
     "tiled_with_copies",
 ]
@@ -50,3 +53,26 @@ def from_layout(layout: dtensor.Layout) -> bytes:
     if copies == 1:
         return tiled(devices.reshape(tiles))
     return partially_tiled(devices.reshape(tiles + [copies]))
+
+
+def tile_dimensions(sharding: bytes) -> tuple[int, ...]:
+    """Returns the number of shards along each dimension, then that of copies if any.
+
+    Empty for a sharding that is not tiled.
+    """
+    return tuple(OpSharding.FromString(sharding).tile_assignment_dimensions)
+
+
+def tile_assignment(sharding: bytes) -> np.ndarray:
+    """Returns the device of each shard, an array of shape `tile_dimensions(sharding)`.
+
+    Flattened, it is the order in which TensorFlow and XLA list the shards of a tensor.
+
+    Raises:
+        ValueError: when the sharding is not tiled.
+    """
+    proto = OpSharding.FromString(sharding)
+    if not proto.tile_assignment_dimensions:
+        raise ValueError(f"`sharding` must be tiled. Received: sharding={proto}")
+    devices = np.array(proto.tile_assignment_devices)
+    return devices.reshape(proto.tile_assignment_dimensions)

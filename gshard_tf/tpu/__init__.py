@@ -1,1 +1,1 @@
-"""`tf.distribute.TPUStrategy` for a mesh: weights really split over its cores."""
+"""`tf.distribute.TPUStrategy` for a mesh: weights are sharded over its cores."""

@@ -1,4 +1,4 @@
-"""Which core of a TPU slice each position of a mesh is."""
+"""Device assignment: the core of a TPU slice at each position of a mesh."""
 
 import itertools
 import math
@@ -13,7 +13,7 @@ from gshard_tf.sharding.mesh import axis_sizes
 def assign_cores(
     topology: tf.tpu.experimental.Topology, mesh: dtensor.Mesh
 ) -> tf.tpu.experimental.DeviceAssignment:
-    """The cores of each replica, in the order of the mesh.
+    """Returns the cores of each replica, in the order of the mesh.
 
     A replica is a box of the slice, and the whole slice is filled with replicas.
     Partition `i` of a program runs on logical core `i`, and XLA lays a mesh out in the
@@ -22,20 +22,20 @@ def assign_cores(
     cores of a chip first). A mesh of one axis goes round a ring of the box.
 
     Args:
-        topology: What `tf.tpu.experimental.initialize_tpu_system` returns.
+        topology: The result of `tf.tpu.experimental.initialize_tpu_system`.
         mesh: The mesh of one replica.
 
     Raises:
-        ValueError: when the slice is no whole number of such meshes.
+        ValueError: when the slice is not a whole number of such meshes.
     """
     slice_shape = [int(n) for n in topology.mesh_shape]
     cores = topology.num_tasks * topology.num_tpus_per_task
     if cores % mesh.size:
         raise ValueError(
             f"The {cores} cores of the slice must be a whole number of meshes. "
-            f"Received: {_sizes(mesh)} with {mesh.size} cores"
+            f"Received: mesh={axis_sizes(mesh)} with {mesh.size} cores"
         )
-    # (Whatever divides the slice is the size of some box.)
+    # (Every divisor of the slice's size is the size of some box.)
     boxes = _boxes(slice_shape, mesh.size)
     sizes = [int(n) for n in mesh.shape() if n > 1]
     fitting = [(box, order) for box in boxes if (order := _directions(box, sizes))]
@@ -55,21 +55,17 @@ def assign_cores(
 
 
 def _boxes(slice_shape: list[int], size: int) -> list[tuple[int, ...]]:
-    """The boxes of `size` cores that tile the slice, whole chips and cubes first."""
+    """Returns boxes of `size` cores that tile a slice, whole chips and cubes first."""
     divisors = [[d for d in range(1, n + 1) if n % d == 0] for n in slice_shape]
-    found = [box for box in itertools.product(*divisors) if math.prod(box) == size]
-    return sorted(found, key=lambda box: (-box[3], max(box[:3]), [-n for n in box]))
+    fitting = [box for box in itertools.product(*divisors) if math.prod(box) == size]
+    return sorted(fitting, key=lambda box: (-box[3], max(box[:3]), [-n for n in box]))
 
 
 def _directions(box: tuple[int, ...], sizes: list[int]) -> tuple[int, ...] | None:
-    """Directions of a box, fastest first, that fall in with the axes of a mesh."""
-    wanted = set(itertools.accumulate(reversed(sizes), lambda a, b: a * b))
+    """Returns directions of a box, fastest first, that match the axes of a mesh."""
+    axis_steps = set(itertools.accumulate(reversed(sizes), lambda a, b: a * b))
     for order in itertools.permutations((3, 0, 1, 2)):
-        reached = itertools.accumulate((box[d] for d in order), lambda a, b: a * b)
-        if wanted <= set(reached):
+        steps = itertools.accumulate((box[d] for d in order), lambda a, b: a * b)
+        if axis_steps <= set(steps):
             return order
     return None
-
-
-def _sizes(mesh: dtensor.Mesh) -> str:
-    return f"mesh={axis_sizes(mesh)}"

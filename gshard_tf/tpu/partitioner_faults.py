@@ -1,8 +1,8 @@
-"""Operations of a TPU program that XLA's partitioner may get wrong: a warning.
+"""Warnings of operations in a TPU program that XLA's partitioner may get wrong.
 
 `SpmdStrategy` rewrites its modules before the partitioner sees them
 (`gshard_tf/hlo/rewrites`). The program of a TPUStrategy is partitioned by TensorFlow's
-runtime, and nothing can be put between. So whoever trains there is told.
+runtime, which leaves no place for a rewrite. So users get a warning.
 """
 
 import math
@@ -33,13 +33,13 @@ SCATTER = (
 )
 FOURIER = "Fourier transforms of a split array may fail"
 
-# How the names of operations begin that a gradient tape makes.
+# The prefix of names of operations that a gradient tape adds.
 _GRADIENT = "gradient_tape/"
 _FORWARD = ("Conv2D", "Conv3D")
-_OF_INPUT = ("Conv2DBackpropInput", "Conv3DBackpropInputV2")
-_OF_KERNEL = ("Conv2DBackpropFilter", "Conv3DBackpropFilterV2")
+_INPUT_GRADIENT = ("Conv2DBackpropInput", "Conv3DBackpropInputV2")
+_KERNEL_GRADIENT = ("Conv2DBackpropFilter", "Conv3DBackpropFilterV2")
 _FOURIER = re.compile("I?R?FFT(2D|3D|ND)?")
-# Which input holds the indices; whether its last dimension is one index.
+# The input that holds the indices; whether its last dimension is one index.
 _SCATTERS = (
     (re.compile("(Unsorted)?Segment(Max|Mean|Min|Prod|Sum)(V2)?"), 1, False),
     (re.compile("ScatterNd"), 0, True),
@@ -50,7 +50,7 @@ _SCATTERS = (
 
 
 class PartitionerFaults:
-    """Warns of each such layer once.
+    """Warnings of such layers, each issued once.
 
     Args:
         mesh_shape: The size of each axis of the mesh of a replica.
@@ -61,23 +61,23 @@ class PartitionerFaults:
         self._warned: set[tuple[str, str]] = set()
 
     def warn_once(self, operations: Sequence[tf.Operation]) -> None:
-        """Warns of what a program has that was not warned of yet.
+        """Warns of the faults of a program that were not warned of yet.
 
         Args:
-            operations: Those that tracing it has added to the graph.
+            operations: The operations that tracing it has added to the graph.
         """
-        found: dict[str, dict[str, str]] = {}
+        faults: dict[str, dict[str, str]] = {}
         for fault, kind, layer in self.find(operations):
             if (fault, layer) not in self._warned:
                 self._warned.add((fault, layer))
-                found.setdefault(fault, {})[layer] = kind
-        if not found:
+                faults.setdefault(fault, {})[layer] = kind
+        if not faults:
             return
-        lines = [f"\n* {_listed(layers)}: {fault}." for fault, layers in found.items()]
+        lines = [f"\n* {_listed(layers)}: {fault}." for fault, layers in faults.items()]
         warnings.warn(
             "XLA's partitioner may get operations of this program wrong, without an "
-            "error. SpmdStrategy mends that; here TensorFlow's runtime partitions the "
-            f"program by itself.{''.join(lines)}\nUse gshard_tf.replicate on what "
+            "error. SpmdStrategy corrects that; here TensorFlow's runtime partitions "
+            f"the program by itself.{''.join(lines)}\nUse gshard_tf.replicate on what "
             "enters such a layer and on what leaves it. gshard_tf.verify cannot run "
             "here: compare a few steps with SpmdStrategy on a CPU mesh of the same "
             "shape. See docs/correctness.md.",
@@ -87,24 +87,24 @@ class PartitionerFaults:
     def find(
         self, operations: Sequence[tf.Operation]
     ) -> Iterator[tuple[str, str, str]]:
-        """(what may be wrong, type, layer) of each such layer of a program."""
+        """Yields the fault, the type and the layer of each such layer of a program."""
         everything = list(with_called(operations))
-        found: dict[str, dict[str, str]] = {}
+        faults: dict[str, dict[str, str]] = {}
         split: SplitDimensions | None = None
         for outer, operation in everything:
-            fault = _by_itself(operation)
+            fault = _fault_of(operation)
             if fault is None and (_images(operation) or _rows(operation)):
                 if split is None:
                     split = SplitDimensions(each for _, each in everything)
-                fault = self._where_split(operation, split)
+                fault = self._fault_where_split(operation, split)
             if fault is not None:
                 layer = _layer(outer, fault)
-                found.setdefault(fault, {}).setdefault(layer, operation.type)
-        for fault, layers in found.items():
+                faults.setdefault(fault, {}).setdefault(layer, operation.type)
+        for fault, layers in faults.items():
             for layer in _outermost(layers):
                 yield fault, layers[layer], layer
 
-    def _where_split(
+    def _fault_where_split(
         self, operation: tf.Operation, split: SplitDimensions
     ) -> str | None:
         images = _images(operation)
@@ -113,33 +113,33 @@ class PartitionerFaults:
             if len(self._sizes) == 1 and _is_plain(operation):
                 return None
             first = 2 if _channels_first(operation) else 1
-            places = range(first, first + images[0].shape.rank - 2)
-            is_split = any(split.parts(image, d) for image in images for d in places)
+            spatial = range(first, first + images[0].shape.rank - 2)
+            is_split = any(split.shard_counts(x, d) for x in images for d in spatial)
             return SPLIT_IMAGE if is_split else None
         cores = math.prod(self._sizes)
         for value, shape in _rows(operation):
-            # (Of an unknown number it is not known that it divides.)
+            # (An unknown number may not divide.)
             uneven = (shape.num_elements() or 1) % cores != 0
             for d, size in enumerate(shape):
-                parts = split.parts(value, d)
-                uneven = uneven or any(size is None or size % n for n in parts)
+                counts = split.shard_counts(value, d)
+                uneven = uneven or any(size is None or size % n for n in counts)
             if uneven:
                 return SCATTER
         return None
 
 
-def _by_itself(operation: tf.Operation) -> str | None:
-    """What may be wrong with an operation, wherever it stands."""
+def _fault_of(operation: tf.Operation) -> str | None:
+    """Returns the fault of an operation that does not depend on annotations."""
     if operation.type.startswith("DepthwiseConv2dNative"):
         return GROUPED
     images = _images(operation)
     if images:
         kernel = (
             operation.outputs[0]
-            if operation.type in _OF_KERNEL
+            if operation.type in _KERNEL_GRADIENT
             else operation.inputs[1]
         )
-        image = images[-1] if operation.type in _OF_INPUT else images[0]
+        image = images[-1] if operation.type in _INPUT_GRADIENT else images[0]
         channels = image.shape[1 if _channels_first(operation) else -1]
         return GROUPED if kernel.shape[-2] not in (None, channels) else None
     if operation.type.startswith("MaxPool") and "Grad" in operation.type:
@@ -148,13 +148,13 @@ def _by_itself(operation: tf.Operation) -> str | None:
 
 
 def _images(operation: tf.Operation) -> list[tf.Tensor]:
-    """What a convolution convolves and what it makes, of a gradient likewise."""
+    """Returns the images that a convolution, or a gradient of one, reads and writes."""
     kind, inputs = operation.type, operation.inputs
     if kind in _FORWARD:
         images = [inputs[0], operation.outputs[0]]
-    elif kind in _OF_INPUT:
+    elif kind in _INPUT_GRADIENT:
         images = [inputs[2], operation.outputs[0]]
-    elif kind in _OF_KERNEL:
+    elif kind in _KERNEL_GRADIENT:
         images = [inputs[0], inputs[2]]
     else:
         return []
@@ -184,7 +184,7 @@ def _overlap(pooling: tf.Operation) -> bool:
 
 
 def _rows(operation: tf.Operation) -> list[tuple[tf.Tensor, tf.TensorShape]]:
-    """The indices and the updates of a scatter, and how many rows they have."""
+    """Returns the indices and the updates of a scatter, and the shape of their rows."""
     for kind, index, is_nd in _SCATTERS:
         if kind.fullmatch(operation.type):
             indices = operation.inputs[index]
@@ -203,11 +203,11 @@ def _rows(operation: tf.Operation) -> list[tuple[tf.Tensor, tf.TensorShape]]:
 
 
 def _layer(operation: tf.Operation, fault: str) -> str:
-    """The name of the layer that an operation stands in, as far as its scope tells."""
+    """Returns the name of an operation's layer, as far as its scope shows it."""
     names = [operation.name]
     if fault == SCATTER:
-        # The gradient of a look-up is made dense where an optimizer asks for it. Then
-        # what it sums tells of the layer.
+        # The gradient of a look-up becomes dense where an optimizer reads it. Then the
+        # layer is in the names of the values that it sums.
         names += [value.op.name for value in operation.inputs]
     gradients = [name for name in names if name.startswith(_GRADIENT)]
     name = gradients[0] if gradients else names[0]
@@ -215,7 +215,7 @@ def _layer(operation: tf.Operation, fault: str) -> str:
 
 
 def _outermost(layers: Mapping[str, str]) -> list[str]:
-    """Without those within another, and without unnamed ones beside named ones."""
+    """Returns layers that are in no other; unnamed ones only if there are no others."""
     named = [layer for layer in layers if layer] or list(layers)
     return [
         layer

@@ -1,4 +1,4 @@
-"""Which dimensions of a graph's tensors an annotation may reach.
+"""Propagation of annotations to the dimensions of a graph's tensors.
 
 XLA lays tensors out from the annotations on, along dimensions that operations keep. As
 far as TensorFlow's graph shows them, they are followed here, forwards and backwards.
@@ -7,15 +7,16 @@ far as TensorFlow's graph shows them, they are followed here, forwards and backw
 import collections
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
-from tensorflow.compiler.xla import xla_data_pb2
 
 from gshard_tf.compat.tf_graphs import called_graphs
+from gshard_tf.sharding.op_sharding import tile_dimensions
 
 # A dimension of a tensor.
-Place = tuple[tf.Tensor, int]
+Dimension = tuple[tf.Tensor, int]
 
 # Dimensions stay what they are, and may change their sizes.
 _RESIZING = frozenset(
@@ -38,43 +39,43 @@ _RESHAPING = ("ExpandDims", "Reshape", "Squeeze")
 
 
 class SplitDimensions:
-    """Into how many parts annotations may split each dimension.
+    """Numbers of shards into which annotations may split each dimension.
 
     Args:
-        operations: The operations of a step, those of its functions among them.
+        operations: The operations of a step, including those of its functions.
     """
 
     def __init__(self, operations: Iterable[tf.Operation]):
-        neighbours = collections.defaultdict(list)
-        todo = []
+        neighbors = collections.defaultdict(list)
+        todo: list[tuple[Any, int, int]] = []
         for operation in operations:
             for (a, i), (b, j) in _links(operation):
-                neighbours[a.ref(), i].append((b.ref(), j))
-                neighbours[b.ref(), j].append((a.ref(), i))
+                neighbors[a.ref(), i].append((b.ref(), j))
+                neighbors[b.ref(), j].append((a.ref(), i))
             if operation.type == "XlaSharding":
                 [value] = operation.outputs
-                for dimension, parts in enumerate(_parts(operation)):
-                    todo.append((value.ref(), dimension, parts))
-        self._parts = collections.defaultdict(set)
+                for dimension, count in enumerate(_annotated_counts(operation)):
+                    todo.append((value.ref(), dimension, count))
+        self._counts: dict[tuple[Any, int], set[int]] = collections.defaultdict(set)
         while todo:
-            ref, dimension, parts = todo.pop()
-            if parts not in self._parts[ref, dimension]:
-                self._parts[ref, dimension].add(parts)
-                todo += [(*each, parts) for each in neighbours[ref, dimension]]
+            ref, dimension, count = todo.pop()
+            if count not in self._counts[ref, dimension]:
+                self._counts[ref, dimension].add(count)
+                todo += [(*each, count) for each in neighbors[ref, dimension]]
 
-    def parts(self, tensor: tf.Tensor, dimension: int) -> set[int]:
-        """Into how many parts a dimension may be split: all numbers that there are."""
-        return {n for n in self._parts.get((tensor.ref(), dimension), ()) if n > 1}
-
-
-def _parts(annotation: tf.Operation) -> Sequence[int]:
-    sharding = xla_data_pb2.OpSharding.FromString(annotation.get_attr("_XlaSharding"))
-    # (Behind the dimensions of the tensor may stand how many copies there are.)
-    return sharding.tile_assignment_dimensions[: annotation.outputs[0].shape.rank]
+    def shard_counts(self, tensor: tf.Tensor, dimension: int) -> set[int]:
+        """Returns the numbers of shards, above 1, that a dimension may have."""
+        return {n for n in self._counts.get((tensor.ref(), dimension), ()) if n > 1}
 
 
-def _links(operation: tf.Operation) -> Iterator[tuple[Place, Place]]:
-    """Which dimensions of its inputs and outputs are the same."""
+def _annotated_counts(annotation: tf.Operation) -> Sequence[int]:
+    # (After the dimensions of the tensor may come the number of copies.)
+    dimensions = tile_dimensions(annotation.get_attr("_XlaSharding"))
+    return dimensions[: annotation.outputs[0].shape.rank]
+
+
+def _links(operation: tf.Operation) -> Iterator[tuple[Dimension, Dimension]]:
+    """Yields the pairs of dimensions of inputs and outputs that are the same."""
     kind, inputs, outputs = operation.type, operation.inputs, operation.outputs
     called = called_graphs(operation)
     for graph in called:
@@ -120,8 +121,8 @@ def _links(operation: tf.Operation) -> Iterator[tuple[Place, Place]]:
 
 def _same(
     a: tf.Tensor, b: tf.Tensor, of_one_size: bool = False
-) -> Iterator[tuple[Place, Place]]:
-    """Each dimension of one as that of the other, if they have as many."""
+) -> Iterator[tuple[Dimension, Dimension]]:
+    """Yields each dimension of one with that of the other, if they have as many."""
     if a.shape.rank is None or a.shape.rank != b.shape.rank:
         return
     for d, (m, n) in enumerate(zip(a.shape, b.shape, strict=True)):
@@ -130,10 +131,10 @@ def _same(
 
 
 def _regrouped(before: tf.TensorShape, after: tf.TensorShape) -> list[tuple[int, int]]:
-    """The dimensions with which equal groups of elements begin, before and after."""
+    """Returns the dimensions at which equal groups of elements begin in both."""
     if not (before.is_fully_defined() and after.is_fully_defined()):
         return []
-    # How many elements lie behind each dimension and those outside of it.
+    # Each dimension, by the product of the sizes of those before it.
     starts = [
         {
             int(np.prod(shape[:d])): d

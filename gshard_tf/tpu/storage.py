@@ -1,36 +1,38 @@
-"""One variable as the cores of a TPU hold it: a part, or a copy, per core."""
+"""Storage of one variable on the cores of a TPU: a shard, or a copy, per core."""
 
 import functools
 import itertools
 import math
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 from tensorflow.experimental import dtensor
 
-# Private API: the class of `tf.Variable`'s instances; inside a strategy's scope
-# `tf.Variable` would come back to the strategy.
-from tensorflow.python.ops import resource_variable_ops
-
+from gshard_tf.compat import tf_saving
 from gshard_tf.compat.tensorflow import out_of_graphs
+from gshard_tf.compat.tf_variables import ResourceVariable
 from gshard_tf.sharding import op_sharding
 from gshard_tf.sharding.regions import Region, whole
+from gshard_tf.sharding.sharded_variable import MeshVariableBase
 from gshard_tf.sharding.variable_layouts import VariableLayouts
-from gshard_tf.tpu.exported_variable import stand_in
 from gshard_tf.tpu.initial_value import InitialValue
+
+# The number of a shard along each dimension.
+Coordinates = tuple[int, ...]
 
 
 class Storage:
-    """The parts of one variable, made when they are first used.
+    """The shards of one variable, created when they are first used.
 
     By then a layer has named the axes of its weight (`gshard_tf.name_axes` comes after
-    `add_weight`), so that nothing is ever stored whole that is to be split.
+    `add_weight`), so that nothing is ever stored whole that is to be sharded.
 
     Args:
         devices: Names of the cores, `[replicas][cores of a replica]`.
-        layouts: Decides how variables are split.
+        layouts: Decides how variables are sharded.
         initial: The first value.
         name: The variable's name.
         trainable: As in `tf.Variable`.
@@ -51,102 +53,114 @@ class Storage:
         self.trainable = trainable
         self._layouts = layouts
         self._initial: InitialValue | None = initial
-        self._owner: weakref.ref | None = None
-        self._cores: list[list[Any]] | None = None
+        self._owner: weakref.ref[MeshVariableBase] | None = None
+        self._cores: list[list[Any]] = []
 
-    def belongs_to(self, owner: Any) -> None:
-        """Notes whose storage it is: the variable that layers and users see."""
+    def set_owner(self, owner: MeshVariableBase) -> None:
+        """Sets the variable whose storage it is: the one that layers and users see."""
         self._owner = weakref.ref(owner)
 
     @property
     def layout(self) -> dtensor.Layout:
-        return self._layouts.layout_for(self._owner()).storage
+        owner = None if self._owner is None else self._owner()
+        if owner is None:
+            raise RuntimeError(
+                f"The variable of this storage must exist. Received: name={self.name!r}"
+            )
+        return self._layouts.layout_for(owner).storage
 
-    def cores(self, replica: int) -> list[Any]:
-        """What each core of a replica holds, in the order of the mesh."""
-        if self._cores is None:
-            # In eager mode also where a SavedModel's graph is being made.
+    def core_variables(self, replica: int) -> list[Any]:
+        """Returns the variable of each core of a replica, in the order of the mesh."""
+        if self._initial is not None:
+            # In eager mode also where a SavedModel's graph is being built.
             with out_of_graphs():
-                self._cores = self._make()
+                self._cores = self._create(self._initial)
             self._initial = None
         return self._cores[replica]
 
     @functools.cached_property
     def exported_whole(self) -> Any:
-        """What an exported function reads in place of the parts."""
-        return stand_in(self.shape, self.dtype, self.name)
+        """The variable that an exported function reads in place of the shards.
 
-    def _make(self) -> list[list[Any]]:
-        tiles = self.tiles()
-        distinct = list(dict.fromkeys(tiles))
-        slices = [self.slices(tile) for tile in distinct]
-        made: list[list[Any]] = [[None] * len(tiles) for _ in self.devices]
-        # One part after the other, so that the host holds no more than it must.
-        for tile, value in zip(distinct, self._initial.parts(slices), strict=True):
-            for replica, core in itertools.product(range(len(made)), range(len(tiles))):
-                if tiles[core] != tile:
+        It has no value. When the SavedModel is loaded, the variable that takes its
+        place gets the value that was saved, shard by shard.
+        """
+        with out_of_graphs(), tf.device("CPU:0"):
+            return tf_saving.uninitialized_variable(self.shape, self.dtype, self.name)
+
+    def _create(self, initial: InitialValue) -> list[list[Any]]:
+        coordinates = self.shard_coordinates()
+        distinct = list(dict.fromkeys(coordinates))
+        indices = [self.shard_index(each) for each in distinct]
+        cores = range(len(coordinates))
+        variables: list[list[Any]] = [[None] * len(cores) for _ in self.devices]
+        # One shard after the other, so that the host holds no more than it must.
+        for shard, value in zip(distinct, initial.shards(indices), strict=True):
+            for replica, core in itertools.product(range(len(variables)), cores):
+                if coordinates[core] != shard:
                     continue
                 with tf.device(self.devices[replica][core]):
-                    made[replica][core] = resource_variable_ops.ResourceVariable(
+                    # (In a strategy's scope `tf.Variable` would come back here.)
+                    variables[replica][core] = ResourceVariable(
                         value,
                         dtype=self.dtype,
                         trainable=self.trainable,
                         name=f"{self.name}/r{replica}/core{core}",
                     )
-        return made
+        return variables
 
-    # -- which part is where -----------------------------------------------------
+    # -- which shard is on which core ----------------------------------------------
 
     @property
-    def partitions(self) -> list[int]:
-        """Into how many parts each dimension is split; one each: not split."""
+    def shards_per_dimension(self) -> list[int]:
         layout = self.layout
         return [layout.num_shards(d) for d in range(layout.rank)]
 
     @property
-    def is_split(self) -> bool:
-        return math.prod(self.partitions) > 1
+    def is_sharded(self) -> bool:
+        return math.prod(self.shards_per_dimension) > 1
 
-    def tiles(self) -> list[tuple[int, ...]]:
-        """For each core, which part of each dimension it holds."""
+    def shard_coordinates(self) -> list[Coordinates]:
+        """Returns the coordinates of each core's shard, in the order of the mesh."""
         layout = self.layout
-        mesh = layout.mesh
-        found = []
-        for place in np.ndindex(*mesh.shape()):
-            at = dict(zip(mesh.dim_names, map(int, place), strict=True))
-            specs = layout.sharding_specs
-            found.append(tuple(0 if s == dtensor.UNSHARDED else at[s] for s in specs))
-        return found
+        mesh, specs = layout.mesh, layout.sharding_specs
+        coordinates = []
+        for position in np.ndindex(*mesh.shape()):
+            at = dict(zip(mesh.dim_names, map(int, position), strict=True))
+            coordinates.append(
+                tuple(0 if spec == dtensor.UNSHARDED else at[spec] for spec in specs)
+            )
+        return coordinates
 
-    def slices(self, tile: tuple[int, ...]) -> tuple[slice, ...]:
-        """Where a part lies in the whole; () for a whole that is not split."""
-        if not self.is_split:
+    def shard_index(self, coordinates: Coordinates) -> tuple[slice, ...]:
+        """Returns the slices of a shard in the whole; () for a whole."""
+        if not self.is_sharded:
             return ()
-        sizes = [n // p for n, p in zip(self.shape, self.partitions, strict=True)]
+        counts = self.shards_per_dimension
+        sizes = [n // count for n, count in zip(self.shape, counts, strict=True)]
         return tuple(
-            slice(i * n, (i + 1) * n) for i, n in zip(tile, sizes, strict=True)
+            slice(i * n, (i + 1) * n) for i, n in zip(coordinates, sizes, strict=True)
         )
 
-    def region(self, tile: tuple[int, ...]) -> Region:
-        """The same as checkpoints say it, of a whole too."""
-        return tuple((s.start, s.stop - s.start) for s in self.slices(tile)) or whole(
-            self.shape
-        )
+    def shard_region(self, coordinates: Coordinates) -> Region:
+        """Returns the region of a shard, that of a whole too."""
+        index = self.shard_index(coordinates)
+        return tuple((s.start, s.stop - s.start) for s in index) or whole(self.shape)
 
-    def sharding(self) -> bytes:
-        """The same as XLA says it."""
+    def op_sharding(self) -> bytes:
+        """Returns the layout as XLA's serialized `OpSharding`."""
         return op_sharding.from_layout(self.layout)
 
-    def assemble(self, parts: list[tf.Tensor]) -> tf.Tensor:
-        """The whole, from what each core holds."""
-        held = dict(zip(self.tiles(), parts, strict=True))
-        partitions = self.partitions
+    def assemble(self, values: Sequence[tf.Tensor]) -> tf.Tensor:
+        """Returns the whole, from the values of the cores of a replica."""
+        shards = dict(zip(self.shard_coordinates(), values, strict=True))
+        counts = self.shards_per_dimension
 
-        def join(tile: tuple[int, ...]) -> tf.Tensor:
-            d = len(tile)
-            if d == len(partitions):
-                return held[tile]
-            joined = [join((*tile, i)) for i in range(partitions[d])]
+        def join(coordinates: Coordinates) -> tf.Tensor:
+            d = len(coordinates)
+            if d == len(counts):
+                return shards[coordinates]
+            joined = [join((*coordinates, i)) for i in range(counts[d])]
             return joined[0] if len(joined) == 1 else tf.concat(joined, d)
 
         return join(())

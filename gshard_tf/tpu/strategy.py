@@ -1,4 +1,4 @@
-"""`tpu_strategy`: TensorFlow's own TPUStrategy, for a mesh."""
+"""`tpu_strategy`: TensorFlow's own `TPUStrategy`, for a mesh."""
 
 import functools
 from collections.abc import Callable, Mapping
@@ -8,27 +8,25 @@ import keras
 import tensorflow as tf
 from tensorflow.experimental import dtensor
 
-# Private APIs: the extended half of TPUStrategy, whose variables are to be ours, and
-# how it makes them. On an upgrade, compare `MeshTPUExtended` with `TPUExtended`:
-# `_create_variable` (in SPMD mode), `tpu_run` and `_tpu_devices`; and
-# `MeshTPUStrategy.__init__` with `TPUStrategyV2.__init__`.
-from tensorflow.python.distribute import distribute_utils
-from tensorflow.python.distribute import tpu_strategy as tf_tpu_strategy
-from tensorflow.python.ops import control_flow_util
-
+from gshard_tf.compat import tpu as tpu_compat
+from gshard_tf.compat.tf_graphs import is_compiled_by_tensorflow
+from gshard_tf.compat.tf_saving import patch_trackable_restore
 from gshard_tf.sharding.annotations import shard
 from gshard_tf.sharding.mesh import axis_sizes, create_mesh, use_mesh
 from gshard_tf.sharding.rules import AxisRules
 from gshard_tf.sharding.sharded_variable import MeshVariableBase
 from gshard_tf.spmd.base import MeshStrategy
+from gshard_tf.tpu.core_layouts import CoreLayouts
+from gshard_tf.tpu.core_variables import (
+    MeshTPUSyncOnReadVariable,
+    MeshTPUVariable,
+    ReplicaVariable,
+)
 from gshard_tf.tpu.device_assignment import assign_cores
 from gshard_tf.tpu.initial_value import InitialValue
-from gshard_tf.tpu.layouts import CoreLayouts
 from gshard_tf.tpu.partitioner_faults import PartitionerFaults
-from gshard_tf.tpu.restore_patch import pass_on_all_slices
 from gshard_tf.tpu.storage import Storage
 from gshard_tf.tpu.system import connect
-from gshard_tf.tpu.variables import CoreShards, MeshTPUSyncOnRead, MeshTPUVariable
 
 
 def tpu_strategy(
@@ -37,7 +35,7 @@ def tpu_strategy(
     rules: AxisRules | None = None,
     topology: tf.tpu.experimental.Topology | None = None,
 ) -> "MeshTPUStrategy":
-    """A `tf.distribute.TPUStrategy` in SPMD mode whose weights lie split on a mesh.
+    """Returns a `tf.distribute.TPUStrategy` in SPMD mode that shards weights on a mesh.
 
     The same model code and the same `with strategy.scope():` as with `SpmdStrategy`.
 
@@ -51,7 +49,7 @@ def tpu_strategy(
 
     Args:
         tpu: The TPU's name or address, as for `TPUClusterResolver`: `"local"` on a TPU
-            VM. It is connected to and initialised, which clears its memory. Or a
+            VM. It is connected to and initialized, which clears its memory. Or a
             resolver of your own.
         mesh: The cores of *one replica*: axes and sizes, or a mesh. With fewer cores
             than the slice has, the rest are further replicas, which TPUStrategy
@@ -79,16 +77,17 @@ def tpu_strategy(
 
 
 class MeshTPUStrategy(MeshStrategy, tf.distribute.TPUStrategy):
-    """What `tpu_strategy` makes.
+    """The strategy that `tpu_strategy` returns.
 
     Args:
-        resolver: The resolver of a TPU that is connected to and initialised.
+        resolver: The resolver of a TPU that is connected to and initialized.
         topology: Its topology.
         mesh: The cores of one replica.
         rules: The rules, or None.
     """
 
-    unowned_hint = " (On a mesh of one core, TensorFlow keeps all variables as always.)"
+    extended: "MeshTPUExtended"
+    unowned_hint = " (On a mesh of one core, all variables are TensorFlow's own.)"
 
     def __init__(
         self,
@@ -97,21 +96,21 @@ class MeshTPUStrategy(MeshStrategy, tf.distribute.TPUStrategy):
         mesh: dtensor.Mesh,
         rules: AxisRules | None = None,
     ):
-        # Not TPUStrategy's own constructor, which would make its own extended half.
+        # Not TPUStrategy's own constructor, which would create its own extended half.
         tf.distribute.Strategy.__init__(
             self, MeshTPUExtended(self, resolver, topology, mesh, rules)
         )
-        # Packing makes one handle of those of all cores; parts need their own.
-        self._enable_packed_variable_in_eager_mode = mesh.size == 1
+        # Packing makes one handle of those of all cores; shards need their own.
+        tpu_compat.set_packed_variables(self, mesh.size == 1)
 
     @property
     def device_assignment(self) -> tf.tpu.experimental.DeviceAssignment:
-        """Which core of the slice each position of the mesh is, in each replica."""
-        return self.extended._device_assignment
+        """The core of the slice at each position of the mesh, in each replica."""
+        return self.extended.device_assignment
 
 
-class MeshTPUExtended(tf_tpu_strategy.TPUExtended):
-    """What `tf.distribute` asks of the strategy behind its public face."""
+class MeshTPUExtended(tpu_compat.TPUExtended):
+    """The extended half of the strategy, through which `tf.distribute` calls it."""
 
     def __init__(
         self,
@@ -123,16 +122,17 @@ class MeshTPUExtended(tf_tpu_strategy.TPUExtended):
     ):
         rules = AxisRules.default(mesh) if rules is None else rules
         rules.check(mesh)
+        self.device_assignment = assign_cores(topology, mesh)
         super().__init__(
             container,
             resolver,
-            device_assignment=assign_cores(topology, mesh),
+            device_assignment=self.device_assignment,
             use_spmd_for_xla_partitioning=mesh.size > 1,
         )
         self.mesh = mesh
         self.layouts = CoreLayouts(mesh, rules)
         self._faults = PartitionerFaults(axis_sizes(mesh))
-        pass_on_all_slices()
+        patch_trackable_restore()
 
     # -- variables -------------------------------------------------------------------
 
@@ -149,31 +149,29 @@ class MeshTPUExtended(tf_tpu_strategy.TPUExtended):
         initial = InitialValue(
             kwargs.pop("initial_value"), kwargs.get("shape"), kwargs.get("dtype")
         )
+        devices = tpu_compat.core_devices(self)
         storage = Storage(
-            self._tpu_devices,
+            devices,
             self.layouts,
             initial,
             name=kwargs.get("name") or "Variable",
             trainable=kwargs.get("trainable") is not False,
         )
-        variable = distribute_utils.create_mirrored_variable(
-            self._container_strategy(),
-            lambda **_: [CoreShards(storage, r) for r in range(len(self._tpu_devices))],
-            {
-                tf.VariableSynchronization.ON_WRITE: MeshTPUVariable,
-                tf.VariableSynchronization.ON_READ: MeshTPUSyncOnRead,
-            },
-            distribute_utils.TPU_VARIABLE_POLICY_MAPPING,
+        variable = tpu_compat.create_distributed_variable(
+            tpu_compat.strategy_of(self),
+            lambda **_: [ReplicaVariable(storage, r) for r in range(len(devices))],
+            MeshTPUVariable,
+            MeshTPUSyncOnReadVariable,
             **kwargs,
         )
-        storage.belongs_to(variable)
+        storage.set_owner(variable)
         self.layouts.register(variable, reference)
         return variable
 
     def owns(self, value: Any) -> bool:
-        """Whether it is a variable that this strategy stores on its mesh."""
-        return isinstance(value, MeshTPUVariable | MeshTPUSyncOnRead) and (
-            value.distribute_strategy is self._container_strategy()
+        """Returns whether it is a variable that this strategy stores on its mesh."""
+        return isinstance(value, MeshTPUVariable | MeshTPUSyncOnReadVariable) and (
+            value.distribute_strategy is tpu_compat.strategy_of(self)
         )
 
     # -- input -----------------------------------------------------------------------
@@ -190,7 +188,7 @@ class MeshTPUExtended(tf_tpu_strategy.TPUExtended):
 
     def _input(self, options: Any) -> Any:
         # By itself TensorFlow would put the whole batch of a replica on its first
-        # core. From the host, each core gets its part.
+        # core. From the host, each core gets its shard.
         if options is None and self.mesh.size > 1:
             return tf.distribute.InputOptions(experimental_fetch_to_device=False)
         return options
@@ -198,26 +196,26 @@ class MeshTPUExtended(tf_tpu_strategy.TPUExtended):
     # -- steps -----------------------------------------------------------------------
 
     def tpu_run(self, fn: Callable, args: Any, kwargs: Any, options: Any = None) -> Any:
-        if control_flow_util.GraphOrParentsInXlaContext(
-            tf.compat.v1.get_default_graph()
-        ):
+        if is_compiled_by_tensorflow(tf.compat.v1.get_default_graph()):
             raise ValueError(
-                "A TPU program is compiled by the TPU, so strategy.run cannot stand "
-                "inside a function with jit_compile=True. Compile a Keras model with "
-                "jit_compile='auto' (the default) or False. Received: jit_compile=True"
+                "A TPU program is compiled by the TPU, so strategy.run cannot be "
+                "called in a function with jit_compile=True. Compile a Keras model "
+                "with jit_compile='auto' (the default) or False. Received: "
+                "jit_compile=True"
             )
         if self.mesh.size == 1:
             return super().tpu_run(fn, args, kwargs, options)
         with use_mesh(self.mesh, self.layouts.rules):
-            result = super().tpu_run(self._on_the_mesh(fn), args, kwargs, options)
+            step = self._with_sharded_inputs(fn)
+            result = super().tpu_run(step, args, kwargs, options)
         self.layouts.warn_once()
         return result
 
-    def _on_the_mesh(self, fn: Callable) -> Callable:
-        """`fn` with its arguments split by examples before anything else sees them.
+    def _with_sharded_inputs(self, fn: Callable) -> Callable:
+        """Returns `fn` with its arguments split by examples before anything uses them.
 
-        A TPU's host then sends each core its part of them, and no more. Of what XLA may
-        get wrong in it, it warns.
+        A TPU's host then sends each core its shard of them, and no more. While `fn` is
+        traced, operations that XLA may partition wrongly are warned of.
         """
 
         @functools.wraps(fn)

@@ -1,10 +1,10 @@
-"""From the name of a TPU to an initialised system."""
+"""Connection to a TPU system: from its name to a resolver and a topology."""
 
 import importlib.metadata
 
 import tensorflow as tf
 
-from gshard_tf.testing.tpu.synthetic_slice import SyntheticTPU
+from gshard_tf.compat.versions import LIBTPU, TPU_WHEEL
 
 
 def connect(
@@ -13,28 +13,30 @@ def connect(
 ) -> tuple[
     tf.distribute.cluster_resolver.ClusterResolver, tf.tpu.experimental.Topology
 ]:
-    """Connects to a TPU and initialises it, as far as that is still to do.
+    """Connects to a TPU and initializes it; neither where there is a topology.
 
-    Also switches TensorFlow's MLIR bridge on. It is what lowers a step for the TPU in
-    all our tests; the older one, which this TensorFlow would take by itself, has
-    never been seen with split variables.
+    Also switches TensorFlow's MLIR bridge on. It lowers a step for the TPU in all tests
+    of this package; the older one, TensorFlow's default, was never tried with sharded
+    variables.
+
+    Args:
+        tpu: The TPU's name or address, or its resolver.
+        topology: That of a system which `tpu`, a resolver, has initialized.
 
     Returns:
         The resolver and the topology.
 
     Raises:
-        ImportError: a TPU of this machine is asked for, and the TensorFlow installed
-            has nothing that drives one.
-        ValueError: a topology without the resolver that it is from.
+        ImportError: when a TPU of this machine is requested, and the installed
+            TensorFlow has no operations for one.
+        ValueError: when there is a topology without the resolver that it is from.
     """
     tf.config.experimental.enable_mlir_bridge()
-    if isinstance(tpu, SyntheticTPU):
-        return tpu, tpu.topology
     if topology is not None:
         if not isinstance(tpu, tf.distribute.cluster_resolver.ClusterResolver):
             raise ValueError(
-                "With a topology, tpu is the resolver that initialize_tpu_system was "
-                f"called with. Received: tpu={tpu!r}"
+                "With `topology`, `tpu` must be the resolver that "
+                f"initialize_tpu_system was called with. Received: tpu={tpu!r}"
             )
         return tpu, topology
     if not isinstance(tpu, tf.distribute.cluster_resolver.ClusterResolver):
@@ -49,10 +51,10 @@ def _check_has_tpu_kernels() -> None:
     try:
         importlib.metadata.version("tensorflow-tpu")
     except importlib.metadata.PackageNotFoundError as error:
-        found = importlib.metadata.version("tensorflow")
+        version = importlib.metadata.version("tensorflow")
         raise ImportError(
             "A TPU of this machine needs the wheel tensorflow-tpu in place of "
             "tensorflow: pip uninstall tensorflow; pip install "
-            "'tensorflow-tpu==2.20.0' 'libtpu==0.0.14'. Received: tensorflow "
-            f"{found}, which has no TPU operations"
+            f"'tensorflow-tpu=={TPU_WHEEL}' 'libtpu=={LIBTPU}'. Received: tensorflow "
+            f"{version}, which has no TPU operations"
         ) from error

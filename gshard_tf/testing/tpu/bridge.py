@@ -1,28 +1,29 @@
-"""A step traced under TPUStrategy -> the module of one core, by TensorFlow's bridge.
+"""TensorFlow's TPU bridge: from a step under TPUStrategy to the module of one core.
 
 On a TPU the runtime does this when a step first runs. Here it is done without one, to
-look at the program, to compile it for a slice that is not there, or to run it on
+inspect the program, to compile it for a slice that this machine lacks, or to run it on
 virtual CPU devices.
 
-Private APIs: MLIR passes by name and the text between them, which are TensorFlow's
-own business. On an upgrade, run tests/gshard_tf/tpu: they compare what comes out of
-here with plain Keras.
+Relies on: MLIR passes by name, and the text between them. On an upgrade, watch
+tests/gshard_tf/tpu: they compare the modules' results with plain Keras.
 """
 
 import dataclasses
 import re
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
-from tensorflow.compiler.xla import xla_data_pb2
 from tensorflow.python import pywrap_mlir
 from tensorflow.python.ops import handle_data_util
 
-# The first half of the TPU bridge: finds what belongs to the TPU, makes a function of
-# it, lifts reads and writes of variables out of it, and notes the shardings.
+from gshard_tf.sharding import op_sharding
+
+# The first half of the TPU bridge: finds the operations of the TPU, outlines them as a
+# function, lifts reads and writes of variables out of it, and records the shardings.
 _CLUSTER = "tf-replicated-clustering-bridge-v2"
-# What the runtime's compiler does with that function. The names of the CPU's kernels:
-# those of the TPU lower to the same, but only random numbers' are in every wheel.
+# The lowering of that function by the runtime's compiler. With the CPU's kernels: those
+# of the TPU lower to the same, but only random numbers' are in every wheel.
 _LOWER = (
     "tf-shape-inference,func.func(canonicalize),"
     "xla-legalize-tf{use-tf2xla-fallback=true device-type=XLA_CPU_JIT},"
@@ -40,18 +41,18 @@ _STRINGS = re.compile(r'"((?:[^"\\]|\\.)*)"')
 
 @dataclasses.dataclass(frozen=True)
 class Argument:
-    """An argument of the module, and what of the function it comes from.
+    """An argument of the module, and the inputs of the function that it comes from.
 
     Attributes:
-        inputs: `[replicas][cores]`: which input of the function each core is given.
+        inputs: `[replicas][cores]`: the number of each core's input of the function.
             One for all cores of a replica where it is no variable, none where it is
             a constant.
-        partitions: Into how many parts each dimension of the variable is split;
-            empty: each core has all of it.
+        partitions: The number of shards along each dimension of the variable; empty:
+            each core has all of it.
         is_variable: Whether the inputs are handles of variables.
-        sharding: The serialised `OpSharding` that the bridge found; b"": replicated.
-        constants: `[replicas]`: the number that each replica is given, its own one
-            say; () where it comes from the inputs.
+        sharding: The serialized `OpSharding` by the bridge; b"": replicated.
+        constants: `[replicas]`: the constant of each replica, its number say; () where
+            the value comes from the inputs.
     """
 
     inputs: tuple[tuple[int, ...], ...]
@@ -70,11 +71,11 @@ class CoreModule:
         replicas: How many replicas.
         cores: How many cores a replica has.
         arguments: Its arguments.
-        updates: `(argument, result)`: which result is which variable's new value.
+        updates: `(argument, result)` of each variable's new value.
         outputs: `(result, replica)` of each output of the function.
-        result_shardings: As the bridge found them.
-        use_spmd: Whether the runtime is asked for XLA's SPMD partitioner.
-        host_operations: What stays on the host, besides reads and writes.
+        result_shardings: The serialized `OpSharding` of each result, by the bridge.
+        use_spmd: Whether the runtime is to use XLA's SPMD partitioner.
+        host_operations: Operations that stay on the host, except reads and writes.
     """
 
     stablehlo: str
@@ -89,11 +90,14 @@ class CoreModule:
 
 
 def core_module(function: Any) -> CoreModule:
-    """The module of one core, of a concrete function that calls `strategy.run` once.
+    """Returns the module of one core for a function that calls `strategy.run` once.
+
+    Args:
+        function: A concrete function.
 
     Raises:
-        ValueError: when the function holds no TPU program, or several, or part of one
-            that XLA cannot compile.
+        ValueError: when the function has no TPU program, or several, or one with
+            operations that XLA cannot compile.
     """
     text = pywrap_mlir.import_function(function, _CLUSTER, False)
     host = _Host(text)
@@ -116,13 +120,13 @@ def core_module(function: Any) -> CoreModule:
     )
     if left:
         raise ValueError(
-            f"The step has operations that XLA cannot compile: {sorted(left)}. Move "
-            "them into the input pipeline or a callback."
+            "The step must have only operations that XLA compiles. Move others into "
+            f"the input pipeline or a callback. Received: {sorted(left)}"
         )
     return CoreModule(
         stablehlo=lowered,
         replicas=host.replicas,
-        cores=int(re.search(r"num_cores_per_replica = (\d+)", host.cluster.rest)[1]),
+        cores=int(_search(r"num_cores_per_replica = (\d+)", host.cluster.rest)[1]),
         arguments=arguments,
         updates=host.updates(),
         outputs=host.outputs(),
@@ -130,7 +134,7 @@ def core_module(function: Any) -> CoreModule:
             _shardings(host.cluster.rest, "output_sharding_configuration")
         ),
         use_spmd="use_spmd_for_xla_partitioning = true" in host.cluster.rest,
-        host_operations=host.others(),
+        host_operations=host.host_operations(),
     )
 
 
@@ -143,7 +147,7 @@ class _Operation:
 
 
 class _Host:
-    """The function around the TPU program, read off the bridge's text."""
+    """The function around the TPU program, parsed from the bridge's text."""
 
     def __init__(self, text: str):
         start = text.index("func.func @")
@@ -155,15 +159,15 @@ class _Host:
         self.yielded: tuple[str, ...] = ()
         self.returned: tuple[str, ...] = ()
         for line in lines:
-            found = _OPERATION.match(line)
-            if found:
+            match = _OPERATION.match(line)
+            if match:
                 self.operations.append(
-                    _Operation(found[2], _values(found[3]), found[4], found[1])
+                    _Operation(match[2], _values(match[3]), match[4], match[1])
                 )
                 continue
-            found = _REPLICATE.match(line)
-            if found:
-                self._replicate(found[1], found[2])
+            match = _REPLICATE.match(line)
+            if match:
+                self._replicate(match[1], match[2])
             elif line.strip().startswith("tf_device.return"):
                 self.yielded = _values(line.partition("return")[2].partition(" :")[0])
             elif line.strip().startswith("return"):
@@ -179,14 +183,14 @@ class _Host:
 
     def _replicate(self, result: str | None, text: str) -> None:
         self.replicate_result = result
-        self.replicas = int(re.search(r"\bn = (\d+)", text)[1])
+        self.replicas = int(_search(r"\bn = (\d+)", text)[1])
         for values, name in re.findall(r"\[([^\]]*)\] as (%\w+):", text):
             self.replicated[name] = _values(values)
         for value, name in re.findall(r"(%[\w#]+) as (%\w+):", text):
             self.replicated[name] = (value,) * self.replicas
 
     def _source(self, value: str, replica: int) -> tuple[tuple[int, ...], str]:
-        """The function's inputs behind a value, and the text of their partitioning."""
+        """Returns the inputs that a value comes from, and how they are partitioned."""
         partitioned = ""
         while True:
             if value in self.replicated:
@@ -201,48 +205,45 @@ class _Host:
             value = operation.operands[0]
 
     def _constants(self, value: str) -> tuple[int, ...]:
-        """The whole numbers that the replicas are given for a value, if it is that."""
-        given = self.replicated.get(value, ())
-        sources = [self.by_result.get(each) for each in given]
-        if not sources or any(s is None or s.name != "tf.Const" for s in sources):
-            return ()
-        found = [re.search(r"dense<(-?\d+)> : tensor<i32>", s.rest) for s in sources]
-        if None in found:
-            raise ValueError(
-                "A constant that the host gives to replicas is one int32. Received: "
-                f"{[s.rest for s in sources]}"
-            )
-        return tuple(int(each[1]) for each in found)
+        """Returns the constants of the replicas; () for a value that is none."""
+        numbers = []
+        for each in self.replicated.get(value, ()):
+            source = self.by_result.get(each)
+            if source is None or source.name != "tf.Const":
+                return ()
+            numbers.append(source.rest)
+        return tuple(
+            int(_search(r"dense<(-?\d+)> : tensor<i32>", text)[1]) for text in numbers
+        )
 
     def argument(self, value: str, sharding: bytes, function: Any) -> Argument:
         constants = self._constants(value)
         if constants:
             return Argument(((),) * self.replicas, (), False, sharding, constants)
         sources = [self._source(value, r) for r in range(self.replicas)]
-        partitions = re.search(r"partition_dims = \[([^\]]*)\]", sources[0][1])
-        parts = [int(n) for n in (partitions[1] if partitions else "").split(",") if n]
+        match = re.search(r"partition_dims = \[([^\]]*)\]", sources[0][1])
+        partitions = [int(n) for n in (match[1] if match else "").split(",") if n]
         first = sources[0][0][0]
-        order = range(len(sources[0][0]))
-        if parts:
-            # Its i-th operand is for the core that the sharding names.
-            cores = list(tile_assignment(sharding)[1])
-            order = [cores.index(core) for core in order]
+        order = list(range(len(sources[0][0])))
+        if partitions:
+            # The operands are in the order of the shards: here, of the cores.
+            order = np.argsort(op_sharding.tile_assignment(sharding).ravel()).tolist()
         return Argument(
             inputs=tuple(tuple(inputs[i] for i in order) for inputs, _ in sources),
-            partitions=tuple(parts),
+            partitions=tuple(partitions),
             is_variable=function.graph.inputs[first].dtype == tf.resource,
             sharding=sharding,
         )
 
     def updates(self) -> tuple[tuple[int, int], ...]:
         handles = [self._handle(value) for value in self.cluster.operands]
-        found = []
+        pairs = []
         for operation in self.operations:
             if operation.name == "tf.AssignVariableOp":
                 handle, value = operation.operands
                 argument = handles.index(self._handle(handle))
-                found.append((argument, self._result(value)))
-        return tuple(found)
+                pairs.append((argument, self._result(value)))
+        return tuple(pairs)
 
     def _handle(self, value: str) -> str:
         operation = self.by_result.get(value.partition("#")[0])
@@ -252,7 +253,7 @@ class _Host:
         return value
 
     def _result(self, value: str) -> int:
-        """Which result of the program a value is."""
+        """Returns the number of the program's result that a value is."""
         name, _, index = value.partition("#")
         while name != self.cluster.result:
             operation = self.by_result[name]
@@ -260,19 +261,19 @@ class _Host:
         return int(index or 0)
 
     def outputs(self) -> tuple[tuple[int, int], ...]:
-        found = []
+        outputs = []
         for value in self.returned:
             name, _, index = value.partition("#")
             while name in self.by_result and name != self.cluster.result:
                 name, _, index = self.by_result[name].operands[0].partition("#")
             if name == self.replicate_result:
                 result, replica = divmod(int(index or 0), self.replicas)
-                found.append((self._result(self.yielded[result]), replica))
+                outputs.append((self._result(self.yielded[result]), replica))
             else:
-                found.append((int(index or 0), 0))
-        return tuple(found)
+                outputs.append((int(index or 0), 0))
+        return tuple(outputs)
 
-    def others(self) -> tuple[str, ...]:
+    def host_operations(self) -> tuple[str, ...]:
         usual = {
             "tf.AssignVariableOp", "tf.Const", "tf.Identity", "tf.ReadVariableOp",
             "tf.TPUPartitionedInputV2", "tf_device.cluster_func",
@@ -280,36 +281,35 @@ class _Host:
         return tuple(o.name for o in self.operations if o.name not in usual)
 
 
-def tile_assignment(sharding: bytes) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Into how many parts each dimension is cut, and the core of each part."""
-    found = xla_data_pb2.OpSharding.FromString(sharding)
-    return (
-        tuple(found.tile_assignment_dimensions),
-        tuple(found.tile_assignment_devices),
-    )
-
-
 def _values(text: str) -> tuple[str, ...]:
     return tuple(re.findall(r"%[\w#]+", text))
 
 
 def _shardings(attributes: str, name: str) -> list[bytes]:
-    listed = re.search(name + r" = \[(.*?)\](?=[,}>])", attributes)[1]
-    return [_unescaped(each) for each in _STRINGS.findall(listed)]
+    shardings = _search(name + r" = \[(.*?)\](?=[,}>])", attributes)[1]
+    return [unescaped(each) for each in _STRINGS.findall(shardings)]
 
 
-def _unescaped(text: str) -> bytes:
-    """MLIR writes bytes that do not print as two hexadecimal digits."""
-    pieces = re.split(r"\\([0-9A-Fa-f]{2}|.)", text)
-    found = b""
-    for i, piece in enumerate(pieces):
+def _search(pattern: str, text: str) -> re.Match[str]:
+    match = re.search(pattern, text)
+    if match is None:
+        raise ValueError(
+            f"The text of the bridge must contain {pattern!r}. Received: {text[:500]!r}"
+        )
+    return match
+
+
+def unescaped(text: str) -> bytes:
+    """Returns the bytes of a string in MLIR, which has hexadecimal digits for some."""
+    result = b""
+    for i, token in enumerate(re.split(r"\\([0-9A-Fa-f]{2}|.)", text)):
         if i % 2 == 0:
-            found += piece.encode("latin-1")
-        elif len(piece) == 2:
-            found += bytes([int(piece, 16)])
+            result += token.encode("latin-1")
+        elif len(token) == 2:
+            result += bytes([int(token, 16)])
         else:
-            found += {"n": b"\n", "t": b"\t"}.get(piece, piece.encode())
-    return found
+            result += {"n": b"\n", "t": b"\t"}.get(token, token.encode())
+    return result
 
 
 def _type_of(argument: Argument, function: Any) -> str:
@@ -334,26 +334,26 @@ def _type_of(argument: Argument, function: Any) -> str:
 
 
 def _standalone(text: str, types: list[str]) -> str:
-    """The program's function as a module of its own, with static shapes.
+    """Returns the program's function as a module of its own, with static shapes.
 
-    The bridge forgets the shapes of what variables hold; inside, casts bring back the
-    types that it wrote down.
+    The bridge forgets the shapes of variables' values; inside, casts restore the types
+    that it declared.
     """
     start = text.index("func.func private @_func")
     signature, arrow, rest = text[start:].partition(") -> ")
-    written = re.findall(r"%arg\d+: (tensor<[^>]*>)", signature)
+    declared = re.findall(r"%arg\d+: (tensor<[^>]*>)", signature)
     signature = re.sub(
         r"%arg(\d+): tensor<[^>]*>",
-        lambda found: f"%given{found[1]}: tensor<{types[int(found[1])]}>",
+        lambda match: f"%given{match[1]}: tensor<{types[int(match[1])]}>",
         signature,
     ).replace("func.func private @_func", "func.func @main")
-    end = re.search(r"\{\n(?=    )", rest).end()
+    end = _search(r"\{\n(?=    )", rest).end()
     casts = "".join(
         f'    %arg{i} = "tf.Cast"(%given{i}) <{{Truncate = false}}> : '
-        f"(tensor<{given}>) -> {wanted}\n"
-        for i, (given, wanted) in enumerate(zip(types, written, strict=True))
+        f"(tensor<{given}>) -> {inner}\n"
+        for i, (given, inner) in enumerate(zip(types, declared, strict=True))
     )
-    versions = re.search(r"tf\.versions = \{[^}]*\}", text)[0]
+    versions = _search(r"tf\.versions = \{[^}]*\}", text)[0]
     return (
         f"module attributes {{{versions}}} {{\n  "
         f"{signature}{arrow}{rest[:end]}{casts}{rest[end:]}"

@@ -1,9 +1,9 @@
-"""`fit` as on a TPU, on virtual CPU devices: slow, and true to the program.
+"""`fit` as on a TPU, on virtual CPU devices: slow, and with the program of a TPU.
 
 The step is traced under the strategy, lowered by TensorFlow's TPU bridge, partitioned
-by XLA, and run on one CPU device per core, each of which is given what that core holds
+by XLA, and run on one CPU device per core, each of which gets the shards of that core
 and nothing else. It is for tests and measurements; the TPU's own compiler, numbers and
-runtime are not in it.
+runtime are not simulated.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -15,17 +15,17 @@ import numpy as np
 import tensorflow as tf
 
 from gshard_tf.testing.tpu.bridge import CoreModule, core_module
-from gshard_tf.testing.tpu.program import CoreProgram
+from gshard_tf.testing.tpu.core_program import CoreProgram
 
 
 class SimulatedStep:
     """One function for `strategy.run`, traced for the shapes of a batch.
 
     Args:
-        strategy: A `TPUStrategy`, ours or TensorFlow's.
-        fn: What each replica runs.
+        strategy: A `TPUStrategy`, of `gshard_tf.tpu_strategy` or TensorFlow's own.
+        fn: The function that each replica runs.
         batch: A batch as a distributed dataset yields it, or its `tf.TypeSpec`s.
-        variables: The variables that `fn` uses, and perhaps others.
+        variables: The variables that `fn` uses; there may be others among them.
     """
 
     def __init__(
@@ -46,31 +46,32 @@ class SimulatedStep:
         self.function = tf.function(step, autograph=False).get_concrete_function(batch)
         self.module: CoreModule = core_module(self.function)
         self.program = CoreProgram(self.module)
-        self._given = len(self.function.inputs) - len(self.function.captured_inputs)
+        captured = self.function.captured_inputs
+        self._num_arguments = len(self.function.inputs) - len(captured)
         by_handle = {
-            id(part.handle): part
+            id(each.handle): each
             for variable in variables
-            for part in parts_of(variable)
+            for each in core_variables(variable)
         }
-        # What each core holds, by the input of the function that names it.
+        # The variable of each core, by the number of its handle's input.
         self._variables = {
-            self._given + i: by_handle[id(handle)]
-            for i, handle in enumerate(self.function.captured_inputs)
+            self._num_arguments + i: by_handle[id(handle)]
+            for i, handle in enumerate(captured)
             if handle.dtype == tf.resource
         }
 
     def __call__(self, batch: Any) -> Any:
-        """Runs it, and gives every core its part of the new state."""
-        flat = [part.numpy() for part in tf.nest.flatten(batch, expand_composites=True)]
+        """Runs it, and assigns every core its shard of the new state."""
+        flat = [each.numpy() for each in tf.nest.flatten(batch, expand_composites=True)]
 
-        def held(i: int) -> np.ndarray:
-            if i < self._given:
+        def value_of(i: int) -> np.ndarray:
+            if i < self._num_arguments:
                 return flat[i]
             if i in self._variables:
                 return self._variables[i].numpy()
-            return self.function.captured_inputs[i - self._given].numpy()
+            return self.function.captured_inputs[i - self._num_arguments].numpy()
 
-        outputs, updates = self.program(held)
+        outputs, updates = self.program(value_of)
         for (argument, _), values in zip(self.module.updates, updates, strict=True):
             inputs = [i for row in self.module.arguments[argument].inputs for i in row]
             for i, value in zip(inputs, values, strict=True):
@@ -79,21 +80,21 @@ class SimulatedStep:
         return tf.nest.pack_sequence_as(structure, outputs)
 
 
-def parts_of(variable: Any) -> Iterator[Any]:
-    """The variables of the cores behind a variable of a `TPUStrategy`."""
+def core_variables(variable: Any) -> Iterator[Any]:
+    """Yields the variables of the cores behind a variable of a `TPUStrategy`."""
     for replica in getattr(variable, "values", [variable]):
         yield from getattr(replica, "_vars", [replica])
 
 
 def simulate_fit(model: keras.Model) -> list[SimulatedStep]:
-    """Lets `model.fit` run its steps here from now on; all else of it is as ever.
+    """Makes `model.fit` run its steps here from now on; the rest of it stays.
 
     Keras's own training function is traced, with its loop where `steps_per_execution`
-    is more than 1. Only what it calls, `strategy.run`, is another: the strategy is of
-    no use to other models then.
+    is more than 1. Only `strategy.run`, which it calls, is replaced: other models can
+    no longer use the strategy.
 
     Args:
-        model: Made and compiled in the scope of a `TPUStrategy`.
+        model: Created and compiled in the scope of a `TPUStrategy`.
 
     Returns:
         The steps, one per shape, filled as they are traced.
@@ -104,8 +105,8 @@ def simulate_fit(model: keras.Model) -> list[SimulatedStep]:
 
     def run(fn: Callable, args: tuple[Any]) -> Any:
         [batch] = args
-        parts = tf.nest.flatten(batch, expand_composites=True)
-        key = (fn, *(tuple(part.shape) for part in parts))
+        inputs = tf.nest.flatten(batch, expand_composites=True)
+        key = (fn, *(tuple(each.shape) for each in inputs))
         if key not in known:
             variables = [
                 *model.variables,
@@ -116,15 +117,15 @@ def simulate_fit(model: keras.Model) -> list[SimulatedStep]:
             values = [variable.value for variable in variables]
             # Out of the function that is being traced here. `tf.init_scope` would leave
             # it too, but record no gradients.
-            with ThreadPoolExecutor(1) as elsewhere:
-                made = elsewhere.submit(SimulatedStep, strategy, fn, specs, values)
-                known[key] = made.result()
+            with ThreadPoolExecutor(1) as thread:
+                future = thread.submit(SimulatedStep, strategy, fn, specs, values)
+                known[key] = future.result()
             steps.append(known[key])
         step = known[key]
         logs = tf.nest.flatten(step.function.structured_outputs)
         values = tf.py_function(
-            lambda *parts: tf.nest.flatten(step(parts)),
-            parts,
+            lambda *values: tf.nest.flatten(step(values)),
+            inputs,
             [log.dtype for log in logs],
         )
         for value, log in zip(values, logs, strict=True):

@@ -1,8 +1,8 @@
-"""A TPU slice that is not there, to construct strategies and trace steps for it.
+"""A synthetic TPU slice, to construct strategies and trace steps without a TPU.
 
 Its topology is real in every number; its cores are virtual CPU devices, on which
-variables can live, be saved and restored. Steps can be traced, and compiled by way of
-`gshard_tf.testing.tpu.bridge`, but not be run by TensorFlow.
+variables can be stored, saved and restored. Steps can be traced, and compiled through
+`gshard_tf.testing.tpu.bridge`, but TensorFlow cannot run them.
 """
 
 from typing import Any
@@ -10,20 +10,26 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-# Private APIs: the metadata that a TPUStrategy asks its resolver for has no public
-# constructor. On an upgrade, check the fields, and that device names are still asked
-# of the topology by `tpu_device_name_at_coordinates`.
+# Relies on: the metadata that a TPUStrategy gets from its resolver, which has no public
+# constructor. On an upgrade, watch: its fields, and that device names still come from
+# the topology's `tpu_device_name_at_coordinates`.
 from tensorflow.python.client import session
 from tensorflow.python.tpu import topology as tpu_topology
 from tensorflow.python.tpu import tpu_system_metadata
 
 
 class SyntheticTPU(tf.distribute.cluster_resolver.ClusterResolver):
-    """Takes the place of a `TPUClusterResolver`.
+    """A resolver of a slice that does not exist.
+
+    Pass it on with its topology: `tpu_strategy(tpu, mesh, topology=tpu.topology)`.
 
     Args:
         shape: The slice: chips along x, y and z, and cores of a chip.
             `(2, 4, 1, 1)` is a v5e-8.
+
+    Attributes:
+        cores: The number of cores.
+        topology: The topology of the slice.
 
     Raises:
         RuntimeError: when TensorFlow has already started with fewer CPU devices.
@@ -65,7 +71,7 @@ class SyntheticTPU(tf.distribute.cluster_resolver.ClusterResolver):
 
 
 def serialized_topology(shape: tuple[int, int, int, int]) -> bytes:
-    """The topology of a slice of one host, as a TPU system reports it.
+    """Returns the topology of a slice of one host, as a TPU system reports it.
 
     Args:
         shape: Chips along x, y and z, and cores of a chip. Cores are numbered along
@@ -101,10 +107,10 @@ def _request_devices(count: int) -> None:
             [tf.config.LogicalDeviceConfiguration()] * count,
         )
     except RuntimeError as error:
-        found = len(tf.config.list_logical_devices("CPU"))
-        if found < count:
+        devices = len(tf.config.list_logical_devices("CPU"))
+        if devices < count:
             raise RuntimeError(
-                f"TensorFlow has already started with {found} CPU device(s), and a "
-                f"synthetic TPU of {count} cores needs as many. Make it before "
-                "anything else uses TensorFlow."
+                f"A synthetic TPU of {count} cores needs as many CPU devices, and must "
+                "be created before anything else uses TensorFlow. Received: "
+                f"{devices} CPU device(s) of a TensorFlow that has started"
             ) from error

@@ -13,6 +13,14 @@ def test_a_variable_is_a_resource_variable():
     assert isinstance(tf.Variable(1.0), ResourceVariable)
 
 
+def test_no_strategy_creates_it_in_its_place():
+    with tf.distribute.MirroredStrategy(["CPU:0"]).scope():
+        variable = ResourceVariable([1.0], name="weight", trainable=False)
+        assert type(tf.Variable([1.0])) is not ResourceVariable
+    assert type(variable) is ResourceVariable
+    assert variable.numpy() == [1.0]
+
+
 def test_methods_reach_the_resource_through_its_handle():
     """And eager operations that are implemented in C++ through `_handle`."""
     reads = []

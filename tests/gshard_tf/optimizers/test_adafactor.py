@@ -14,9 +14,9 @@ def model(optimizer):
     keras.utils.set_random_seed(0)
     inputs = keras.Input((4, 8))
     x = inputs + MoELayer(8, 16, seed=0, name="moe")(inputs)
-    made = keras.Model(inputs, keras.layers.Dense(3)(x))
-    made.compile(optimizer, "mse")
-    return made
+    built = keras.Model(inputs, keras.layers.Dense(3)(x))
+    built.compile(optimizer, "mse")
+    return built
 
 
 DATA = (
@@ -44,29 +44,29 @@ def test_a_tables_gradient_is_summed_by_rows():
             return keras.ops.one_hot(ids, self.input_dim) @ self.embeddings
 
     ids = np.random.RandomState(2).randint(0, 6, size=(32, 4))
-    found = []
+    weights = []
     for embedding in (keras.layers.Embedding, OneHot):
         keras.utils.set_random_seed(0)
-        made = keras.Sequential(
+        built = keras.Sequential(
             [
                 keras.layers.Input([4], dtype="int32"),
                 embedding(6, 8, name="embedding"),
                 keras.layers.Dense(3),
             ]
         )
-        made.compile(Adafactor(0.05), "mse")
-        made.fit(ids, DATA[1], batch_size=8, shuffle=False, verbose=0)
-        found.append(made.get_weights())
-    for one, other in zip(*found, strict=True):
+        built.compile(Adafactor(0.05), "mse")
+        built.fit(ids, DATA[1], batch_size=8, shuffle=False, verbose=0)
+        weights.append(built.get_weights())
+    for one, other in zip(*weights, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
 
 
 def test_it_keeps_factors_only_and_splits_them_as_their_weight():
     strategy = parity.strategy_of(8)
     with strategy.scope():
-        made = model(Adafactor(0.05))
-    made.fit(*DATA, batch_size=8, verbose=0)
-    slots = made.optimizer.variables
+        built = model(Adafactor(0.05))
+    built.fit(*DATA, batch_size=8, verbose=0)
+    slots = built.optimizer.variables
     assert all(len(slot.shape) < 3 for slot in slots)
     large = [slot for slot in slots if "experts" in slot.name]
     assert len(large) == 4
@@ -76,12 +76,12 @@ def test_it_keeps_factors_only_and_splits_them_as_their_weight():
 
 
 def test_it_is_saved_and_loaded(tmp_path):
-    made = model(Adafactor(0.05))
-    made.fit(*DATA, batch_size=8, verbose=0)
-    made.save(tmp_path / "model.keras")
+    built = model(Adafactor(0.05))
+    built.fit(*DATA, batch_size=8, verbose=0)
+    built.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
     assert isinstance(loaded.optimizer, Adafactor)
     for one, other in zip(
-        made.optimizer.variables, loaded.optimizer.variables, strict=True
+        built.optimizer.variables, loaded.optimizer.variables, strict=True
     ):
         np.testing.assert_array_equal(one, other)

@@ -1,6 +1,7 @@
 """Layouts as HLO shardings, against jax's own translation of the same thing."""
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensorflow.compiler.xla import xla_data_pb2
@@ -104,3 +105,23 @@ def test_tiled_with_copies_puts_copies_on_neighbours():
     assert message.replicate_on_last_tile_dim
     assert list(message.tile_assignment_dimensions) == [1, 4, 2]
     assert list(message.tile_assignment_devices) == list(range(8))
+
+
+@pytest.mark.parametrize(
+    ("specs", "dimensions", "devices"),
+    [
+        (["b", "a"], (3, 2), [[0, 3], [1, 4], [2, 5]]),
+        ([None, "a"], (1, 2, 3), [[[0, 1, 2], [3, 4, 5]]]),  # the last is of copies
+        ([None, None], (), None),
+    ],
+)
+def test_the_device_of_each_shard(specs, dimensions, devices):
+    mesh = gshard_tf.create_mesh({"a": 2, "b": 3})
+    layout = dtensor.Layout([s or dtensor.UNSHARDED for s in specs], mesh)
+    sharding = op_sharding.from_layout(layout)
+    assert op_sharding.tile_dimensions(sharding) == dimensions
+    if devices is None:
+        with pytest.raises(ValueError, match="must be tiled"):
+            op_sharding.tile_assignment(sharding)
+    else:
+        assert op_sharding.tile_assignment(sharding).tolist() == devices

@@ -1,4 +1,4 @@
-"""Builds, saves and restores a model on a synthetic TPU; prints what it found as JSON.
+"""Builds, saves and restores a model on a synthetic TPU; prints the results as JSON.
 
 python construct.py '{"expert": 4}'     the mesh of one replica, on 8 cores
 """
@@ -17,17 +17,17 @@ import gshard_tf
 from gshard_tf.testing.tpu.synthetic_slice import SyntheticTPU
 from gshard_tf.tpu.storage import Storage
 
-FOUND = {}
+RESULTS = {}
 FOLDER = tempfile.mkdtemp()
 
 
 def attempt(name, function):
-    """Notes what came of something that users do: True, or the error."""
+    """Records the result of something that users do: True, or the error."""
     try:
         result = function()
-        FOUND[name] = True if result is None else result
-    except Exception as error:  # the test says which it was
-        FOUND[name] = f"{type(error).__name__}: {str(error)[-600:]}"
+        RESULTS[name] = True if result is None else result
+    except Exception as error:  # the test asserts on it
+        RESULTS[name] = f"{type(error).__name__}: {str(error)[-600:]}"
 
 
 def path(name):
@@ -35,10 +35,11 @@ def path(name):
 
 
 def main(mesh):
-    strategy = gshard_tf.tpu_strategy(SyntheticTPU((2, 4, 1, 1)), mesh)
-    FOUND["is a TPUStrategy"] = isinstance(strategy, tf.distribute.TPUStrategy)
-    FOUND["replicas"] = strategy.num_replicas_in_sync
-    FOUND["cores"] = strategy.device_assignment.core_assignment.tolist()
+    tpu = SyntheticTPU((2, 4, 1, 1))
+    strategy = gshard_tf.tpu_strategy(tpu, mesh, topology=tpu.topology)
+    RESULTS["is a TPUStrategy"] = isinstance(strategy, tf.distribute.TPUStrategy)
+    RESULTS["replicas"] = strategy.num_replicas_in_sync
+    RESULTS["cores"] = strategy.device_assignment.core_assignment.tolist()
     with strategy.scope():
         model = models.model()
         model.optimizer.build(model.trainable_variables)
@@ -46,14 +47,14 @@ def main(mesh):
     plain.optimizer.build(plain.trainable_variables)
 
     variables = {v.path: v for v in model.variables + model.optimizer.variables}
-    FOUND["types"] = sorted({type(v.value).__name__ for v in variables.values()})
+    RESULTS["types"] = sorted({type(v.value).__name__ for v in variables.values()})
     if strategy.mesh.size > 1:
-        FOUND["rows"] = {
+        RESULTS["rows"] = {
             row.path: [row.bytes, row.bytes_per_device, list(row.layout)]
             for row in strategy.describe(model).rows
         }
-        FOUND["bytes"] = {p: v.value.bytes_per_core for p, v in variables.items()}
-        FOUND["devices"] = [
+        RESULTS["bytes"] = {p: v.value.bytes_per_core for p, v in variables.items()}
+        RESULTS["devices"] = [
             len({part.device for shards in v.value.values for part in shards._vars})
             for v in variables.values()
         ]
@@ -94,7 +95,7 @@ def main(mesh):
             assembled = Storage.assemble
 
             def refuse(*args):
-                raise AssertionError("the whole of a weight was put together")
+                raise AssertionError("the whole of a weight was assembled")
 
             Storage.assemble = refuse
             try:
@@ -128,27 +129,27 @@ def main(mesh):
     attempt("checkpoint of plain Keras", from_plain)
 
     def ours():
-        """Checkpoints of ours: out of the cores, into plain Keras, and back."""
+        """Checkpoints of gshard_tf: from the cores, into plain Keras, and back."""
         everything = gshard_tf.training_state(model), gshard_tf.training_state(plain)
         want = [np.array(v) for v in everything[0].values()]
         checkpoints = gshard_tf.CheckpointManager(path("ours"), asynchronous=False)
         assembled = Storage.assemble
 
         def refuse(*args):
-            raise AssertionError("the whole of a weight was put together")
+            raise AssertionError("the whole of a weight was assembled")
 
-        def in_parts(function, *arguments):
+        def without_assembling(function, *arguments):
             Storage.assemble = refuse
             try:
                 function(*arguments)
             finally:
                 Storage.assemble = assembled
 
-        in_parts(checkpoints.save, everything[0], 1)
+        without_assembling(checkpoints.save, everything[0], 1)
         changed()
-        in_parts(checkpoints.restore, everything[0])
+        without_assembling(checkpoints.restore, everything[0])
         checkpoints.restore(everything[1])
-        FOUND["ours: split"] = {
+        RESULTS["ours: split"] = {
             name: array.split for name, array in checkpoints.manifest(1).arrays.items()
         }
         there = models.difference([np.array(v) for v in everything[0].values()], want)
@@ -170,7 +171,7 @@ def main(mesh):
         loaded = tf.saved_model.load(name)
         return models.difference([loaded.serve(ids)], [plain(ids)])
 
-    if strategy.mesh.size > 1:  # with one core the variables are not ours
+    if strategy.mesh.size > 1:  # with one core the variables are TensorFlow's
         attempt("export", lambda: export(False))
         attempt("export in scope", lambda: export(True))
 
@@ -193,7 +194,7 @@ def main(mesh):
 
     attempt("jit_compile", compiled)
     attempt("another's", lambda: strategy.layout(plain.trainable_variables[0]) and None)
-    print(json.dumps(FOUND))
+    print(json.dumps(RESULTS))
 
 
 main(json.loads(sys.argv[1]))

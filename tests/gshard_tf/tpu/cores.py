@@ -1,14 +1,14 @@
-"""What each core of each replica holds of variables, beside what it should."""
+"""Values on each core of each replica, compared with the right ones."""
 
 import numpy as np
 import tensorflow as tf
 
 
-def parts(variable):
-    """(replica, core, what it holds) of a Keras variable of a TPUStrategy."""
-    for replica, shards in enumerate(variable.value.values):
-        for core, part in enumerate(shards._vars):
-            yield replica, core, part
+def core_variables(variable):
+    """(replica, core, its variable) of a Keras variable of a TPUStrategy."""
+    for replica, variables in enumerate(variable.value.values):
+        for core, core_variable in enumerate(variables._vars):
+            yield replica, core, core_variable
 
 
 class Cores:
@@ -16,38 +16,38 @@ class Cores:
 
     Args:
         strategy: The strategy.
-        variables: Keras variables of its.
+        variables: Keras variables of the strategy.
     """
 
     def __init__(self, strategy, variables):
         self.strategy = strategy
         self.variables = variables
 
-    def wrong(self, wanted):
-        """Each core that does not hold its part of an array, or lies elsewhere.
+    def wrong(self, expected):
+        """Each core whose shard has other values, or is on another device.
 
         Args:
-            wanted: The whole values, an array for each variable.
+            expected: The whole values, an array for each variable.
         """
-        found = []
-        for variable, whole in zip(self.variables, wanted, strict=True):
+        errors = []
+        for variable, whole in zip(self.variables, expected, strict=True):
             whole = np.asarray(whole)
             if not np.array_equal(np.array(variable.value), whole):
-                found.append(f"{variable.path} as it is read")
+                errors.append(f"{variable.path} as it is read")
             seen = set()
-            for replica, core, part in parts(variable):
+            for replica, core, shard in core_variables(variable):
                 where = f"{variable.path}: replica {replica}, core {core}"
-                if not np.array_equal(part.numpy(), whole[self.place(variable, core)]):
-                    found.append(f"{where}: other values")
-                if device_of(part) != self.device(replica, core):
-                    found.append(f"{where}: on {part.device}")
-                seen.add(device_of(part))
+                if not np.array_equal(shard.numpy(), whole[self.index(variable, core)]):
+                    errors.append(f"{where}: other values")
+                if device_of(shard) != self.device(replica, core):
+                    errors.append(f"{where}: on {shard.device}")
+                seen.add(device_of(shard))
             if len(seen) != 8:
-                found.append(f"{variable.path} lies on the cores {sorted(seen)}")
-        return found
+                errors.append(f"{variable.path} is on the cores {sorted(seen)}")
+        return errors
 
-    def place(self, variable, core):
-        """Where in the whole the part of a core lies: as its layout says."""
+    def index(self, variable, core):
+        """The slices of a core's shard in the whole, by the layout."""
         mesh = self.strategy.mesh
         place = np.unravel_index(core, mesh.shape())
         at = dict(zip(mesh.dim_names, map(int, place), strict=True))
@@ -65,12 +65,12 @@ class Cores:
         return x + 2 * y
 
     def spoil(self):
-        """Puts other values on every core, past the variables themselves."""
+        """Assigns other values on every core, past the variables themselves."""
         for variable in self.variables:
-            for _, _, part in parts(variable):
-                part.assign(tf.cast(tf.fill(part.shape, 77), part.dtype))
+            for _, _, shard in core_variables(variable):
+                shard.assign(tf.cast(tf.fill(shard.shape, 77), shard.dtype))
 
 
-def device_of(part):
+def device_of(core_variable):
     """The number of the virtual CPU device that stands for a core."""
-    return tf.DeviceSpec.from_string(part.device).device_index
+    return tf.DeviceSpec.from_string(core_variable.device).device_index

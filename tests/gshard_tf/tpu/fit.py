@@ -2,7 +2,7 @@
 
     python fit.py '{"expert": 8}' adam 0.1 1
 
-The mesh of one replica, optimizer, dropout, steps per execution. Prints what it found
+The mesh of one replica, optimizer, dropout, steps per execution. Prints the results
 as JSON.
 """
 
@@ -33,19 +33,19 @@ AS_PLAIN = {"sparse adam": "adam"}
 
 def callbacks(folder):
     """Those that read or write variables, and some that do not."""
-    made = keras.callbacks
+    kinds = keras.callbacks
     return [
-        made.LearningRateScheduler(lambda epoch, rate: rate * 0.9),
-        made.ReduceLROnPlateau(monitor="loss", patience=0, min_delta=10.0),
-        made.ModelCheckpoint(os.path.join(folder, "{epoch}.keras")),
-        made.ModelCheckpoint(
+        kinds.LearningRateScheduler(lambda epoch, rate: rate * 0.9),
+        kinds.ReduceLROnPlateau(monitor="loss", patience=0, min_delta=10.0),
+        kinds.ModelCheckpoint(os.path.join(folder, "{epoch}.keras")),
+        kinds.ModelCheckpoint(
             os.path.join(folder, "{epoch}.weights.h5"), save_weights_only=True
         ),
-        made.BackupAndRestore(os.path.join(folder, "backup")),
-        made.TensorBoard(os.path.join(folder, "logs"), histogram_freq=1),
-        made.CSVLogger(os.path.join(folder, "log.csv")),
-        made.TerminateOnNaN(),
-        made.EarlyStopping(monitor="loss", patience=EPOCHS, restore_best_weights=True),
+        kinds.BackupAndRestore(os.path.join(folder, "backup")),
+        kinds.TensorBoard(os.path.join(folder, "logs"), histogram_freq=1),
+        kinds.CSVLogger(os.path.join(folder, "log.csv")),
+        kinds.TerminateOnNaN(),
+        kinds.EarlyStopping(monitor="loss", patience=EPOCHS, restore_best_weights=True),
     ]
 
 
@@ -67,7 +67,8 @@ def train(model, dataset, steps):
 
 
 def main(mesh, optimizer, dropout, per_execution):
-    strategy = gshard_tf.tpu_strategy(SyntheticTPU((2, 4, 1, 1)), mesh)
+    tpu = SyntheticTPU((2, 4, 1, 1))
+    strategy = gshard_tf.tpu_strategy(tpu, mesh, topology=tpu.topology)
     per_epoch = 2 * per_execution
     data = models.data(BATCH * per_epoch)
     dataset = tf.data.Dataset.from_tensor_slices(data).batch(BATCH, drop_remainder=True)

@@ -22,7 +22,7 @@ VOCABULARY, LENGTH, WIDTH, HIDDEN, EXPERTS = 24, 8, 16, 32, 8
 
 
 class Table(keras.layers.Layer):
-    """An embedding whose rows are split; its gradient is sparse if that is asked."""
+    """An embedding whose rows are split; its gradient is sparse on request."""
 
     def __init__(self, sparse=False, **kwargs):
         super().__init__(**kwargs)
@@ -50,14 +50,14 @@ def model(optimizer="adam", dropout=0.0, steps_per_execution=1):
     x = Table(optimizer.startswith("sparse"), name="embedding")(ids)
     x = Dropout(dropout, seed=5)(x)
     x = x + MoELayer(EXPERTS, HIDDEN, dropout=dropout, seed=7, name="moe")(x)
-    made = keras.Model(ids, keras.layers.Dense(2, name="outer")(x))
-    made.compile(
+    result = keras.Model(ids, keras.layers.Dense(2, name="outer")(x))
+    result.compile(
         OPTIMIZERS[optimizer](),
         "mse",
         metrics=["mae"],
         steps_per_execution=steps_per_execution,
     )
-    return made
+    return result
 
 
 def data(examples=32):

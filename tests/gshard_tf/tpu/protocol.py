@@ -2,7 +2,7 @@
 
     python protocol.py '{"expert": 8}'      mesh of one replica, on 8 cores
 
-Prints what it found as JSON.
+Prints the results as JSON.
 """
 
 import importlib.util
@@ -25,7 +25,7 @@ from tensorflow.python import pywrap_mlir
 import gshard_tf
 from gshard_tf.runtime.devices import topology_devices
 from gshard_tf.testing.tpu import bridge
-from gshard_tf.testing.tpu.program import CoreProgram
+from gshard_tf.testing.tpu.core_program import CoreProgram
 from gshard_tf.testing.tpu.synthetic_slice import serialized_topology
 
 HERE = pathlib.Path(__file__).parent
@@ -38,7 +38,7 @@ BATCH, STEPS, EPOCHS = 16, 2, 2
 
 
 def train(address, mesh):
-    """A user's program. What it computes is zeros, since nobody does."""
+    """A user's program. It computes zeros: the host runs nothing."""
     strategy = gshard_tf.tpu_strategy(address, mesh)
     with strategy.scope():
         model = models.model()
@@ -68,22 +68,22 @@ def captured(folder):
 
 def executions(executes, log):
     """For each execution: its core, and the cores whose variables it was given."""
-    made = {
+    handles = {
         f"({line[3]}, 0)": line[2].rpartition("TPU:")[2]
         for line in log
         if line[0] == "operation" and line[1] == "VarHandleOp" and "TPU:" in line[2]
     }
     names = {name for name, _ in executes}
-    found = []
+    runs = []
     for line in log:
         if line[0] == "run" and line[1] in names:
-            given = {made[handle] for handle in line[3:] if handle in made}
-            count = sum(handle in made for handle in line[3:])
-            found.append([line[2].rpartition("TPU:")[2], sorted(given), count])
-    return found
+            given = {handles[handle] for handle in line[3:] if handle in handles}
+            count = sum(handle in handles for handle in line[3:])
+            runs.append([line[2].rpartition("TPU:")[2], sorted(given), count])
+    return runs
 
 
-def compiled(text, metadata, found):
+def compiled(text, metadata, results):
     """Memory of the captured module by the TPU's own compiler."""
     lowered = pywrap_mlir.experimental_run_pass_pipeline(text, bridge._LOWER, False)
     module = bridge.CoreModule(
@@ -97,19 +97,19 @@ def compiled(text, metadata, found):
         use_spmd=metadata.use_spmd_for_xla_partitioning,
         host_operations=(),
     )
-    found["left"] = re.findall(r'"tf\.\w+', lowered)
+    results["left"] = re.findall(r'"tf\.\w+', lowered)
     for name in TOPOLOGIES:
         devices = topology_devices(name)
         program = CoreProgram(module, devices)
-        found[f"kind {name}"] = devices[0].device_kind
+        results[f"kind {name}"] = devices[0].device_kind
         memory = program.memory
-        found[f"memory {name}"] = [
+        results[f"memory {name}"] = [
             memory.argument_size_in_bytes,
             memory.temp_size_in_bytes,
         ]
 
 
-def planned(mesh, found):
+def planned(mesh, results):
     ids, y = models.data(BATCH)
     for name in TOPOLOGIES:
         # The host that TensorFlow would ask by now is gone.
@@ -121,7 +121,7 @@ def planned(mesh, found):
                 batch=(ids, y),
                 cache=False,
             )
-        found[f"plan {name}"] = [plan.memory.arguments, plan.memory.temporaries]
+        results[f"plan {name}"] = [plan.memory.arguments, plan.memory.temporaries]
 
 
 def main(mesh):
@@ -130,7 +130,7 @@ def main(mesh):
     host = subprocess.Popen(  # noqa: S603
         [sys.executable, str(HERE / "stand_in_host.py"), topology, str(folder)],
         stdout=subprocess.PIPE,
-        # Not ours: should we crash, nobody is to wait for it.
+        # Not inherited: should this process crash, its reader is not to wait for it.
         stderr=subprocess.DEVNULL,
         text=True,
     )
@@ -142,7 +142,7 @@ def main(mesh):
     compiles, executes, log = captured(folder)
     [compile_] = compiles
     metadata = message("CompileMetadata").FromString(compile_.attr["metadata"].s)
-    found = {
+    results = {
         "replicas": metadata.num_replicas,
         "cores": metadata.num_cores_per_replica,
         "use_spmd": metadata.use_spmd_for_xla_partitioning,
@@ -159,7 +159,7 @@ def main(mesh):
             for result in metadata.retvals
         ],
         "assigned": list(device_assignment(metadata.device_assignment)),
-        "wanted": strategy.device_assignment.core_assignment.tolist(),
+        "coordinates": strategy.device_assignment.core_assignment.tolist(),
         "executions": executions(executes, log),
         "execute operations": sorted({node.op for _, node in executes}),
         "logs": logs,
@@ -167,9 +167,9 @@ def main(mesh):
     }
     text = compile_.attr["mlir_module"].s.decode("utf-8", "surrogateescape")
     if importlib.util.find_spec("libtpu") and metadata.num_replicas == 1:
-        compiled(text, metadata, found)
-        planned(mesh, found)
-    print(json.dumps(found), flush=True)
+        compiled(text, metadata, results)
+        planned(mesh, results)
+    print(json.dumps(results), flush=True)
 
 
 def device_assignment(text):
@@ -186,5 +186,5 @@ try:
 except BaseException:
     traceback.print_exc()
     os._exit(1)
-# Without asking the host, which is gone, to forget what it holds: that takes for ever.
+# Without the host, which is gone: to free its memory would take for ever.
 os._exit(0)

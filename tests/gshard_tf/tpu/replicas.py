@@ -2,8 +2,8 @@
 
     python replicas.py '{"data": 2, "model": 2}'
 
-The mesh of one replica, of 8 cores. A program is traced and none is run. Prints what it
-found as JSON.
+The mesh of one replica, of 8 cores. A program is traced and none is run. Prints the
+results as JSON.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ import keras
 import models
 import numpy as np
 import tensorflow as tf
-from cores import Cores, parts
+from cores import Cores, core_variables
 from traced import traced
 
 import gshard_tf
@@ -55,10 +55,10 @@ def assign(variables, values):
 
 
 def after_writing(cores):
-    """What is wrong after each way of giving variables a value."""
+    """Errors after each way to assign variables a value."""
     variables = cores.variables
     old, new = new_values(variables), new_values(variables)
-    wanted = {
+    expected = {
         "assign": new,
         "assign_add": [a + b for a, b in zip(old, new, strict=True)],
         "assign_sub": [a - b for a, b in zip(old, new, strict=True)],
@@ -68,10 +68,10 @@ def after_writing(cores):
         for variable, value in zip(variables, new, strict=True):
             getattr(variable.value, method)(value)
 
-    found = {}
+    results = {}
     for method, scope, run in [
         (method, scope, run)
-        for method in wanted
+        for method in expected
         for scope in (contextlib.nullcontext, cores.strategy.scope)
         for run in (lambda function: function, tf.function)
     ]:
@@ -80,12 +80,12 @@ def after_writing(cores):
             run(functools.partial(call, method))()
         where = "" if scope is contextlib.nullcontext else ", in the scope"
         how = ", in a function" if run is tf.function else ""
-        found[method + where + how] = cores.wrong(wanted[method])
-    return found
+        results[method + where + how] = cores.wrong(expected[method])
+    return results
 
 
 def after_scattering(cores):
-    """What is wrong after each sparse update of a table; one row comes twice."""
+    """Errors after each sparse update of a table; one row comes twice."""
     [table] = cores.variables
     start = RANDOM.normal(size=table.shape).astype("float32")
     values = RANDOM.normal(size=[3, table.shape[1]]).astype("float32")
@@ -94,24 +94,24 @@ def after_scattering(cores):
         "scatter_sub": ([3, 1, 3], np.subtract.at),
         "scatter_update": ([3, 1, 20], np.ndarray.__setitem__),
     }
-    found = {}
+    results = {}
     for method, (rows, oracle) in oracles.items():
-        wanted = start.copy()
-        oracle(wanted, rows, values)
+        expected = start.copy()
+        oracle(expected, rows, values)
         for run in (lambda function: function, tf.function):
             table.assign(start)
             delta = tf.IndexedSlices(tf.constant(values), tf.constant(rows))
             run(functools.partial(getattr(table.value, method), delta))()
             how = ", in a function" if run is tf.function else ""
-            found[method + how] = cores.wrong([wanted])
-    return found
+            results[method + how] = cores.wrong([expected])
+    return results
 
 
 def after_reading(strategy, model, plain):
-    """What is wrong after reading each kind of file, of ours and of plain Keras.
+    """Errors after reading each kind of file, of this strategy and of plain Keras.
 
-    What is right is what a plain model holds that has read the same file: not all of
-    them keep the state of seed generators.
+    The right values are those of a plain model that has read the same file: not all
+    kinds keep the state of seed generators.
     """
     checkpoints = gshard_tf.CheckpointManager(path("ours"), asynchronous=False)
     kinds = {
@@ -128,7 +128,7 @@ def after_reading(strategy, model, plain):
             lambda m, name: m.load_weights(path(f"{name}.weights.h5")),
         ),
     }
-    found = {}
+    results = {}
     cores = Cores(strategy, variables_of(model))
     reader = built()
     for kind, (write, read) in kinds.items():
@@ -140,11 +140,11 @@ def after_reading(strategy, model, plain):
             assign(variables_of(reader), [np.full(v.shape, 77) for v in written])
             read(model, name)
             read(reader, name)
-            wanted = [np.array(v) for v in variables_of(reader)]
-            found[f"{kind}, {name}"] = cores.wrong(wanted) + [
+            expected = [np.array(v) for v in variables_of(reader)]
+            results[f"{kind}, {name}"] = cores.wrong(expected) + [
                 f"{variable.path} is not as it was written"
                 for variable, want, was in zip(
-                    cores.variables, wanted, written, strict=True
+                    cores.variables, expected, written, strict=True
                 )
                 if "seed" not in variable.path and not np.array_equal(want, was)
             ]
@@ -154,23 +154,23 @@ def after_reading(strategy, model, plain):
     with strategy.scope():
         loaded = keras.saving.load_model(path("a.keras"), custom_objects=custom)
     cores = Cores(strategy, variables_of(loaded))
-    found[".keras, in the scope"] = cores.wrong(
+    results[".keras, in the scope"] = cores.wrong(
         [np.array(v) for v in variables_of(reader)]
     )
-    return found
+    return results
 
 
 def metrics(strategy):
-    """What each core holds of a metric's sum: each replica has its own."""
+    """Values of a metric's sum on each core: each replica has its own."""
     with strategy.scope():
         total, _ = keras.metrics.Mean().variables
-    found = {}
+    results = {}
 
     def note(name):
-        held = [[None] * strategy.mesh.size for _ in total.value.values]
-        for replica, core, part in parts(total):
-            held[replica][core] = float(part.numpy())
-        found[name] = [held, float(np.array(total.value))]
+        values_of_cores = [[None] * strategy.mesh.size for _ in total.value.values]
+        for replica, core, shard in core_variables(total):
+            values_of_cores[replica][core] = float(shard.numpy())
+        results[name] = [values_of_cores, float(np.array(total.value))]
 
     note("first value")
     total.assign(6.0)
@@ -180,11 +180,12 @@ def metrics(strategy):
     note("zero")
     tf.train.Checkpoint(total=total).read(path("total"))
     note("restored")
-    return found
+    return results
 
 
 def main(mesh):
-    strategy = gshard_tf.tpu_strategy(SyntheticTPU((2, 4, 1, 1)), mesh)
+    tpu = SyntheticTPU((2, 4, 1, 1))
+    strategy = gshard_tf.tpu_strategy(tpu, mesh, topology=tpu.topology)
     with strategy.scope():
         model = built()
     plain = built()
@@ -194,7 +195,7 @@ def main(mesh):
     wrong |= after_writing(everything)
     wrong |= after_scattering(Cores(strategy, [model.get_layer("embedding").table]))
     wrong |= after_reading(strategy, model, plain)
-    found = {
+    results = {
         "layouts": {
             v.path: list(strategy.layout(v).sharding_specs) for v in model.variables
         },
@@ -202,7 +203,7 @@ def main(mesh):
         "metrics": metrics(strategy),
         **traced(strategy, model),
     }
-    print(json.dumps(found))
+    print(json.dumps(results))
 
 
 main(json.loads(sys.argv[1]))

@@ -102,7 +102,7 @@ class StandInHost:
         return message("RecvTensorResponse")(tensor=tf.make_tensor_proto(value.numpy()))
 
     def _pass_on(self, operation):
-        """What a function does that only copies a variable's value to the client."""
+        """Result of a function that only copies a variable's value to the client."""
         if not operation.name.startswith("__wrapped__Identity"):
             return
         [given] = operation.op_inputs

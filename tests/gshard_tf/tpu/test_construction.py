@@ -1,4 +1,4 @@
-"""Tier 1: strategies on slices that are not there; storage, files, values."""
+"""Tier 1: strategies on synthetic slices; storage, files, values."""
 
 import json
 
@@ -6,18 +6,18 @@ import pytest
 from tpu_scripts import run_script
 
 
-def found(mesh):
+def results(mesh):
     return run_script("construct.py", json.dumps(mesh))
 
 
 @pytest.fixture(scope="module")
 def one_replica():
-    return found({"expert": 8})
+    return results({"expert": 8})
 
 
 @pytest.fixture(scope="module")
 def two_replicas():
-    return found({"data": 2, "model": 2})
+    return results({"data": 2, "model": 2})
 
 
 @pytest.fixture(params=["one_replica", "two_replicas"])
@@ -51,11 +51,11 @@ def test_a_mesh_of_two_axes_lies_in_the_directions_of_its_box(two_replicas):
 
 
 def test_experts_and_their_slots_are_stored_in_parts(one_replica):
-    for path, (size, told, _) in one_replica["rows"].items():
-        # What the variables of the cores hold is what `describe` says.
-        assert one_replica["bytes"][path] == told
+    for path, (size, per_core, _) in one_replica["rows"].items():
+        # The bytes of the cores' variables are those of `describe`.
+        assert one_replica["bytes"][path] == per_core
         if "experts" in path:
-            assert told * 8 == size, path
+            assert per_core * 8 == size, path
     assert sum("experts" in path for path in one_replica["rows"]) == 6
     assert set(one_replica["devices"]) == {8}
 
@@ -115,13 +115,13 @@ def test_values(any_mesh):
 
 def test_refusals(any_mesh):
     assert "A TPU program is compiled by the TPU" in any_mesh["jit_compile"]
-    assert "outside `with strategy.scope():`" in any_mesh["another's"]
+    assert "inside `with strategy.scope():`" in any_mesh["another's"]
 
 
 def test_a_mesh_of_one_core_is_tensorflows_own():
-    found_ = found({"expert": 1})
-    assert found_["replicas"] == 8
-    assert found_["is a TPUStrategy"] is True
-    assert found_["start"] == 0
+    run = results({"expert": 1})
+    assert run["replicas"] == 8
+    assert run["is a TPUStrategy"] is True
+    assert run["start"] == 0
     for what in ("h5", "checkpoint", "keras", "ours"):
-        assert found_[what] == 0
+        assert run[what] == 0

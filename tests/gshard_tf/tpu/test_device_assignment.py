@@ -1,4 +1,4 @@
-"""Which core of a slice each position of a mesh is."""
+"""The core of a slice at each position of a mesh."""
 
 import numpy as np
 import pytest
@@ -32,9 +32,9 @@ def topology(*shape):
     ],
 )
 def test_every_core_once(shape, mesh, replicas):
-    made = assign_cores(topology(*shape), gshard_tf.create_mesh(mesh, "TPU"))
-    assert made.num_replicas == replicas
-    cores = made.core_assignment.reshape(-1, 4).tolist()
+    assignment = assign_cores(topology(*shape), gshard_tf.create_mesh(mesh, "TPU"))
+    assert assignment.num_replicas == replicas
+    cores = assignment.core_assignment.reshape(-1, 4).tolist()
     assert len({tuple(core) for core in cores}) == len(cores) == np.prod(shape)
 
 
@@ -50,8 +50,8 @@ def test_every_core_once(shape, mesh, replicas):
 )
 def test_axes_of_a_mesh_are_directions_of_the_slice(shape, sizes):
     mesh = gshard_tf.create_mesh([(f"a{i}", n) for i, n in enumerate(sizes)], "TPU")
-    made = assign_cores(topology(*shape), mesh)
-    cores = made.core_assignment[0].reshape(*sizes, 4)
+    assignment = assign_cores(topology(*shape), mesh)
+    cores = assignment.core_assignment[0].reshape(*sizes, 4)
     # No two axes share a coordinate that changes along them.
     changing = [
         {d for d in range(4) if np.ptp(cores[..., d], axis=axis).any()}
@@ -60,10 +60,10 @@ def test_axes_of_a_mesh_are_directions_of_the_slice(shape, sizes):
     assert sum(map(len, changing)) == len(set.union(*changing))
 
 
-def test_cores_of_a_chip_are_neighbours_on_the_last_axis():
+def test_cores_of_a_chip_are_neighbors_on_the_last_axis():
     mesh = gshard_tf.create_mesh({"data": 4, "model": 8}, "TPU")
-    made = assign_cores(topology(4, 4, 1, 2), mesh)
-    cores = made.core_assignment[0]
+    assignment = assign_cores(topology(4, 4, 1, 2), mesh)
+    cores = assignment.core_assignment[0]
     assert (cores[0::2, :3] == cores[1::2, :3]).all()
 
 
@@ -74,8 +74,8 @@ def test_refuses_a_mesh_that_does_not_fit(mesh):
 
 
 def test_a_replica_takes_whole_chips():
-    made = assign_cores(
+    assignment = assign_cores(
         topology(2, 2, 1, 2), gshard_tf.create_mesh({"expert": 2}, "TPU")
     )
-    cores = made.core_assignment  # [replicas, cores, 4]
+    cores = assignment.core_assignment  # [replicas, cores, 4]
     assert (cores[:, 0, :3] == cores[:, 1, :3]).all()

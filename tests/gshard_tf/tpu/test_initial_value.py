@@ -1,4 +1,4 @@
-"""First values, a part at a time, against the whole as Keras makes it."""
+"""First values, one shard at a time, against the whole as Keras computes it."""
 
 import keras
 import numpy as np
@@ -6,7 +6,7 @@ import pytest
 import tensorflow as tf
 
 from gshard_tf.tpu import initial_value
-from gshard_tf.tpu.random_shards import NotByParts, by_parts
+from gshard_tf.tpu.random_shards import NotShardable, shardable_initializer
 from keras_layers.initializers import as_matrix, per_expert
 
 SHAPE = (6, 20, 14)
@@ -33,7 +33,7 @@ def test_a_run_of_elements_is_that_of_the_whole(name):
             keras.initializers.GlorotNormal(seed=1), 6000, 14, "query"
         )
     whole = np.ravel(initializer(shape, dtype="float32"))
-    part = by_parts(lambda: initializer(shape, dtype="float32"))
+    part = shardable_initializer(lambda: initializer(shape, dtype="float32"))
     for start, stop in [(0, 7), (4, 8), (5, 4099), (70_001, 84_000)]:
         np.testing.assert_array_equal(part(start, stop), whole[start:stop])
 
@@ -44,7 +44,7 @@ def test_boxes(monkeypatch, name):
     monkeypatch.setattr(initial_value, "_CHUNK", 600)  # two rows at a time
 
     def whole_is_forbidden(self):
-        raise AssertionError("the whole was made")
+        raise AssertionError("the whole was computed")
 
     monkeypatch.setattr(initial_value.InitialValue, "_whole", whole_is_forbidden)
     initializer = INITIALIZERS[name]
@@ -57,7 +57,7 @@ def test_boxes(monkeypatch, name):
         (slice(0, 6), slice(10, 20), slice(0, 14)),
         (slice(3, 6), slice(0, 10), slice(7, 14)),
     ]
-    for box, part in zip(boxes, value.parts(boxes), strict=True):
+    for box, part in zip(boxes, value.shards(boxes), strict=True):
         np.testing.assert_array_equal(part, whole[box])
 
 
@@ -71,8 +71,8 @@ def test_boxes(monkeypatch, name):
     ],
 )
 def test_what_has_no_parts(make):
-    with pytest.raises(NotByParts):
-        by_parts(make)
+    with pytest.raises(NotShardable):
+        shardable_initializer(make)
 
 
 def test_what_has_no_parts_is_made_whole(monkeypatch):
@@ -81,7 +81,7 @@ def test_what_has_no_parts_is_made_whole(monkeypatch):
     value = initial_value.InitialValue(
         lambda: make((8, 8), dtype="float32"), (8, 8), "float32"
     )
-    [part] = value.parts([(slice(4, 8), slice(0, 8))])
+    [part] = value.shards([(slice(4, 8), slice(0, 8))])
     np.testing.assert_array_equal(part, make((8, 8), dtype="float32")[4:])
 
 
@@ -90,21 +90,21 @@ def test_a_box_is_cut_from_short_runs(monkeypatch):
     monkeypatch.setattr(initial_value, "_CHUNK", 600)
     runs = []
 
-    def noted(make):
-        part = by_parts(make)
+    def recorded(compute):
+        elements = shardable_initializer(compute)
 
         def run(start, stop):
             runs.append(stop - start)
-            return part(start, stop)
+            return elements(start, stop)
 
         return run
 
-    monkeypatch.setattr(initial_value, "by_parts", noted)
+    monkeypatch.setattr(initial_value, "shardable_initializer", recorded)
     initializer = INITIALIZERS["uniform"]
     value = initial_value.InitialValue(
         lambda: initializer(SHAPE, dtype="float32"), SHAPE, "float32"
     )
-    list(value.parts([(slice(0, 6), slice(10, 20), slice(0, 14))]))
+    list(value.shards([(slice(0, 6), slice(10, 20), slice(0, 14))]))
     # Never more elements at a time than that: the host would hold them.
     assert sum(runs) >= np.prod(SHAPE) and max(runs) <= 600
 
@@ -119,4 +119,4 @@ def test_the_counter_carries():
         )
 
     # Element 40 is in the tenth group of four, beyond the low half's end.
-    np.testing.assert_array_equal(by_parts(make)(40, 64), make()[40:])
+    np.testing.assert_array_equal(shardable_initializer(make)(40, 64), make()[40:])

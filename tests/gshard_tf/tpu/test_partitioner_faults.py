@@ -1,7 +1,7 @@
-"""What XLA's partitioner may get wrong in a TPU program is named before it runs.
+"""Operations that XLA's partitioner may get wrong are named before a program runs.
 
-A program is a graph of TensorFlow's here: no TPU, and no strategy, is needed to look at
-one. That `tpu_strategy` looks is in a process of its own.
+A program is a graph of TensorFlow's here: no TPU, and no strategy, is needed to inspect
+one. The warnings of `tpu_strategy` are tested in a process of its own.
 """
 
 import json
@@ -30,8 +30,8 @@ KINDS = {
 }
 
 
-def found(step, *specs, mesh=TWO_AXES, rules=RULES):
-    """What may be wrong in a step: `{fault: [layers]}`."""
+def faults_of(step, *specs, mesh=TWO_AXES, rules=RULES):
+    """The possible faults of a step: `{fault: [layers]}`."""
     with use_mesh(gshard_tf.create_mesh(mesh), gshard_tf.AxisRules(rules)):
         traced = tf.function(step, autograph=False).get_concrete_function(*specs)
     kinds = {}
@@ -54,14 +54,14 @@ def test_what_spmd_strategy_mends_is_found(fault):
     operation, mesh, rules, *given = FAULTS[fault]
     specs = [tf.TensorSpec(x.shape, x.dtype) for x in arguments(given)]
     step = with_gradients(operation) if fault != "sums" else operation
-    assert list(found(step, *specs, mesh=mesh, rules=rules)) == [KINDS[fault]]
+    assert list(faults_of(step, *specs, mesh=mesh, rules=rules)) == [KINDS[fault]]
 
 
 @pytest.mark.parametrize("name", ["fft", "ifft2d", "rfft", "irfft3d"])
 def test_fourier_transforms(name):
     real = name.startswith("rfft")
     x = tf.TensorSpec([8, 8, 8, 8], tf.float32 if real else tf.complex64)
-    assert list(found(getattr(tf.signal, name), x)) == [faults.FOURIER]
+    assert list(faults_of(getattr(tf.signal, name), x)) == [faults.FOURIER]
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_fourier_transforms(name):
     ],
 )
 def test_scatters_of_rows_that_do_not_divide(scatter):
-    assert list(found(scatter, tf.TensorSpec([12, 4]))) == [faults.SCATTER]
+    assert list(faults_of(scatter, tf.TensorSpec([12, 4]))) == [faults.SCATTER]
 
 
 def test_in_a_variable_too():
@@ -98,7 +98,7 @@ def test_in_a_variable_too():
     def step(x):
         return table.scatter_add(tf.IndexedSlices(x, tf.range(12)))
 
-    assert list(found(step, x)) == [faults.SCATTER]
+    assert list(faults_of(step, x)) == [faults.SCATTER]
 
 
 WAYS = {
@@ -124,14 +124,14 @@ def test_an_annotation_reaches_a_convolution_by_way_of(way):
     def step(x, w):
         return convolved(WAYS[way](x), w)
 
-    assert list(found(step, IMAGES, KERNEL)) == [faults.SPLIT_IMAGE]
+    assert list(faults_of(step, IMAGES, KERNEL)) == [faults.SPLIT_IMAGE]
 
 
 def test_an_annotation_behind_reaches_it_too():
     def step(x, w):
         return height(tf.nn.relu(convolved(x, w)))
 
-    assert list(found(step, IMAGES, KERNEL)) == [faults.SPLIT_IMAGE]
+    assert list(faults_of(step, IMAGES, KERNEL)) == [faults.SPLIT_IMAGE]
 
 
 def test_channels_first():
@@ -141,7 +141,7 @@ def test_channels_first():
         return tf.nn.conv2d(x, w, 1, "SAME", data_format="NCHW")
 
     def by(*axes):
-        return found(lambda x, w: step(x, w, axes), IMAGES, KERNEL)
+        return faults_of(lambda x, w: step(x, w, axes), IMAGES, KERNEL)
 
     assert by("batch", "height", None, None) == {}
     assert list(by("batch", None, "height", None)) == [faults.SPLIT_IMAGE]
@@ -152,8 +152,8 @@ def test_convolutions_without_strides_are_right_on_one_axis():
         return lambda x, w: tf.nn.conv2d(height(x), w, stride, "SAME")
 
     one = {"mesh": {"rows": 8}, "rules": {"height": "rows"}}
-    assert found(with_gradients(step(1)), IMAGES, KERNEL, **one) == {}
-    assert list(found(step(2), IMAGES, KERNEL, **one)) == [faults.SPLIT_IMAGE]
+    assert faults_of(with_gradients(step(1)), IMAGES, KERNEL, **one) == {}
+    assert list(faults_of(step(2), IMAGES, KERNEL, **one)) == [faults.SPLIT_IMAGE]
 
 
 def heads(x, w):
@@ -182,7 +182,7 @@ RIGHT = {
 @pytest.mark.parametrize("name", RIGHT)
 def test_nothing_is_found_where_nothing_is_wrong(name):
     operation, specs = RIGHT[name]
-    assert found(with_gradients(operation), *specs) == {}
+    assert faults_of(with_gradients(operation), *specs) == {}
 
 
 def test_layers_are_named():
@@ -208,14 +208,14 @@ def test_layers_are_named():
         gradients = tape.gradient(loss, [w.value for w in weights])
         return [tf.convert_to_tensor(g) for g in gradients]
 
-    names = found(step, tf.TensorSpec([2, 9], tf.int32), tf.TensorSpec([2, 1]))
-    wanted = {
+    names = faults_of(step, tf.TensorSpec([2, 9], tf.int32), tf.TensorSpec([2, 1]))
+    expected = {
         faults.SCATTER: ["words"],
         faults.GROUPED: ["grouped", "apart"],
         faults.MAXIMA: ["maxima"],
     }
-    assert set(names) == set(wanted)
-    for fault, those in wanted.items():
+    assert set(names) == set(expected)
+    for fault, those in expected.items():
         for name, layer in zip(names[fault], those, strict=True):
             assert layer in name, names
 

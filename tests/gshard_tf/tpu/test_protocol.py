@@ -1,7 +1,7 @@
-"""Tiers 3 and 4: what reaches a TPU's host, and the TPU's compiler on it.
+"""Tiers 3 and 4: requests that reach a TPU's host, and the TPU's compiler on them.
 
-The host is a stand-in: it speaks TensorFlow's protocol, says that it has a TPU, and
-writes down what it is asked to do. The client is unmodified.
+The host is a stand-in: it speaks TensorFlow's protocol, reports a TPU, and logs every
+request. The client is unmodified.
 """
 
 import importlib.util
@@ -34,7 +34,7 @@ def assert_executed(run):
     cores = sorted(core for core, _, _ in run["executions"])
     assert cores == sorted(4 * [str(i) for i in range(8)])
     for core, given, count in run["executions"]:
-        # A core is given its own parts, and nobody else's.
+        # A core is given its own shards, and those of no other.
         assert given == [core] and count > 10
 
 
@@ -54,8 +54,10 @@ def test_its_shardings(one_replica):
 
 def test_the_order_of_the_cores(one_replica):
     # Cores are numbered along x, then y, in the stand-in's topology.
-    wanted = [[x + 2 * y for x, y, _, _ in cores] for cores in one_replica["wanted"]]
-    assert one_replica["assigned"] == wanted
+    expected = [
+        [x + 2 * y for x, y, _, _ in cores] for cores in one_replica["expected"]
+    ]
+    assert one_replica["assigned"] == expected
 
 
 def test_every_core_executes_on_its_own_parts(one_replica):

@@ -1,7 +1,7 @@
-"""Tier 1: every core of every replica holds its part, however a value came there.
+"""Tier 1: every core of every replica has its shard, however a value came there.
 
-On a mesh of two axes and two replicas. What a core should hold is cut out of the whole
-value, which is plain Keras's or NumPy's, and not read back from the strategy.
+On a mesh of two axes and two replicas. The right shard of a core is cut out of the
+whole value, which is plain Keras's or NumPy's, and not read back from the strategy.
 """
 
 import json
@@ -31,13 +31,13 @@ WAYS = [
 ]
 
 
-def found(mesh):
+def results(mesh):
     return run_script("replicas.py", json.dumps(mesh))
 
 
 @pytest.fixture(scope="module")
 def two_replicas():
-    return found({"data": 2, "model": 2})
+    return results({"data": 2, "model": 2})
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -55,8 +55,8 @@ def test_no_way_is_left_out(two_replicas):
 
 def test_a_metric_has_a_sum_in_each_replica(two_replicas):
     # TensorFlow shares a value out among the replicas, and reads their sum.
-    held = {"first value": 0.0, "assign": 3.0, "zero": 0.0, "restored": 3.0}
-    for when, each in held.items():
+    values = {"first value": 0.0, "assign": 3.0, "zero": 0.0, "restored": 3.0}
+    for when, each in values.items():
         assert two_replicas["metrics"][when] == [[[each] * 4] * 2, 2 * each], when
 
 
@@ -114,5 +114,5 @@ def test_a_table_is_used_in_the_parts_that_its_rule_says(two_replicas):
     "mesh", [{"expert": 4}, {"data": 4, "model": 2}, {"expert": 2}], ids=str
 )
 def test_other_meshes(mesh):
-    run = found(mesh)
+    run = results(mesh)
     assert run["wrong"] == {way: [] for way in WAYS}

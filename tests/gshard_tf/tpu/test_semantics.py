@@ -1,7 +1,7 @@
-"""Tier 2: what `fit` computes, through TensorFlow's TPU bridge and XLA's partitioner.
+"""Tier 2: the results of `fit`, through TensorFlow's TPU bridge and XLA's partitioner.
 
 The program is that of the strategy, traced by TensorFlow for a TPU; each of eight CPU
-devices is given what one core would hold. The oracle is plain Keras.
+devices is given the shards of one core. The oracle is plain Keras.
 """
 
 import json
@@ -18,13 +18,13 @@ slow = pytest.mark.slow
 CLOSE = 1e-6
 
 
-def found(mesh, optimizer, dropout=0.0, per_execution=1):
+def results(mesh, optimizer, dropout=0.0, per_execution=1):
     return run_script("fit.py", json.dumps(mesh), optimizer, dropout, per_execution)
 
 
 @pytest.fixture(scope="module")
 def one_replica():
-    return found({"expert": 8}, "adam", 0.1)
+    return results({"expert": 8}, "adam", 0.1)
 
 
 def assert_as_plain_keras(run):
@@ -59,7 +59,7 @@ def test_a_step_on_several_replicas_of_two_axes():
 @pytest.mark.parametrize("cores", [4, 2])
 def test_fit_on_several_replicas(cores):
     # Also what is random: dropout, and who has a second expert.
-    run = found({"expert": cores}, "adam", 0.1)
+    run = results({"expert": cores}, "adam", 0.1)
     assert run["size"] == [8 // cores, cores]
     assert_as_plain_keras(run)
 
@@ -77,7 +77,7 @@ def test_fit_on_several_replicas(cores):
     ],
 )
 def test_fit_with_other_optimizers(mesh, optimizer):
-    run = found(mesh, optimizer)
+    run = results(mesh, optimizer)
     assert_as_plain_keras(run)
     for path, share in run["shares"].items():
         if "experts_w" in path or "experts/w" in path:
@@ -87,7 +87,7 @@ def test_fit_with_other_optimizers(mesh, optimizer):
 @slow
 def test_steps_per_execution():
     # Four steps an epoch, two of them in one execution: Keras's own loop.
-    run = found({"expert": 8}, "adam", 0.1, 2)
+    run = results({"expert": 8}, "adam", 0.1, 2)
     assert_as_plain_keras(run)
     assert len(run["executions"]) == 3 * 2
     assert run["iterations"] == 3 * 4

@@ -3,7 +3,7 @@
     python tiny_step.py '{"data": 2, "model": 2}'
 
 The mesh of one replica, of 8 cores. `fit.py` does the same with all that `fit` has, and
-takes minutes. Prints what it found as JSON.
+takes minutes. Prints the results as JSON.
 """
 
 import json
@@ -49,7 +49,8 @@ def train(model, ids, y, replicas):
 
 
 def main(mesh):
-    strategy = gshard_tf.tpu_strategy(SyntheticTPU((2, 4, 1, 1)), mesh)
+    tpu = SyntheticTPU((2, 4, 1, 1))
+    strategy = gshard_tf.tpu_strategy(tpu, mesh, topology=tpu.topology)
     replicas = strategy.num_replicas_in_sync
     with strategy.scope():
         model = tiny()
@@ -77,7 +78,7 @@ def main(mesh):
         numbers.append(float(number))
     for ids, y in batches:
         plain_losses.append(float(train(plain, ids, y, 1)))
-    found = {
+    results = {
         "losses": [losses, plain_losses],
         "numbers": numbers,
         "size": [simulated.module.replicas, simulated.module.cores],
@@ -88,7 +89,7 @@ def main(mesh):
             strategy.layout(model.get_layer("embedding").table).sharding_specs
         ),
     }
-    print(json.dumps(found))
+    print(json.dumps(results))
 
 
 main(json.loads(sys.argv[1]))

@@ -1,22 +1,22 @@
-"""Which handles of variables a traced program is given, and how it reads them."""
+"""The handles of variables in a traced program, and how it reads them."""
 
 import re
 
 import tensorflow as tf
-from cores import parts
+from cores import core_variables
 from tensorflow.compiler.xla import xla_data_pb2
 
 from gshard_tf.testing.tpu import bridge
 
 
 def traced(strategy, model):
-    """What a model's forward pass is given, in TensorFlow's graph and in the module.
+    """The variables of a model's forward pass, in TensorFlow's graph and in the module.
 
     Returns:
         handles: By the path of a weight, for each replica: whose handles the graph
-            puts together (replicas, cores), in what parts, by what sharding.
-        arguments: By the path of a weight: `[replicas][cores]` of the parts that the
-            module's argument is made of, and the annotation where it is read.
+            joins (replicas, cores), the shards along each dimension, the sharding.
+        arguments: By the path of a weight: `[replicas][cores]` of the shards that
+            make up the module's argument, and the annotation where it is read.
     """
     batch = tf.TensorSpec([16 // strategy.num_replicas_in_sync, 8], tf.int32)
 
@@ -29,9 +29,9 @@ def traced(strategy, model):
 
     function = step.get_concrete_function(batch)
     owners = {
-        id(part.handle): (variable.path, replica, core)
+        id(shard.handle): (variable.path, replica, core)
         for variable in model.variables
-        for replica, core, part in parts(variable)
+        for replica, core, shard in core_variables(variable)
     }
     return {
         "handles": handles(function, owners),
@@ -45,7 +45,7 @@ def handles(function, owners):
         for handle, symbol in function.graph.captures
         if id(handle) in owners
     }
-    found = {}
+    results = {}
     for replicated in function.graph.get_operations():
         of_replicas = [each.op for each in replicated.inputs]
         if replicated.type != "TPUReplicatedInput" or any(
@@ -54,7 +54,7 @@ def handles(function, owners):
             continue
         given = [[inner[id(value)] for value in op.inputs] for op in of_replicas]
         [name] = {path for each in given for path, _, _ in each}
-        found[name] = [
+        results[name] = [
             {
                 "replicas": sorted({replica for _, replica, _ in each}),
                 "cores": [core for _, _, core in each],
@@ -63,7 +63,7 @@ def handles(function, owners):
             }
             for op, each in zip(of_replicas, given, strict=True)
         ]
-    return found
+    return results
 
 
 def arguments(function, owners):
@@ -75,7 +75,7 @@ def arguments(function, owners):
         )
     )
     captured = len(function.inputs) - len(function.captured_inputs)
-    found = {}
+    results = {}
     for i, argument in enumerate(module.arguments):
         if not argument.is_variable:
             continue
@@ -85,17 +85,17 @@ def arguments(function, owners):
         ]
         [name] = {path for each in given for path, _, _ in each}
         text = annotated.get(str(i))
-        found[name] = {
+        results[name] = {
             "inputs": [[[r, core] for _, r, core in each] for each in given],
-            "read as": None if text is None else sharding(bridge._unescaped(text)),
+            "read as": None if text is None else sharding(bridge.unescaped(text)),
         }
-    return found
+    return results
 
 
 def sharding(text):
-    """How many parts each dimension has, then copies; and which cores hold them."""
-    found = xla_data_pb2.OpSharding.FromString(text)
+    """The shards along each dimension, then copies; and the cores that have them."""
+    proto = xla_data_pb2.OpSharding.FromString(text)
     return [
-        list(found.tile_assignment_dimensions),
-        list(found.tile_assignment_devices),
+        list(proto.tile_assignment_dimensions),
+        list(proto.tile_assignment_devices),
     ]

@@ -57,21 +57,21 @@ def warned(strategy, model, *specs):
 
 def main(mesh):
     tpu = SyntheticTPU((2, 4, 1, 1))
-    strategy = gshard_tf.tpu_strategy(tpu, mesh)
-    alone = gshard_tf.tpu_strategy(tpu, {"data": 1})
+    strategy = gshard_tf.tpu_strategy(tpu, mesh, topology=tpu.topology)
+    alone = gshard_tf.tpu_strategy(tpu, {"data": 1}, topology=tpu.topology)
     images = tf.TensorSpec([4, 16, 16, 3]), tf.TensorSpec([4, 1])
     ids = tf.TensorSpec([8, 8], tf.int32), tf.TensorSpec([8, 8, 2])
     with strategy.scope():
         model, experts = convolutions(), models.model("sparse")
     with alone.scope():
         single = convolutions()
-    found = {
+    results = {
         "convolutions": warned(strategy, model, *images),
         "again": warned(strategy, model, *images),
         "experts": warned(strategy, experts, *ids),
         "one core": warned(alone, single, *images),
     }
-    print(json.dumps(found))
+    print(json.dumps(results))
 
 
 main(json.loads(sys.argv[1]))

@@ -1,15 +1,15 @@
-"""What TensorFlow's bridge could not store is split further, or stored whole."""
+"""Layouts that TensorFlow's bridge cannot store are split further, or whole."""
 
 import pytest
 import tensorflow as tf
 
 import gshard_tf
 from gshard_tf.sharding.sharded_variable import MeshVariableBase
-from gshard_tf.tpu.layouts import CoreLayouts
+from gshard_tf.tpu.core_layouts import CoreLayouts
 
 
 class Weight(MeshVariableBase):
-    """As much of a variable as layouts look at."""
+    """A variable as layouts see it."""
 
     dtype = tf.float32
 
@@ -27,9 +27,8 @@ def decided(axes, *shape):
     )
     layouts = CoreLayouts(mesh, rules)
     weight = Weight(*shape)
-    found = layouts.layout_for(weight)
-    slot = layouts.layout_for(Weight(*shape, reference=weight))
-    return found, slot
+    slot = Weight(*shape, reference=weight)
+    return layouts.layout_for(weight), layouts.layout_for(slot)
 
 
 def specs(layout):
@@ -37,31 +36,31 @@ def specs(layout):
 
 
 def test_the_axis_left_over_splits_the_largest_dimension_that_divides():
-    found, slot = decided((None, "mlp", None), 4, 8, 12)
-    assert specs(found.layout) == [None, "model", "data"]
-    assert specs(found.use) == [None, "model", None]
-    # A slot is used where it lies.
-    assert specs(slot.layout) == [None, "model", "data"]
-    assert slot.use is None
+    weight_decision, slot = decided((None, "mlp", None), 4, 8, 12)
+    assert specs(weight_decision.storage) == [None, "model", "data"]
+    assert specs(weight_decision.compute) == [None, "model", None]
+    # A slot is used as it is stored.
+    assert specs(slot.storage) == [None, "model", "data"]
+    assert slot.compute is None
 
 
 @pytest.mark.parametrize(("axes", "shape"), [(("mlp",), (8,)), (("mlp", None), (8, 3))])
 def test_whole_where_nothing_divides(axes, shape):
-    found, slot = decided(axes, *shape)
-    assert found.layout.is_fully_replicated()
-    assert specs(found.use) == ["model", None][: len(shape)]
-    assert "whole" in found.rule
-    assert slot.layout.is_fully_replicated()
+    weight_decision, slot = decided(axes, *shape)
+    assert weight_decision.storage.is_fully_replicated()
+    assert specs(weight_decision.compute) == ["model", None][: len(shape)]
+    assert "whole" in weight_decision.reason
+    assert slot.storage.is_fully_replicated()
 
 
 @pytest.mark.parametrize(
-    ("axes", "wanted"),
+    ("axes", "expected"),
     [(("batch", "mlp"), ["data", "model"]), ((None, None), [None, None])],
 )
-def test_what_has_no_copies_or_no_parts_stays(axes, wanted):
-    found, _ = decided(axes, 8, 8)
-    assert specs(found.layout) == wanted
-    assert found.use is None
+def test_what_has_no_copies_or_no_parts_stays(axes, expected):
+    weight_decision, _ = decided(axes, 8, 8)
+    assert specs(weight_decision.storage) == expected
+    assert weight_decision.compute is None
 
 
 def test_all_axes_left_over_split_it():
@@ -69,6 +68,6 @@ def test_all_axes_left_over_split_it():
     rules = gshard_tf.AxisRules(
         {"mlp": "model"}, paths=[("weight", (None, "mlp", None))]
     )
-    found = CoreLayouts(mesh, rules).of(Weight(4, 8, 12))
+    weight_decision = CoreLayouts(mesh, rules).layout_for(Weight(4, 8, 12))
     # The largest dimension first, and each axis once: no core has another one's part.
-    assert specs(found.layout) == ["sequence", "model", "data"]
+    assert specs(weight_decision.storage) == ["sequence", "model", "data"]

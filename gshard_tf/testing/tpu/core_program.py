@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 
 from gshard_tf.runtime.devices import cpu_devices
-from gshard_tf.testing.tpu.bridge import Argument, CoreModule, tile_assignment
+from gshard_tf.sharding import op_sharding
+from gshard_tf.testing.tpu.bridge import Argument, CoreModule
 
 
 class CoreProgram:
-    """One module on R x N devices, as a TPU's runtime would have it.
+    """One module on R x N devices, as a TPU's runtime would run it.
 
     Args:
         module: The module.
@@ -23,15 +24,15 @@ class CoreProgram:
     """
 
     def __init__(self, module: CoreModule, devices: Sequence[Any] | None = None):
-        # Private APIs: jax compiles modules of its own making only, and for one
-        # replica only. On an upgrade, compare with jax/_src/compiler.py.
+        # Relies on: jax's compiler below its public face, which compiles only jax's own
+        # modules, for one replica. On an upgrade, compare with jax/_src/compiler.py.
         from jax._src.interpreters import mlir
         from jaxlib import xla_client
         from jaxlib.mlir import ir
 
         count = module.replicas * module.cores
         runs = devices is None
-        devices = list(cpu_devices(count) if runs else devices[:count])
+        devices = list(cpu_devices(count) if devices is None else devices[:count])
         options = xla_client.CompileOptions()
         options.num_replicas = module.replicas
         options.num_partitions = module.cores
@@ -46,8 +47,8 @@ class CoreProgram:
         )
         text = _as_newer_mlir(module.stablehlo)
         text = text.replace("module attributes", "module @step attributes")
-        # jaxlib runs several replicas, but cannot say that their results are split: so
-        # they are gathered, and cut here.
+        # jaxlib runs several replicas, but cannot express that their results are split:
+        # so they are gathered, and cut here.
         self._gathered = runs and module.replicas > 1
         if self._gathered:
             text = _with_whole_results(text)
@@ -68,24 +69,24 @@ class CoreProgram:
 
     @property
     def memory(self) -> Any:
-        """What the compiler says that it needs per core."""
+        """The compiler's account of the memory that each core needs."""
         return self.executable.get_compiled_memory_stats()
 
     def __call__(
-        self, held: Callable[[int], np.ndarray]
+        self, value_of: Callable[[int], np.ndarray]
     ) -> tuple[list[np.ndarray], list[list[np.ndarray]]]:
         """Runs it.
 
         Args:
-            held: The value of an input of the function: of a variable's handle, what
-                that core holds; of another input, all of it.
+            value_of: Returns the value of an input of the function: for a variable's
+                handle, the shard of that core; for another input, all of it.
 
         Returns:
-            The outputs of the function, and for each of the module's `updates` what
-            each device (replica by replica) is to hold from now on.
+            The outputs of the function, and for each of the module's `updates` the new
+            value on each device, replica by replica.
         """
         results = self.executable.execute_sharded(
-            [self._put(argument, held) for argument in self.module.arguments]
+            [self._put(argument, value_of) for argument in self.module.arguments]
         ).disassemble_into_single_device_arrays()
         cores = self.module.cores
         outputs = [
@@ -93,13 +94,13 @@ class CoreProgram:
             for result, replica in self.module.outputs
         ]
         updates = [
-            self._kept(result, [np.array(each) for each in results[result]])
+            self._shards(result, [np.array(each) for each in results[result]])
             for _, result in self.module.updates
         ]
         return outputs, updates
 
-    def _kept(self, result: int, values: list[np.ndarray]) -> list[np.ndarray]:
-        """What each device keeps of a result."""
+    def _shards(self, result: int, values: list[np.ndarray]) -> list[np.ndarray]:
+        """Returns the shard of a result that each device keeps."""
         if not self._gathered:
             return values
         cores = self.module.cores
@@ -108,46 +109,46 @@ class CoreProgram:
             _cut(value, sharding, cores)[i % cores] for i, value in enumerate(values)
         ]
 
-    def _put(self, argument: Argument, held: Callable[[int], np.ndarray]) -> Any:
+    def _put(self, argument: Argument, value_of: Callable[[int], np.ndarray]) -> Any:
         import jax
         from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-        parts = []
+        shards: list[Any] = []
         for replica, inputs in enumerate(argument.inputs):
-            values = [np.asarray(held(i)) for i in inputs]
+            values = [np.asarray(value_of(i)) for i in inputs]
             if argument.constants:
                 number = np.int32(argument.constants[replica])
-                parts += [number] * self.module.cores
+                shards += [number] * self.module.cores
             elif not argument.is_variable:
-                parts += _cut(values[0], argument.sharding, self.module.cores)
+                shards += _cut(values[0], argument.sharding, self.module.cores)
             else:
-                parts += values
-        # What one device is given is all that the executable looks at. To jax, the
-        # parts are rows of one long array.
+                shards += values
+        # The executable reads the array of each device alone. To jax, the shards are
+        # rows of one long array.
         mesh = Mesh(np.array(self.devices), ("core",))
-        shape, spec = parts[0].shape, PartitionSpec()
+        shape, spec = shards[0].shape, PartitionSpec()
         if shape:
-            shape = (shape[0] * len(parts), *shape[1:])
+            shape = (shape[0] * len(shards), *shape[1:])
             spec = PartitionSpec("core")
         with jax.enable_x64(True):
-            placed = [
-                # The program reuses the memory of what it updates.
-                jax.device_put(part, device, may_alias=False)
-                for part, device in zip(parts, self.devices, strict=True)
+            arrays = [
+                # The program reuses the memory of its updated arguments.
+                jax.device_put(shard, device, may_alias=False)
+                for shard, device in zip(shards, self.devices, strict=True)
             ]
             return jax.make_array_from_single_device_arrays(
-                shape, NamedSharding(mesh, spec), placed
+                shape, NamedSharding(mesh, spec), arrays
             )
 
 
 def _as_newer_mlir(text: str) -> str:
-    """TensorFlow's MLIR packs eight truth values in a byte, jaxlib's does not."""
+    """Unpacks booleans: TensorFlow's MLIR has eight in a byte, jaxlib's one."""
 
-    def unpacked(found: re.Match) -> str:
-        packed = np.frombuffer(bytes.fromhex(found[1]), np.uint8)
-        count = math.prod(int(n) for n in found[2].split("x") if n)
+    def unpacked(match: re.Match) -> str:
+        packed = np.frombuffer(bytes.fromhex(match[1]), np.uint8)
+        count = math.prod(int(n) for n in match[2].split("x") if n)
         bits = np.unpackbits(packed, count=count, bitorder="little")
-        return f'dense<"0x{bits.tobytes().hex().upper()}"> : tensor<{found[2]}i1>'
+        return f'dense<"0x{bits.tobytes().hex().upper()}"> : tensor<{match[2]}i1>'
 
     return re.sub(r'dense<"0x([0-9A-F]+)"> : tensor<([\dx]*)i1>', unpacked, text)
 
@@ -162,16 +163,16 @@ def _with_whole_results(text: str) -> str:
 
 
 def _cut(value: np.ndarray, sharding: bytes, cores: int) -> list[np.ndarray]:
-    """What the host sends to each core of a replica."""
-    tiles, devices = tile_assignment(sharding)
+    """Returns the shard of a value that the host sends to each core of a replica."""
+    tiles = op_sharding.tile_dimensions(sharding)
     if not tiles:  # each core has all of it
         return [value] * cores
-    devices = np.reshape(devices, tiles)
-    parts: list[Any] = [None] * cores
-    for place in np.ndindex(*tiles):
-        where = []
+    shards: list[Any] = [None] * cores
+    for place, core in np.ndenumerate(op_sharding.tile_assignment(sharding)):
+        index = []
+        # (After the dimensions of the value may come the number of copies.)
         for i, n, size in zip(place, tiles, value.shape, strict=False):
             step = size // n
-            where.append(slice(i * step, (i + 1) * step))
-        parts[devices[place]] = value[tuple(where)]
-    return parts
+            index.append(slice(i * step, (i + 1) * step))
+        shards[core] = value[tuple(index)]
+    return shards

@@ -7,11 +7,11 @@ from gshard_tf.sharding.variable_layouts import LayoutDecision, VariableLayouts
 
 
 class CoreLayouts(VariableLayouts):
-    """As `VariableLayouts`, but no part of a weight lies on two cores of a replica.
+    """`VariableLayouts` in which no shard of a weight is on two cores of a replica.
 
     The bridge (`TPURewritePass`, TensorFlow 2.20) gives the new value of a variable
     that is split over one mesh axis and copied along another to the first of the
-    copies only, and crashes on what is left. So the other axes split such a weight
+    copies only, and crashes on the rest. So the other axes split such a weight
     too, where a dimension divides, and it is gathered over them where a step uses it;
     where none does, it is stored whole, and cut.
     """
