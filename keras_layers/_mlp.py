@@ -21,7 +21,7 @@ class MLP(keras.layers.Layer):
         kernel_initializer: Of all weights.
         gated: Whether the hidden layer is gated.
         seed: Seed of the dropout.
-        batch_dim: Dimension of the hidden layer along which examples are laid out.
+        batch_dim: Dimension of the examples in the hidden layer.
     """
 
     def __init__(

@@ -29,7 +29,7 @@ class _StandIn:
     def __tf_tensor__(self, dtype: Any = None, name: str | None = None) -> Any:
         raise ValueError(
             "A slice of a stacked variable cannot be read by itself: read the "
-            "variables of the `Stacked` layer."
+            f"variables of the `Stacked` layer. Received: dtype={dtype}, name={name}"
         )
 
 
@@ -109,11 +109,14 @@ class _Seeds(SeedGeneratorOfState):
         super().__init__(state, name=each[0].path.split("/")[-2])
 
     def next(self, ordered: bool = True) -> tf.Tensor:
-        raise NotImplementedError("The blocks of a Stacked layer draw their own seeds.")
+        raise NotImplementedError(
+            "Seeds of a Stacked layer must be drawn by its blocks. "
+            f"Received: a call of {self.name!r}"
+        )
 
 
 class _StackedMetric(StepMetric):
-    """The same metric of each repetition, with the names that each of them reports.
+    """A metric of each repetition as one, with the names that each of them reports.
 
     Args:
         each: The metrics; their variables are placeholders.

@@ -44,7 +44,7 @@ def matrix_fan(
         initializer: Of all weights of a layer.
         rows: Of the matrix.
         columns: Of the matrix.
-        name: Of the weight, to tell its seed from the others'.
+        name: Name of the weight, from which its seed follows.
     """
     initializer = child_initializer(initializer, name)
 

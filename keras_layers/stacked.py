@@ -53,7 +53,7 @@ class Stacked(keras.layers.Layer):
         remat: Whether training keeps only the input of each repetition, and computes
             the rest again for its gradient.
 
-    The layer is made of a function, so it has no config; the model that makes it has.
+    The layer has no config, because of `make_blocks`; the model around it has one.
     """
 
     def __init__(

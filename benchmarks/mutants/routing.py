@@ -14,8 +14,8 @@ _ROUTING = "tests/keras_layers/routing/test_routing.py"
 MUTANTS = (
     Mutant(
         "keras_layers/routing/assignment.py",
-        "tf.logical_and(wanted, position < room)",
-        "tf.logical_and(wanted, position <= room)",
+        "tf.logical_and(requested, position < room)",
+        "tf.logical_and(requested, position <= room)",
         (f"{_ROUTING}::test_any_sizes_match_algorithm_1",),
         "each expert takes one token more than its capacity",
     ),
@@ -28,7 +28,7 @@ MUTANTS = (
     ),
     Mutant(
         "keras_layers/routing/assignment.py",
-        "within = same & earlier & counted[..., None, :]",
+        "within = same & earlier & occupies_slot[..., None, :]",
         "within = same & earlier",
         (f"{_ROUTING}::test_thousands_of_groups_match_algorithm_1[plain-False-True]",),
         "choices that are not to count use up slots all the same",
@@ -49,8 +49,8 @@ MUTANTS = (
     ),
     Mutant(
         "keras_layers/routing/assignment.py",
-        "* d_found[..., k : k + 1]",
-        "* d_found[..., :1]",
+        "* d_values[..., k : k + 1]",
+        "* d_values[..., :1]",
         (f"{_ROUTING}::test_equal_gates_share_the_gradient_of_neither",),
         "every choice's gate gets the gradient of the first choice",
     ),
@@ -126,8 +126,8 @@ MUTANTS = (
     ),
     Mutant(
         "keras_layers/routing/top2.py",
-        "second_wanted = tf.logical_and(real, tested > threshold)",
-        "second_wanted = tf.logical_and(real, tested < threshold)",
+        "second_requested = tf.logical_and(real, tested > threshold)",
+        "second_requested = tf.logical_and(real, tested < threshold)",
         (f"{_ROUTERS}::test_top2_conventions",),
         "the second experts with small gates are kept, not those with large ones",
     ),
@@ -140,8 +140,8 @@ MUTANTS = (
     ),
     Mutant(
         "keras_layers/routing/top2.py",
-        "second_wanted if drop_frees_slot else real",
-        "real if drop_frees_slot else second_wanted",
+        "second_requested if drop_frees_slot else real",
+        "real if drop_frees_slot else second_requested",
         (f"{_ROUTING}::test_the_two_readings_of_line_22_differ",),
         "line 22 of Algorithm 1 is read the other way round",
     ),
@@ -231,8 +231,8 @@ MUTANTS = (
     ),
     Mutant(
         "keras_layers/routing/top_k.py",
-        "weight = read_out(scores, expert_index)",
-        "weight = read_out(ranked, expert_index)",
+        "weight = values_at(scores, expert_index)",
+        "weight = values_at(ranked, expert_index)",
         (f"{_ROUTERS}::test_bias_counts_in_choosing_and_not_in_weights",),
         "the bias of load balancing is part of the weights",
     ),

@@ -1,8 +1,8 @@
 """Dispatchers: move tokens to the experts' buffers and back.
 
-Both annotate the same pair of layouts, and that pair is the all-to-all: the buffers
-are made group by group (split over groups) and handed to the experts split over
-experts. Forward this costs one all-to-all each way, and one each way backward.
+Both annotate the same pair of layouts, and that pair is the all-to-all: buffers are
+computed split over groups and passed to the experts split over experts. Forward this
+costs one all-to-all each way, and backward one each way.
 """
 
 from typing import Protocol
@@ -27,10 +27,10 @@ class Dispatcher(Protocol):
 
 
 class EinsumDispatcher:
-    """Dispatch and combine as products with one-hot tensors, as in the paper.
+    """Dispatch and combine as matmuls with one-hot tensors, as in the paper.
 
     Algorithm 2 of the paper. The tensors `[G, S, E, C]` hold 2S numbers per token
-    and the products cost S / H of the experts' own FLOPs (at a capacity factor of 2),
+    and the matmuls cost S / H of the experts' own FLOPs (at a capacity factor of 2),
     so keep groups small. It exists as the form that the paper measured, and as a
     check of `IndexDispatcher`.
     """

@@ -163,7 +163,7 @@ def _maps(routing: TokenChoiceRouting) -> tuple[tf.Tensor, tf.Tensor]:
     digit = tf.cast((number[:, None] // base) % 256, tf.float32)[..., None]  # [S*K,D,1]
     expert_hot = tf.one_hot(expert, num_experts, dtype=tf.float32)  # [G, S*K, E]
     slot_hot = tf.one_hot(slot, capacity, dtype=tf.float32)  # [G, S*K, C]
-    # The digits go to the shorter of the two, so that the longer is made once.
+    # Digits multiply the shorter of the two, so that the longer is computed once.
     if isinstance(capacity, int) and capacity < num_experts:
         placed = tf.einsum("GTDC,GTE->GDCE", slot_hot[:, :, None] * digit, expert_hot)
         placed = tf.transpose(placed, [0, 1, 3, 2])

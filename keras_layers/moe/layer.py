@@ -49,19 +49,19 @@ class MoELayer(keras.layers.Layer):
             tensors as in the paper, which costs more time and memory for the same
             values.
         group_size: S. None: each row of the batch, `[L, M]`, is a group, so nothing is
-            reshaped and groups are split as the batch is. An int: all tokens are laid
-            in one row and cut into groups of this many, the last one filled up with
+            reshaped and groups are split as the batch is. An int: all tokens
+            form one row, cut into groups of this many, the last one filled up with
             padding. Capacity is shared within a group: larger groups drop fewer tokens
             at the same capacity factor, but choose it so that there are at least as
             many groups as devices. With "einsum" cost grows with it (S / H of the
             experts' FLOPs).
         pack_groups: Whether, with a `group_size` and a mask, the real tokens of the
-            batch are laid together before they are cut into groups. Padding then
-            changes nothing at all. Without, it lies in the groups where it is in the
-            batch, and who shares room with whom depends on it. On a mesh each device
-            then gathers the tokens of the whole batch, there and back.
-        aux_loss_coef: What the router's balancing loss is multiplied by before it is
-            added to the model's losses, during training only. The paper does not give
+            batch are packed before they are cut into groups. Padding then changes
+            nothing at all. Without, padding is part of the groups, and the tokens that
+            share capacity depend on it. With it, on a mesh, each device gathers the
+            tokens of the whole batch, there and back.
+        aux_loss_coef: Coefficient of the router's balancing loss, which is added to
+            the model's losses during training only. The paper does not give
             its value; 0.01 with the router's default scale, which is 1 at perfect
             balance whatever E, is what lingvo and Mesh TensorFlow train with. 0 to
             turn it off.
@@ -73,20 +73,20 @@ class MoELayer(keras.layers.Layer):
         kernel_initializer: Of the experts' weights; fans are counted within one expert.
         gated: Whether experts are gated (`Experts`): "silu" and this are Mixtral's.
         num_shared_experts: Experts that every token passes through besides those it is
-            routed to (DeepSeekMoE, arXiv 2401.06066), made as one feed-forward layer
+            routed to (DeepSeekMoE, arXiv 2401.06066), as one feed-forward layer
             that many times as wide. They stay on every device.
-        router_metrics: Which metrics of the router's health are reported: "all" or
-            some of `RouterMetrics.NAMES`.
+        router_metrics: Names of the router's metrics to report: "all" or some of
+            `RouterMetrics.NAMES`.
         metrics_per_expert: Whether to report the load of each expert too.
         decoding_group_size: Tokens of batch and beam that are routed together while
             decoding (see `call`). 1: nothing can be dropped, and every expert has a
             slot for every token, E / 2 times what is needed. More: as many slots as
             the router's evaluation capacity says, and what does not fit is dropped.
-        seed: What the seeds of experts and shared experts follow from, and that of
-            the router unless it is a layer or has its own. None: from the global seed.
+        seed: Source of the seeds of experts and shared experts, and of the router
+            unless it is a layer or has its own. None: the global seed.
 
-    Metrics of the router's health appear in `fit`'s logs under the layer's name: see
-    `RouterMetrics`. `record_routing` and `replay_routing` see and set who goes where.
+    Metrics of the router appear in `fit`'s logs under the layer's name: see
+    `RouterMetrics`. `record_routing` and `replay_routing` read and set the routing.
 
     Raises:
         ValueError: for an argument out of its range, a router made for another number
@@ -232,19 +232,19 @@ class MoELayer(keras.layers.Layer):
         decoding: bool = False,
         token_ids: tf.Tensor | None = None,
     ) -> tf.Tensor:
-        """Routes, transforms and puts back `inputs` `[..., L, M]`.
+        """Routes, transforms and combines `inputs` `[..., L, M]`.
 
         Args:
             inputs: The tokens, of any dtype, which is cast to the layer's.
             mask: `[..., L]` bool, False for padding: it takes no slot and makes no
-                room, counts in no loss and no metric, and comes out as 0. Whatever it
-                holds, NaN too, reaches nothing.
+                room, counts in no loss and no metric, and comes out as 0. Its values,
+                NaN too, affect nothing.
             training: Whether to route at random, drop out and add the balancing loss.
             decoding: True while generating, for source and target: groups are of
                 `decoding_group_size` tokens, by default each by itself, so that none
                 can be dropped and none affects another; neither metrics nor losses
                 are touched.
-            token_ids: `[..., L]` ints, for a router that goes by them (`HashRouter`).
+            token_ids: `[..., L]` ints, for a router that needs them (`HashRouter`).
         """
         if decoding:
             training = False

@@ -85,7 +85,7 @@ class RouterMetrics(StepMetric):
         self.load = self.add_variable((num_experts,), "zeros", name="load")
         self.tokens = self._sum("tokens")
         self.dropped = self._sum("dropped")
-        # Each costs some scalars of communication, so only what is asked for.
+        # Each costs some scalars of communication, so only those in `report`.
         if "utilisation" in names:
             self.filled, self.slots = self._sum("filled"), self._sum("slots")
         self.sums = {

@@ -112,18 +112,18 @@ def argmax(x: tf.Tensor) -> tf.Tensor:
 def _positions(
     expert_index: tf.Tensor, occupies_slot: tf.Tensor, num_experts: int
 ) -> tf.Tensor:
-    """Number of occupies_slot choices of the same expert come before each: `[G, S, K]`.
+    """Number of choices of the same expert before each, `[G, S, K]`.
 
-    Within a block by comparing each choice with those before it.
+    Only choices that occupy a slot count. Within a block each choice is compared with
+    those before it.
     """
     groups, tokens, choices = static_shape(expert_index)
     expert, occupies_slot = in_blocks(expert_index), in_blocks(occupies_slot)
     same = tf.equal(expert[..., :, None], expert[..., None, :])
     place = tf.range(BLOCK)
     earlier = place[:, None] > place[None, :]
-    within = (
-        same & earlier & occupies_slot[..., None, :]
-    )  # [G, T / block, block, block]
+    # [G, T / block, block, block]
+    within = same & earlier & occupies_slot[..., None, :]
     within = tf.reduce_sum(tf.cast(within, tf.int32), axis=-1)
     running = running_counts(expert, occupies_slot, num_experts)  # [G, T / block, E]
     before = tf.pad(running, [[0, 0], [1, 0], [0, 0]])[:, :-1]

@@ -51,17 +51,17 @@ def replay_routing(
             called more often than it was recorded.
     """
     previous = getattr(_active, "replaying", None)
-    remaining = {name: list(routings) for name, routings in routings.items()}
+    remaining = {name: list(calls) for name, calls in routings.items()}
     _active.replaying = remaining
     try:
         yield
     finally:
         _active.replaying = previous
-    unused = {name: len(routings) for name, routings in remaining.items() if routings}
+    unused = {name: len(calls) for name, calls in remaining.items() if calls}
     if unused:
         raise ValueError(
-            "Recorded routings were not used: no layer of that name was called so "
-            f"often. Received: {unused} remaining over"
+            "All recorded routings must be used, by layers of the same names that are "
+            f"called as often. Received: {unused} left over"
         )
 
 
