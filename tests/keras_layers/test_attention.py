@@ -128,5 +128,5 @@ def test_config_and_bad_arguments():
         MultiHeadAttention(0, 4)
     with pytest.raises(ValueError, match="Received: key_dim='x'"):
         MultiHeadAttention(2, "x")
-    with pytest.raises(ValueError, match="causal is for self-attention"):
+    with pytest.raises(ValueError, match="causal must be False with memory"):
         layer(QUERY, MEMORY, causal=True)
