@@ -59,7 +59,7 @@ MUTANTS = (
         'tf.argsort(priority, axis=-1, direction="DESCENDING", stable=True)',
         'tf.argsort(priority, axis=-1, direction="ASCENDING", stable=True)',
         (f"{_ROUTERS}::test_top_k",),
-        "batch-prioritised routing drops the most important tokens first",
+        "batch-prioritized routing drops the most important tokens first",
     ),
     Mutant(
         "keras_layers/routing/counting.py",
@@ -115,7 +115,7 @@ MUTANTS = (
         "weight = gate / tf.reduce_sum(gate, axis=-1, keepdims=True)",
         "weight = gate",
         (f"{_ROUTING}::test_any_sizes_match_algorithm_1",),
-        "the gates of the two experts are not normalised",
+        "the gates of the two experts are not normalized",
     ),
     Mutant(
         "keras_layers/routing/top2.py",
@@ -136,7 +136,7 @@ MUTANTS = (
         "tested = (weight if legacy_mtf_behavior else gate)[..., 1]",
         "tested = weight[..., 1]",
         (f"{_ROUTERS}::test_top2_conventions",),
-        "lingvo's policy looks at normalised gates",
+        "lingvo's policy looks at normalized gates",
     ),
     Mutant(
         "keras_layers/routing/top2.py",
@@ -227,7 +227,7 @@ MUTANTS = (
         "return is_open * tf.sign(share - load)",
         "return is_open * tf.sign(load - share)",
         (f"{_LOAD_BIAS}::test_each_expert_moves_towards_its_share",),
-        "the bias favours experts that are busy already",
+        "the bias favors experts that are busy already",
     ),
     Mutant(
         "keras_layers/routing/top_k.py",

@@ -68,7 +68,7 @@ def beam_search(
         eos_id: See `greedy_decode`.
         beam_size: K. 1 is greedy. 4 or 5 are common; time grows with it, quality
             rarely beyond 8.
-        alpha: Of the length penalty: 0 ranks by log-probability, which favours short
+        alpha: Of the length penalty: 0 ranks by log-probability, which favors short
             outputs; 1 nearly by the mean over tokens. 0.6 to 1 are common, 0.8 is
             lingvo's for this model.
         num_results: n of the best to return, at most K.

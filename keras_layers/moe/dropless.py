@@ -7,13 +7,13 @@ token has its slot. For a token or two, only the weights of the chosen experts a
 gathered and read.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import tensorflow as tf
 
 from keras_layers._shapes import static_shape
 from keras_layers.moe.dispatch import Dispatcher
+from keras_layers.moe.experts import Experts
 from keras_layers.routing.assignment import assign
 from keras_layers.routing.counting import count_choices
 from keras_layers.routing.routing import TokenChoiceRouting
@@ -27,7 +27,7 @@ GROUP = 1024
 def apply_without_drops(
     tokens: tf.Tensor,
     routing: TokenChoiceRouting,
-    experts: Callable[..., tf.Tensor],
+    experts: Experts,
     dispatcher: Dispatcher,
 ) -> tf.Tensor:
     """Outputs of the experts for tokens that were routed one by one.
@@ -35,7 +35,7 @@ def apply_without_drops(
     Args:
         tokens: `[T, 1, M]`, each a group of its own.
         routing: The routing of these groups.
-        experts: An `Experts` layer.
+        experts: The experts.
         dispatcher: Moves tokens to its slots.
 
     Returns:
@@ -83,7 +83,7 @@ def apply_without_drops(
 
 
 def _by_gathered_weights(
-    tokens: tf.Tensor, routing: TokenChoiceRouting, experts: Callable[..., tf.Tensor]
+    tokens: tf.Tensor, routing: TokenChoiceRouting, experts: Experts
 ) -> tf.Tensor:
     """Equivalent of `apply_without_drops` with each choice's expert by itself."""
     count, _, choices = routing.slot.shape

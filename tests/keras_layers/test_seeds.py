@@ -222,7 +222,7 @@ def random_weights(name, initializer):
     found = []
     for weight in layer.trainable_weights:
         value = weight.numpy()
-        if np.ptp(value) == 0:  # scales and offsets of normalisation
+        if np.ptp(value) == 0:  # scales and offsets of normalization
             continue
         stacked = name == "stacked" and ("encoder" in weight.path) | (
             "decoder" in weight.path
