@@ -11,7 +11,7 @@ from parity import assert_equal_runs
 
 from keras_layers import DecoderBlock, MoELayer, RouterStats, Top2Router, TopKRouter
 
-GUIDE = pathlib.Path(__file__).resolve().parents[2] / "docs" / "layers.md"
+GUIDE = pathlib.Path(__file__).resolve().parents[3] / "docs" / "layers.md"
 X = np.random.default_rng(0).normal(size=(8, 6, 4)).astype("float32")
 
 
