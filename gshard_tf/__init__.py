@@ -19,17 +19,18 @@ if TYPE_CHECKING:
     from gshard_tf.planning.plan import Plan
     from gshard_tf.planning.planner import plan
     from gshard_tf.runtime.devices import request_cpu_devices
-    from gshard_tf.runtime.process_group import join_processes, own_rows, stop_all
+    from gshard_tf.runtime.process_group import join_processes, stop_all
     from gshard_tf.sharding.annotations import (
         annotate,
+        logical_axes,
         name_axes,
-        named_axes,
         replicate,
         shard,
         split,
     )
     from gshard_tf.sharding.mesh import active_mesh, create_mesh, use_mesh
     from gshard_tf.sharding.rules import AxisRules
+    from gshard_tf.spmd.local_batches import process_local_rows
     from gshard_tf.spmd.strategy import SpmdStrategy
     from gshard_tf.tpu.strategy import tpu_strategy
     from gshard_tf.verification.report import VerificationError, VerificationReport
@@ -55,9 +56,9 @@ __all__ = [
     "create_mesh",
     "join_processes",
     "name_axes",
-    "named_axes",
-    "own_rows",
+    "logical_axes",
     "plan",
+    "process_local_rows",
     "export",
     "replicate",
     "request_cpu_devices",
@@ -89,9 +90,9 @@ _HOME = {
     "create_mesh": "sharding.mesh",
     "join_processes": "runtime.process_group",
     "name_axes": "sharding.annotations",
-    "named_axes": "sharding.annotations",
-    "own_rows": "runtime.process_group",
+    "logical_axes": "sharding.annotations",
     "plan": "planning.planner",
+    "process_local_rows": "spmd.local_batches",
     "export": None,
     "replicate": "sharding.annotations",
     "request_cpu_devices": "runtime.devices",

@@ -14,7 +14,8 @@ import tensorflow as tf
 
 from gshard_tf.compat.keras_calls import current_autocast, no_autocast
 from gshard_tf.compat.tf_gradients import stop_recording
-from gshard_tf.compat.tf_xla import is_compiled, optimization_barrier
+from gshard_tf.compat.tf_graphs import is_compiled_by_tensorflow
+from gshard_tf.compat.tf_xla import optimization_barrier
 from keras_layers.routing.recording import routing_is_watched
 from keras_layers.step_metrics import immediate_counts
 
@@ -231,7 +232,7 @@ def _behind_barrier(
     if tf.executing_eagerly():
         return [tf.identity(x) for x in tensors], list(gradients)
     values = [*tensors, *gradients]
-    if is_compiled(tf.compat.v1.get_default_graph()):
+    if is_compiled_by_tensorflow(tf.compat.v1.get_default_graph()):
         # XLA ignores control dependencies.
         delayed = optimization_barrier(values)
         # Its CPU compiler drops barriers at some point, then schedules all operations

@@ -13,7 +13,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from gshard_tf import name_axes, named_axes
+from gshard_tf import logical_axes, name_axes
 from gshard_tf.compat.keras_calls import clear_losses, no_autocast
 from keras_layers._arguments import check_int
 from keras_layers._stacked_variables import (
@@ -113,7 +113,7 @@ class Stacked(keras.layers.Layer):
             )
         weight.regularizer = stacked_regularizer(like.regularizer)
         weight.constraint = stacked_constraint(like.constraint)
-        axes = named_axes(like)
+        axes = logical_axes(like)
         return weight if axes is None else name_axes(weight, ("layer", *axes))
 
     @property

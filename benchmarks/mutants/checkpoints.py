@@ -156,7 +156,7 @@ MUTANTS = (
         "every process writes what all of them have",
     ),
     Mutant(
-        "gshard_tf/sharding/regions.py",
+        "gshard_tf/runtime/device_arrays.py",
         "if shard.replica_id == 0:",
         "if shard.replica_id >= 0:",
         (f"{_MANAGER}::test_a_save_has_the_values_of_its_moment",),
@@ -164,8 +164,8 @@ MUTANTS = (
     ),
     Mutant(
         "gshard_tf/sharding/regions.py",
-        "found.append((start, stop - start))",
-        "found.append((start, stop))",
+        "bounds.append((start, stop - start))",
+        "bounds.append((start, stop))",
         (f"{_SNAPSHOT}::test_every_piece_comes_once",),
         "regions have their ends for sizes",
     ),

@@ -22,13 +22,13 @@ from gshard_tf.checkpoints.manager import Checkpoints, Restored, array_reader
 from gshard_tf.checkpoints.manifest import Manifest
 from gshard_tf.checkpoints.naming import (
     Variable,
-    array_of,
     section,
     state_of,
 )
 from gshard_tf.checkpoints.snapshot import load
 from gshard_tf.compat.keras_epochs import RunningFit, running_fit
 from gshard_tf.compat.keras_seeds import give_global_seed_generator, global_seed_state
+from gshard_tf.compat.keras_variables import backend_variable
 from gshard_tf.runtime.termination import Termination
 from gshard_tf.spmd.keras_step import complete
 
@@ -309,7 +309,7 @@ class SaveCheckpoints(keras.callbacks.Callback):
         self._leave_if_told()
         if self._termination is not None:
             self._metrics = {
-                name: array_of(variable).numpy()
+                name: backend_variable(variable).numpy()
                 for name, variable in self._state().items()
                 if section(name) == "metrics"
             }
@@ -396,7 +396,7 @@ class SaveCheckpoints(keras.callbacks.Callback):
             return
         if self._epoch_step and self._saved_at != self.step:
             for name, value in (self._metrics or {}).items():
-                array_of(self._state()[name]).assign(value)
+                backend_variable(self._state()[name]).assign(value)
             self._save(
                 self._epoch,
                 self._epoch_step,
@@ -437,8 +437,8 @@ class SaveCheckpoints(keras.callbacks.Callback):
 
 def _check_complete(model: keras.Model, state: Mapping[str, Variable]) -> None:
     """Raises `ValueError` when the training step changes what is not in `state`."""
-    known = {id(array_of(variable)) for variable in state.values()}
-    iterations = array_of(model.optimizer.iterations)
+    known = {id(backend_variable(variable)) for variable in state.values()}
+    iterations = backend_variable(model.optimizer.iterations)
     for program in getattr(model.distribute_strategy, "programs", []):
         changed = [program.step.captures[i] for i in program.step.updates]
         # Other models of the strategy have steps too, and evaluation.

@@ -6,10 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import keras
 import numpy as np
-import tensorflow as tf
 
 from gshard_tf.compat.keras_epochs import running_fit
-from gshard_tf.spmd.step import NonFiniteError, SkippedStep
+from gshard_tf.spmd.nonfinite import NonFiniteError, SkippedStep, is_finite
 
 if TYPE_CHECKING:
     from gshard_tf.callbacks.checkpoint import SaveCheckpoints
@@ -221,7 +220,7 @@ def blame(model: keras.Model, skipped: SkippedStep) -> str:
     """
     (args, _) = skipped.call_arguments()
     x, y, weights = keras.utils.unpack_x_y_sample_weight(args[0])
-    if not all(np.all(np.isfinite(a)) for a in skipped.arrays if a.dtype.kind == "f"):
+    if not is_finite(skipped.arrays):
         return "there is NaN or infinity in the batch itself"
     before = [(v, v.numpy()) for v in model.non_trainable_variables]
     watch = _Watch(model)
@@ -231,7 +230,7 @@ def blame(model: keras.Model, skipped: SkippedStep) -> str:
             culprit = watch.first_not_finite
             if culprit is None:
                 loss = model.compute_loss(x, y, y_pred, weights, training=True)
-                if not _is_finite(loss):
+                if not is_finite(loss):
                     return f"the loss of finite outputs is {float(loss)}"
     finally:
         for variable, value in before:
@@ -282,16 +281,8 @@ class _Watch:
         def noting(*args: Any, **kwargs: Any) -> Any:
             outputs = call(*args, **kwargs)
             self.order.append(layer)
-            if self.first_not_finite is None and not _is_finite(outputs):
+            if self.first_not_finite is None and not is_finite(outputs):
                 self.first_not_finite = layer
             return outputs
 
         return noting
-
-
-def _is_finite(values: Any) -> bool:
-    return all(
-        bool(tf.reduce_all(tf.math.is_finite(value)))
-        for value in tf.nest.flatten(values)
-        if tf.is_tensor(value) and value.dtype.is_floating
-    )

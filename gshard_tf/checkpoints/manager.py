@@ -19,7 +19,7 @@ from gshard_tf.checkpoints.dataset import ResumableData
 from gshard_tf.checkpoints.errors import DamagedError
 from gshard_tf.checkpoints.manifest import Manifest
 from gshard_tf.checkpoints.matching import Match, match
-from gshard_tf.checkpoints.naming import Variable, array_of
+from gshard_tf.checkpoints.naming import Variable
 from gshard_tf.checkpoints.snapshot import (
     describe,
     load,
@@ -28,9 +28,11 @@ from gshard_tf.checkpoints.snapshot import (
 )
 from gshard_tf.checkpoints.writer import PATIENCE_SECONDS, write
 from gshard_tf.compat.keras_seeds import global_seed_state
+from gshard_tf.compat.keras_variables import backend_variable
 from gshard_tf.io.atomic_files import local_path, make_folder
 from gshard_tf.io.locks import FolderLock
 from gshard_tf.runtime.process_group import agree, group, next_turn
+from gshard_tf.sharding.mesh import axis_sizes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -434,7 +436,7 @@ class Checkpoints:
     ) -> tuple[Restored, list[Any]]:
         folder = self.path(manifest.step)
         targets = {
-            name: (tuple(array_of(v).shape), array_of(v).dtype.name)
+            name: (tuple(backend_variable(v).shape), backend_variable(v).dtype.name)
             for name, v in state.items()
         }
         matched = match(targets, manifest.arrays, rename, missing, extra)
@@ -515,7 +517,7 @@ def _global_seed() -> list[int] | None:
 
 def _mesh_of(state: Mapping[str, Variable]) -> dict[str, int] | None:
     for variable in state.values():
-        mesh = getattr(array_of(variable), "mesh", None)
+        mesh = getattr(backend_variable(variable), "mesh", None)
         if mesh is not None:
-            return dict(zip(mesh.dim_names, mesh.shape(), strict=True))
+            return axis_sizes(mesh)
     return None

@@ -70,11 +70,6 @@ def section(name: str) -> str:
     return name.partition("/")[0]
 
 
-def array_of(variable: Variable) -> tf.Variable:
-    """The TensorFlow variable that holds the values."""
-    return variable.value if isinstance(variable, keras.Variable) else variable
-
-
 class _Numbers:
     """Numbers the parts of paths by their order of appearance."""
 

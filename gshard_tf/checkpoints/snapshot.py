@@ -8,21 +8,22 @@ from typing import Any
 import tensorflow as tf
 
 from gshard_tf.checkpoints.manifest import Array
-from gshard_tf.checkpoints.naming import Variable, array_of
+from gshard_tf.checkpoints.naming import Variable
 from gshard_tf.checkpoints.tensor_bundle import Piece
+from gshard_tf.compat.keras_variables import backend_variable
 from gshard_tf.sharding.regions import Region, aligned_copies, whole
-from gshard_tf.sharding.sharded_variable import InPieces
+from gshard_tf.sharding.sharded_variable import ShardedVariable
 
 
 def describe(state: Mapping[str, Variable]) -> dict[str, Array]:
     """Shape, type and layout of each variable."""
     found = {}
     for name, variable in state.items():
-        value = array_of(variable)
+        value = backend_variable(variable)
         shape = tuple(value.shape)
         split: tuple[str | None, ...] = (None,) * len(shape)
-        if isinstance(value, InPieces):
-            split = tuple(value.splits())
+        if isinstance(value, ShardedVariable):
+            split = value.partition_spec()
         path = getattr(variable, "path", value.name)
         found[name] = Array(shape, value.dtype.name, path, split)
     return found
@@ -39,12 +40,12 @@ def snapshot(state: Mapping[str, Variable], is_chief: bool) -> list[Piece]:
     views, pieces = [], []
     with contextlib.ExitStack() as held:
         for name, variable in state.items():
-            value = array_of(variable)
+            value = backend_variable(variable)
             shape = tuple(value.shape)
             parts = None
-            if isinstance(value, InPieces):
-                held.enter_context(value.pieces_held())
-                parts = value.own_pieces()
+            if isinstance(value, ShardedVariable):
+                held.enter_context(value.hold_shards())
+                parts = value.addressable_shards()
             if parts is not None:
                 for region, part in parts:
                     kind = pieces if tf.is_tensor(part) else views
@@ -69,9 +70,9 @@ def load(variable: Variable, read: Reader) -> Callable[[], None]:
 
     So everything can be read, and found to be whole, before anything changes.
     """
-    value = array_of(variable)
-    if isinstance(value, InPieces):
-        return value.load(lambda region: read(region).numpy())
+    value = backend_variable(variable)
+    if isinstance(value, ShardedVariable):
+        return value.stage(lambda region: read(region).numpy())
     loaded: Any = read(whole(tuple(value.shape)))
     return lambda: value.assign(loaded)
 

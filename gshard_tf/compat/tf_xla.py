@@ -1,4 +1,4 @@
-"""TensorFlow graphs that XLA compiles: whether it does, and its operations."""
+"""Operations of XLA in graphs of TensorFlow."""
 
 from collections.abc import Sequence
 
@@ -6,17 +6,6 @@ import tensorflow as tf
 
 # Public in XLA, not in TensorFlow; Keras's backend takes it from there, too.
 from tensorflow.compiler.tf2xla.python.xla import optimization_barrier as _barrier
-from tensorflow.python.ops import control_flow_util
-
-
-def is_compiled(graph: tf.Graph) -> bool:
-    """Returns whether XLA is going to compile a graph that is being traced.
-
-    Relies on: `control_flow_util.GraphOrParentsInXlaContext`. On an upgrade, watch: it
-    is still True in functions within a `tf.function(jit_compile=True)`, and False in
-    one without.
-    """
-    return control_flow_util.GraphOrParentsInXlaContext(graph)
 
 
 def optimization_barrier(tensors: Sequence[tf.Tensor]) -> list[tf.Tensor]:

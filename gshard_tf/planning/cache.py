@@ -12,6 +12,7 @@ from tensorflow.experimental import dtensor
 
 from gshard_tf.io.atomic_files import local_path, write_file
 from gshard_tf.planning.plan import FORMAT, Plan, Weight
+from gshard_tf.sharding.mesh import axis_sizes
 
 
 def content_key(
@@ -37,7 +38,7 @@ def content_key(
         "format": FORMAT,
         "weights": [[w.path, w.role, w.rule, w.layout] for w in weights],
         "topology": topology,
-        "mesh": list(zip(mesh.dim_names, mesh.shape(), strict=True)),
+        "mesh": list(axis_sizes(mesh).items()),
         "mode": mode,
         "versions": versions,
     }

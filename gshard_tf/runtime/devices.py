@@ -49,6 +49,8 @@ def mesh_devices(mesh: dtensor.Mesh) -> list[Any]:
     """
     import jax
 
+    from gshard_tf.sharding.mesh import axis_sizes
+
     kind = mesh.device_type().lower()
     try:
         devices = jax.devices(kind)
@@ -65,7 +67,7 @@ def mesh_devices(mesh: dtensor.Mesh) -> list[Any]:
             else "Make a smaller mesh."
         )
         raise ValueError(
-            f"The mesh {dict(zip(mesh.dim_names, mesh.shape(), strict=True))} needs "
+            f"The mesh {axis_sizes(mesh)} needs "
             f"{mesh.size} {mesh.device_type()} devices and jax sees {len(devices)}. "
             f"{hint}"
         )

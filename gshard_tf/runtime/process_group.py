@@ -266,43 +266,6 @@ def _patience_to_join(text: str, seconds: float) -> Iterator[None]:
         joined.set()
 
 
-def own_rows(batch: Any) -> Any:
-    """This process's rows of a batch, for `SpmdStrategy(own_rows=True)`.
-
-    ```python
-    dataset = dataset.batch(64).map(lambda x, y: gshard_tf.own_rows((x, y)))
-    ```
-
-    Args:
-        batch: A nest of tensors `[B, ...]`.
-
-    Returns:
-        The same nest of `[B / count, ...]`: the rows that follow those of the process
-        before.
-
-    Raises:
-        ValueError: when a known number of rows does not divide by the processes.
-    """
-    import tensorflow as tf
-
-    index, count = _RUN.group.index, _RUN.group.count
-
-    def cut(tensor: Any) -> Any:
-        rows = tensor.shape[0]
-        if rows is not None and rows % count:
-            raise ValueError(
-                f"The rows of a batch are shared by the processes equally; batch with "
-                f"drop_remainder=True. Received: {rows} rows for {count} processes"
-            )
-        rows = tf.shape(tensor)[0]
-        even = tf.debugging.assert_equal(rows % count, 0, "rows that do not divide")
-        with tf.control_dependencies([even] if even is not None else []):
-            size = rows // count
-        return tensor[index * size : (index + 1) * size]
-
-    return tf.nest.map_structure(cut, batch)
-
-
 def _end_with_all(kind: type, error: BaseException, trace: Any) -> None:
     """Instead of Python's own end after an exception: the others end too."""
     traceback.print_exception(kind, error, trace)

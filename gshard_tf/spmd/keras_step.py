@@ -1,9 +1,11 @@
-"""Keras's steps by name, what they are called with, and whose variables they touch."""
+"""Keras's steps by name, the specs of their batch, and the roles of variables."""
 
 from typing import Any
 
 import keras
 import tensorflow as tf
+
+from gshard_tf.compat.keras_models import build_symbolically, infer_outputs
 
 MODES = {"train": "train_step", "evaluate": "test_step", "predict": "predict_step"}
 
@@ -11,7 +13,9 @@ MODES = {"train": "train_step", "evaluate": "test_step", "predict": "predict_ste
 def check_mode(mode: str) -> None:
     """Raises `ValueError` unless `mode` is one of `MODES`."""
     if mode not in MODES:
-        raise ValueError(f"mode is one of {tuple(MODES)}. Received: mode={mode!r}")
+        raise ValueError(
+            f"`mode` must be one of {tuple(MODES)}. Received: mode={mode!r}"
+        )
 
 
 def batch_specs(batch: Any) -> Any:
@@ -27,7 +31,7 @@ def batch_specs(batch: Any) -> Any:
             return None
         if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
             raise ValueError(
-                "The batch is a nest of tf.TensorSpec, keras.KerasTensor or arrays. "
+                "`batch` must be a nest of tf.TensorSpec, keras.KerasTensor or arrays. "
                 f"Received: {leaf!r}"
             )
         shape = tf.TensorShape(leaf.shape)
@@ -55,7 +59,7 @@ def complete(model: keras.Model, specs: Any, mode: str) -> None:
     if mode != "predict" and not model.compiled:
         raise ValueError(
             f"mode={mode!r} needs a compiled model: call model.compile in the function "
-            "that makes it."
+            f"that makes it. Received: {model.name!r}, not compiled"
         )
     symbolic = tf.nest.map_structure(
         lambda spec: spec and keras.KerasTensor(spec.shape, spec.dtype.name), specs
@@ -63,28 +67,39 @@ def complete(model: keras.Model, specs: Any, mode: str) -> None:
     x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(symbolic)
     if mode == "predict":
         if not model.built:
-            keras.backend.compute_output_spec(model, x, training=False)
+            infer_outputs(model, x)
         return
-    # Private API: what `fit` calls before it traces a step; a model's own train_step
-    # does not. On an upgrade, check that it still builds model, loss and metrics.
-    model._symbolic_build(data_batch=(x, y, sample_weight))
+    build_symbolically(model, (x, y, sample_weight))
     # A model with a train_step of its own may have none, or several elsewhere.
     optimizer = model.optimizer
     if mode == "train" and optimizer is not None and not optimizer.built:
         optimizer.build(model.trainable_variables)
 
 
-def roles_of(model: keras.Model) -> dict[int, str]:
-    """What each variable of a model is for, by the `id` of its `value`.
+def variable_roles(model: keras.Model) -> dict[int, str]:
+    """The role of each variable of a model, by the `id` of its `value`.
 
-    "weight" (trainable), "metric" (what Keras resets at each epoch, in layers too),
-    "optimizer", or "other" (frozen weights, statistics, seeds).
+    "weight" (trainable), "frozen" (floating, and neither a metric's nor a seed),
+    "metric" (reset by Keras at each epoch, in layers too), "optimizer", or "other".
     """
     optimizer = getattr(model, "optimizer", None)
-    kinds = {
+    by_role = {
         "other": model.variables,
+        "frozen": [v for v in model.non_trainable_variables if _is_frozen_weight(v)],
         "optimizer": [] if optimizer is None else optimizer.variables,
         "weight": model.trainable_variables,
         "metric": model.metrics_variables,
     }
-    return {id(v.value): role for role, those in kinds.items() for v in those}
+    return {
+        id(variable.value): role
+        for role, variables in by_role.items()
+        for variable in variables
+    }
+
+
+def _is_frozen_weight(variable: keras.Variable) -> bool:
+    return (
+        variable.dtype.startswith(("float", "bfloat"))
+        and "metrics" not in variable.path
+        and "seed" not in variable.path
+    )

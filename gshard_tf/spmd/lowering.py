@@ -1,27 +1,22 @@
-"""A TensorFlow step -> one HLO module, and what of it is state.
+"""A TensorFlow step -> one HLO module, with its state among the parameters.
 
 The step is traced as it is, with the variables that it captures. XLA's own aliasing
 table then says which result is the new value of which variable, so nothing has to
 be rewritten or made stateless.
 """
 
-import contextlib
 import dataclasses
 import numbers
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
-from tensorflow.compiler.xla import xla_data_pb2
-from tensorflow.compiler.xla.service import hlo_pb2
 
-# Private API: the public `experimental_get_compiler_ir` traces again, and in another
-# context. On an upgrade, check that parameters are still the arguments followed by
-# the captures, and results the outputs followed by the updated variables.
-from tensorflow.python.eager.polymorphic_function import compiler_ir
-
+from gshard_tf.compat.tf_compiler import lower_to_hlo
+from gshard_tf.compat.tf_graphs import hidden_from_outer_graphs
+from gshard_tf.compat.xla_protos import hlo_pb2, xla_data_pb2
 from gshard_tf.hlo.rewrites.recomputed_maxima import compute_compared_maxima_once
 from gshard_tf.hlo.rewrites.recomputed_rounding import compute_rounding_once
 from gshard_tf.spmd.stateful_random import warn_of_stateful_random
@@ -33,15 +28,15 @@ class LoweredStep:
     """One step as HLO.
 
     Attributes:
-        hlo: Serialised `HloModuleProto`. Parameters: `inputs`, then `captures`.
+        hlo: Serialized `HloModuleProto`. Parameters: `inputs`, then `captures`.
             Results: `num_outputs` outputs, then one new value per item of `updates`.
         inputs: The specs of the arguments.
         captures: For each captured parameter, the variable or the constant tensor.
         results: The specs of the results.
         num_outputs: How many of them are outputs.
         updates: Index into `captures` of each new value, in order.
-        structure: What the step returns, with each output replaced by `LEAF`; what is
-            no tensor is there as it was returned.
+        structure: The result of the step, with each output replaced by `LEAF`;
+            anything but a tensor is kept as it was returned.
     """
 
     hlo: bytes
@@ -88,15 +83,18 @@ def trace(
                 leaf, tf.Variable
             ):
                 raise TypeError(
-                    "A step on a mesh returns dense tensors; ragged and sparse ones "
-                    f"have no static shape. Received: {leaf}"
+                    "A step on a mesh must return dense tensors; ragged and sparse "
+                    f"ones have no static shape. Received: {leaf}"
                 )
         structure = tf.nest.pack_sequence_as(
             outputs, [LEAF if _is_result(leaf) else leaf for leaf in flat]
         )
         return [tf.convert_to_tensor(leaf) for leaf in flat if _is_result(leaf)]
 
-    with raw_handles(), _unwatched_outside():
+    # A graph around it holds only a call of the step's program: it neither reads nor
+    # writes the variables, and taking it for a reader would bring the whole state to
+    # the host after every step.
+    with raw_handles(), hidden_from_outer_graphs():
         function = tf.function(
             step, jit_compile=jit_compile, autograph=False
         ).get_concrete_function(*specs)
@@ -110,38 +108,13 @@ def _is_result(leaf: Any) -> bool:
 def as_results(outputs: Any) -> Any:
     """A nest in which variables, Python's and numpy's numbers are tensors.
 
-    For a program that runs where the function that returned them is not there.
+    For a program that runs without the function that returned them.
     """
     kinds = tf.Variable | keras.Variable | numbers.Number | np.generic | np.ndarray
     return tf.nest.map_structure(
         lambda leaf: tf.convert_to_tensor(leaf) if isinstance(leaf, kinds) else leaf,
         outputs,
     )
-
-
-@contextlib.contextmanager
-def _unwatched_outside() -> Iterator[None]:
-    """Keeps the variables of a step out of the graphs around it.
-
-    TensorFlow notes every variable that a function uses in all the graphs around it,
-    and touches it again when they are called. But those graphs hold only a call of
-    the step's program: they neither read nor write its variables, and taking them
-    for readers would bring the whole state to the host after every step.
-    """
-    # Private API: there is no public way to trace a function inside another one and
-    # keep their variables apart. On an upgrade, check `FuncGraph.watch_variable`.
-    graphs = []
-    graph = tf.compat.v1.get_default_graph()
-    while graph is not None and graph.building_function:
-        graphs.append((graph._watched_variables, list(graph._watched_variables)))
-        graph = graph.outer_graph
-    try:
-        yield
-    finally:
-        for watched, before in graphs:
-            watched.clear()
-            for variable in before:
-                watched.add(variable)
 
 
 def pack(structure: Any, outputs: Sequence[Any]) -> Any:
@@ -158,27 +131,27 @@ def captured(function: Any) -> list[Any]:
     with raw_handles():
         for variable in function.graph.variables:
             variables[id(variable.handle)] = variable
-    found = []
+    values = []
     for tensor in function.captured_inputs:
         if tensor.dtype != tf.resource:
             if not isinstance(tensor, tf.__internal__.EagerTensor):
                 raise ValueError(
-                    "The step uses a tensor of the function around it, which is not "
-                    "part of its program. Pass it as an argument of `strategy.run`. "
+                    "The step cannot use a tensor of the function around it, which is "
+                    "not in its program. Pass it as an argument of `strategy.run`. "
                     f"Received: {tensor}"
                 )
-            found.append(tensor)
+            values.append(tensor)
         elif id(tensor) in variables:
-            found.append(variables[id(tensor)])
+            values.append(variables[id(tensor)])
         elif (variable := variable_of(tensor)) is not None:
-            found.append(variable)
+            values.append(variable)
         else:
             raise ValueError(
                 "The step uses a resource that is no variable (a lookup table, an "
                 "iterator or a summary writer, say), which XLA cannot compile. Move it "
                 f"into the tf.data pipeline or a callback. Received: {tensor}"
             )
-    return found
+    return values
 
 
 def lower(function: Any, structure: Any) -> LoweredStep:
@@ -188,18 +161,14 @@ def lower(function: Any, structure: Any) -> LoweredStep:
         tf.TensorSpec(spec.shape, spec.dtype)
         for spec in tf.nest.flatten(function.structured_input_signature)
     ]
-    with tf.init_scope():
-        generate = compiler_ir.from_concrete_function(function)
-        # HLO is lowered for the CPU whatever it is compiled for: a TensorFlow without
-        # that platform could not lower it otherwise, and the module is the same.
-        try:
-            hlo = generate(stage="hlo_serialized", platform_name="CPU")
-        except ValueError as error:
-            raise ValueError(
-                "The step uses an operation that XLA cannot compile, on strings or a "
-                "Python function, say. Move it into the input pipeline or a callback. "
-                f"XLA says: {error}"
-            ) from error
+    try:
+        hlo = lower_to_hlo(function)
+    except ValueError as error:
+        raise ValueError(
+            "The step uses an operation that XLA cannot compile, on strings or a "
+            "Python function, say. Move it into the input pipeline or a callback. "
+            f"Received: {error}"
+        ) from error
     proto = hlo_pb2.HloModuleProto.FromString(hlo)
     _check_static(proto)
     warn_of_stateful_random(proto)
@@ -228,10 +197,10 @@ def lower(function: Any, structure: Any) -> LoweredStep:
         not 0 <= i < len(captures) for i in updates
     ):
         raise RuntimeError(
-            "This TensorFlow orders a module's results in a way that gshard_tf does "
-            "not know: outputs first, then the new values of captured variables. "
+            "A module's results must be the outputs, then the new values of captured "
+            "variables. Install the tested TensorFlow (see setup.py). "
             f"Received: {num_results} results for {len(function.outputs)} outputs, "
-            f"aliases {result_of}. Install the tested version (see setup.py)."
+            f"aliases {result_of}"
         )
     dtypes = [output.dtype for output in function.outputs]
     dtypes += [captures[i].dtype for i in updates]
@@ -248,13 +217,13 @@ def _without_copies(proto: hlo_pb2.HloModuleProto) -> bool:
     TensorFlow's bridge copies a variable that is returned as it is. StableHLO has no
     copy, and the TPU compiler takes StableHLO only.
     """
-    found = False
+    is_changed = False
     for computation in proto.computations:
         for instruction in computation.instructions:
             if instruction.opcode == "copy":
                 instruction.opcode = "convert"
-                found = True
-    return found
+                is_changed = True
+    return is_changed
 
 
 def _check_static(proto: hlo_pb2.HloModuleProto) -> None:
@@ -262,8 +231,8 @@ def _check_static(proto: hlo_pb2.HloModuleProto) -> None:
         for instruction in computation.instructions:
             if any(instruction.shape.is_dynamic_dimension):
                 raise ValueError(
-                    "The step has a tensor whose shape depends on values, as "
-                    "tf.boolean_mask, tf.where(condition) or tf.unique make it, and a "
+                    "The step cannot have a tensor whose shape depends on values, as "
+                    "tf.boolean_mask, tf.where(condition) or tf.unique make it: a "
                     "partitioned program has none. Multiply by the mask instead, or "
                     "do it in the input pipeline. Received: "
                     f"{instruction.metadata.op_type or instruction.opcode} "

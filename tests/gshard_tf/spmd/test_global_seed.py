@@ -13,6 +13,7 @@ import pytest
 import tensorflow as tf
 
 import gshard_tf
+from gshard_tf import export
 from gshard_tf.compat import keras_seeds as compat
 
 X = np.random.default_rng(0).normal(size=[8, 4]).astype("float32")
@@ -134,7 +135,9 @@ def test_set_random_seed_between_two_models():
 def test_a_variable_that_is_no_generator_is_refused():
     stray = tf.Variable(1.0, name="stray")
     strategy = parity.strategy_of({"data": 2})
-    with pytest.raises(ValueError, match="'stray:0' was not made inside this Spmd"):
+    with pytest.raises(
+        ValueError, match="'stray:0', which was not made inside this Spmd"
+    ):
         strategy.run(tf.function(lambda x: x * stray), args=(tf.constant(X),))
 
 
@@ -171,7 +174,7 @@ def test_a_program_to_save_names_the_generator():
     with strategy.scope():
         model = noisy()
     with pytest.raises(ValueError, match="Keras's global seed generator.*as seed="):
-        strategy.program(model, "train", (X, X[:, :2])).save("/nowhere/step.gshard")
+        export.step_program(model, "train", (X, X[:, :2])).save("/nowhere/step.gshard")
 
 
 def test_a_plan_leaves_the_generator_alone():
