@@ -54,12 +54,15 @@ def test_arrows_point_one_way(package, forbidden):
 
 
 def test_layers_know_annotations_only():
-    """Of gshard_tf, layers import the package itself: no strategy, no program."""
+    """Of gshard_tf, layers import the root and compat: no strategy, no program."""
     for path in python_files("keras_layers"):
         text = path.read_text("utf-8")
         assert "Strategy" not in re.sub(r'""".*?"""', "", text, flags=re.S), path
         for module, line, _ in imported(path):
-            assert not module.startswith("gshard_tf."), f"{path}:{line}: {module}"
+            allowed = not module.startswith("gshard_tf.") or module.startswith(
+                "gshard_tf.compat."
+            )
+            assert allowed, f"{path}:{line}: {module}"
 
 
 def test_jax_is_imported_late_and_in_few_places():

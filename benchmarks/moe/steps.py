@@ -16,7 +16,7 @@ import tensorflow as tf
 
 import gshard_tf
 from gshard_tf.spmd.program import SpmdProgram
-from keras_layers import IndexDispatcher, MoELayer, Routing, expert_capacity
+from keras_layers import IndexDispatcher, MoELayer, TokenChoiceRouting, expert_capacity
 
 Side = Callable[[], object]
 
@@ -118,10 +118,10 @@ def part_steps(shape: Shape) -> dict[str, tuple[Callable, list[Any]]]:
             for i in range(2)
         ],
     )
-    decision = [routing.expert_index, routing.slot, routing.weight, routing.kept]
+    decision = [routing.expert_index, routing.slot, routing.weight, routing.dispatched]
 
-    def given(tensors: Sequence[tf.Tensor]) -> Routing:
-        return Routing(*tensors, routing.num_experts, routing.capacity)
+    def given(tensors: Sequence[tf.Tensor]) -> TokenChoiceRouting:
+        return TokenChoiceRouting(*tensors, routing.num_experts, routing.capacity)
 
     def router(x: tf.Tensor) -> list[tf.Tensor]:
         kernel = layer.router.kernel.value
