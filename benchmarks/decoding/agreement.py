@@ -109,7 +109,11 @@ def main() -> None:
     from benchmarks.decoding.uncached import Uncached
     from gshard_examples.translation.corpus import load_corpus
     from gshard_examples.translation.model import make_model
-    from gshard_examples.translation.training import RunState, load_model, sample_pairs
+    from gshard_examples.translation.training import (
+        load_model,
+        restore_weights,
+        sample_pairs,
+    )
 
     settings, vocabulary, model = load_model(options.run)
     pairs = sample_pairs(load_corpus(options.data), "test", options.sentences)
@@ -135,7 +139,7 @@ def main() -> None:
     )
     with strategy.scope():
         spread = make_model(settings, vocabulary)
-        RunState(options.run, spread).restore()
+    restore_weights(options.run, spread)
     ways = ways_of(spread)
     for name in ("greedy", "beam"):
         other = decode(

@@ -136,7 +136,7 @@ def main(arguments: list[str] | None = None) -> int:
         arguments = ["run", *arguments]
     options = parser().parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
-    logging.getLogger("examples").setLevel(logging.INFO)
+    logging.getLogger("gshard_examples").setLevel(logging.INFO)
     try:
         _COMMANDS[options.command](options)
     except KeyboardInterrupt:

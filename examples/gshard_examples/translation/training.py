@@ -1,8 +1,8 @@
-"""Training a translator with plain `model.fit`, in a folder that can be gone on with.
+"""Training a translator with plain `model.fit`, in a run folder that can be resumed.
 
-A run folder holds `settings.json`, `vocab.model`, `checkpoints/` and `logs/`. Keras's
-epochs are stretches of `steps_per_epoch` steps; each ends with a validation and a
-checkpoint. A run that was stopped anywhere goes on from its last checkpoint, with the
+A run folder holds `settings.json`, `vocab.model`, `checkpoints/`, `history.csv` and
+`logs/`. A Keras epoch is `steps_per_epoch` steps; each ends with a validation and a
+checkpoint. A run that was stopped anywhere resumes from its last checkpoint, with the
 batches that would have come next.
 """
 
@@ -19,7 +19,6 @@ from typing import Any
 
 import keras
 import numpy as np
-import tensorflow as tf
 
 from gshard_examples.translation.baselines import unigram_cross_entropy
 from gshard_examples.translation.corpus import Corpus, Pair
@@ -27,98 +26,45 @@ from gshard_examples.translation.model import make_model, make_strategy, scope
 from gshard_examples.translation.pipeline import Batches, tokenize_pairs, tokenize_split
 from gshard_examples.translation.settings import Settings
 from gshard_examples.translation.vocabulary import Vocabulary
+from gshard_tf import (
+    Checkpoints,
+    GuardNumbers,
+    ResumableData,
+    SaveCheckpoints,
+    state_of,
+)
 from gshard_tf.io.atomic_files import local_path, write_file
 
 log = logging.getLogger(__name__)
 
 
-class RunState:
-    """The checkpoints of a run: every variable of model, metrics and optimizer.
-
-    TensorFlow's own format and manager: the list of checkpoints is replaced in one
-    step after a checkpoint is whole, so a half-written one is never taken.
-    """
-
-    def __init__(self, folder: Path, model: keras.Model, keep: int = 2):
-        self.step = tf.Variable(0, dtype=tf.int64, name="step")
-        optimizer = model.optimizer
-        if not optimizer.built:
-            optimizer.build(model.trainable_variables)
-        # By position, which the settings fix: names of Keras's are not unique.
-        checkpoint = tf.train.Checkpoint(
-            step=self.step,
-            model=[v.value for v in model.variables],
-            optimizer=[v.value for v in optimizer.variables],
-        )
-        self.manager = tf.train.CheckpointManager(
-            checkpoint, str(folder / "checkpoints"), max_to_keep=keep
-        )
-
-    def restore(self) -> int:
-        """Restores the last whole checkpoint, if any; returns the steps done."""
-        latest = self.manager.latest_checkpoint
-        if latest is not None:
-            self.manager.checkpoint.restore(latest).assert_consumed()
-        return int(self.step)
-
-    def save(self, step: int) -> None:
-        """Writes a checkpoint.
-
-        Raises:
-            OSError: It could not be written; the one before it is still whole.
-        """
-        self.step.assign(step)
-        try:
-            self.manager.save(checkpoint_number=step)
-        except tf.errors.OpError as error:
-            raise OSError(
-                f"The checkpoint of step {step} could not be written to "
-                f"{self.manager.directory}: {error.message}. The one before it is "
-                "whole: make room and give the same command again."
-            ) from error
-
-
-class _SaveEachEpoch(keras.callbacks.Callback):
-    def __init__(self, state: RunState, steps_per_epoch: int):
-        super().__init__()
-        self.state = state
-        self.steps_per_epoch = steps_per_epoch
-
-    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
-        self.state.save((epoch + 1) * self.steps_per_epoch)
-
-
-class _History(keras.callbacks.Callback):
-    """One CSV row per epoch; rows after the last checkpoint are written anew."""
-
-    def __init__(self, path: Path, done_epochs: int):
-        super().__init__()
-        self.path = path
-        self.rows = read_history(path)[:done_epochs]
+class _EpochSeconds(keras.callbacks.Callback):
+    """Adds the duration of each epoch to its logs: compilation and validation too."""
 
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
-        self.begun = time.perf_counter()
+        self.start = time.perf_counter()
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
-        # Compilation and validation included.
-        row = {"epoch": epoch + 1, "seconds": round(time.perf_counter() - self.begun)}
-        row |= {k: float(v) for k, v in sorted(logs.items())}
-        self.rows.append(row)
-        columns = list(dict.fromkeys(key for row in self.rows for key in row))
-        lines = [",".join(columns)]
-        lines += [",".join(str(r.get(c, "")) for c in columns) for r in self.rows]
-        write_file(self.path, ("\n".join(lines) + "\n").encode())
+        # Keras gives all callbacks the same dict.
+        logs["seconds"] = round(time.perf_counter() - self.start, 1)
 
 
-def read_history(path: Path) -> list[dict[str, float]]:
-    """The rows of a run's `history.csv`; none if there is no such file yet."""
+def read_history(run: Path) -> list[dict[str, float]]:
+    """Returns a run's `history.csv`, a row per epoch; none before the first epoch.
+
+    A run that was killed between an epoch's row and its checkpoint trains that epoch
+    again, to the same figures: the last row of an epoch counts.
+    """
+    path = run / "history.csv"
     if not path.is_file():
         return []
+    rows = {}
     with open(path, newline="") as file:
-        return [
-            {key: float(value) for key, value in row.items() if value}
-            for row in csv.DictReader(file)
-        ]
+        for row in csv.DictReader(file):
+            if None in row or None in row.values():
+                continue  # a full disk cut it short
+            rows[row["epoch"]] = {key: float(value) for key, value in row.items()}
+    return list(rows.values())
 
 
 def train(
@@ -129,7 +75,7 @@ def train(
     cache: Path | None = None,
     verbose: int = 1,
 ) -> dict[str, Any]:
-    """Trains, or goes on with, the run in a folder.
+    """Trains, or resumes, the run in a folder.
 
     Args:
         run: The run's folder, on a local or mounted disk.
@@ -143,8 +89,8 @@ def train(
         A summary: steps, validation figures, those of a unigram model.
 
     Raises:
-        ValueError: when the folder holds a run of other settings, or is remote, `gs://`
-            say.
+        ValueError: when the folder holds a run of other settings or of an earlier
+            version, or is remote, `gs://` say.
         FileExistsError: when it holds no run, but a file that one would replace.
         OSError: when something cannot be written, as to a full disk.
     """
@@ -174,8 +120,10 @@ def train(
     strategy = make_strategy(settings)
     with scope(strategy):
         model = make_model(settings, vocabulary)
-        state = RunState(run, model)
-    done = state.restore()
+        # The layout report lists its slots.
+        model.optimizer.build(model.trainable_variables)
+    checkpoints = Checkpoints(run / "checkpoints", keep=2)
+    done = max(checkpoints.steps(), default=0)
     unigram = unigram_cross_entropy(
         tokens.predicted_ids(), dev.predicted_ids(), vocabulary.size
     )
@@ -188,25 +136,29 @@ def train(
     )
     if strategy is not None:
         write_file(run / "layout.txt", f"{strategy.describe(model)}\n".encode())
-    epochs_done = done // settings.steps_per_epoch
     if done < settings.steps:
+        # TensorFlow cannot save the position in a Python generator.
+        data = ResumableData(batches.dataset(), position="count")
+        callbacks = [
+            SaveCheckpoints(checkpoints, data=data),
+            _EpochSeconds(),
+            keras.callbacks.CSVLogger(run / "history.csv", append=True),
+            keras.callbacks.TensorBoard(str(run / "logs"), write_graph=False),
+        ]
+        if strategy is not None:
+            callbacks.append(GuardNumbers())
         model.fit(
-            batches.dataset(start_step=done),
+            data.dataset,
             epochs=settings.steps // settings.steps_per_epoch,
-            initial_epoch=epochs_done,
             steps_per_epoch=settings.steps_per_epoch,
             validation_data=validation.dataset(),
             verbose=verbose,
-            callbacks=[
-                keras.callbacks.TensorBoard(str(run / "logs"), write_graph=False),
-                _History(run / "history.csv", epochs_done),
-                _SaveEachEpoch(state, settings.steps_per_epoch),
-            ],
+            callbacks=callbacks,
         )
-    history = read_history(run / "history.csv")
+    history = read_history(run)
     summary = {
         "steps": settings.steps,
-        "minutes": round(sum(row.get("seconds", 0) for row in history) / 60, 1),
+        "minutes": round(sum(row["seconds"] for row in history) / 60, 1),
         "weights": model.count_params(),
         "unigram_nll": unigram,
         "val_nll": [row["val_nll"] for row in history],
@@ -217,10 +169,10 @@ def train(
 
 
 def check_same_run(run: Path, settings: Settings, vocabulary: Vocabulary) -> None:
-    """Looks whether a folder is a new one, or holds a run to go on with.
+    """Checks that a folder is new, or holds a run that these settings resume.
 
     Raises:
-        ValueError: It holds a run of other settings.
+        ValueError: It holds a run of other settings, or of an earlier version.
         FileExistsError: It holds no run, but a file that one would replace.
     """
     if not (run / "settings.json").is_file():
@@ -228,26 +180,28 @@ def check_same_run(run: Path, settings: Settings, vocabulary: Vocabulary) -> Non
         for name in ("vocab.model", "layout.txt", "history.csv", "summary.json"):
             if os.path.lexists(run / name):
                 raise FileExistsError(
-                    f"{run} holds {name!r} and no settings.json, so it is no run's "
-                    "folder, and the file would be replaced. Name another folder with "
-                    "--run."
+                    "The run's folder must be new, or one with a settings.json. This "
+                    f"one has none, and its {name!r} would be replaced. Name another "
+                    f"folder with --run. Received: {run}"
                 )
         return
-    found = Settings.read(run)
+    _check_format(run)
+    earlier = Settings.read(run)
     may_differ = {"steps", "partitions", "device", "validation_pairs"}
-    for name in vars(found):
-        mine, theirs = getattr(settings, name), getattr(found, name)
-        if mine != theirs and name not in may_differ:
+    for name, value in vars(earlier).items():
+        received = getattr(settings, name)
+        if received != value and name not in may_differ:
             raise ValueError(
-                f"The run in {run} was begun with {name}={theirs!r}. Go on with the "
-                "same settings, or name another folder with --run. "
-                f"Received: {name}={mine!r}"
+                f"The run in {run} was begun with {name}={value!r}, which must stay as "
+                "it is. For other settings, name another folder with --run. "
+                f"Received: {name}={received!r}"
             )
     model = run / "vocab.model"
     if model.is_file() and Vocabulary(model).sha256 != vocabulary.sha256:
         raise ValueError(
-            f"The run in {run} was begun with another vocabulary. Give that one, or "
-            "name another folder with --run."
+            f"The run in {run} must keep the vocabulary that it was begun with. For "
+            "another one, name another folder with --run. Received: a vocabulary of "
+            f"{vocabulary.size} symbols, SHA-256 {vocabulary.sha256[:12]}..."
         )
 
 
@@ -262,9 +216,31 @@ def load_model(run: Path) -> tuple[Settings, Vocabulary, keras.Model]:
     settings = Settings.read(run)
     vocabulary = Vocabulary(run / "vocab.model")
     model = make_model(settings, vocabulary)
-    if RunState(run, model).restore() == 0:
-        raise FileNotFoundError(f"The run in {run} has no checkpoint yet.")
+    restore_weights(run, model)
     return settings, vocabulary, model
+
+
+def restore_weights(run: Path, model: keras.Model) -> None:
+    """Restores the weights of a run's last checkpoint, but not the optimizer.
+
+    Raises:
+        ValueError: The run was made by an earlier version.
+        FileNotFoundError: There is no checkpoint yet.
+    """
+    _check_format(run)
+    state = {n: v for n, v in state_of(model).items() if n.startswith("model/")}
+    if Checkpoints(run / "checkpoints").restore(state, extra=["optimizer/.*"]) is None:
+        raise FileNotFoundError(f"The run in {run} has no checkpoint yet.")
+
+
+def _check_format(run: Path) -> None:
+    """Raises `ValueError` where the checkpoints are those of `tf.train`."""
+    if (run / "checkpoints" / "checkpoint").is_file():
+        raise ValueError(
+            "The run must have checkpoints of gshard_tf.SaveCheckpoints. An earlier "
+            "version wrote these, which this one cannot read; nothing in the folder "
+            f"was changed. Name another folder with --run. Received: {run}"
+        )
 
 
 def sample_pairs(
