@@ -9,17 +9,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gshard_tf import export, random
-    from gshard_tf.callbacks.checkpoint import SaveCheckpoints
-    from gshard_tf.callbacks.nonfinite_guard import GuardNumbers
+    from gshard_tf.callbacks.checkpoint import CheckpointCallback
+    from gshard_tf.callbacks.nonfinite_guard import NonFiniteGuard
     from gshard_tf.callbacks.verify_first_step import VerifyFirstStep
-    from gshard_tf.checkpoints.dataset import ResumableData
-    from gshard_tf.checkpoints.manager import Checkpoints
-    from gshard_tf.checkpoints.naming import state_of
+    from gshard_tf.checkpoints.dataset import ResumableDataset
+    from gshard_tf.checkpoints.manager import CheckpointManager
+    from gshard_tf.checkpoints.naming import training_state
     from gshard_tf.compat.keras_calls import accumulated_batches
     from gshard_tf.planning.plan import Plan
     from gshard_tf.planning.planner import plan
     from gshard_tf.runtime.devices import request_cpu_devices
-    from gshard_tf.runtime.process_group import join_processes, own_rows, stop_all
+    from gshard_tf.runtime.initialize import initialize
+    from gshard_tf.runtime.process_group import own_rows
+    from gshard_tf.runtime.watchdog import abort_all
     from gshard_tf.sharding.annotations import (
         annotate,
         name_axes,
@@ -39,11 +41,11 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AxisRules",
-    "Checkpoints",
-    "GuardNumbers",
+    "CheckpointManager",
+    "NonFiniteGuard",
     "Plan",
-    "ResumableData",
-    "SaveCheckpoints",
+    "ResumableDataset",
+    "CheckpointCallback",
     "SpmdStrategy",
     "VerificationError",
     "VerificationReport",
@@ -53,7 +55,7 @@ __all__ = [
     "annotate",
     "random",
     "create_mesh",
-    "join_processes",
+    "initialize",
     "name_axes",
     "named_axes",
     "own_rows",
@@ -63,8 +65,8 @@ __all__ = [
     "request_cpu_devices",
     "shard",
     "split",
-    "state_of",
-    "stop_all",
+    "training_state",
+    "abort_all",
     "tpu_strategy",
     "use_mesh",
     "verify",
@@ -73,11 +75,11 @@ __all__ = [
 # Where each name is; None: it is a module of this package.
 _HOME = {
     "AxisRules": "sharding.rules",
-    "Checkpoints": "checkpoints.manager",
-    "GuardNumbers": "callbacks.nonfinite_guard",
+    "CheckpointManager": "checkpoints.manager",
+    "NonFiniteGuard": "callbacks.nonfinite_guard",
     "Plan": "planning.plan",
-    "ResumableData": "checkpoints.dataset",
-    "SaveCheckpoints": "callbacks.checkpoint",
+    "ResumableDataset": "checkpoints.dataset",
+    "CheckpointCallback": "callbacks.checkpoint",
     "SpmdStrategy": "spmd.strategy",
     "VerificationError": "verification.report",
     "VerificationReport": "verification.report",
@@ -87,7 +89,7 @@ _HOME = {
     "annotate": "sharding.annotations",
     "random": None,
     "create_mesh": "sharding.mesh",
-    "join_processes": "runtime.process_group",
+    "initialize": "runtime.initialize",
     "name_axes": "sharding.annotations",
     "named_axes": "sharding.annotations",
     "own_rows": "runtime.process_group",
@@ -98,8 +100,8 @@ _HOME = {
     "shard": "sharding.annotations",
     "split": "sharding.annotations",
     "tpu_strategy": "tpu.strategy",
-    "state_of": "checkpoints.naming",
-    "stop_all": "runtime.process_group",
+    "training_state": "checkpoints.naming",
+    "abort_all": "runtime.watchdog",
     "use_mesh": "sharding.mesh",
     "verify": "verification.verify",
 }

@@ -35,7 +35,7 @@ def data(**kwargs):
     x, y = parity.data(48)
     dataset = tf.data.Dataset.from_tensor_slices((x, y))
     dataset = dataset.shuffle(20, seed=3).repeat().batch(16).prefetch(2)
-    return gshard_tf.ResumableData(dataset, **kwargs)
+    return gshard_tf.ResumableDataset(dataset, **kwargs)
 
 
 def model(optimizer="adam"):
@@ -78,16 +78,16 @@ def run(folder, mesh=8, stop_after=None, epochs=EPOCHS, **kwargs):
     feed = data()
     made = scoped(mesh)
     losses = Losses(stop_after)
-    saver = gshard_tf.SaveCheckpoints(folder, data=feed, **kwargs)
+    saver = gshard_tf.CheckpointCallback(folder, dataset=feed, **kwargs)
     try:
         fit(made, [saver, losses], feed, epochs)
     except Stop:
-        saver.checkpoints.close()
+        saver.manager.close()
     return made, losses, saver
 
 
 def assert_same_bits(ours, theirs):
-    ours, theirs = gshard_tf.state_of(ours), gshard_tf.state_of(theirs)
+    ours, theirs = gshard_tf.training_state(ours), gshard_tf.training_state(theirs)
     # Metrics may not have been made yet.
     assert {n for n in {*ours} ^ {*theirs} if not n.startswith("metrics/")} == set()
     for name in {*ours} & {*theirs}:

@@ -85,13 +85,15 @@ def train(index, devices, folder, given):
     if own:
         dataset = dataset.map(lambda *batch: gshard_tf.own_rows(batch))
     position = given.get("position", "count")
-    data = gshard_tf.ResumableData(dataset, position=position)
+    data = gshard_tf.ResumableDataset(dataset, position=position)
     mesh = mesh_of(devices, given.get("mesh", "expert"))
     with gshard_tf.SpmdStrategy(mesh, own_rows=own).scope():
         model = classifier(given)
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
         model.compile("adam", loss)
-    saver = gshard_tf.SaveCheckpoints(folder / "checkpoints", every=1, data=data)
+    saver = gshard_tf.CheckpointCallback(
+        folder / "checkpoints", save_every=1, dataset=data
+    )
     model.fit(
         data.dataset,
         epochs=int(given.get("epochs", EPOCHS)),
@@ -106,7 +108,7 @@ if __name__ == "__main__":
     local, patience, place = int(sys.argv[1]), float(sys.argv[2]), sys.argv[3]
     options = dict(argument.split("=") for argument in sys.argv[4:])
     gshard_tf.request_cpu_devices(local)
-    group = gshard_tf.join_processes(patience=patience, heartbeat=10)
+    group = gshard_tf.initialize(step_timeout=patience, heartbeat_timeout=10)
     found = train(group.index, local * group.count, pathlib.Path(place), options)
     # Split weights are read by all processes together.
     print("weights", [float(np.sum(w)) for w in found.get_weights()])

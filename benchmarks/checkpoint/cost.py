@@ -72,8 +72,10 @@ def batch() -> tuple[np.ndarray, np.ndarray]:
 def writer(name: str, model: keras.Model, folder: Path) -> Callable[[], Any]:
     """What saves a model in a format, flushed to the disk."""
     if name == "gshard_tf":
-        checkpoints = gshard_tf.Checkpoints(folder / name, keep=1, background=False)
-        state = gshard_tf.state_of(model)
+        checkpoints = gshard_tf.CheckpointManager(
+            folder / name, max_to_keep=1, asynchronous=False
+        )
+        state = gshard_tf.training_state(model)
         return lambda: checkpoints.save(state, step=1)
     if name == "weights.h5":
 
@@ -94,8 +96,8 @@ def writer(name: str, model: keras.Model, folder: Path) -> Callable[[], Any]:
 def reader(name: str, model: keras.Model, folder: Path) -> Callable[[], Any]:
     """What restores it."""
     if name == "gshard_tf":
-        checkpoints = gshard_tf.Checkpoints(folder / name)
-        return lambda: checkpoints.restore(gshard_tf.state_of(model))
+        checkpoints = gshard_tf.CheckpointManager(folder / name)
+        return lambda: checkpoints.restore(gshard_tf.training_state(model))
     if name == "weights.h5":
         return lambda: model.load_weights(folder / "model.weights.h5")
     checkpoint = tf.train.Checkpoint(model=model, optimizer=model.optimizer)
@@ -121,8 +123,8 @@ def while_saving(
     model: keras.Model, folder: Path, size: int, rounds: int, steps: int
 ) -> dict[str, Any]:
     """Steps with a save under way beside steps without."""
-    checkpoints = gshard_tf.Checkpoints(folder / "beside", keep=1)
-    state = gshard_tf.state_of(model)
+    checkpoints = gshard_tf.CheckpointManager(folder / "beside", max_to_keep=1)
+    state = gshard_tf.training_state(model)
     data = tf.data.Dataset.from_tensors(batch()).repeat()
     model.fit(data, steps_per_epoch=3, verbose=0)
     plain, busy, held_up, published, stretches = [], [], [], [], []
@@ -172,7 +174,7 @@ def while_saving(
 class _Times(keras.callbacks.Callback):
     """Seconds of each step, and of those during which a checkpoint was written."""
 
-    def __init__(self, checkpoints: gshard_tf.Checkpoints):
+    def __init__(self, checkpoints: gshard_tf.CheckpointManager):
         super().__init__()
         self.checkpoints = checkpoints
         self.seconds: list[float] = []
@@ -204,7 +206,7 @@ def compare(gigabytes: float, rounds: int, steps: int) -> dict[str, Any]:
     (folder / "tf").mkdir()
     try:
         model = make(gigabytes)
-        state = gshard_tf.state_of(model)
+        state = gshard_tf.training_state(model)
         size = sum(int(np.prod(v.shape)) * v.value.dtype.size for v in state.values())
         say(f"{size / 1e9:.2f} GB of state")
         result: dict[str, Any] = {"gigabytes": size / 1e9}

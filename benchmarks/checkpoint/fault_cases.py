@@ -60,8 +60,8 @@ def state_of(step: int, place: Path) -> str:
     import gshard_tf
 
     model = faulty_run.model()
-    gshard_tf.Checkpoints(place / "checkpoints").restore(
-        gshard_tf.state_of(model), step=step
+    gshard_tf.CheckpointManager(place / "checkpoints").restore(
+        gshard_tf.training_state(model), step=step
     )
     return faulty_run.digest(model)
 
@@ -73,8 +73,8 @@ def restore(place: Path, model: Any) -> tuple[int | None, str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            found = gshard_tf.Checkpoints(place / "checkpoints").restore(
-                gshard_tf.state_of(model), data=faulty_run.data()
+            found = gshard_tf.CheckpointManager(place / "checkpoints").restore(
+                gshard_tf.training_state(model), dataset=faulty_run.data()
             )
         except (ValueError, OSError) as error:
             return None, f"{type(error).__name__}: {error}"

@@ -150,19 +150,19 @@ def train(folder: Path) -> None:
     import gshard_tf
 
     gshard_tf.request_cpu_devices(2)
-    group = gshard_tf.join_processes(patience=120, heartbeat=30)
+    group = gshard_tf.initialize(step_timeout=120, heartbeat_timeout=30)
     keras.utils.set_random_seed(3)
     x = np.random.default_rng(0).normal(size=[256, 8]).astype("float32")
     dataset = tf.data.Dataset.from_tensor_slices((x, x[:, :1]))
     dataset = dataset.shuffle(100, seed=1).repeat().batch(16)
-    data = gshard_tf.ResumableData(dataset, position="count")
+    data = gshard_tf.ResumableDataset(dataset, position="count")
     mesh = gshard_tf.create_mesh({"data": 2 * group.count})
     with gshard_tf.SpmdStrategy(mesh).scope():
         model = keras.Sequential(
             [keras.layers.Input([8]), keras.layers.Dense(8), keras.layers.Dense(1)]
         )
         model.compile("adam", "mse")
-    saver = gshard_tf.SaveCheckpoints(folder / "checkpoints", data=data)
+    saver = gshard_tf.CheckpointCallback(folder / "checkpoints", dataset=data)
     trace = faulty_run.Trace(folder / "losses.txt", saver, lambda line: None)
     slow = keras.callbacks.LambdaCallback(
         on_train_batch_end=lambda batch, logs: time.sleep(0.05)

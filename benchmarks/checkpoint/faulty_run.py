@@ -20,13 +20,13 @@ STEPS_PER_EPOCH = 25
 _ = _callback
 
 
-def data() -> gshard_tf.ResumableData:
+def data() -> gshard_tf.ResumableDataset:
     # The order of shuffling depends on it, too.
     keras.utils.set_random_seed(3)
     rng = np.random.default_rng(0)
     x = rng.normal(size=[512, 8, 8]).astype("float32")
     dataset = tf.data.Dataset.from_tensor_slices((x, x[..., :1]))
-    return gshard_tf.ResumableData(
+    return gshard_tf.ResumableDataset(
         dataset.shuffle(100, seed=1).repeat().batch(16).prefetch(2)
     )
 
@@ -67,7 +67,7 @@ def model(
 def digest(made: keras.Model) -> str:
     """Of every bit of a run's state."""
     found = hashlib.sha256()
-    for name, variable in sorted(gshard_tf.state_of(made).items()):
+    for name, variable in sorted(gshard_tf.training_state(made).items()):
         found.update(name.encode())
         found.update(variable.numpy().tobytes())
     return found.hexdigest()
@@ -93,7 +93,7 @@ class Trace(keras.callbacks.Callback):
         self.report(f"step {self.saver.step}")
 
 
-class _Reporting(gshard_tf.Checkpoints):
+class _Reporting(gshard_tf.CheckpointManager):
     """Reports when it begins to write."""
 
     report: Callable[[str], None]
@@ -109,11 +109,11 @@ def run(folder: Path, epochs: int, report: Callable[[str], None]) -> str:
     warnings.filterwarnings("ignore", message=".*shuffle=True.*")
     folder.mkdir(parents=True, exist_ok=True)
     gshard_tf.request_cpu_devices(4)
-    checkpoints = _Reporting(folder / "checkpoints", keep=3)
+    checkpoints = _Reporting(folder / "checkpoints", max_to_keep=3)
     checkpoints.report = report
     feed = data()
     made = model()
-    saver = gshard_tf.SaveCheckpoints(checkpoints, every=EVERY, data=feed)
+    saver = gshard_tf.CheckpointCallback(checkpoints, save_every=EVERY, dataset=feed)
     made.fit(
         feed.dataset,
         epochs=epochs,

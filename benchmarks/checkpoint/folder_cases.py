@@ -63,7 +63,7 @@ def remote_folder(place: Path) -> tuple[bool, str]:
 
     os.chdir(place)
     try:
-        gshard_tf.SaveCheckpoints("gs://bucket/run", every=1)
+        gshard_tf.CheckpointCallback("gs://bucket/run", save_every=1)
     except ValueError as error:
         return not list(place.iterdir()), f"ValueError: {error}"
     return False, "nothing was said of a remote folder"
@@ -97,7 +97,7 @@ def _second_run(folder: Path) -> str:
     """What another process is told that claims a folder; nothing when it gets it."""
     code = (
         "import sys, gshard_tf\n"
-        "try: gshard_tf.Checkpoints(sys.argv[1]).claim()\n"
+        "try: gshard_tf.CheckpointManager(sys.argv[1]).claim()\n"
         "except Exception as error: print(type(error).__name__, error, sep=': ')"
     )
     command = [sys.executable, "-c", code, str(folder)]

@@ -37,9 +37,9 @@ SAMPLES, STEPS_PER_EPOCH = 20, 240
 class _Samples(keras.callbacks.Callback):
     """Notes what could grow, when no checkpoint is being written."""
 
-    def __init__(self, saver: gshard_tf.SaveCheckpoints, steps: int):
+    def __init__(self, saver: gshard_tf.CheckpointCallback, steps: int):
         super().__init__()
-        self.checkpoints = saver.checkpoints
+        self.checkpoints = saver.manager
         self.every = max(1, steps // SAMPLES)
         self.step = 0
         self.rows: list[dict[str, int]] = []
@@ -59,7 +59,7 @@ class _Samples(keras.callbacks.Callback):
             "resident_mb": memory.resident() >> 20,
             "threads": len(os.listdir("/proc/self/task")),
             "open_files": len(os.listdir("/proc/self/fd")),
-            "files_on_disk": sum(1 for _ in self.checkpoints.folder.rglob("*")),
+            "files_on_disk": sum(1 for _ in self.checkpoints.directory.rglob("*")),
             "compilations": self.compilations,
         }
         say(f"step {self.step}: {row}")
@@ -73,14 +73,14 @@ def soak(steps: int, every: int) -> dict[str, Any]:
         gshard_tf.request_cpu_devices(4)
         data = faulty_run.data()
         model = faulty_run.model(experts=lambda: MoELayer(num_experts=4, hidden_dim=16))
-        saver = gshard_tf.SaveCheckpoints(folder, every=every, data=data)
+        saver = gshard_tf.CheckpointCallback(folder, save_every=every, dataset=data)
         samples = _Samples(saver, steps)
         model.fit(
             data.dataset,
             epochs=max(1, steps // STEPS_PER_EPOCH),
             steps_per_epoch=STEPS_PER_EPOCH,
             verbose=0,
-            callbacks=[saver, samples, gshard_tf.GuardNumbers("skip")],
+            callbacks=[saver, samples, gshard_tf.NonFiniteGuard("skip")],
         )
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -200,8 +200,8 @@ MUTANTS = (
     ),
     Mutant(
         "gshard_tf/checkpoints/manager.py",
-        "sound[-self.keep :]",
-        "sound[-self.keep - 1 :]",
+        "sound[-self.max_to_keep :]",
+        "sound[-self.max_to_keep - 1 :]",
         (f"{_MANAGER}::test_the_newest_and_the_best_are_kept",),
         "one checkpoint more than asked for is kept",
     ),

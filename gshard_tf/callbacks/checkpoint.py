@@ -17,14 +17,14 @@ from gshard_tf.callbacks.resume_warnings import (
     of_the_data,
     of_the_rates,
 )
-from gshard_tf.checkpoints.dataset import ResumableData
-from gshard_tf.checkpoints.manager import Checkpoints, Restored, array_reader
+from gshard_tf.checkpoints.dataset import ResumableDataset
+from gshard_tf.checkpoints.manager import CheckpointManager, Restored, array_reader
 from gshard_tf.checkpoints.manifest import Manifest
 from gshard_tf.checkpoints.naming import (
     Variable,
     array_of,
     section,
-    state_of,
+    training_state,
 )
 from gshard_tf.checkpoints.snapshot import load
 from gshard_tf.compat.keras_epochs import RunningFit, running_fit
@@ -33,7 +33,7 @@ from gshard_tf.runtime.termination import Termination
 from gshard_tf.spmd.keras_step import complete
 
 
-class SaveCheckpoints(keras.callbacks.Callback):
+class CheckpointCallback(keras.callbacks.Callback):
     """Saves checkpoints while `fit` runs, and goes on from the newest one.
 
     Give the same command again after a stop: it restores weights, optimizer, seeds,
@@ -41,9 +41,9 @@ class SaveCheckpoints(keras.callbacks.Callback):
     same mesh the losses are those of a run that was never stopped, to the bit.
 
     ```python
-    data = gshard_tf.ResumableData(dataset.repeat())
+    data = gshard_tf.ResumableDataset(dataset.repeat())
     model.fit(data.dataset, epochs=10, steps_per_epoch=1000,
-              callbacks=[gshard_tf.SaveCheckpoints("run", every=200, data=data)])
+              callbacks=[gshard_tf.CheckpointCallback("run", 200, data)])
     ```
 
     Put it first among the callbacks: the others then see the restored model.
@@ -56,27 +56,29 @@ class SaveCheckpoints(keras.callbacks.Callback):
     all processes of the run.
 
     Args:
-        folder: Where the checkpoints are, on a local or mounted disk; or a
-            `Checkpoints`.
-        every: How many steps lie between two of them; None: only at the ends of
+        directory: Where the checkpoints are, on a local or mounted disk; or a
+            `CheckpointManager`, which has `max_to_keep`, `monitor`, `mode` and
+            `asynchronous` of its own.
+        save_every: How many steps lie between two of them; None: only at the ends of
             epochs, which are saved in any case.
-        data: What `fit` trains on. Without it, an epoch that was under way goes on
+        dataset: What `fit` trains on. Without it, an epoch that was under way goes on
             with whatever `fit` is given. Without `steps_per_epoch` an epoch is a pass
             over all data: the batches before are read and dropped, which is exact
             where their order is the same each time. With it, that is exact where you
-            start the data at step `Checkpoints(folder).steps()[-1]` yourself, or where
-            you save only at the ends of epochs and the data does not depend on the
-            epoch. Where the data is known to be elsewhere, `fit` warns.
-        keep: How many of the newest are kept; None: all.
-        best: A metric, such as `"val_loss"`, by which the best one is kept too. NaN is
-            never best. The first epoch without it warns.
-        mode: `"min"` or `"max"`: which value of `best` is good.
+            start the data at step `CheckpointManager(directory).steps()[-1]`
+            yourself, or where you save only at the ends of epochs and the data does
+            not depend on the epoch. Where the data is known to be elsewhere, `fit`
+            warns.
+        max_to_keep: How many of the newest are kept; None: all.
+        monitor: A metric, such as `"val_loss"`, by which the best one is kept too. NaN
+            is never best. The first epoch without it warns.
+        mode: `"min"` or `"max"`: which value of `monitor` is better.
         config: Your own configuration, of JSON's types; restoring a run that was begun
             with another one is an error.
-        extra: Variables and optimizers that the model does not know of, by name.
+        extra_state: Variables and optimizers that the model does not know of, by name.
         resume: Whether to go on from the newest checkpoint; else to begin anew is an
             error where there are any.
-        background: See `Checkpoints`.
+        asynchronous: See `CheckpointManager`.
         grace: How many seconds after SIGTERM the process has ended, come what may; a
             little less than the scheduler leaves it. None: leaves the signal alone.
             In a thread that is not the main one, the signal is left alone, too.
@@ -86,36 +88,43 @@ class SaveCheckpoints(keras.callbacks.Callback):
         restored: What was restored at the beginning, or None.
 
     Raises:
-        ValueError: when `every` or `grace` is no positive number, or `folder` is
-            remote.
+        ValueError: when `save_every` or `grace` is no positive number, or `directory`
+            is remote.
     """
 
     def __init__(
         self,
-        folder: str | Path | Checkpoints,
-        every: int | None = None,
-        data: ResumableData | None = None,
-        keep: int | None = 3,
-        best: str | None = None,
+        directory: str | Path | CheckpointManager,
+        save_every: int | None = None,
+        dataset: ResumableDataset | None = None,
+        max_to_keep: int | None = 3,
+        monitor: str | None = None,
         mode: str = "min",
         config: Any = None,
-        extra: Mapping[str, Variable | keras.optimizers.Optimizer] | None = None,
+        extra_state: Mapping[str, Variable | keras.optimizers.Optimizer] | None = None,
         resume: bool = True,
-        background: bool = True,
+        asynchronous: bool = True,
         grace: float | None = 30.0,
     ):
         super().__init__()
-        if every is not None and (isinstance(every, bool) or every < 1):
-            raise ValueError(f"every is at least 1, or None. Received: {every!r}")
+        if save_every is not None and (isinstance(save_every, bool) or save_every < 1):
+            raise ValueError(
+                "`save_every` must be at least 1, or None. Received: "
+                f"save_every={save_every!r}"
+            )
         if grace is not None and not grace > 0:
-            raise ValueError(f"grace is more than 0 s, or None. Received: {grace!r}")
-        if not isinstance(folder, Checkpoints):
-            folder = Checkpoints(folder, keep, best, mode, background)
-        self.checkpoints = folder
-        self.every = every
-        self.data = data
+            raise ValueError(
+                f"`grace` must be more than 0 s, or None. Received: grace={grace!r}"
+            )
+        if not isinstance(directory, CheckpointManager):
+            directory = CheckpointManager(
+                directory, max_to_keep, monitor, mode, asynchronous
+            )
+        self.manager = directory
+        self.save_every = save_every
+        self.datasetset = dataset
         self.config = config
-        self.extra = extra
+        self.extra_state = extra_state
         self.resume = resume
         self.step = 0
         self.restored: Restored | None = None
@@ -140,36 +149,36 @@ class SaveCheckpoints(keras.callbacks.Callback):
         self._metrics: dict[str, Any] | None = None
 
     def _state(self) -> dict[str, Variable]:
-        return state_of(self.model, self.extra)
+        return training_state(self.model, self.extra_state)
 
     # -- restoring ----------------------------------------------------------------
 
     def on_train_begin(self, logs: dict | None = None) -> None:
-        self.checkpoints.claim()
+        self.manager.claim()
         try:
             self._begin()
         except BaseException:
-            self.checkpoints.close()
+            self.manager.close()
             raise
         self._listen()
 
     def _begin(self) -> None:
-        if not self.resume and self.checkpoints.steps():
+        if not self.resume and self.manager.steps():
             raise ValueError(
-                f"There are checkpoints in {self.checkpoints.folder}, and resume=False "
+                f"There are checkpoints in {self.manager.directory}, and resume=False "
                 "asks for a new run. Name another folder."
             )
-        if self.data is not None:
+        if self.dataset is not None:
             # Metrics too: outside a strategy, Keras makes them in the first step.
-            complete(self.model, self.data.dataset.element_spec, "train")
+            complete(self.model, self.datasetset.dataset.element_spec, "train")
         compiled = learning_rates(self._state())
-        self.restored = self.checkpoints.restore(
-            self._state(), data=self.data, accept=self._check_config
+        self.restored = self.manager.restore(
+            self._state(), dataset=self.dataset, accept=self._check_config
         )
         if self.restored is None:
-            if self.data is not None:
+            if self.dataset is not None:
                 # Keras has looked at a batch, to build the metrics.
-                self.data.restart()
+                self.dataset.restart()
             return
         found = self.restored.manifest
         if found.global_seed is not None:
@@ -184,7 +193,7 @@ class SaveCheckpoints(keras.callbacks.Callback):
         if fit is not None and would_end_again(fit, found.ended_by):
             self.model._initial_epoch = max(found.epoch, self.params["epochs"])
             warnings.warn(
-                f"The run in {self.checkpoints.folder} is finished: EarlyStopping "
+                f"The run in {self.manager.directory} is finished: EarlyStopping "
                 f"ended it at step {found.step}, after {found.epoch} epochs. Nothing "
                 "is trained, and the model is as that epoch left it. To go on, give "
                 "fit another patience, or no EarlyStopping.",
@@ -200,7 +209,7 @@ class SaveCheckpoints(keras.callbacks.Callback):
         said = [of_the_rates(fit, compiled, learning_rates(self._state()))]
         if fit is not None:
             said.append(of_the_callbacks(fit, found))
-            if self.data is None:
+            if self.dataset is None:
                 said.append(of_the_data(fit, found))
         for sentence in filter(None, said):
             warnings.warn(sentence, stacklevel=2)
@@ -209,7 +218,7 @@ class SaveCheckpoints(keras.callbacks.Callback):
         # As JSON would give it back.
         if manifest.config != json.loads(json.dumps(self.config)):
             raise ValueError(
-                f"The run in {self.checkpoints.folder} was begun with config="
+                f"The run in {self.manager.directory} was begun with config="
                 f"{manifest.config!r}. Received: config={self.config!r}"
             )
 
@@ -236,7 +245,7 @@ class SaveCheckpoints(keras.callbacks.Callback):
                 f"The run was stopped {done} steps into an epoch, where only Keras's "
                 "own `fit` can go on. Received: a loop that calls callbacks by itself"
             )
-        endless = self.data is not None and length is None
+        endless = self.dataset is not None and length is None
         over = length is not None and length <= done
         if over and length == done and self.restored.manifest.awaits_end:
             over = False
@@ -265,10 +274,10 @@ class SaveCheckpoints(keras.callbacks.Callback):
             ValueError: when there is none.
         """
         state = {n: v for n, v in self._state().items() if section(n) != "metrics"}
-        restored = self.checkpoints.restore(state)
+        restored = self.manager.restore(state)
         if restored is None:
             raise ValueError(
-                f"There is no checkpoint in {self.checkpoints.folder} to roll back to."
+                f"There is no checkpoint in {self.manager.directory} to roll back to."
             )
         return restored.manifest.step
 
@@ -284,8 +293,8 @@ class SaveCheckpoints(keras.callbacks.Callback):
         steps = done - self._epoch_step
         self._epoch_step = done
         self.step += steps
-        crossed = self.every and self.step // self.every > (
-            (self.step - steps) // self.every
+        crossed = self.save_every and self.step // self.save_every > (
+            (self.step - steps) // self.save_every
         )
         # The last step of an epoch is saved after its validation.
         if crossed and self._has_steps_left():
@@ -320,12 +329,17 @@ class SaveCheckpoints(keras.callbacks.Callback):
         self._metrics = None
         self._save_if_left_early(logs)
         self._done_before = 0
-        best = self.checkpoints.best_metric
-        if best is not None and best not in (logs or {}) and not self._warned_of_best:
+        monitor = self.manager.monitor
+        if (
+            monitor is not None
+            and monitor not in (logs or {})
+            and not self._warned_of_best
+        ):
             self._warned_of_best = True
             warnings.warn(
-                f"No checkpoint of this epoch can be the best one: best={best!r} is "
-                f"not among the logs. Received: {sorted(logs or {})}",
+                "No checkpoint of this epoch can be the best one: "
+                f"monitor={monitor!r} is not among the logs. Received: "
+                f"{sorted(logs or {})}",
                 stacklevel=2,
             )
         if not self._left_early:
@@ -346,8 +360,8 @@ class SaveCheckpoints(keras.callbacks.Callback):
         fit = running_fit(self.model)
         ended = [] if fit is None or self._left_early else ended_by(fit, self._epoch)
         if ended:
-            self.checkpoints.end(self.step, ended)
-        self.checkpoints.close()
+            self.manager.end(self.step, ended)
+        self.manager.close()
         self._leave_if_told(or_now=True)
         if self._termination is not None:
             self._termination.close()
@@ -377,7 +391,7 @@ class SaveCheckpoints(keras.callbacks.Callback):
         self._termination.start()
 
     def _newest(self) -> int:
-        return max(self.checkpoints.steps(), default=0)
+        return max(self.manager.steps(), default=0)
 
     def _is_due(self) -> bool:
         return self._termination is not None and self._termination.is_due()
@@ -403,7 +417,7 @@ class SaveCheckpoints(keras.callbacks.Callback):
                 self._logs,
                 awaits_end=not self._has_steps_left(),
             )
-        self.checkpoints.close()
+        self.manager.close()
         self._termination = None
         saved = f"the run is saved at step {self.step}."
         termination.leave(saved if self.step else "no step was done yet.")
@@ -421,13 +435,13 @@ class SaveCheckpoints(keras.callbacks.Callback):
         if not self._saved_before:
             _check_complete(self.model, state)
             self._saved_before = True
-        self.checkpoints.save(
+        self.manager.save(
             state,
             step=self.step,
             epoch=epoch,
             epoch_step=epoch_step,
             logs=logs,
-            data=self.data,
+            dataset=self.dataset,
             config=self.config,
             model=_description(self.model),
             awaits_end=awaits_end,
@@ -454,8 +468,8 @@ def _check_complete(model: keras.Model, state: Mapping[str, Variable]) -> None:
                 raise ValueError(
                     "The training step changes variables that the model does not know "
                     "of, so a checkpoint would lack them. Give them to "
-                    "SaveCheckpoints(extra={name: variable or optimizer}). Received: "
-                    f"{forgotten}"
+                    "CheckpointCallback(extra_state={name: variable or optimizer}). "
+                    f"Received: {forgotten}"
                 )
 
 

@@ -12,12 +12,12 @@ from gshard_tf.compat.keras_epochs import running_fit
 from gshard_tf.spmd.step import NonFiniteError, SkippedStep
 
 if TYPE_CHECKING:
-    from gshard_tf.callbacks.checkpoint import SaveCheckpoints
+    from gshard_tf.callbacks.checkpoint import CheckpointCallback
 
-ACTIONS = ("stop", "skip", "roll_back")
+ACTIONS = ("raise", "skip", "roll_back")
 
 
-class GuardNumbers(keras.callbacks.Callback):
+class NonFiniteGuard(keras.callbacks.Callback):
     """Keeps NaN and infinity out of a model that is trained on a mesh.
 
     A training step that would make any weight, slot or metric not finite changes
@@ -31,16 +31,16 @@ class GuardNumbers(keras.callbacks.Callback):
     which Keras says are 0.
 
     Args:
-        action: `"stop"`: raises `NonFiniteError`. `"skip"`: goes on with the next
+        action: `"raise"`: raises `NonFiniteError`. `"skip"`: goes on with the next
             batch, as loss scaling does. `"roll_back"`: restores the newest checkpoint
             and goes on with the next batch, so that the run comes to the same place by
             another way (PaLM, arXiv 2204.02311, section 5.1).
-        checkpoints: The run's `SaveCheckpoints`, for rolling back.
-        most: How many steps may be skipped in a row, or roll-backs be made between two
-            checkpoints, before it raises all the same.
+        checkpoint: The run's `CheckpointCallback`, for rolling back.
+        max_consecutive: How many steps may be skipped in a row, or roll-backs be made
+            between two checkpoints, before it raises all the same.
 
     Attributes:
-        found: A sentence for each step that was skipped.
+        skipped: One message per skipped step.
 
     Raises:
         ValueError: for an unknown action, or nothing to roll back to.
@@ -48,25 +48,27 @@ class GuardNumbers(keras.callbacks.Callback):
 
     def __init__(
         self,
-        action: str = "stop",
-        checkpoints: "SaveCheckpoints | None" = None,
-        most: int = 5,
+        action: str = "raise",
+        checkpoint: "CheckpointCallback | None" = None,
+        max_consecutive: int = 5,
     ):
         super().__init__()
         if action not in ACTIONS:
-            raise ValueError(f"action is one of {ACTIONS}. Received: {action!r}")
-        if (action == "roll_back") != (checkpoints is not None):
             raise ValueError(
-                "To roll back takes checkpoints=SaveCheckpoints(...), and nothing else "
-                f"does. Received: action={action!r}, checkpoints={checkpoints!r}"
+                f"`action` must be one of {ACTIONS}. Received: action={action!r}"
+            )
+        if (action == "roll_back") != (checkpoint is not None):
+            raise ValueError(
+                "`checkpoint` must be given if and only if action='roll_back'. "
+                f"Received: action={action!r}, checkpoint={checkpoint!r}"
             )
         self.action = action
-        self.checkpoints = checkpoints
-        self.most = most
-        self.found: list[str] = []
+        self.checkpoint = checkpoint
+        self.max_consecutive = max_consecutive
+        self.skipped: list[str] = []
         self._in_a_row = 0
         self._rolled_back_at: list[int] = []
-        self._skipped: list[SkippedStep] = []
+        self._just_skipped: list[SkippedStep] = []
         # Of the latest batch, and of the epoch: whether the metrics have seen anything.
         self._steps_run = 0
         self._first_batch: int | None = None
@@ -77,19 +79,19 @@ class GuardNumbers(keras.callbacks.Callback):
         self._extended = self.model.distribute_strategy.extended
         if not hasattr(self._extended, "skipped_steps"):
             raise ValueError(
-                "GuardNumbers guards models of an SpmdStrategy; elsewhere there is "
+                "NonFiniteGuard guards models of an SpmdStrategy; elsewhere there is "
                 "keras.callbacks.TerminateOnNaN. Received: a model of "
                 f"{type(self.model.distribute_strategy).__name__}"
             )
         fit = running_fit(self.model)
         if fit is None:
             raise ValueError(
-                "GuardNumbers guards the steps of Keras's own `fit`. Received: a loop "
-                "that calls callbacks by itself"
+                "NonFiniteGuard guards the steps of Keras's own `fit`. Received: a "
+                "loop that calls callbacks by itself"
             )
         # A step that was skipped is nothing for others to judge, or to save.
         fit.put_first(self)
-        self._skipped.clear()
+        self._just_skipped.clear()
 
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
         self._first_batch = None
@@ -112,14 +114,14 @@ class GuardNumbers(keras.callbacks.Callback):
         try:
             logs = run(iterator)
             self._steps_run = self._extended.steps_run.total() - before
-            self._skipped = self._extended.skipped_steps[:]
+            self._just_skipped = self._extended.skipped_steps[:]
             return logs
         finally:
             self._extended.keep_finite = False
             self._extended.skipped_steps.clear()
 
     def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
-        skipped, self._skipped = self._skipped, []
+        skipped, self._just_skipped = self._just_skipped, []
         self._has_trained |= self._steps_run > len(skipped) or self._has_gone_on()
         self._of_nothing = [] if self._has_trained else [*(logs or {})]
         self._say_of_nothing(logs)
@@ -131,10 +133,10 @@ class GuardNumbers(keras.callbacks.Callback):
             f"Step {skipped[0].number} would have made NaN or infinity: "
             f"{_blame_or_say_why_not(self.model, skipped[0])}"
         )
-        self.found.append(message)
-        if self.action == "stop":
+        self.skipped.append(message)
+        if self.action == "raise":
             raise NonFiniteError(f"{message}. The model is as it was before.")
-        if self._in_a_row > self.most:
+        if self._in_a_row > self.max_consecutive:
             raise NonFiniteError(
                 f"{message}. That makes {self._in_a_row} such steps in a row; the "
                 "model is as it was before them."
@@ -142,12 +144,12 @@ class GuardNumbers(keras.callbacks.Callback):
         if self.action == "skip":
             warnings.warn(f"{message}. The step was left out.", stacklevel=2)
             return
-        restored = self.checkpoints.roll_back()
+        restored = self.checkpoint.roll_back()
         self._rolled_back_at.append(restored)
-        if self._rolled_back_at.count(restored) > self.most:
+        if self._rolled_back_at.count(restored) > self.max_consecutive:
             raise NonFiniteError(
                 f"{message}. The run was rolled back to step {restored} more than "
-                f"{self.most} times."
+                f"{self.max_consecutive} times."
             )
         warnings.warn(f"{message}. Rolled back to step {restored}.", stacklevel=2)
 
@@ -176,7 +178,7 @@ class _Guarded:
     back when this one is called, by whichever `fit`.
     """
 
-    def __init__(self, guard: GuardNumbers, run: Callable):
+    def __init__(self, guard: NonFiniteGuard, run: Callable):
         self.guard = guard
         self.run = run
 

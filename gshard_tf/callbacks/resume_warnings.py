@@ -24,8 +24,8 @@ def of_the_data(fit: RunningFit, found: Manifest) -> str | None:
     return (
         f"The run goes on at step {found.step}, {found.epoch_step} steps into epoch "
         f"{found.epoch + 1}, and the data that fit was given {reason}. To go on where "
-        "it was, train on ResumableData(dataset).dataset, and give that to "
-        "SaveCheckpoints(data=...)."
+        "it was, train on ResumableDataset(dataset).dataset, and give that to "
+        "CheckpointCallback(dataset=...)."
     )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from gshard_tf.checkpoints import folders
-from gshard_tf.checkpoints.errors import DamagedError
+from gshard_tf.checkpoints.errors import CorruptCheckpointError
 from gshard_tf.checkpoints.manifest import Manifest
 from gshard_tf.io.atomic_files import path_option
 
@@ -75,7 +75,7 @@ def _row(folder: Path, step: int, read_all: bool) -> dict:
             from gshard_tf.checkpoints.verification import verify
 
             verify(path, manifest)
-    except (DamagedError, FileNotFoundError) as error:
+    except (CorruptCheckpointError, FileNotFoundError) as error:
         row["problem"] = str(error)
     return row
 

@@ -10,13 +10,13 @@ from gshard_tf.compat.tf_datasets import operations_with_state
 POSITIONS = ("iterator", "count")
 
 
-class ResumableData:
+class ResumableDataset:
     """A `tf.data` dataset that a run can go on with where it was.
 
     ```python
-    data = ResumableData(dataset.shuffle(1000, seed=1).repeat().batch(64))
+    data = ResumableDataset(dataset.shuffle(1000, seed=1).repeat().batch(64))
     model.fit(data.dataset, steps_per_epoch=100, epochs=10,
-              callbacks=[SaveCheckpoints("run", data=data)])
+              callbacks=[CheckpointCallback("run", dataset=data)])
     ```
 
     Args:
@@ -71,7 +71,7 @@ class ResumableData:
             check = tf.debugging.Assert(
                 batch.has_value(),
                 [
-                    "The dataset of ResumableData has ended. Give one without end, "
+                    "The dataset of ResumableDataset has ended. Give one without end, "
                     "dataset.repeat(), that has a batch at least. Batches received:",
                     self._batches_taken.read_value(),
                 ],
@@ -189,8 +189,8 @@ class ResumableData:
 def _cannot_save(reason: str) -> ValueError:
     return ValueError(
         "TensorFlow cannot save the position in this dataset. Use "
-        "ResumableData(..., position='count'), which reads and drops batches; or have "
-        "no from_generator, tf.py_function or tf.numpy_function in it, "
+        "ResumableDataset(..., position='count'), which reads and drops batches; or "
+        "have no from_generator, tf.py_function or tf.numpy_function in it, "
         "tf.random.stateless_* in place of other random operations, and shuffle "
         f"outside of interleave and flat_map. {reason}"
     )

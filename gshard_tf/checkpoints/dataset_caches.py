@@ -16,7 +16,7 @@ from gshard_tf.compat.tf_caches import FileCache, caches_in_state, file_caches
 
 _WAYS_OUT = (
     "Keep the files beside the run; or remove those that are left and read the "
-    "position as a count, ResumableData(..., position='count'), which writes them "
+    "position as a count, ResumableDataset(..., position='count'), which writes them "
     "anew; or cache in memory, dataset.cache()."
 )
 
@@ -43,7 +43,7 @@ def require_caches(dataset: tf.data.Dataset, state: tf.Tensor) -> None:
         raise ValueError(
             "The position lies in a dataset with cache(FILE) and more than 2 GB of "
             "tensors; whether its files are whole cannot be told. Read the position as "
-            "a count: ResumableData(..., position='count')."
+            "a count: ResumableDataset(..., position='count')."
         )
     if len(read) != len(caches):
         read = [any(read)] * len(caches)

@@ -6,7 +6,7 @@ import errno as numbers
 _OWN_TROUBLE = (numbers.EMFILE, numbers.ENFILE, numbers.ENOMEM)
 
 
-class DamagedError(ValueError):
+class CorruptCheckpointError(ValueError):
     """A checkpoint cannot be read, or is not what was written.
 
     Attributes:
@@ -19,7 +19,7 @@ class DamagedError(ValueError):
         self.errno = errno
 
 
-class MismatchError(ValueError):
+class CheckpointMismatchError(ValueError):
     """A checkpoint does not fit the model that it is to be restored into."""
 
 
@@ -28,7 +28,9 @@ def os_error(message: str, errno: int | None) -> OSError:
     return OSError(message) if errno is None else OSError(errno, message)
 
 
-def unreadable(what: str, name: str, error: OSError) -> DamagedError | OSError:
+def unreadable(
+    what: str, name: str, error: OSError
+) -> CorruptCheckpointError | OSError:
     """What to raise where a file of a checkpoint cannot be read.
 
     Args:
@@ -37,11 +39,11 @@ def unreadable(what: str, name: str, error: OSError) -> DamagedError | OSError:
         error: What the system says.
 
     Returns:
-        A `DamagedError`; or an `OSError`, where it is not for the file: too many are
-        open, say. Both have the number of `error`.
+        A `CorruptCheckpointError`; or an `OSError`, where it is not for the file: too
+        many are open, say. Both have the number of `error`.
     """
     reason = error.strerror or str(error)
     if error.errno in _OWN_TROUBLE:
         return OSError(error.errno, f"{what} could not be read: {name} ({reason})")
     text = f"{what} is damaged: {name} cannot be read ({reason})"
-    return DamagedError(text, error.errno)
+    return CorruptCheckpointError(text, error.errno)

@@ -15,8 +15,8 @@ from typing import Any
 import tensorflow as tf
 
 from gshard_tf.checkpoints import folders, tensor_bundle
-from gshard_tf.checkpoints.dataset import ResumableData
-from gshard_tf.checkpoints.errors import DamagedError
+from gshard_tf.checkpoints.dataset import ResumableDataset
+from gshard_tf.checkpoints.errors import CorruptCheckpointError
 from gshard_tf.checkpoints.manifest import Manifest
 from gshard_tf.checkpoints.matching import Match, match
 from gshard_tf.checkpoints.naming import Variable, array_of
@@ -26,11 +26,15 @@ from gshard_tf.checkpoints.snapshot import (
     repeated,
     snapshot,
 )
-from gshard_tf.checkpoints.writer import PATIENCE_SECONDS, write
+from gshard_tf.checkpoints.writer import WRITE_TIMEOUT_SECONDS, write
 from gshard_tf.compat.keras_seeds import global_seed_state
 from gshard_tf.io.atomic_files import local_path, make_folder
 from gshard_tf.io.locks import FolderLock
-from gshard_tf.runtime.process_group import agree, group, next_turn
+from gshard_tf.runtime.process_group import (
+    all_gather_text,
+    group,
+    next_collective_id,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,10 +53,10 @@ class Restored:
 
 
 # The objects of this process that may write, each to its own folder.
-_HOLDERS: "weakref.WeakSet[Checkpoints]" = weakref.WeakSet()
+_HOLDERS: "weakref.WeakSet[CheckpointManager]" = weakref.WeakSet()
 
 
-class Checkpoints:
+class CheckpointManager:
     """The checkpoints of one run, in one folder.
 
     Each is a folder `step-NNNNNNNNNN` that appears under its name only when it is
@@ -60,12 +64,12 @@ class Checkpoints:
     folder, which the next one removes.
 
     Args:
-        folder: Where they are, on a local or mounted disk; `~` is expanded. With
+        directory: Where they are, on a local or mounted disk; `~` is expanded. With
             several processes: on a disk that all of them see.
-        keep: How many of the newest are kept; None: all.
-        best: A metric of `logs` by which the best one is kept as well.
-        mode: `"min"` or `"max"`: which value of `best` is good.
-        background: Whether `save` returns once the values are copied, and a thread
+        max_to_keep: How many of the newest are kept; None: all.
+        monitor: A metric of `logs` by which the best one is kept as well.
+        mode: `"min"` or `"max"`: which value of `monitor` is better.
+        asynchronous: Whether `save` returns once the values are copied, and a thread
             writes them at the lowest priority while training goes on. What goes wrong
             there is raised by the next `save` or `wait`.
 
@@ -76,21 +80,26 @@ class Checkpoints:
 
     def __init__(
         self,
-        folder: str | Path,
-        keep: int | None = 3,
-        best: str | None = None,
+        directory: str | Path,
+        max_to_keep: int | None = 3,
+        monitor: str | None = None,
         mode: str = "min",
-        background: bool = True,
+        asynchronous: bool = True,
     ):
-        if keep is not None and (isinstance(keep, bool) or keep < 1):
-            raise ValueError(f"keep is at least 1, or None. Received: {keep!r}")
+        if max_to_keep is not None and (
+            isinstance(max_to_keep, bool) or max_to_keep < 1
+        ):
+            raise ValueError(
+                "`max_to_keep` must be at least 1, or None. Received: "
+                f"max_to_keep={max_to_keep!r}"
+            )
         if mode not in ("min", "max"):
-            raise ValueError(f"mode is 'min' or 'max'. Received: {mode!r}")
-        self.folder = local_path(folder, "folder").absolute()
-        self.keep = keep
-        self.best_metric = best
+            raise ValueError(f"`mode` must be 'min' or 'max'. Received: mode={mode!r}")
+        self.directory = local_path(directory, "directory").absolute()
+        self.max_to_keep = max_to_keep
+        self.monitor = monitor
         self.mode = mode
-        self.background = background
+        self.asynchronous = asynchronous
         # Held until `close`, or until nobody has this object any more.
         self._lock: FolderLock | None = None
         self._thread: threading.Thread | None = None
@@ -101,17 +110,17 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """The steps that have a complete checkpoint, oldest first."""
-        return folders.steps(self.folder)
+        return folders.steps(self.directory)
 
     def path(self, step: int) -> Path:
         """The folder of a step's checkpoint."""
-        return folders.path_of(self.folder, step)
+        return folders.path_of(self.directory, step)
 
     def manifest(self, step: int) -> Manifest:
         """What a checkpoint says of itself.
 
         Raises:
-            DamagedError: when it is damaged, or cannot be read.
+            CorruptCheckpointError: when it is damaged, or cannot be read.
             FileNotFoundError: when there is none of that step.
         """
         return Manifest.read(self.path(step), step)
@@ -120,12 +129,14 @@ class Checkpoints:
         """The step of the best checkpoint, by the metric; None when none has it."""
         return self._best_of(self._manifests())
 
-    def _best_of(self, manifests: Mapping[int, Manifest | DamagedError]) -> int | None:
+    def _best_of(
+        self, manifests: Mapping[int, Manifest | CorruptCheckpointError]
+    ) -> int | None:
         scores = {}
         for step, manifest in manifests.items():
-            if isinstance(manifest, DamagedError):
+            if isinstance(manifest, CorruptCheckpointError):
                 continue
-            score = manifest.logs.get(self.best_metric)
+            score = manifest.logs.get(self.monitor)
             if score is not None and score == score:  # not NaN
                 scores[step] = score
         if not scores:
@@ -133,16 +144,16 @@ class Checkpoints:
         # Of equals the older.
         return (min if self.mode == "min" else max)(scores, key=scores.get)
 
-    def _manifests(self) -> dict[int, Manifest | DamagedError]:
+    def _manifests(self) -> dict[int, Manifest | CorruptCheckpointError]:
         """What each checkpoint says of itself, or what is wrong with it."""
 
-        def read(step: int) -> Manifest | DamagedError:
+        def read(step: int) -> Manifest | CorruptCheckpointError:
             try:
                 return self.manifest(step)
-            except DamagedError as error:
+            except CorruptCheckpointError as error:
                 return error
             except FileNotFoundError as error:
-                return DamagedError(str(error))
+                return CorruptCheckpointError(str(error))
 
         return folders.read_listed(self.steps, read)
 
@@ -168,19 +179,19 @@ class Checkpoints:
                 return
             self._lock.release()
             warnings.warn(
-                f"{self.folder} was removed or replaced while this run was writing to "
-                "it. What was in it is gone. The run goes on, and makes it again.",
+                f"{self.directory} was removed or replaced while this run was writing "
+                "to it. What was in it is gone. The run goes on, and makes it again.",
                 stacklevel=2,
             )
-        make_folder(self.folder)
+        make_folder(self.directory)
         for other in list(_HOLDERS):
-            if other is not self and other._holds(self.folder):
+            if other is not self and other._holds(self.directory):
                 # Of a `fit` of this process that was interrupted.
                 other.close()
-        lock = FolderLock(self.folder)
+        lock = FolderLock(self.directory)
         try:
             # What a run that was killed left half-written. (The lock says: it is gone.)
-            for leftover in folders.leftovers(self.folder):
+            for leftover in folders.leftovers(self.directory):
                 shutil.rmtree(leftover, ignore_errors=True)
         except BaseException:
             lock.release()
@@ -208,12 +219,14 @@ class Checkpoints:
         epoch: int = 0,
         epoch_step: int = 0,
         logs: Mapping[str, float] | None = None,
-        data: ResumableData | None = None,
+        dataset: ResumableDataset | None = None,
         config: Any = None,
         model: Any = None,
         awaits_end: bool = False,
     ) -> None:
-        """Writes a checkpoint; see `state_of` for `state`, and `Manifest` for the rest.
+        """Writes a checkpoint; `Manifest` describes the arguments but `state`.
+
+        For `state` see `training_state`.
 
         With several processes, each of them calls this at the same step.
 
@@ -224,7 +237,7 @@ class Checkpoints:
         self.wait()
         self.claim()
         processes = group()
-        position = None if data is None else data.state()
+        position = None if dataset is None else dataset.state()
         pieces = snapshot(state, processes.is_chief)
         if position is not None and position["iterator"] is not None:
             saved = position.pop("iterator")
@@ -242,15 +255,15 @@ class Checkpoints:
             logs={name: float(value) for name, value in (logs or {}).items()},
             data={
                 "batches": None if position is None else position["batches"],
-                "position": None if data is None else data.position,
+                "position": None if dataset is None else dataset.position,
             },
             config=config,
             model=model,
             global_seed=_global_seed(),
             awaits_end=awaits_end or None,
         )
-        turn = next_turn()
-        if self.background:
+        turn = next_collective_id()
+        if self.asynchronous:
             self._thread = threading.Thread(
                 target=self._write_in_background, args=(manifest, pieces, turn)
             )
@@ -316,21 +329,21 @@ class Checkpoints:
 
     def _prune(self) -> None:
         sound = [step for step in self.steps() if step not in self._damaged]
-        kept = set(sound if self.keep is None else sound[-self.keep :])
-        if self.best_metric is not None:
+        kept = set(sound if self.max_to_keep is None else sound[-self.max_to_keep :])
+        if self.monitor is not None:
             manifests = self._manifests()
             kept.add(self._best_of(manifests))
             # Where the disk did not answer, it may have been the best.
             kept |= {
                 step
                 for step, manifest in manifests.items()
-                if isinstance(manifest, DamagedError) and manifest.errno
+                if isinstance(manifest, CorruptCheckpointError) and manifest.errno
             }
         for step in sound:
             if step in kept:
                 continue
             try:
-                folders.remove(self.folder, step)
+                folders.remove(self.directory, step)
             except OSError as error:
                 # No reason to end a run: what it has written is whole.
                 warnings.warn(
@@ -345,7 +358,7 @@ class Checkpoints:
         self,
         state: Mapping[str, Variable],
         step: int | None = None,
-        data: ResumableData | None = None,
+        dataset: ResumableDataset | None = None,
         rename: Sequence[tuple[str, str]] = (),
         missing: Sequence[str] = (),
         extra: Sequence[str] = (),
@@ -357,9 +370,9 @@ class Checkpoints:
         step. Nothing changes before all that is needed was read and found whole.
 
         Args:
-            state: What to restore; see `state_of`.
+            state: What to restore; see `training_state`.
             step: Which one; None: the newest.
-            data: Input that is to go on where it was.
+            dataset: Input that is to go on where it was.
             rename, missing, extra: What may differ; see `matching.match`.
             accept: Called with the manifest before anything is read; raises what it
                 does not accept.
@@ -368,11 +381,11 @@ class Checkpoints:
             What was done, or None when there is no checkpoint at all.
 
         Raises:
-            DamagedError: when there is none that is sound.
-            MismatchError: when it is a checkpoint of another model.
+            CorruptCheckpointError: when there is none that is sound.
+            CheckpointMismatchError: when it is a checkpoint of another model.
         """
         self.wait()
-        damaged: dict[int, DamagedError] = {}
+        damaged: dict[int, CorruptCheckpointError] = {}
         vanished: Counter[int] = Counter()
         while (candidate := self._agreed(step, damaged)) is not None:
             path = self.path(candidate)
@@ -383,9 +396,9 @@ class Checkpoints:
                 if accept is not None:
                     accept(manifest)
                 restored, apply = self._read(
-                    manifest, state, data, rename, missing, extra
+                    manifest, state, dataset, rename, missing, extra
                 )
-            except (DamagedError, FileNotFoundError) as error:
+            except (CorruptCheckpointError, FileNotFoundError) as error:
                 problem = error
             now = folders.identity(path)
             # (One that was removed when all of it had been read is whole.)
@@ -401,7 +414,7 @@ class Checkpoints:
                 for assign in apply:
                     assign()
                 return restored
-            damaged[candidate] = DamagedError(str(problem), problem.errno)
+            damaged[candidate] = CorruptCheckpointError(str(problem), problem.errno)
             self._damaged.add(candidate)
             if step is None:
                 warnings.warn(
@@ -410,8 +423,8 @@ class Checkpoints:
                 )
         if damaged:
             numbers = [error.errno for error in damaged.values() if error.errno]
-            raise DamagedError(
-                f"No checkpoint in {self.folder} is sound: "
+            raise CorruptCheckpointError(
+                f"No checkpoint in {self.directory} is sound: "
                 + "; ".join(map(str, damaged.values())),
                 numbers[0] if numbers else None,
             )
@@ -421,13 +434,13 @@ class Checkpoints:
         """The next checkpoint to try: of what the first process sees, who wrote it."""
         listed = self.steps()[::-1] if step is None else [step]
         wanted = (candidate for candidate in listed if candidate not in damaged)
-        return json.loads(agree("step", json.dumps(next(wanted, None)))[0])
+        return json.loads(all_gather_text("step", json.dumps(next(wanted, None)))[0])
 
     def _read(
         self,
         manifest: Manifest,
         state: Mapping[str, Variable],
-        data: ResumableData | None,
+        dataset: ResumableDataset | None,
         rename: Sequence[tuple[str, str]],
         missing: Sequence[str],
         extra: Sequence[str],
@@ -444,8 +457,8 @@ class Checkpoints:
             if name in matched.repeated:
                 read = repeated(read)
             apply.append(load(state[name], read))
-        if data is not None:
-            apply.append(_position(folder, manifest, data))
+        if dataset is not None:
+            apply.append(_position(folder, manifest, dataset))
         return Restored(folder, manifest, matched), apply
 
 
@@ -460,21 +473,21 @@ def array_reader(folder: Path, manifest: Manifest, name: str) -> Any:
     return read
 
 
-def _position(folder: Path, manifest: Manifest, data: ResumableData) -> Any:
+def _position(folder: Path, manifest: Manifest, dataset: ResumableDataset) -> Any:
     batches = manifest.data["batches"]
     if batches is None:
         raise ValueError(
-            f"{folder} was saved without data=, so there is no position to go to."
+            f"{folder} was saved without dataset=, so there is no position to go to."
         )
     saved = None
     if manifest.data["position"] == "iterator":
-        if manifest.processes != group().count and data.position == "iterator":
+        if manifest.processes != group().count and dataset.position == "iterator":
             raise ValueError(
                 f"{folder} was written by {manifest.processes} processes, each with "
                 f"the state of its own input; this run has {group().count}. Read the "
-                "position as a count: ResumableData(..., position='count')."
+                "position as a count: ResumableDataset(..., position='count')."
             )
-        if data.position == "iterator":
+        if dataset.position == "iterator":
             saved = tensor_bundle.read(
                 folder / "state",
                 tensor_bundle.position_name(group().index),
@@ -482,13 +495,13 @@ def _position(folder: Path, manifest: Manifest, data: ResumableData) -> Any:
                 (),
                 tf.variant,
             )
-    data.require(saved)
-    return lambda: data.restore(batches, saved)
+    dataset.require(saved)
+    return lambda: dataset.restore(batches, saved)
 
 
 def _what_all_say(
-    problem: DamagedError | FileNotFoundError | None, stays: bool
-) -> tuple[DamagedError | FileNotFoundError | None, bool]:
+    problem: CorruptCheckpointError | FileNotFoundError | None, stays: bool
+) -> tuple[CorruptCheckpointError | FileNotFoundError | None, bool]:
     """What is wrong with a checkpoint in any process, and whether it is still there."""
     mine = {
         "problem": "" if problem is None else str(problem),
@@ -496,12 +509,12 @@ def _what_all_say(
         "errno": None if problem is None else problem.errno,
         "stays": stays,
     }
-    said = agree("restore", json.dumps(mine), PATIENCE_SECONDS)
+    said = all_gather_text("restore", json.dumps(mine), WRITE_TIMEOUT_SECONDS)
     told = list(map(json.loads, said))
     stays = all(one["stays"] and not one["absent"] for one in told)
     for one in told:
         if one["problem"]:
-            kind = FileNotFoundError if one["absent"] else DamagedError
+            kind = FileNotFoundError if one["absent"] else CorruptCheckpointError
             found = kind(one["problem"])
             found.errno = one["errno"]
             return found, stays

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gshard_tf.checkpoints import folders
-from gshard_tf.checkpoints.errors import DamagedError, unreadable
+from gshard_tf.checkpoints.errors import CorruptCheckpointError, unreadable
 from gshard_tf.io.atomic_files import write_file
 
 NAME = "manifest.json"
@@ -47,7 +47,7 @@ class Manifest:
         files: The sizes of the other files, by name.
         digests: SHA-256 of those that have no checksums of their own within.
         logs: The metrics when it was saved.
-        data: The position in the input, and its kind; see `ResumableData`.
+        data: The position in the input, and its kind; see `ResumableDataset`.
         config: The configuration that came with it.
         model: Keras's description of the model, if it has one.
         global_seed: The state of Keras's global seed generator, which is no model's;
@@ -99,8 +99,8 @@ class Manifest:
             step: Whose checkpoint it must be; None: any.
 
         Raises:
-            DamagedError: when it is not what was written or cannot be read, a file is
-                missing or of another size, or it is that of another step.
+            CorruptCheckpointError: when it is not what was written or cannot be read,
+                a file is missing or of another size, or it is that of another step.
             FileNotFoundError: when there is nothing of that name.
             OSError: when this process has too many files open, or the like.
         """
@@ -110,31 +110,35 @@ class Manifest:
             if not folder.is_dir():
                 link = folder.is_symlink() and not folder.exists()
                 what = "a link to what is not there" if link else "no folder"
-                raise DamagedError(f"{folder} is damaged: it is {what}")
+                raise CorruptCheckpointError(f"{folder} is damaged: it is {what}")
         with _reading(folder, NAME):
             if not (folder / NAME).is_file():
-                raise DamagedError(f"{folder} is damaged: {NAME} is missing")
+                raise CorruptCheckpointError(f"{folder} is damaged: {NAME} is missing")
             text = (folder / NAME).read_bytes()
         manifest = cls._parsed(folder, text)
         if step is not None and manifest.step != step:
-            raise DamagedError(
+            raise CorruptCheckpointError(
                 f"{folder} is damaged: its {NAME} is that of step {manifest.step}"
             )
         for name, size in manifest.files.items():
             with _reading(folder, name):
                 path = folder / name
                 if not path.is_file():
-                    raise DamagedError(f"{folder} is damaged: {name} is missing")
+                    raise CorruptCheckpointError(
+                        f"{folder} is damaged: {name} is missing"
+                    )
                 found = path.stat().st_size
             if found != size:
-                raise DamagedError(
+                raise CorruptCheckpointError(
                     f"{folder} is damaged: {name} has {found} bytes, not {size}"
                 )
         for name, digest in manifest.digests.items():
             with _reading(folder, name):
                 found = sha256(folder / name)
             if found != digest:
-                raise DamagedError(f"{folder} is damaged: the checksum of {name}")
+                raise CorruptCheckpointError(
+                    f"{folder} is damaged: the checksum of {name}"
+                )
         return manifest
 
     @classmethod
@@ -145,9 +149,13 @@ class Manifest:
             digest = hashlib.sha256(_text(content).encode()).hexdigest()
             sound = digest == found["sha256"]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise DamagedError(f"{folder / NAME} is damaged: {error!r}") from error
+            raise CorruptCheckpointError(
+                f"{folder / NAME} is damaged: {error!r}"
+            ) from error
         if not sound:
-            raise DamagedError(f"{folder / NAME} is damaged: its checksum differs")
+            raise CorruptCheckpointError(
+                f"{folder / NAME} is damaged: its checksum differs"
+            )
         if isinstance(content, dict) and content.get("format") != FORMAT:
             raise ValueError(
                 f"{folder} was written by another version of gshard_tf. Received: "
@@ -166,7 +174,9 @@ class Manifest:
             }
             return cls(**content)
         except (AttributeError, KeyError, TypeError) as error:
-            raise DamagedError(f"{folder / NAME} is damaged: {error!r}") from error
+            raise CorruptCheckpointError(
+                f"{folder / NAME} is damaged: {error!r}"
+            ) from error
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 
-from gshard_tf.checkpoints.errors import MismatchError
+from gshard_tf.checkpoints.errors import CheckpointMismatchError
 from gshard_tf.checkpoints.manifest import Array
 from gshard_tf.checkpoints.naming import section
 
@@ -46,7 +46,7 @@ def match(
             be missing and extra: they depend on how the model was compiled.
 
     Raises:
-        MismatchError: lists everything that does not fit.
+        CheckpointMismatchError: lists everything that does not fit.
     """
     sources: dict[str, str] = {}
     repeated, absent, wrong, taken = set(), [], [], set()
@@ -76,7 +76,7 @@ def match(
     lines += [f"not in the model: {name}" for name in _not_allowed(left, extra)]
     if lines:
         shown = lines[:20] + ([f"and {len(lines) - 20} more"] if lines[20:] else [])
-        raise MismatchError(
+        raise CheckpointMismatchError(
             "The checkpoint is not one of this model (name what may differ with "
             "rename=, missing= and extra=):\n  " + "\n  ".join(shown)
         )

@@ -15,9 +15,9 @@ import tensorflow as tf
 Variable = keras.Variable | tf.Variable
 
 
-def state_of(
+def training_state(
     model: keras.Model,
-    extra: Mapping[str, Variable | keras.optimizers.Optimizer] | None = None,
+    extra_state: Mapping[str, Variable | keras.optimizers.Optimizer] | None = None,
 ) -> dict[str, Variable]:
     """Every variable that a run of `model` has, by name.
 
@@ -27,8 +27,8 @@ def state_of(
 
     Args:
         model: A built model.
-        extra: What the model does not know of: other optimizers (built), variables of
-            your own, by a name for each.
+        extra_state: What the model does not know of: other optimizers (built),
+            variables of your own, by a name for each.
 
     Raises:
         ValueError: when the model is not built.
@@ -57,7 +57,7 @@ def state_of(
     for variable in model.metrics_variables:
         if id(variable) not in saved:
             _add(found, f"metrics/{numbers.path(variable.path)}", variable)
-    for name, value in (extra or {}).items():
+    for name, value in (extra_state or {}).items():
         if isinstance(value, keras.optimizers.Optimizer):
             _add_optimizer(found, f"extra/{name}", value, weights)
         else:

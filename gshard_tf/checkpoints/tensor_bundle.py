@@ -132,7 +132,8 @@ def read(
     """Reads a region of an array, checking the checksum of every piece it needs.
 
     Raises:
-        DamagedError: when they do not match, or a file is missing, short or unreadable.
+        CorruptCheckpointError: when they do not match, or a file is missing, short or
+            unreadable.
         OSError: when too many files are open, or memory is used up.
     """
     spec = "" if region == whole(shape) else _slice_spec(shape, region)

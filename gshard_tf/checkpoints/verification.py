@@ -13,7 +13,7 @@ def verify(folder: Path, manifest: Manifest) -> None:
     """Reads every array and position of a checkpoint.
 
     Raises:
-        DamagedError: when a checksum differs.
+        CorruptCheckpointError: when a checksum differs.
     """
     for name, array in manifest.arrays.items():
         dtype = tf.as_dtype(array.dtype)

@@ -13,7 +13,7 @@ from gshard_tf.io.atomic_files import Contents, new_folder
 from gshard_tf.runtime.process_group import group
 
 # How long one process waits for what another one writes.
-PATIENCE_SECONDS = 3600
+WRITE_TIMEOUT_SECONDS = 3600
 
 # What is in the folder of a checkpoint, and so may be replaced; damaged ones too, which
 # lack some of it.
@@ -69,16 +69,16 @@ def _write_together(
         return len(pieces)
 
     if not processes.is_chief:
-        opened = json.loads(processes.hear(f"{key}/open", PATIENCE_SECONDS))
+        opened = json.loads(processes.get(f"{key}/open", WRITE_TIMEOUT_SECONDS))
         mine = f"{key}/part/{processes.index}"
         count = 0
         try:
             if not opened["error"]:
                 count = write_part()
         except OSError as error:
-            processes.tell(mine, _told(error))
+            processes.put(mine, _told(error))
             raise
-        processes.tell(mine, _told(None, count))
+        processes.put(mine, _told(None, count))
         _heard(f"{key}/done", "the checkpoint could not be written")
         return
     problem: BaseException | None = None
@@ -86,7 +86,7 @@ def _write_together(
     try:
         with new_folder(path, True, CHECKPOINT) as partial:
             opened = True
-            processes.tell(f"{key}/open", _told(None))
+            processes.put(f"{key}/open", _told(None))
             counts = [write_part()]
             for i in range(1, processes.count):
                 what = f"process {i} could not write its part"
@@ -100,8 +100,8 @@ def _write_together(
         raise
     finally:
         if not opened:
-            processes.tell(f"{key}/open", _told(problem))
-        processes.tell(f"{key}/done", _told(problem))
+            processes.put(f"{key}/open", _told(problem))
+        processes.put(f"{key}/done", _told(problem))
 
 
 def _told(error: BaseException | None, pieces: int = 0) -> str:
@@ -115,7 +115,7 @@ def _told(error: BaseException | None, pieces: int = 0) -> str:
 
 def _heard(key: str, what: str) -> dict[str, Any]:
     """Waits for what another process tells; raises `OSError` if it is an error."""
-    said = json.loads(group().hear(key, PATIENCE_SECONDS))
+    said = json.loads(group().get(key, WRITE_TIMEOUT_SECONDS))
     if said["error"]:
         raise os_error(f"{what}: {said['error']}", said["errno"])
     return said

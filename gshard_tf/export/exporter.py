@@ -19,7 +19,7 @@ from tensorflow.experimental import dtensor
 
 from gshard_tf.checkpoints.manifest import Array
 from gshard_tf.checkpoints.matching import match
-from gshard_tf.checkpoints.naming import array_of, state_of
+from gshard_tf.checkpoints.naming import array_of, training_state
 from gshard_tf.compat.keras_seeds import global_seed_state
 from gshard_tf.export import program_file
 from gshard_tf.export.manifest import (
@@ -71,7 +71,7 @@ class StepProgram:
         self.specs = batch_specs(batch)
         with strategy.scope():
             complete(model, self.specs, mode)
-        for variable in state_of(model).values():
+        for variable in training_state(model).values():
             strategy.extended.ours(variable)
         if not is_abstract(model):
             _check_metrics(model)
@@ -163,7 +163,7 @@ class StepProgram:
     def _describe(self, step: lowering.LoweredStep) -> Manifest:
         names = {
             id(array_of(variable)): (name, variable)
-            for name, variable in state_of(self.model).items()
+            for name, variable in training_state(self.model).items()
         }
         roles = roles_of(self.model)
         layouts = step_layouts(self.strategy.extended.layouts, step)
@@ -285,7 +285,8 @@ def save_state(model: keras.Model, path: str | os.PathLike, step: int = 0) -> No
     """Writes everything that a model, its metrics and its optimizer remember."""
     path = local_path(path)  # before everything is copied
     arrays = {
-        name: array_of(variable).numpy() for name, variable in state_of(model).items()
+        name: array_of(variable).numpy()
+        for name, variable in training_state(model).items()
     }
     program_file.write_state(path, arrays, step=step)
 
@@ -293,7 +294,7 @@ def save_state(model: keras.Model, path: str | os.PathLike, step: int = 0) -> No
 def load_state(model: keras.Model, path: str | os.PathLike) -> dict[str, Any]:
     """Assigns every variable of a model from a state file; nothing if it differs."""
     arrays, meta = program_file.read_state(path)
-    variables = state_of(model)
+    variables = training_state(model)
     found = match(
         {name: (tuple(v.shape), _dtype(array_of(v))) for name, v in variables.items()},
         {name: Array(a.shape, a.dtype.name, "", ()) for name, a in arrays.items()},

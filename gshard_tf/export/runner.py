@@ -191,7 +191,7 @@ def _train(options: argparse.Namespace, log: Log) -> int:
     )
     if options.evaluate:
         evaluation = Evaluation(
-            *options.evaluate, options, log, lambda: termination.heard
+            *options.evaluate, options, log, lambda: termination.is_requested
         )
     state = program.put_state(arrays)
     since, last = time.perf_counter(), step

@@ -1,8 +1,8 @@
 """A connection to the first process that outlives it.
 
 jax's client aborts its process, with a stack of C++, at the moment in which the
-connection to the coordination service breaks, and cannot be told not to. So it talks
-to a relay in its own process, which keeps the client's connection open and notes that
+connection to the coordination service breaks; no option prevents that. So it connects
+to a relay in its own process, which keeps the client's connection open and records that
 the other side is gone.
 """
 
@@ -20,23 +20,23 @@ _RETRY_SECONDS = 0.1
 
 
 class Relay:
-    """Forwards what comes to a port of this machine, in threads.
+    """Forwards the data that reach a port of this machine, in threads.
 
     Args:
-        host: Where to.
-        port: Where to; it need not listen yet.
-        patience: Seconds without an answer to what was sent, after which the other
-            machine is taken for dead.
+        host: The destination.
+        port: The destination's port; it need not listen yet.
+        timeout: Seconds without an answer to sent data, after which the other machine
+            counts as dead.
 
     Attributes:
         address: Of this machine, for the client.
         gone: Set when the other side has closed a connection, or does not answer.
     """
 
-    def __init__(self, host: str, port: int, patience: float):
+    def __init__(self, host: str, port: int, timeout: float):
         self.gone = threading.Event()
         self._target = host, port
-        self._patience = patience
+        self._timeout = timeout
         self._server = socket.create_server(("127.0.0.1", 0))
         self.address = f"127.0.0.1:{self._server.getsockname()[1]}"
         self._run(self._serve)
@@ -66,8 +66,8 @@ class Relay:
                 try:
                     far.sendall(data)
                 except OSError:
-                    return  # the reading side notes it, and `near` stays open
-        # The client has closed it: nobody is gone.
+                    return  # the reading side records it, and `near` stays open
+        # The client has closed it: the other side is not gone.
         near.close()
         with contextlib.suppress(OSError):
             far.shutdown(socket.SHUT_RDWR)
@@ -75,7 +75,7 @@ class Relay:
     def _connect(self) -> socket.socket | None:
         while not self.gone.is_set():
             try:
-                far = socket.create_connection(self._target, self._patience)
+                far = socket.create_connection(self._target, self._timeout)
             except OSError:
                 time.sleep(_RETRY_SECONDS)
                 continue
@@ -83,7 +83,7 @@ class Relay:
             far.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             far.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux
-                limit = int(1000 * self._patience)
+                limit = int(1000 * self._timeout)
                 far.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, limit)
             return far
         return None

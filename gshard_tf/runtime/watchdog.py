@@ -1,65 +1,67 @@
-"""Looks after the processes of a run: whether each of them is there, and goes on."""
+"""Watchdog: ends all processes of a run when one fails, dies or hangs."""
 
 from __future__ import annotations
 
 import contextlib
+import os
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+import traceback
+from collections.abc import Iterator
+from types import TracebackType
 
+from gshard_tf.runtime.process_group import RunState, run_state
 from gshard_tf.runtime.relay import Relay
 
-if TYPE_CHECKING:
-    from gshard_tf.runtime.process_group import _Run
-
-# The exit code of a process that stopped because another one did.
-STOPPED_BY_ANOTHER = 70
+# The exit code of a process that ends because another one failed.
+ABORTED_BY_ANOTHER = 70
 BEAT_SECONDS = 0.5
 _LOOK_SECONDS = 0.25
+# How long the first process, which carries the messages, waits until the others know
+# why the run ends.
+_SHUTDOWN_GRACE_SECONDS = 10
 
 
-class Watch:
-    """Looks whether another process has ended, or holds this one up.
+class Watchdog:
+    """Ends this process when another one has ended, or blocks it for too long.
 
     One thread talks to the coordination service, which may not answer; another one
-    looks at what it heard, and ends the process.
+    looks at the answers, and ends the process.
     """
 
     def __init__(
         self,
-        run: _Run,
+        run: RunState,
         relay: Relay | None,
-        patience: float,
-        heartbeat: float,
-        end: Callable[[str, int, bool], None],
-    ):
-        """See `join_processes`; `end` prints a text and ends the process by a code."""
+        step_timeout: float,
+        heartbeat_timeout: float,
+    ) -> None:
+        """Starts nothing yet; `initialize` describes the arguments."""
         self.run = run
         self.group = run.group
-        self.end = end
         self.relay = relay
-        self.patience = patience
-        self.heartbeat = heartbeat
-        # What was heard last: of ends, of those that have left, and of progress.
+        self.step_timeout = step_timeout
+        self.heartbeat_timeout = heartbeat_timeout
+        # The latest answers: why processes ended, who has left, and all progress.
         self.ends: dict[str, str] = {}
         self.left: dict[str, str] = {}
         self.progress: dict[str, str] = {}
         self.beats = 0
         self.error: Exception | None = None
-        # How many beats ago each process told something new.
-        self.silent: dict[str, int] = {}
+        # The number of beats since the progress of each process changed.
+        self.silent_beats: dict[str, int] = {}
 
     def start(self) -> None:
-        """Tells the others that this process is there, and watches from now on."""
+        """Announces this process to the others, and starts to watch them."""
         self._beat()
         for target in (self._talk, self._look):
             threading.Thread(target=target, daemon=True).start()
 
-    def part(self) -> None:
-        """At this process's own end: leaves together with the others."""
+    def leave(self) -> None:
+        """Leaves the run together with the other processes, at this process's end."""
         with contextlib.suppress(Exception):  # the service is gone: `_look` ends it
-            self.group.tell(f"left/{self.group.index}", str(self.run.turn))
+            self.group.put(f"left/{self.group.index}", str(self.run.section_count))
         while not self.run.over.wait(0.1):
             if len(self.left) == self.group.count:
                 self.run.over.set()
@@ -73,78 +75,141 @@ class Watch:
                 return
 
     def _beat(self) -> None:
-        processes, before = self.group, self.progress
-        processes.tell(f"progress/{processes.index}", f"{self.run.turn} {self.beats}")
-        self.ends = processes.overhear("end")
-        self.left = processes.overhear("left")
-        self.progress = processes.overhear("progress")
-        for index, told in self.progress.items():
-            same = told == before.get(index)
-            self.silent[index] = self.silent.get(index, 0) + 1 if same else 0
+        group, before = self.group, self.progress
+        group.put(f"progress/{group.index}", f"{self.run.section_count} {self.beats}")
+        self.ends = group.list("end")
+        self.left = group.list("left")
+        self.progress = group.list("progress")
+        for index, progress in self.progress.items():
+            beats = self.silent_beats.get(index, 0) + 1
+            self.silent_beats[index] = beats if progress == before.get(index) else 0
         self.beats += 1
 
     def _look(self) -> None:
-        # Beats and looks are counted, not seconds: nothing is silent while this
-        # process is stopped, or Python is held up.
+        # Beats and looks are counted, not seconds: no process counts as silent while
+        # this one is stopped, or Python is blocked.
         looks, beats = 0, 0
         while not self.run.over.wait(_LOOK_SECONDS):
             looks = 0 if self.beats != beats else looks + 1
             beats = self.beats
-            for text, code, tell in self._reasons(looks * _LOOK_SECONDS):
+            for text, code, notify in self._reasons(looks * _LOOK_SECONDS):
                 if not self.run.over.is_set():
-                    self.end(text, code, tell)
+                    abort(text, code, notify)
 
     def _reasons(self, unanswered: float) -> Iterator[tuple[str, int, bool]]:
-        """Why this process has to end, if there is a reason: text, code, whether new.
+        """Yields the reasons to end this process, as arguments of `abort`.
 
         Args:
             unanswered: Seconds for which the service has not answered.
         """
-        index, count = self.group.index, self.group.count
         for text in self.ends.values():
-            yield text, STOPPED_BY_ANOTHER, False
-        gone = self.relay is not None and self.relay.gone.is_set()
-        if gone or self.error is not None or unanswered > self.heartbeat:
-            how = "is gone" if gone or self.error else "gives no sign of life"
-            yield (
-                f"process {index} of {count} stops: the first process, which "
-                f"coordinates the run, {how}",
-                STOPPED_BY_ANOTHER,
-                False,
-            )
-        for other, silent in self.silent.items():
-            if silent * BEAT_SECONDS > self.heartbeat and other not in self.left:
-                yield (
-                    f"process {index} of {count} stops: process {other} gives no sign "
-                    "of life",
-                    STOPPED_BY_ANOTHER,
-                    True,
-                )
+            yield text, ABORTED_BY_ANOTHER, False
+        stops = f"process {self.group.index} of {self.group.count} stops: "
+        is_gone = self.relay is not None and self.relay.gone.is_set()
+        is_gone = is_gone or self.error is not None
+        if is_gone or unanswered > self.heartbeat_timeout:
+            state = "is gone" if is_gone else "is not responding"
+            text = f"the first process, which coordinates the run, {state}"
+            yield stops + text, ABORTED_BY_ANOTHER, False
+        for other, beats in self.silent_beats.items():
+            if beats * BEAT_SECONDS > self.heartbeat_timeout and other not in self.left:
+                text = f"process {other} is not responding"
+                yield stops + text, ABORTED_BY_ANOTHER, True
+        yield from self._reasons_to_stop_waiting(stops)
+
+    def _reasons_to_stop_waiting(self, stops: str) -> Iterator[tuple[str, int, bool]]:
         waits = self.run.waits_for()
         if waits is None:
             return
-        what, since = waits
+        name, since = waits
         seconds = time.monotonic() - since
-        for other, turn in self.left.items():
-            if seconds > 2 * BEAT_SECONDS and int(turn) < self.run.turn + (
-                self.run.waiting_since is None
+        in_section = self.run.waiting_since is not None
+        for other, count in self.left.items():
+            if seconds > 2 * BEAT_SECONDS and int(count) < self.run.section_count + (
+                not in_section
             ):
-                yield (
-                    f"process {index} of {count} stops: process {other} has ended, "
-                    f"while this one waits for it in {what}",
-                    STOPPED_BY_ANOTHER,
-                    True,
+                text = (
+                    f"process {other} has ended, while this one waits for it in {name}"
                 )
-        if self.run.waiting_since is not None and seconds > self.patience:
-            behind = [
-                i
-                for i in range(count)
-                if int(self.progress.get(str(i), "0").split()[0]) < self.run.turn
-            ]
-            who = ", ".join(f"process {i}" for i in behind) or "no process"
-            yield (
-                f"process {index} of {count} has waited {self.patience:g} s in "
-                f"{what}; {who} has not come there",
-                1,
-                True,
+                yield stops + text, ABORTED_BY_ANOTHER, True
+        if in_section and seconds > self.step_timeout:
+            late = ", ".join(f"process {i}" for i in self._late()) or "no process"
+            text = (
+                f"process {self.group.index} of {self.group.count} has waited "
+                f"{self.step_timeout:g} s in {name}; {late} has not come there"
             )
+            yield text, 1, True
+
+    def _late(self) -> list[int]:
+        """The processes that have not come to this process's section."""
+        return [
+            i
+            for i in range(self.group.count)
+            if int(self.progress.get(str(i), "0").split()[0]) < self.run.section_count
+        ]
+
+
+def abort_all_and_exit(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """A `sys.excepthook` that also terminates the other processes."""
+    traceback.print_exception(kind, error, trace)
+    message = "".join(traceback.format_exception_only(kind, error)).strip()
+    run = run_state()
+    unresponsive = _unresponsive(run) if run.collective_failed else ""
+    if unresponsive:
+        index, count = run.group.index, run.group.count
+        text = f"process {index} of {count} stops: {unresponsive}{message}"
+        abort(text, ABORTED_BY_ANOTHER, notify=True)
+    abort_all(message)
+
+
+def _unresponsive(run: RunState) -> str:
+    """The processes that no longer report their progress, for a message."""
+    try:
+        before = run.group.list("progress")
+        time.sleep(6 * BEAT_SECONDS)
+        after = run.group.list("progress")
+    except Exception:  # jaxlib has no narrower class for it
+        return "the first process, which coordinates the run, is gone; "
+    unchanged = [i for i, text in sorted(after.items()) if text == before.get(i)]
+    return "".join(f"process {i} is not responding; " for i in unchanged)
+
+
+def abort_all(message: str) -> None:
+    """Ends all processes of the run, this one at once; each prints `message`."""
+    group = run_state().group
+    text = f"process {group.index} of {group.count} failed: {message}"
+    abort(text, 1, notify=True)
+
+
+def abort(text: str, code: int, notify: bool) -> None:
+    """Prints `text` and ends this process.
+
+    The first process, which carries the messages, ends only once all know the reason.
+
+    Args:
+        text: The reason.
+        code: The exit code.
+        notify: Whether the other processes get the reason from this one.
+    """
+    run = run_state()
+    group = run.group
+    run.ending.acquire()  # a second thread waits here for the end of the process
+    run.over.set()
+    print(f"gshard_tf: {text}", file=sys.stderr, flush=True)
+
+    def notify_others() -> None:
+        with contextlib.suppress(Exception):  # the service may be gone with its process
+            if notify:
+                group.put(f"end/{group.index}", text)
+            group.put(f"heard/{group.index}", "")
+            while group.is_chief and len(group.list("heard")) < group.count:
+                time.sleep(0.1)
+
+    # A service whose process hangs does not answer.
+    notifying = threading.Thread(target=notify_others, daemon=True)
+    notifying.start()
+    notifying.join(_SHUTDOWN_GRACE_SECONDS if group.is_chief else 2 * BEAT_SECONDS)
+    # Without jax's own shutdown, which would wait for processes that are gone.
+    os._exit(code)

@@ -18,7 +18,7 @@ from tensorflow.experimental import dtensor
 from gshard_tf.compat.xla import compiler_options, operation_that_failed
 from gshard_tf.hlo.rewrites import partition_safely
 from gshard_tf.runtime.devices import mesh_devices
-from gshard_tf.runtime.process_group import together
+from gshard_tf.runtime.process_group import collective_section
 from gshard_tf.sharding.regions import assemble, cut
 from gshard_tf.spmd.lowering import LoweredStep
 
@@ -121,7 +121,7 @@ class Placement:
     def _gathered(self, value: Any) -> Any:
         import jax
 
-        with together("reading a split variable"), jax.enable_x64(True):
+        with collective_section("reading a split variable"), jax.enable_x64(True):
             return jax.block_until_ready(self._gather(value))
 
 

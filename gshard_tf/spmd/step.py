@@ -15,7 +15,11 @@ from tensorflow.experimental import dtensor
 
 from gshard_tf.compat.keras_seeds import global_seed_state
 from gshard_tf.compat.keras_threads import keras_state, use_keras_state
-from gshard_tf.runtime.process_group import agree, group, together
+from gshard_tf.runtime.process_group import (
+    all_gather_text,
+    collective_section,
+    group,
+)
 from gshard_tf.sharding.mesh import without_mesh
 from gshard_tf.sharding.sharded_variable import PlacedVariable
 from gshard_tf.sharding.variable_layouts import Layouts
@@ -254,7 +258,7 @@ class _Executable:
             ]
             inputs = program.put_inputs(arrays)
             count = extended.steps_run[self.name]
-            with together(f"step {count} of {self.name}"):
+            with collective_section(f"step {count} of {self.name}"):
                 outputs, updated = program(inputs, captures)
                 # Until all devices are done, they may read the arguments' memory.
                 program.wait([*updated, *outputs])
@@ -361,7 +365,7 @@ def check_processes_agree(step: lowering.LoweredStep, name: str) -> None:
         path = f"{i} {getattr(value, 'path', 'constant')}"
         if not isinstance(value, MeshVariable) or value.device_value is None:
             mine["values"][path] = zlib.crc32(np.ascontiguousarray(value.numpy()))
-    said = [json.loads(text) for text in agree("step", json.dumps(mine))]
+    said = [json.loads(text) for text in all_gather_text("step", json.dumps(mine))]
     for i, theirs in enumerate(said):
         if theirs["shapes"] != said[0]["shapes"]:
             raise ValueError(

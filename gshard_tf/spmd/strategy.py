@@ -57,7 +57,7 @@ class SpmdStrategy(OnMesh, tf.distribute.Strategy):
             raises `tf.errors.InvalidArgumentError`, which names the step and what it
             was found in. It costs a second copy of the state, and a look at all of
             it at every step. Defaults to False.
-        own_rows: With several processes (`join_processes`): whether each of them feeds
+        own_rows: With several processes (`initialize`): whether each of them feeds
             its own rows of every batch, in their order, rather than all rows. Defaults
             to False: the same input pipeline everywhere, of which each process keeps
             its part.
@@ -204,7 +204,7 @@ class SpmdExtended(MeshExtended):
         self.residence = _Residence(self.placement, self.layouts)
         self.programs: list[weakref.ref] = []
         self.steps_run: collections.Counter[str] = collections.Counter()
-        # Set by `GuardNumbers`, for as long as a step of its `fit` runs.
+        # Set by `NonFiniteGuard`, for as long as a step of its `fit` runs.
         self.keep_finite = False
         self.skipped_steps: list[SkippedStep] = []
         # Set by `VerifyFirstStep`: called with the next step, its HLO and arguments.

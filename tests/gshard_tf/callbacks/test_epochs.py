@@ -69,14 +69,14 @@ class Batches(keras.utils.PyDataset):
 def feed():
     x = rows(32)
     dataset = tf.data.Dataset.from_tensor_slices((x, x[:, :1])).repeat().batch(4)
-    return gshard_tf.ResumableData(dataset)
+    return gshard_tf.ResumableDataset(dataset)
 
 
 def life(folder, mesh, x, stop=None, every=3, compiled=None, **kwargs):
     """Fits; raises `Stop` within after `stop` executions."""
     made, trained = model(mesh, **(compiled or {})), Trained()
-    data = x if isinstance(x, gshard_tf.ResumableData) else None
-    saver = gshard_tf.SaveCheckpoints(folder, every=every, data=data)
+    data = x if isinstance(x, gshard_tf.ResumableDataset) else None
+    saver = gshard_tf.CheckpointCallback(folder, save_every=every, dataset=data)
 
     def ends(batch, logs):
         if len(trained.batches) == stop:
@@ -91,7 +91,7 @@ def life(folder, mesh, x, stop=None, every=3, compiled=None, **kwargs):
             **{"epochs": 2, "shuffle": False, **kwargs},
         )
     except runs.Stop:
-        saver.checkpoints.close()
+        saver.manager.close()
     return made, trained, saver
 
 
@@ -104,10 +104,10 @@ def test_stop_training_loses_nothing(tmp_path, place, after):
     def fit(folder, extra=()):
         keras.utils.set_random_seed(7)
         made, data, losses = runs.scoped(None), runs.data(), runs.Losses()
-        saver = gshard_tf.SaveCheckpoints(folder, data=data)
+        saver = gshard_tf.CheckpointCallback(folder, dataset=data)
         callbacks = [*extra, saver] if place == "first" else [saver, *extra]
         runs.fit(made, [*callbacks, losses], data)
-        return made, losses, saver.checkpoints
+        return made, losses, saver.manager
 
     whole, expected, _ = fit(tmp_path / "whole")
     _, _, checkpoints = fit(tmp_path / "run", [StopTraining(after)])
@@ -124,7 +124,7 @@ def test_stop_training_loses_nothing(tmp_path, place, after):
 def test_stop_training_without_validation(tmp_path, mesh):
     _, whole, _ = life(tmp_path / "whole", mesh, feed(), steps_per_epoch=5)
     data, made = feed(), model(mesh)
-    saver = gshard_tf.SaveCheckpoints(tmp_path / "run", data=data)
+    saver = gshard_tf.CheckpointCallback(tmp_path / "run", dataset=data)
     made.fit(
         data.dataset,
         epochs=2,
@@ -209,17 +209,17 @@ def test_a_finished_run_leaves_no_first_epoch_behind(tmp_path):
 def test_a_loop_that_is_not_fit_is_refused_within_an_epoch(tmp_path):
     life(tmp_path, None, feed(), 4, steps_per_epoch=8)
     data = feed()
-    saver = gshard_tf.SaveCheckpoints(tmp_path, data=data)
+    saver = gshard_tf.CheckpointCallback(tmp_path, dataset=data)
     callbacks = keras.callbacks.CallbackList([saver], model=model(None), steps=8)
     callbacks.on_train_begin()
     with pytest.raises(ValueError, match="a loop that calls callbacks by itself"):
         callbacks.on_epoch_begin(0)
-    saver.checkpoints.close()
+    saver.manager.close()
 
 
 def stopped_early(folder, *callbacks, epochs=6):
     made, data = model(None), feed()
-    saver = gshard_tf.SaveCheckpoints(folder, data=data)
+    saver = gshard_tf.CheckpointCallback(folder, dataset=data)
     # Where "saver" stands, as a callback may stand before it and behind it.
     given = [saver if c == "saver" else c for c in callbacks]
     history = made.fit(
@@ -242,7 +242,7 @@ def test_a_run_that_early_stopping_ended_is_finished(tmp_path, saver_first):
 
     epochs, saver = stopped_early(tmp_path, *callbacks())
     assert epochs == [0, 1]
-    assert saver.checkpoints.manifest(4).ended_by[0]["monitor"] == "loss"
+    assert saver.manager.manifest(4).ended_by[0]["monitor"] == "loss"
     for length in (6, 9):
         with pytest.warns(UserWarning, match="finished: EarlyStopping .* step 4, "):
             epochs, saver = stopped_early(tmp_path, *callbacks(), epochs=length)
@@ -265,4 +265,4 @@ def test_whoever_else_stops_a_run_does_not_finish_it(tmp_path):
         patient = early_stopping(patience=5)
         epochs, saver = stopped_early(tmp_path, "saver", Limit(), patient)
         assert epochs == expected
-    assert saver.checkpoints.manifest(6).ended_by is None
+    assert saver.manager.manifest(6).ended_by is None

@@ -68,7 +68,7 @@ def fit(made, callbacks, x, y):
 def skipping():
     """A run of six steps whose third is skipped, and the guard."""
     made = runs.scoped(2, model)
-    guard = gshard_tf.GuardNumbers("skip")
+    guard = gshard_tf.NonFiniteGuard("skip")
     with pytest.warns(UserWarning, match="The step was left out"):
         fit(made, [guard], *batches(2))
     return made, guard
@@ -85,27 +85,27 @@ def test_a_skipped_step_changes_nothing(skipping):
 
 
 def test_the_layer_is_named(skipping):
-    [found] = skipping[1].found
-    assert "Step 3 would have made NaN" in found
-    assert re.search(r"the output of layer 'sequential\w*/culprit' \(Log\)", found)
+    [message] = skipping[1].skipped
+    assert "Step 3 would have made NaN" in message
+    assert re.search(r"the output of layer 'sequential\w*/culprit' \(Log\)", message)
 
 
 def test_stopping(skipping):
     made = skipping[0]
     before = parity.state(made)
     with pytest.raises(NonFiniteError, match="the output of layer"):
-        fit(made, [gshard_tf.GuardNumbers("stop")], *batches(0))
+        fit(made, [gshard_tf.NonFiniteGuard("raise")], *batches(0))
     for name, value in parity.state(made).items():
         if "total" not in name and "count" not in name:
             np.testing.assert_array_equal(value, before[name], err_msg=name)
 
 
 def test_many_in_a_row_are_an_error(skipping):
-    guard = gshard_tf.GuardNumbers("skip", most=2)
+    guard = gshard_tf.NonFiniteGuard("skip", max_consecutive=2)
     with pytest.raises(NonFiniteError, match="3 such steps in a row"):
         with pytest.warns(UserWarning, match="left out"):
             fit(skipping[0], [guard], *batches(1, 2, 3, 4))
-    assert len(guard.found) == 3
+    assert len(guard.skipped) == 3
 
 
 @pytest.mark.parametrize("guard_first", [True, False])
@@ -113,14 +113,16 @@ def test_an_epoch_of_skipped_steps_is_of_nothing(skipping, tmp_path, guard_first
     """Its metrics are not 0, which would be the best of all."""
     x, y = batches(0, 1, 2)
     dataset = tf.data.Dataset.from_tensor_slices((x, y)).batch(16).repeat()
-    saver = gshard_tf.SaveCheckpoints(tmp_path, every=1, keep=None, best="loss")
+    saver = gshard_tf.CheckpointCallback(
+        tmp_path, save_every=1, max_to_keep=None, monitor="loss"
+    )
     seen = []
     noting = keras.callbacks.LambdaCallback(
         on_train_batch_end=lambda batch, logs: seen.append(logs["loss"]),
         on_train_end=lambda logs: seen.append(logs["loss"]),
     )
     callbacks = [saver, noting]
-    callbacks.insert(0 if guard_first else 2, gshard_tf.GuardNumbers("skip"))
+    callbacks.insert(0 if guard_first else 2, gshard_tf.NonFiniteGuard("skip"))
     with pytest.warns(UserWarning, match="left out"):
         history = skipping[0].fit(
             dataset,
@@ -135,9 +137,9 @@ def test_an_epoch_of_skipped_steps_is_of_nothing(skipping, tmp_path, guard_first
     assert np.isnan(losses).tolist() == [True, False, False]
     assert np.isnan(seen).tolist() == [True] * 3 + [False] * 4
     assert np.all(np.isfinite(history.history["val_loss"]))
-    logs = {step: saver.checkpoints.manifest(step).logs["loss"] for step in range(1, 7)}
+    logs = {step: saver.manager.manifest(step).logs["loss"] for step in range(1, 7)}
     assert [step for step in logs if np.isnan(logs[step])] == [1, 2, 3]
-    assert saver.checkpoints.best() == min({4, 5, 6}, key=logs.get)
+    assert saver.manager.best() == min({4, 5, 6}, key=logs.get)
 
 
 def test_an_epoch_without_a_step_that_counts():
@@ -154,7 +156,7 @@ def test_an_epoch_without_a_step_that_counts():
             tf.data.Dataset.from_tensor_slices(batches(0, 1, 2)).batch(16),
             epochs=2,
             steps_per_epoch=2,
-            callbacks=[gshard_tf.GuardNumbers("skip")],
+            callbacks=[gshard_tf.NonFiniteGuard("skip")],
             verbose=0,
         )
     assert np.isnan(history.history["loss"]).tolist() == [True, False]
@@ -163,7 +165,7 @@ def test_an_epoch_without_a_step_that_counts():
 def test_nan_in_the_batch_is_said(skipping):
     x, y = batches()
     x[5, 0, 0] = np.nan
-    guard = gshard_tf.GuardNumbers("skip")
+    guard = gshard_tf.NonFiniteGuard("skip")
     with pytest.warns(UserWarning, match="in the batch itself"):
         fit(skipping[0], [guard], x, y)
 
@@ -171,13 +173,13 @@ def test_nan_in_the_batch_is_said(skipping):
 def test_a_gradient_is_blamed():
     made = runs.scoped(2, model, layer=Steep)
     with pytest.raises(NonFiniteError, match="the gradient .*culprit/bias"):
-        fit(made, [gshard_tf.GuardNumbers("stop")], *batches())
+        fit(made, [gshard_tf.NonFiniteGuard("raise")], *batches())
 
 
 def test_rolling_back(tmp_path):
     made = runs.scoped(2, model)
-    saver = gshard_tf.SaveCheckpoints(tmp_path, every=2)
-    guard = gshard_tf.GuardNumbers("roll_back", saver)
+    saver = gshard_tf.CheckpointCallback(tmp_path, save_every=2)
+    guard = gshard_tf.NonFiniteGuard("roll_back", saver)
     with pytest.warns(UserWarning, match="Rolled back to step 2"):
         fit(made, [saver, guard], *batches(3))
     # Steps 1, 2, [3 and 4 undone], 5, 6.
@@ -186,7 +188,7 @@ def test_rolling_back(tmp_path):
     x, y = batches()
     keep = np.r_[0:32, 64:96]
     fit(other, [], x[keep], y[keep])
-    ours, theirs = gshard_tf.state_of(made), gshard_tf.state_of(other)
+    ours, theirs = gshard_tf.training_state(made), gshard_tf.training_state(other)
     for name, value in theirs.items():
         if not name.startswith("metrics"):
             np.testing.assert_array_equal(ours[name], value, err_msg=name)
@@ -210,7 +212,7 @@ def test_loss_scaling_on_a_mesh():
 
     x, y = batches()
     # The guard sees nothing: the optimizer deals with it.
-    guard = gshard_tf.GuardNumbers("stop")
+    guard = gshard_tf.NonFiniteGuard("raise")
     found = []
     for mesh, callbacks in ((None, []), (2, []), (2, [guard])):
         made = runs.scoped(mesh, make)
@@ -233,7 +235,7 @@ def test_loss_scaling_on_a_mesh():
             np.testing.assert_allclose(
                 ours.numpy(), theirs.numpy(), rtol=2e-3, atol=2e-3
             )
-    assert guard.found == []
+    assert guard.skipped == []
 
 
 class Interrupts(keras.callbacks.Callback):
@@ -257,8 +259,8 @@ def test_an_interrupted_guard_is_off(skipping, tmp_path, where):
     """The batch that it is interrupted in is a bad one, too."""
     made = skipping[0]
     extended = made.distribute_strategy.extended
-    before = [(v, v.numpy()) for v in gshard_tf.state_of(made).values()]
-    guard, interrupts = gshard_tf.GuardNumbers("skip"), Interrupts(where)
+    before = [(v, v.numpy()) for v in gshard_tf.training_state(made).values()]
+    guard, interrupts = gshard_tf.NonFiniteGuard("skip"), Interrupts(where)
     run, calls = made.train_function, []
 
     def interrupted(iterator):
@@ -277,14 +279,14 @@ def test_an_interrupted_guard_is_off(skipping, tmp_path, where):
         made.train_function = run
     assert not extended.keep_finite and extended.skipped_steps == []
     # A later run without a guard: as if there had never been one.
-    saver = gshard_tf.SaveCheckpoints(tmp_path, every=2, keep=None)
+    saver = gshard_tf.CheckpointCallback(tmp_path, save_every=2, max_to_keep=None)
     losses = []
     noting = keras.callbacks.LambdaCallback(
         on_train_batch_end=lambda batch, logs: losses.append(logs["loss"])
     )
     fit(made, [saver, noting], *batches(0))
     assert np.all(np.isnan(losses)) and len(losses) == 6
-    assert saver.checkpoints.steps() == [2, 4, 6]
+    assert saver.manager.steps() == [2, 4, 6]
     assert extended.skipped_steps == []
     # Other tests share the model, which is NaN now.
     for variable, value in before:
@@ -296,19 +298,19 @@ def test_a_diagnosis_that_raises_ends_no_run(skipping):
     made = skipping[0]
     x, y = batches()
     y[20] = 7
-    guard = gshard_tf.GuardNumbers("skip")
+    guard = gshard_tf.NonFiniteGuard("skip")
     before = int(made.optimizer.iterations)
     with pytest.warns(UserWarning, match="(?s)label value of 7 .*was left out"):
         fit(made, [guard], x, y)
     assert int(made.optimizer.iterations) == before + 5
-    [found] = guard.found
-    assert "Step" in found and "InvalidArgumentError" in found
+    [message] = guard.skipped
+    assert "Step" in message and "InvalidArgumentError" in message
     with pytest.raises(NonFiniteError, match="label value of 7"):
-        fit(made, [gshard_tf.GuardNumbers("stop")], x, y)
+        fit(made, [gshard_tf.NonFiniteGuard("raise")], x, y)
 
 
 def test_a_loop_that_is_not_fit_is_refused(skipping):
-    guard = gshard_tf.GuardNumbers()
+    guard = gshard_tf.NonFiniteGuard()
     guard.set_model(skipping[0])
     with pytest.raises(ValueError, match="Keras's own `fit`"):
         guard.on_train_begin()
@@ -316,15 +318,15 @@ def test_a_loop_that_is_not_fit_is_refused(skipping):
 
 @pytest.mark.parametrize(
     "arguments",
-    [{"action": "pray"}, {"action": "roll_back"}, {"checkpoints": "x"}],
+    [{"action": "pray"}, {"action": "roll_back"}, {"checkpoint": "x"}],
     ids=str,
 )
 def test_wrong_arguments(arguments):
     with pytest.raises(ValueError, match="Received"):
-        gshard_tf.GuardNumbers(**arguments)
+        gshard_tf.NonFiniteGuard(**arguments)
 
 
 def test_a_plain_model_is_refused():
     made = model()
     with pytest.raises(ValueError, match="TerminateOnNaN"):
-        fit(made, [gshard_tf.GuardNumbers()], *batches())
+        fit(made, [gshard_tf.NonFiniteGuard()], *batches())

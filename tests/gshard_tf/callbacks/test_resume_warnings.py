@@ -48,8 +48,8 @@ def run(folder, x=None, stop_after=None, rate=0.1, seed=7, callbacks=(), **kwarg
         if len(losses) == stop_after:
             raise Stop
 
-    saver = {"every": 1, **kwargs.pop("saver", {})}
-    saver = gshard_tf.SaveCheckpoints(folder, **saver)
+    saver = {"save_every": 1, **kwargs.pop("saver", {})}
+    saver = gshard_tf.CheckpointCallback(folder, **saver)
     noting = keras.callbacks.LambdaCallback(on_train_batch_end=note)
     data = {"x": X, "y": X[:, :1], "batch_size": 4} if x is None else {"x": x}
     kwargs = {"epochs": 2, "verbose": 0, **data, **kwargs}
@@ -58,7 +58,7 @@ def run(folder, x=None, stop_after=None, rate=0.1, seed=7, callbacks=(), **kwarg
         try:
             made.fit(callbacks=[saver, noting, *callbacks], **kwargs)
         except Stop:
-            saver.checkpoints.close()
+            saver.manager.close()
     said = [str(w.message) for w in caught]
     begun = ("The run goes on", "The checkpoint has another", "No checkpoint of")
     return losses, [text for text in said if text.startswith(begun)]
@@ -91,19 +91,19 @@ def test_data_that_is_not_where_it_was(tmp_path, kind):
         assert said == [] and rest == whole[11:]
     else:
         [sentence] = said
-        assert expected in sentence and "SaveCheckpoints(data=...)" in sentence
+        assert expected in sentence and "CheckpointCallback(dataset=...)" in sentence
         assert "at step 11, 3 steps into epoch 2" in sentence
 
 
 def test_a_position_that_is_saved_is_no_matter(tmp_path):
     for stop_after, steps in ((11, 11), (None, 5)):
-        feed = gshard_tf.ResumableData(dataset())
+        feed = gshard_tf.ResumableDataset(dataset())
         losses, said = run(
             tmp_path,
             feed.dataset,
             stop_after,
             steps_per_epoch=8,
-            saver={"data": feed},
+            saver={"dataset": feed},
         )
         assert said == [] and len(losses) == steps
 
@@ -150,6 +150,6 @@ def test_callbacks_that_begin_anew(tmp_path, make):
 
 
 def test_a_metric_that_is_not_there(tmp_path):
-    _, [sentence] = run(tmp_path, saver={"best": "val_losss"})
-    assert "best='val_losss' is not among the logs. Received: ['loss']" in sentence
-    assert run(tmp_path / "there", saver={"best": "loss"})[1] == []
+    _, [sentence] = run(tmp_path, saver={"monitor": "val_losss"})
+    assert "monitor='val_losss' is not among the logs. Received: ['loss']" in sentence
+    assert run(tmp_path / "there", saver={"monitor": "loss"})[1] == []

@@ -10,7 +10,7 @@ import gshard_tf
 def numbers(**kwargs):
     tf.random.set_seed(1)
     dataset = tf.data.Dataset.range(30).shuffle(10, seed=2).repeat().batch(4)
-    return gshard_tf.ResumableData(dataset.prefetch(3), **kwargs)
+    return gshard_tf.ResumableDataset(dataset.prefetch(3), **kwargs)
 
 
 def take(data, count):
@@ -41,7 +41,7 @@ def test_every_iterator_goes_on_where_the_last_one_stopped():
 
 def test_a_dataset_that_ends():
     with pytest.raises(ValueError, match="Received: a dataset of 3 batches"):
-        gshard_tf.ResumableData(tf.data.Dataset.range(3))
+        gshard_tf.ResumableDataset(tf.data.Dataset.range(3))
     with pytest.raises(ValueError, match="position is one of"):
         numbers(position="there")
 
@@ -53,7 +53,7 @@ def test_a_python_generator_is_counted():
 
         spec = tf.TensorSpec((), tf.int64)
         dataset = tf.data.Dataset.from_generator(endless, output_signature=spec)
-        return gshard_tf.ResumableData(dataset.repeat(), position)
+        return gshard_tf.ResumableDataset(dataset.repeat(), position)
 
     counted = make("count")
     take(counted, 2)
@@ -99,8 +99,8 @@ def unsaveable():
 def test_what_cannot_be_saved_is_refused_at_the_start(kind):
     dataset = unsaveable()[kind].batch(2).prefetch(1)
     with pytest.raises(ValueError, match="position='count'.* state outside"):
-        gshard_tf.ResumableData(dataset)
-    counted = gshard_tf.ResumableData(dataset, position="count")
+        gshard_tf.ResumableDataset(dataset)
+    counted = gshard_tf.ResumableDataset(dataset, position="count")
     take(counted, 1)
     assert counted.state() == {"batches": 1, "iterator": None}
 
@@ -109,7 +109,7 @@ def test_a_full_cache_saves_nothing_of_what_lies_before():
     dataset = tf.data.Dataset.range(4).map(
         lambda x: tf.py_function(lambda y: y, [x], tf.int64)
     )
-    data = gshard_tf.ResumableData(dataset.cache().repeat())
+    data = gshard_tf.ResumableDataset(dataset.cache().repeat())
     take(data, 5)
     state = data.state()
     assert take(data, 2) == [1, 2]
@@ -125,14 +125,14 @@ def test_a_dataset_that_ends_before_the_position():
         dataset = tf.data.Dataset.from_generator(
             few, args=[count], output_signature=tf.TensorSpec((), tf.int64)
         )
-        data = gshard_tf.ResumableData(dataset, position="count")
+        data = gshard_tf.ResumableDataset(dataset, position="count")
         with pytest.raises(ValueError, match=f"after 3 .*a dataset of {count} batches"):
             data.restore(3, None)
 
 
 def test_another_pipeline(tmp_path):
     state = numbers().state()
-    other = gshard_tf.ResumableData(tf.data.Dataset.range(30).repeat())
+    other = gshard_tf.ResumableDataset(tf.data.Dataset.range(30).repeat())
     with pytest.raises(ValueError, match="another input pipeline"):
         other.restore(**state)
     assert np.ndim(state["batches"]) == 0
@@ -143,7 +143,7 @@ def test_another_pipeline(tmp_path):
 def test_data_that_ends_says_so(position, batches):
     """Nobody could know: its length depends on its values."""
     dataset = tf.data.Dataset.range(8).filter(lambda i: i < batches)
-    iterator = iter(gshard_tf.ResumableData(dataset, position).dataset)
+    iterator = iter(gshard_tf.ResumableDataset(dataset, position).dataset)
     assert [int(next(iterator)) for _ in range(batches)] == [*range(batches)]
     with pytest.raises(
         tf.errors.InvalidArgumentError,

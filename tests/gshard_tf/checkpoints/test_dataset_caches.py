@@ -21,7 +21,7 @@ def take(data, count):
 
 def saved_after(file, batches):
     """(A position, the three batches behind it.)"""
-    data = gshard_tf.ResumableData(numbers(file))
+    data = gshard_tf.ResumableDataset(numbers(file))
     take(data, batches)
     return data.state(), take(data, 3)
 
@@ -32,7 +32,7 @@ CASES = """
 import json, os, pathlib, tempfile
 import tensorflow as tf
 import gshard_tf
-from gshard_tf.checkpoints.manager import Checkpoints
+from gshard_tf.checkpoints.manager import CheckpointManager
 
 def numbers(element=lambda x: x):
     dataset = tf.data.Dataset.range(40).map(element).cache("c")
@@ -66,14 +66,14 @@ damages = {
 }
 
 def going_back(batches, damage):
-    data = gshard_tf.ResumableData(numbers())
+    data = gshard_tf.ResumableDataset(numbers())
     iterator = iter(data.dataset)
     for _ in range(batches):
         next(iterator)
     state = data.state()
     for _ in range(12):
         next(iterator)  # Now it is whole in any case.
-    data = gshard_tf.ResumableData(numbers())
+    data = gshard_tf.ResumableDataset(numbers())
     damages[damage]()
     data.restore(**state)
     next(iter(data.dataset))
@@ -81,24 +81,24 @@ def going_back(batches, damage):
 def starting_again():
     fill(lambda x: x)
     dataset = tf.data.Dataset.range(40).cache("c").repeat()
-    data = gshard_tf.ResumableData(dataset)
+    data = gshard_tf.ResumableDataset(dataset)
     next(iter(data.dataset))
     remove("c.*")
     data.restart()
 
 def restoring_a_checkpoint():
     variable = tf.Variable(1.0)
-    data = gshard_tf.ResumableData(numbers())
+    data = gshard_tf.ResumableDataset(numbers())
     iterator = iter(data.dataset)
     for _ in range(13):
         next(iterator)
-    checkpoints = Checkpoints("run")
-    checkpoints.save({"model/x": variable}, 1, data=data)
+    checkpoints = CheckpointManager("run")
+    checkpoints.save({"model/x": variable}, 1, dataset=data)
     checkpoints.wait()
     variable.assign(2.0)
     remove("c.*")
     try:
-        checkpoints.restore({"model/x": variable}, data=data)
+        checkpoints.restore({"model/x": variable}, dataset=data)
     finally:
         assert variable.numpy() == 2.0 and data.batches_taken == 13
 
@@ -169,19 +169,19 @@ def test_a_cache_that_cannot_be_read(results, case, found):
 @pytest.mark.parametrize("batches", [1, 3, 13])
 @pytest.mark.parametrize("name", ["c", "[c]*"])
 def test_a_cache_that_was_kept(tmp_path, batches, name):
-    first = gshard_tf.ResumableData(numbers(tmp_path / name))
+    first = gshard_tf.ResumableDataset(numbers(tmp_path / name))
     take(first, batches)
     state = first.state()
     first.require(state["iterator"])
     # One that was being written is whole by now.
     wanted = take(first, 12)[:3]
-    second = gshard_tf.ResumableData(numbers(tmp_path / name))
+    second = gshard_tf.ResumableDataset(numbers(tmp_path / name))
     second.restore(**state)
     assert take(second, 3) == wanted
 
 
 def test_a_cache_that_nothing_was_read_of(tmp_path):
-    data = gshard_tf.ResumableData(numbers(tmp_path / "c"))
+    data = gshard_tf.ResumableDataset(numbers(tmp_path / "c"))
     state = data.state()
     wanted = take(data, 12)
     for path in tmp_path.iterdir():
@@ -194,7 +194,7 @@ def test_a_count_needs_no_file(tmp_path):
     state, wanted = saved_after(tmp_path / "c", 13)
     for path in tmp_path.iterdir():
         path.unlink()
-    data = gshard_tf.ResumableData(numbers(tmp_path / "c"), position="count")
+    data = gshard_tf.ResumableDataset(numbers(tmp_path / "c"), position="count")
     data.restore(state["batches"], None)
     assert take(data, 3) == wanted
 
@@ -214,7 +214,7 @@ def test_one_cache_is_read_and_one_is_written(tmp_path, order):
             for pair in data.dataset.take(count)
         ]
 
-    data = gshard_tf.ResumableData(make())
+    data = gshard_tf.ResumableDataset(make())
     going_on(5)
     state, wanted = data.state(), going_on(2)
     assert not (tmp_path / "of400.index").exists()
@@ -228,7 +228,7 @@ def test_one_cache_is_read_and_one_is_written(tmp_path, order):
 
 
 def test_a_shard_is_missing(tmp_path):
-    data = gshard_tf.ResumableData(numbers(tmp_path / "[c]"))
+    data = gshard_tf.ResumableDataset(numbers(tmp_path / "[c]"))
     for batches in (3, 3, 7):
         take(data, batches)
         state = data.state()
@@ -239,7 +239,7 @@ def test_a_shard_is_missing(tmp_path):
 
 
 def test_a_name_that_is_a_pattern(tmp_path):
-    data = gshard_tf.ResumableData(numbers(tmp_path / "[c]"))
+    data = gshard_tf.ResumableDataset(numbers(tmp_path / "[c]"))
     take(data, 13)
     state = data.state()
     (tmp_path / "[c].index").write_bytes(b"")
@@ -250,6 +250,6 @@ def test_a_name_that_is_a_pattern(tmp_path):
 def test_a_dataset_too_large_to_look_into(tmp_path, monkeypatch):
     state, _ = saved_after(tmp_path / "c", 13)
     monkeypatch.setattr(dataset_caches, "file_caches", lambda _: None)
-    data = gshard_tf.ResumableData(numbers(tmp_path / "c"))
+    data = gshard_tf.ResumableDataset(numbers(tmp_path / "c"))
     with pytest.raises(ValueError, match="more than 2 GB"):
         data.restore(**state)

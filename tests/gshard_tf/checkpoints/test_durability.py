@@ -58,7 +58,7 @@ class Disk:
 
 def test_all_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     disk = Disk(monkeypatch)
-    checkpoints = gshard_tf.Checkpoints(tmp_path, background=False)
+    checkpoints = gshard_tf.CheckpointManager(tmp_path, asynchronous=False)
     checkpoints.save(state(), 1)
     path = checkpoints.path(1)
     published, partial = disk.named(path)
@@ -80,10 +80,10 @@ def test_a_part_is_on_the_disk_before_its_process_says_so(tmp_path, monkeypatch)
 
         count, index, is_chief = 2, 1, False
 
-        def hear(self, key, patience):
+        def get(self, key, timeout):
             return json.dumps({"error": ""})
 
-        def tell(self, key, text):
+        def put(self, key, text):
             disk.events.append(("said", key, json.loads(text)["error"]))
 
     monkeypatch.setattr(writer, "group", Second)
@@ -100,7 +100,7 @@ def test_a_part_is_on_the_disk_before_its_process_says_so(tmp_path, monkeypatch)
 
 
 def test_half_of_a_removed_checkpoint_is_none(tmp_path, monkeypatch):
-    checkpoints = gshard_tf.Checkpoints(tmp_path, background=False)
+    checkpoints = gshard_tf.CheckpointManager(tmp_path, asynchronous=False)
     checkpoints.save(state(), 1)
 
     def die(path, ignore_errors=False):
@@ -116,14 +116,16 @@ def test_half_of_a_removed_checkpoint_is_none(tmp_path, monkeypatch):
 
 
 def test_a_name_that_begins_like_a_step_is_none(tmp_path):
-    checkpoints = gshard_tf.Checkpoints(tmp_path, background=False)
+    checkpoints = gshard_tf.CheckpointManager(tmp_path, asynchronous=False)
     checkpoints.save(state(), 1)
     shutil.copytree(checkpoints.path(1), tmp_path / "step-0000000002.copy")
     assert checkpoints.steps() == [1]
 
 
 def test_damaged_checkpoints_do_not_push_sound_ones_out(tmp_path):
-    checkpoints = gshard_tf.Checkpoints(tmp_path, keep=2, background=False)
+    checkpoints = gshard_tf.CheckpointManager(
+        tmp_path, max_to_keep=2, asynchronous=False
+    )
     for step in (1, 2):
         checkpoints.save(state(step), step)
     (checkpoints.path(2) / "state.index").write_bytes(b"")

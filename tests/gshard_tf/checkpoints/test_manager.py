@@ -20,7 +20,7 @@ import tensorflow as tf
 import gshard_tf
 from gshard_tf.checkpoints import manager
 from gshard_tf.checkpoints.cli import main as command
-from gshard_tf.checkpoints.errors import DamagedError, MismatchError
+from gshard_tf.checkpoints.errors import CheckpointMismatchError, CorruptCheckpointError
 from gshard_tf.checkpoints.writer import write
 from gshard_tf.io.atomic_files import AlreadyRunningError
 
@@ -41,7 +41,7 @@ def assert_values(state, value):
 @pytest.fixture
 def two(tmp_path):
     """A folder with the checkpoints of steps 1 and 2, all ones and all twos."""
-    checkpoints = gshard_tf.Checkpoints(tmp_path, background=False)
+    checkpoints = gshard_tf.CheckpointManager(tmp_path, asynchronous=False)
     for step in (1, 2):
         checkpoints.save(variables(step), step)
     checkpoints.close()
@@ -50,8 +50,8 @@ def two(tmp_path):
 
 @pytest.mark.parametrize("background", [True, False])
 def test_the_newest_and_the_best_are_kept(tmp_path, background):
-    checkpoints = gshard_tf.Checkpoints(
-        tmp_path, keep=2, best="val_loss", background=background
+    checkpoints = gshard_tf.CheckpointManager(
+        tmp_path, max_to_keep=2, monitor="val_loss", asynchronous=background
     )
     for step, loss in enumerate([3.0, 1.0, 2.0, float("nan"), 1.0, 4.0]):
         checkpoints.save(variables(step), step, logs={"val_loss": loss})
@@ -74,14 +74,14 @@ def test_a_save_has_the_values_of_its_moment(tmp_path, monkeypatch):
     made = runs.scoped(2)
     x, y = parity.data(16)
     made.train_on_batch(x, y)
-    checkpoints = gshard_tf.Checkpoints(tmp_path)
+    checkpoints = gshard_tf.CheckpointManager(tmp_path)
     saved = parity.state(made)
-    checkpoints.save(gshard_tf.state_of(made), 1)
+    checkpoints.save(gshard_tf.training_state(made), 1)
     made.train_on_batch(x, y)
     stepped.set()
     checkpoints.wait()
     assert any(np.any(v != saved[n]) for n, v in parity.state(made).items())
-    checkpoints.restore(gshard_tf.state_of(made))
+    checkpoints.restore(gshard_tf.training_state(made))
     for name, value in parity.state(made).items():
         np.testing.assert_array_equal(value, saved[name], err_msg=name)
 
@@ -105,7 +105,9 @@ def test_all_kinds_of_numbers(tmp_path):
             return tf.constant(0)
 
         strategy.run(step)
-        checkpoints = gshard_tf.Checkpoints(tmp_path / str(mesh), background=False)
+        checkpoints = gshard_tf.CheckpointManager(
+            tmp_path / str(mesh), asynchronous=False
+        )
         checkpoints.save(state, 1)
         zeros = {n: tf.Variable(tf.zeros_like(v)) for n, v in state.items()}
         checkpoints.restore(zeros)
@@ -116,7 +118,7 @@ def test_all_kinds_of_numbers(tmp_path):
 def test_pieces_are_written_one_by_one(tmp_path):
     """Eight slices in the file, none of them whole; TensorFlow reads it alone."""
     made, _, saver = runs.run(tmp_path, stop_after=6)
-    path = saver.checkpoints.path(saver.checkpoints.steps()[-1])
+    path = saver.manager.path(saver.manager.steps()[-1])
     weight = made.layers[0].wi
     read = tf.train.load_checkpoint(str(path / "state"))
     shapes = read.get_variable_to_shape_map()
@@ -125,10 +127,10 @@ def test_pieces_are_written_one_by_one(tmp_path):
     index = (path / "state.index").read_bytes()
     # One entry for the whole, and one for each slice.
     assert index.count(b"experts/wi") >= 1
-    array = saver.checkpoints.manifest(saver.checkpoints.steps()[-1]).arrays[name]
+    array = saver.manager.manifest(saver.manager.steps()[-1]).arrays[name]
     assert array.split[0] == "expert"
     fresh = runs.scoped(None)
-    gshard_tf.Checkpoints(tmp_path).restore(gshard_tf.state_of(fresh))
+    gshard_tf.CheckpointManager(tmp_path).restore(gshard_tf.training_state(fresh))
     np.testing.assert_array_equal(read.get_tensor(name), fresh.layers[0].wi.numpy())
 
 
@@ -145,12 +147,12 @@ def test_every_flipped_bit_is_noticed(two):
         path.write_bytes(broken)
         state = variables(9)
         with pytest.warns(UserWarning, match="Falling back"):
-            found = gshard_tf.Checkpoints(two).restore(state)
+            found = gshard_tf.CheckpointManager(two).restore(state)
         assert found.manifest.step == 1
         assert_values(state, 1)
         fell_back += 1
         path.write_bytes(whole)
-    assert gshard_tf.Checkpoints(two).restore(variables()).manifest.step == 2
+    assert gshard_tf.CheckpointManager(two).restore(variables()).manifest.step == 2
 
 
 def damage_shard(path):
@@ -171,16 +173,19 @@ def test_a_damaged_checkpoint_is_passed_over(two, damage, capsys):
     damage(two / "step-0000000002")
     state = variables(9)
     with pytest.warns(UserWarning, match="Falling back"):
-        gshard_tf.Checkpoints(two).restore(state)
+        gshard_tf.CheckpointManager(two).restore(state)
     assert_values(state, 1)
-    with pytest.raises(DamagedError, match="is damaged"):
-        gshard_tf.Checkpoints(two).restore(state, step=2)
+    with pytest.raises(CorruptCheckpointError, match="is damaged"):
+        gshard_tf.CheckpointManager(two).restore(state, step=2)
     assert command(["verify", str(two)]) == 1
     assert "DAMAGED" in capsys.readouterr().out
     damage(two / "step-0000000001")
     state = variables(9)
-    with pytest.warns(UserWarning), pytest.raises(DamagedError, match="No checkpoint"):
-        gshard_tf.Checkpoints(two).restore(state)
+    with (
+        pytest.warns(UserWarning),
+        pytest.raises(CorruptCheckpointError, match="No checkpoint"),
+    ):
+        gshard_tf.CheckpointManager(two).restore(state)
     assert_values(state, 9)
 
 
@@ -190,8 +195,8 @@ def test_nothing_changes_when_a_later_array_is_damaged(two):
     content[-1] ^= 1
     data.write_bytes(content)
     state = variables(9)
-    with pytest.raises(DamagedError):
-        gshard_tf.Checkpoints(two).restore(state, step=2)
+    with pytest.raises(CorruptCheckpointError):
+        gshard_tf.CheckpointManager(two).restore(state, step=2)
     assert_values(state, 9)
 
 
@@ -210,11 +215,11 @@ def test_two_runs_in_one_folder(tmp_path):
     with open(tmp_path / ".lock") as another_run:
         fcntl.flock(another_run, fcntl.LOCK_EX)
         with pytest.raises(AlreadyRunningError, match="Another run"):
-            gshard_tf.Checkpoints(tmp_path).save(variables(2), 2)
-    first = gshard_tf.Checkpoints(tmp_path)
+            gshard_tf.CheckpointManager(tmp_path).save(variables(2), 2)
+    first = gshard_tf.CheckpointManager(tmp_path)
     first.save(variables(1), 1)
     # The same process, after an interrupted `fit`, say.
-    second = gshard_tf.Checkpoints(tmp_path, background=False)
+    second = gshard_tf.CheckpointManager(tmp_path, asynchronous=False)
     second.save(variables(2), 2)
     assert first.steps() == [1, 2]
     # And when nobody has the other one any more.
@@ -228,7 +233,7 @@ def test_two_runs_in_one_folder(tmp_path):
 @pytest.mark.parametrize("background", [True, False])
 def test_a_full_disk(two, background):
     """No file may grow: as on a full disk, an error from the system."""
-    checkpoints = gshard_tf.Checkpoints(two, background=background)
+    checkpoints = gshard_tf.CheckpointManager(two, asynchronous=background)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
@@ -250,7 +255,7 @@ def test_a_full_disk(two, background):
 def test_what_a_killed_run_left_is_removed(two):
     (two / ".step-0000000007.partial").mkdir()
     (two / ".step-0000000007.partial" / "state.data").write_text("half")
-    checkpoints = gshard_tf.Checkpoints(two)
+    checkpoints = gshard_tf.CheckpointManager(two)
     checkpoints.claim()
     assert not list(two.glob(".step-*"))
     assert checkpoints.steps() == [1, 2]
@@ -259,7 +264,7 @@ def test_what_a_killed_run_left_is_removed(two):
 def test_a_step_is_written_again(two):
     """One that lacks a file, too: it was passed over, and training came by again."""
     (two / "step-0000000002" / "manifest.json").unlink()
-    checkpoints = gshard_tf.Checkpoints(two, background=False)
+    checkpoints = gshard_tf.CheckpointManager(two, asynchronous=False)
     checkpoints.save(variables(3), 2)
     state = variables(9)
     assert checkpoints.restore(state).manifest.step == 2
@@ -270,7 +275,7 @@ def test_a_step_moved_to_another_disk_is_kept_there(two, tmp_path_factory):
     disk = tmp_path_factory.mktemp("disk")
     shutil.move(two / "step-0000000001", disk / "one")
     (two / "step-0000000001").symlink_to(disk / "one")
-    checkpoints = gshard_tf.Checkpoints(two, keep=1, background=False)
+    checkpoints = gshard_tf.CheckpointManager(two, max_to_keep=1, asynchronous=False)
     state = variables(9)
     checkpoints.restore(state, step=1)
     assert_values(state, 1)
@@ -283,7 +288,7 @@ def test_hidden_folders_of_others_stay(two):
     mine = two / ".step-mine.partial"
     mine.mkdir()
     (mine / "thesis").write_text("years of work")
-    gshard_tf.Checkpoints(two).claim()
+    gshard_tf.CheckpointManager(two).claim()
     assert (mine / "thesis").exists()
 
 
@@ -292,7 +297,7 @@ def test_a_folder_that_is_none(tmp_path, kind):
     place = tmp_path / "run"
     place.write_text("mine") if kind == "file" else place.symlink_to("nowhere")
     with pytest.raises(FileExistsError, match="Name another folder"):
-        gshard_tf.Checkpoints(place).claim()
+        gshard_tf.CheckpointManager(place).claim()
 
 
 @pytest.mark.parametrize("kind", ["notes", "file", "link"])
@@ -308,7 +313,7 @@ def test_what_is_in_the_way_of_a_step_stays(two, tmp_path_factory, kind):
         step.write_text("mine") if kind == "file" else step.symlink_to(other.parent)
     mine = {"notes": step / "notes.txt", "file": step, "link": step / "mine"}[kind]
     with pytest.raises(FileExistsError, match="step-0000000002|other"):
-        gshard_tf.Checkpoints(two, background=False).save(variables(3), 2)
+        gshard_tf.CheckpointManager(two, asynchronous=False).save(variables(3), 2)
     assert mine.read_text() == "mine"
     assert step.is_symlink() == (kind == "link")
 
@@ -316,12 +321,14 @@ def test_what_is_in_the_way_of_a_step_stays(two, tmp_path_factory, kind):
 def test_a_checkpoint_of_another_model(two):
     state = variables(9)
     state["model/c"] = state.pop("model/a")
-    with pytest.raises(MismatchError, match="not in the checkpoint: model/c") as error:
-        gshard_tf.Checkpoints(two).restore(state)
+    with pytest.raises(
+        CheckpointMismatchError, match="not in the checkpoint: model/c"
+    ) as error:
+        gshard_tf.CheckpointManager(two).restore(state)
     assert "not in the model: model/a" in str(error.value)
     assert_values(state, 9)
     # What may differ is named.
-    found = gshard_tf.Checkpoints(two).restore(
+    found = gshard_tf.CheckpointManager(two).restore(
         state, missing=["model/c"], extra=["model/a"]
     )
     assert found.match.missing == ("model/c",) and found.match.extra == ("model/a",)
@@ -331,26 +338,26 @@ def test_a_checkpoint_of_another_model(two):
         tf.Variable(np.zeros([3, 4], "float32")),
         tf.Variable(np.zeros([4, 3])),
     ):
-        with pytest.raises(MismatchError, match="model/a"):
-            gshard_tf.Checkpoints(two).restore(variables() | {"model/a": wrong})
+        with pytest.raises(CheckpointMismatchError, match="model/a"):
+            gshard_tf.CheckpointManager(two).restore(variables() | {"model/a": wrong})
 
 
 def test_renaming(two):
     state = {"model/x/kernel": tf.Variable(np.zeros([4, 3], "float32"))}
-    gshard_tf.Checkpoints(two).restore(
+    gshard_tf.CheckpointManager(two).restore(
         state, rename=[(r"model/(\w+)/kernel", "model/a")], extra=[".*"]
     )
     assert_values(state, 2)
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"keep": 0}, {"keep": True}, {"mode": "most"}], ids=str
+    "arguments", [{"max_to_keep": 0}, {"max_to_keep": True}, {"mode": "most"}], ids=str
 )
 def test_wrong_arguments(tmp_path, arguments):
     with pytest.raises(ValueError, match="Received"):
-        gshard_tf.Checkpoints(tmp_path, **arguments)
+        gshard_tf.CheckpointManager(tmp_path, **arguments)
 
 
 def test_a_model_that_is_not_built():
     with pytest.raises(ValueError, match="not built"):
-        gshard_tf.state_of(keras.Sequential([keras.layers.Dense(1)]))
+        gshard_tf.training_state(keras.Sequential([keras.layers.Dense(1)]))

@@ -2,7 +2,7 @@
 
 import pytest
 
-from gshard_tf.checkpoints.errors import MismatchError
+from gshard_tf.checkpoints.errors import CheckpointMismatchError
 from gshard_tf.checkpoints.manifest import Array
 from gshard_tf.checkpoints.matching import match
 
@@ -13,7 +13,7 @@ def array(*shape, dtype="float32"):
 
 def test_patterns_are_of_whole_names():
     targets = {"model/dense/kernel_scale": ((2,), "float32")}
-    with pytest.raises(MismatchError, match="not in the checkpoint"):
+    with pytest.raises(CheckpointMismatchError, match="not in the checkpoint"):
         match(targets, {}, missing=["model/dense/kernel"])
     found = match(targets, {}, missing=["model/dense/kernel.*"])
     assert found.missing == ("model/dense/kernel_scale",)
@@ -21,7 +21,7 @@ def test_patterns_are_of_whole_names():
 
 def test_another_type_is_a_mismatch():
     targets = {"model/a": ((2,), "bfloat16")}
-    with pytest.raises(MismatchError, match="model/a is bfloat16"):
+    with pytest.raises(CheckpointMismatchError, match="model/a is bfloat16"):
         match(targets, {"model/a": array(2)})
 
 

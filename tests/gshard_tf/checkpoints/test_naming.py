@@ -32,12 +32,12 @@ def made(optimizer):
 )
 def test_names_are_the_same_wherever_a_model_is_made(optimizer):
     model, second = made(optimizer), made(optimizer)
-    first = gshard_tf.state_of(model)
+    first = gshard_tf.training_state(model)
     with parity.strategy_of(2).scope():
         meshed = made(optimizer)
     assert second.layers[0].path != model.layers[0].path
     for other in (second, meshed):
-        names = gshard_tf.state_of(other)
+        names = gshard_tf.training_state(other)
         assert list(names) == list(first)
         for name, variable in names.items():
             assert tuple(variable.shape) == tuple(first[name].shape), name
@@ -45,12 +45,12 @@ def test_names_are_the_same_wherever_a_model_is_made(optimizer):
 
 def test_what_is_in_it():
     model = made(keras.optimizers.Adam)
-    names = gshard_tf.state_of(model)
+    names = gshard_tf.training_state(model)
     ids = {id(v) for v in names.values()}
     for variable in [*model.variables, *model.optimizer.variables]:
         assert id(variable) in ids
     keras.backend.clear_session()
-    names = list(gshard_tf.state_of(made(keras.optimizers.Adam)))
+    names = list(gshard_tf.training_state(made(keras.optimizers.Adam)))
     assert names[:2] == ["model/sequential/dense/kernel", "model/sequential/dense/bias"]
     assert "model/sequential/head/kernel" in names
     assert "optimizer/sequential/dense_1/kernel/momentum" in names
@@ -62,7 +62,7 @@ def test_extra_state():
     model = made(keras.optimizers.Adam)
     other = keras.optimizers.SGD(momentum=0.9)
     other.build(model.trainable_variables)
-    names = gshard_tf.state_of(model, {"second": other})
+    names = gshard_tf.training_state(model, {"second": other})
     assert "extra/second/iteration" in names
 
 
@@ -80,7 +80,7 @@ class Scaled(keras.layers.Layer):
 def test_slots_go_by_the_whole_name_of_their_weight():
     model = keras.Sequential([keras.layers.Input([4]), Scaled(name="scaled")])
     model.compile("adam", "mse")
-    names = gshard_tf.state_of(model)
+    names = gshard_tf.training_state(model)
     slots = {n for n in names if n.startswith("optimizer/sequential/")}
     assert slots == {
         f"optimizer/sequential/scaled/{weight}/{slot}"
@@ -101,7 +101,7 @@ class Twins(keras.layers.Layer):
 
 def test_weights_of_one_name_are_told_apart():
     model = keras.Sequential([keras.layers.Input([4]), Twins(name="twins")])
-    names = gshard_tf.state_of(model)
+    names = gshard_tf.training_state(model)
     first, second = model.layers[0].pair
     assert names["model/sequential/twins/w"] is first
     assert names["model/sequential/twins/w#2"] is second

@@ -16,8 +16,7 @@ import pytest
 from processes import PYTHONPATH, ROOT
 
 import gshard_tf
-from gshard_tf.runtime.process_group import STOPPED_BY_ANOTHER
-from gshard_tf.runtime.termination import GIVE_AGAIN
+from gshard_tf.runtime.watchdog import ABORTED_BY_ANOTHER
 
 SCRIPT = pathlib.Path(many.__file__)
 STEPS = many.STEPS_PER_EPOCH * many.EPOCHS
@@ -108,20 +107,20 @@ def test_two_processes_are_one(one, tmp_path):
     assert "weights" in (tmp_path / "out-0.txt").read_text()
     assert (tmp_path / "out-1.txt").read_text() == ""
     # One process reads what two wrote.
-    state = gshard_tf.state_of(many_model({}))
-    found = gshard_tf.Checkpoints(tmp_path / "checkpoints").restore(state)
+    state = gshard_tf.training_state(many_model({}))
+    found = gshard_tf.CheckpointManager(tmp_path / "checkpoints").restore(state)
     assert found.manifest.processes == 2 and found.manifest.step == STEPS
 
 
 def idle_of(folder, count, step, given):
     """Which processes wrote no file, after restoring what the others wrote."""
-    checkpoints = gshard_tf.Checkpoints(folder / "checkpoints")
+    checkpoints = gshard_tf.CheckpointManager(folder / "checkpoints")
     manifest = checkpoints.manifest(step)
     idle = manifest.wrote_nothing or []
     assert len([name for name in manifest.files if ".data-" in name]) == (
         count - len(idle)
     )
-    found = checkpoints.restore(gshard_tf.state_of(many_model(given)))
+    found = checkpoints.restore(gshard_tf.training_state(many_model(given)))
     assert found.manifest.step == step
     return idle
 
@@ -182,9 +181,9 @@ def test_hosts_of_a_network(one, tmp_path, count):
 
 def assert_sigterm_loses_nothing(folder, one, count, who):
     codes, errors, seconds = run(count, folder, "do=term", "step=3", f"who={who}")
-    assert codes == [GIVE_AGAIN] * count, errors
+    assert codes == [os.EX_TEMPFAIL] * count, errors
     assert seconds < 30
-    [step] = gshard_tf.Checkpoints(folder / "checkpoints").steps()[-1:]
+    [step] = gshard_tf.CheckpointManager(folder / "checkpoints").steps()[-1:]
     # All leave after the same step; those that had begun one more have ended it.
     assert step < STEPS
     for index, error in enumerate(errors):
@@ -210,7 +209,7 @@ def test_sigterm_to_some_and_given_again(one, tmp_path, count, who):
 
 def test_a_process_that_exits_ends_all(tmp_path):
     codes, errors, seconds = run(2, tmp_path, "do=exit", "step=3", patience=100)
-    assert codes == [STOPPED_BY_ANOTHER] * 2, errors
+    assert codes == [ABORTED_BY_ANOTHER] * 2, errors
     # Both wait until both have heard, and the test sees the end of both.
     assert seconds < 10
     for error in errors:
@@ -234,8 +233,10 @@ def test_survivors_end_by_the_message(tmp_path, do, who):
     )
     assert seconds < 30
     for index in {0, 1, 2} - {dead}:
-        assert codes[index] == STOPPED_BY_ANOTHER, errors[index]
-        silent = "first process, which coordinates" if who == "0" else "process 1 gives"
+        assert codes[index] == ABORTED_BY_ANOTHER, errors[index]
+        silent = (
+            "first process, which coordinates" if who == "0" else "process 1 is not"
+        )
         assert silent in errors[index]
         assert "*** SIGABRT" not in errors[index]
         assert "absl::" not in errors[index] and "    @   " not in errors[index]
@@ -245,7 +246,7 @@ def test_survivors_end_by_the_message(tmp_path, do, who):
 def test_an_error_on_one_host_stops_all(tmp_path):
     codes, errors, seconds = run(2, tmp_path, "do=raise", "step=3")
     assert seconds < 20
-    assert codes == [STOPPED_BY_ANOTHER, 1]
+    assert codes == [ABORTED_BY_ANOTHER, 1]
     for error in errors:
         assert "process 1 of 2 failed: RuntimeError: the disk of this host" in error
 
@@ -267,8 +268,8 @@ def test_a_killed_process_stops_all_and_fewer_go_on(one, tmp_path):
     assert codes[1] == -9 and 0 not in codes
     assert seconds < 30
     for index in (0, 2, 3):
-        assert "process 1 gives no sign of life" in errors[index]
-    steps = gshard_tf.Checkpoints(tmp_path / "checkpoints").steps()
+        assert "process 1 is not responding" in errors[index]
+    steps = gshard_tf.CheckpointManager(tmp_path / "checkpoints").steps()
     assert steps and steps[-1] >= 4
     codes, errors, _ = run(2, tmp_path)
     assert codes == [0, 0], errors
@@ -285,18 +286,22 @@ def test_other_seeds_are_an_error(tmp_path):
 
 @pytest.mark.parametrize(
     "arguments",
-    [{"count": 0}, {"count": 2, "index": 2}, {"count": 2, "index": 0}],
+    [
+        {"num_processes": 0},
+        {"num_processes": 2, "process_id": 2},
+        {"num_processes": 2, "process_id": 0},
+    ],
     ids=str,
 )
 def test_wrong_arguments(arguments):
     with pytest.raises(ValueError, match="Received"):
-        gshard_tf.join_processes(**arguments)
+        gshard_tf.initialize(**arguments)
 
 
 @pytest.mark.parametrize("index", [0, 1])
 def test_the_others_never_start(index):
-    given = f"'127.0.0.1:{free_port()}', 2, {index}, patience=1"
-    code = f"import gshard_tf; gshard_tf.join_processes({given})"
+    given = f"'127.0.0.1:{free_port()}', 2, {index}, step_timeout=1"
+    code = f"import gshard_tf; gshard_tf.initialize({given})"
     done = subprocess.run(
         [sys.executable, "-c", code],
         env=os.environ | {"PYTHONPATH": PYTHONPATH},
@@ -304,12 +309,12 @@ def test_the_others_never_start(index):
         text=True,
         timeout=100,
     )
-    assert done.returncode == STOPPED_BY_ANOTHER, done.stderr
+    assert done.returncode == ABORTED_BY_ANOTHER, done.stderr
     assert f"process {index} of 2 has waited 1 s for the others" in done.stderr
 
 
 def test_one_process_joins_nobody():
-    group = gshard_tf.join_processes()
+    group = gshard_tf.initialize()
     assert group.is_chief and group.count == 1
     batch = gshard_tf.own_rows((np.zeros([3, 2]),))
     assert batch[0].shape == (3, 2)

@@ -17,8 +17,8 @@ def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved")
     made = runs.scoped({"data": 4, "model": 2})
     made.fit(*parity.data(16), batch_size=16, verbose=0)
-    checkpoints = gshard_tf.Checkpoints(folder, background=False)
-    checkpoints.save(gshard_tf.state_of(made), 1)
+    checkpoints = gshard_tf.CheckpointManager(folder, asynchronous=False)
+    checkpoints.save(gshard_tf.training_state(made), 1)
     return made, folder
 
 
@@ -26,7 +26,7 @@ def saved(tmp_path_factory):
 def test_onto_another_mesh(saved, mesh):
     made, folder = saved
     other = runs.scoped(mesh)
-    gshard_tf.Checkpoints(folder).restore(gshard_tf.state_of(other))
+    gshard_tf.CheckpointManager(folder).restore(gshard_tf.training_state(other))
     if mesh == 8:
         # Each device has its own part, and nothing has passed through the host.
         value = other.layers[0].wi.value
@@ -41,8 +41,8 @@ def test_onto_another_mesh(saved, mesh):
 def test_weights_alone(saved):
     made, folder = saved
     plain = parity.classifier(dropout=0.3)
-    found = gshard_tf.Checkpoints(folder).restore(
-        gshard_tf.state_of(plain), extra=["optimizer/.*"]
+    found = gshard_tf.CheckpointManager(folder).restore(
+        gshard_tf.training_state(plain), extra=["optimizer/.*"]
     )
     assert all(n.startswith(("optimizer", "metrics")) for n in found.match.extra)
     for ours, theirs in zip(plain.weights, made.weights, strict=True):
@@ -56,8 +56,8 @@ def test_upcycling_a_dense_checkpoint(tmp_path):
         return keras.Model(inputs, keras.layers.Dense(2)(x))
 
     dense = network(keras_layers.FeedForward(16))
-    checkpoints = gshard_tf.Checkpoints(tmp_path, background=False)
-    checkpoints.save(gshard_tf.state_of(dense), 1)
+    checkpoints = gshard_tf.CheckpointManager(tmp_path, asynchronous=False)
+    checkpoints.save(gshard_tf.training_state(dense), 1)
 
     def mixture():
         keras.utils.set_random_seed(1)
@@ -70,7 +70,7 @@ def test_upcycling_a_dense_checkpoint(tmp_path):
     with parity.strategy_of(4).scope():
         meshed = mixture()
     found = checkpoints.restore(
-        gshard_tf.state_of(meshed),
+        gshard_tf.training_state(meshed),
         rename=[(r"model/mo_e_layer/.*/(wi|wo)", r"model/feed_forward/\1")],
         missing=[".*router.*", ".*seed.*"],
     )
@@ -81,7 +81,7 @@ def test_upcycling_a_dense_checkpoint(tmp_path):
 
 
 def test_a_run_of_another_configuration(tmp_path):
-    runs.run(tmp_path, mesh=2, stop_after=5, every=2, config={"rate": 1})
+    runs.run(tmp_path, mesh=2, stop_after=5, save_every=2, config={"rate": 1})
     with pytest.raises(ValueError, match="begun with config"):
         runs.run(tmp_path, mesh=2, config={"rate": 2})
     with pytest.raises(ValueError, match="resume=False"):
@@ -108,11 +108,11 @@ def test_what_a_model_does_not_know_of(tmp_path):
             "sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True)
         )
     x, y = parity.data(16)
-    saver = gshard_tf.SaveCheckpoints(tmp_path)
+    saver = gshard_tf.CheckpointCallback(tmp_path)
     made.build((None, 8, 4))
     with pytest.raises(ValueError, match="does not know of.*steps"):
         made.fit(x, y, batch_size=16, verbose=0, callbacks=[saver])
-    saver.checkpoints.close()
-    saver = gshard_tf.SaveCheckpoints(tmp_path, extra={"steps": steps})
+    saver.manager.close()
+    saver = gshard_tf.CheckpointCallback(tmp_path, extra_state={"steps": steps})
     made.fit(x, y, batch_size=16, verbose=0, callbacks=[saver])
-    assert "extra/steps" in saver.checkpoints.manifest(1).arrays
+    assert "extra/steps" in saver.manager.manifest(1).arrays

@@ -14,7 +14,6 @@ from processes import ROOT
 
 import gshard_tf
 from gshard_tf.runtime import termination
-from gshard_tf.runtime.termination import GIVE_AGAIN
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +59,7 @@ def life(folder, mesh, *others):
     feed, made, seen = runs.data(), runs.scoped(mesh), Seen()
     x, y = runs.parity.data(32, seed=5)
     # Nothing but the test's time ends the process that the test is in.
-    saver = gshard_tf.SaveCheckpoints(folder, data=feed, grace=1000)
+    saver = gshard_tf.CheckpointCallback(folder, dataset=feed, grace=1000)
     listeners = []
     note = keras.callbacks.LambdaCallback(
         on_train_begin=lambda logs: listeners.append(saver._termination)
@@ -76,7 +75,7 @@ def life(folder, mesh, *others):
             callbacks=[saver, note, seen, *others],
         )
     except SystemExit as end:
-        assert end.code == GIVE_AGAIN
+        assert end.code == os.EX_TEMPFAIL
         # Or it would end this process, which goes on, when the time is over.
         [listener] = listeners
         listener.close()
@@ -167,8 +166,8 @@ def terminated(folder, seconds, grace):
 
 def test_the_process_ends_by_its_code(tmp_path):
     code, error, _ = terminated(tmp_path, 0.1, 60)
-    assert code == GIVE_AGAIN
-    step = gshard_tf.Checkpoints(tmp_path).steps()[-1]
+    assert code == os.EX_TEMPFAIL
+    step = gshard_tf.CheckpointManager(tmp_path).steps()[-1]
     assert f"SIGTERM: the run is saved at step {step}. Give the same command" in error
 
 
@@ -176,7 +175,7 @@ def test_a_step_that_does_not_end(tmp_path):
     """Within the grace period, whatever the main thread does."""
     runs.run(tmp_path, mesh=None, epochs=1)
     code, error, seconds = terminated(tmp_path, 5, 2)
-    assert code == GIVE_AGAIN and seconds < 4.5
+    assert code == os.EX_TEMPFAIL and seconds < 4.5
     assert "did not end within 2 s. The newest checkpoint is of step 5" in error
 
 
@@ -197,7 +196,7 @@ def test_a_fork_keeps_no_handler(tmp_path):
                 time.sleep(0.7)
 
     made = runs.scoped(None)
-    saver = gshard_tf.SaveCheckpoints(tmp_path, grace=1000)
+    saver = gshard_tf.CheckpointCallback(tmp_path, grace=1000)
     runs.fit(made, [saver, Fork()], epochs=1)
     assert ended == [signal.SIGTERM]
     assert saver.step == runs.STEPS
@@ -206,17 +205,17 @@ def test_a_fork_keeps_no_handler(tmp_path):
 @pytest.mark.parametrize("grace", [0, -1, float("nan")])
 def test_grace_is_a_time(tmp_path, grace):
     with pytest.raises(ValueError, match="Received: "):
-        gshard_tf.SaveCheckpoints(tmp_path, grace=grace)
+        gshard_tf.CheckpointCallback(tmp_path, grace=grace)
 
 
 def test_a_loop_of_ones_own_that_has_ended_gives_the_signal_back(tmp_path):
     """No `fit` tells that it has ended; the callback itself is gone then."""
     made = runs.scoped(None)
-    saver = gshard_tf.SaveCheckpoints(tmp_path)
+    saver = gshard_tf.CheckpointCallback(tmp_path)
     saver.set_model(made)
     saver.set_params({"epochs": 1, "steps": 4})
     saver.on_train_begin()
-    assert termination._LISTENING[-1]._runs_still()
+    assert termination._LISTENING[-1]._still_runs()
     del saver
     gc.collect()
-    assert not termination._LISTENING[-1]._runs_still()
+    assert not termination._LISTENING[-1]._still_runs()

@@ -15,7 +15,7 @@ from processes import forked
 import gshard_tf
 from gshard_tf.checkpoints import folders, manager, tensor_bundle
 from gshard_tf.checkpoints.cli import main as command
-from gshard_tf.checkpoints.errors import DamagedError
+from gshard_tf.checkpoints.errors import CorruptCheckpointError
 from gshard_tf.checkpoints.manifest import Manifest
 
 # Reading it where nothing is mapped is an input/output error, of the system itself.
@@ -29,7 +29,7 @@ def variables(value=0.0):
 @pytest.fixture
 def two(tmp_path):
     """The checkpoints of steps 1 and 2, all ones and all twos."""
-    checkpoints = gshard_tf.Checkpoints(tmp_path, background=False)
+    checkpoints = gshard_tf.CheckpointManager(tmp_path, asynchronous=False)
     for step in (1, 2):
         checkpoints.save(variables(step), step, logs={"loss": float(step)})
     checkpoints.close()
@@ -99,20 +99,20 @@ def test_the_one_before_is_taken(two, damage, cause, number, capsys):
     damage(newest)
     state = variables(9)
     with pytest.warns(UserWarning, match="Falling back") as said:
-        found = gshard_tf.Checkpoints(two).restore(state)
+        found = gshard_tf.CheckpointManager(two).restore(state)
     assert found.manifest.step == 1
     assert np.all(state["model/a"].numpy() == 1)
     assert len(said) == 1
     assert str(newest) in str(said[0].message) and cause in str(said[0].message)
-    with pytest.raises(DamagedError, match=cause) as caught:
-        gshard_tf.Checkpoints(two).restore(state, step=2)
+    with pytest.raises(CorruptCheckpointError, match=cause) as caught:
+        gshard_tf.CheckpointManager(two).restore(state, step=2)
     assert caught.value.errno == number
     assert command(["list", str(two)]) == 1
     assert f"DAMAGED: {newest}" in capsys.readouterr().out
     # And where none is left.
     shutil.rmtree(two / "step-0000000001")
-    with pytest.warns(UserWarning), pytest.raises(DamagedError) as caught:
-        gshard_tf.Checkpoints(two).restore(state)
+    with pytest.warns(UserWarning), pytest.raises(CorruptCheckpointError) as caught:
+        gshard_tf.CheckpointManager(two).restore(state)
     assert caught.value.errno == number and str(two) in str(caught.value)
 
 
@@ -132,7 +132,7 @@ def _read_as_nobody(step):
     os.setuid(65534)
     try:
         return Manifest.read(step)
-    except DamagedError as error:
+    except CorruptCheckpointError as error:
         return f"{error.errno} {error}"
 
 
@@ -143,7 +143,7 @@ def test_arrays_on_a_broken_disk(two):
     data.unlink()
     data.symlink_to(BROKEN)
     with pytest.raises(
-        DamagedError, match="step-0000000002 is damaged: 'model/a'"
+        CorruptCheckpointError, match="step-0000000002 is damaged: 'model/a'"
     ) as e:
         tensor_bundle.read(
             step / "state", "model/a", (40, 30), ((0, 40), (0, 30)), tf.float32
@@ -159,7 +159,7 @@ def test_a_process_with_too_many_files_calls_nothing_damaged(two, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(OSError, match="could not be read.*Too many open") as caught:
-            gshard_tf.Checkpoints(two).restore(variables())
+            gshard_tf.CheckpointManager(two).restore(variables())
     assert caught.value.errno == errno.EMFILE
 
 
@@ -171,7 +171,7 @@ def test_a_folder_that_cannot_be_listed(two, monkeypatch, capsys):
 
     monkeypatch.setattr(folders.os, "listdir", broken)
     with pytest.raises(OSError, match="cannot be listed") as caught:
-        gshard_tf.Checkpoints(two).restore(variables())
+        gshard_tf.CheckpointManager(two).restore(variables())
     assert caught.value.errno == errno.EIO and str(two) in str(caught.value)
     assert command(["list", str(two)]) == 1
     assert "cannot be listed" in capsys.readouterr().err
@@ -180,11 +180,13 @@ def test_a_folder_that_cannot_be_listed(two, monkeypatch, capsys):
 @pytest.mark.parametrize("name", ["step-00000000002", "step-٠٠٠٠٠٠٠٠٠٧", "step-7"])
 def test_names_that_are_no_steps(two, name):
     (two / name).mkdir()
-    assert gshard_tf.Checkpoints(two).steps() == [1, 2]
+    assert gshard_tf.CheckpointManager(two).steps() == [1, 2]
 
 
 def save(folder, step, value, keep=1):
-    checkpoints = gshard_tf.Checkpoints(folder, keep=keep, background=False)
+    checkpoints = gshard_tf.CheckpointManager(
+        folder, max_to_keep=keep, asynchronous=False
+    )
     checkpoints.save(variables(value), step)
     checkpoints.close()
 
@@ -202,7 +204,7 @@ def test_a_reader_beside_a_run_that_prunes(two, newer):
     state = variables(9)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = gshard_tf.Checkpoints(two).restore(state, accept=accept)
+        found = gshard_tf.CheckpointManager(two).restore(state, accept=accept)
     assert found.manifest.step == newer and calls == [2, newer]
     assert np.all(state["model/a"].numpy() == 5)
 
@@ -212,7 +214,7 @@ def test_a_step_that_was_asked_for_and_is_pruned(two):
         save(two, 3, 3)
 
     with pytest.raises(FileNotFoundError, match="There is no checkpoint.*-0000000002"):
-        gshard_tf.Checkpoints(two).restore(variables(), step=2, accept=accept)
+        gshard_tf.CheckpointManager(two).restore(variables(), step=2, accept=accept)
 
 
 def test_a_list_beside_a_run_that_prunes(two, monkeypatch, capsys):
@@ -233,7 +235,9 @@ def test_a_list_beside_a_run_that_prunes(two, monkeypatch, capsys):
 def test_the_best_is_kept_where_the_disk_does_not_answer(two):
     best = two / "step-0000000001"
     manifest_on_a_broken_disk(best)
-    checkpoints = gshard_tf.Checkpoints(two, keep=1, best="loss", background=False)
+    checkpoints = gshard_tf.CheckpointManager(
+        two, max_to_keep=1, monitor="loss", asynchronous=False
+    )
     checkpoints.save(variables(3), 3, logs={"loss": 3.0})
     assert checkpoints.steps() == [1, 2, 3]
     assert checkpoints.best() == 2
@@ -244,7 +248,7 @@ def test_what_cannot_be_removed_ends_no_run(two, monkeypatch):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
     monkeypatch.setattr(manager.folders, "remove", refuse)
-    checkpoints = gshard_tf.Checkpoints(two, keep=2, background=False)
+    checkpoints = gshard_tf.CheckpointManager(two, max_to_keep=2, asynchronous=False)
     with pytest.warns(UserWarning, match="0000000001 is no longer needed.*Permission"):
         checkpoints.save(variables(3), 3)
     assert checkpoints.steps() == [1, 2, 3]

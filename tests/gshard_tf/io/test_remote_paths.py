@@ -35,10 +35,10 @@ def must_not_be_called(*args, **kwargs):
     "remote", [REMOTE, "s3://b/run", "ram://run", "hdfs://h/run", pathlib.Path(REMOTE)]
 )
 def test_checkpoints(remote):
-    for make in (gshard_tf.Checkpoints, gshard_tf.SaveCheckpoints):
+    for make in (gshard_tf.CheckpointManager, gshard_tf.CheckpointCallback):
         with pytest.raises(ValueError, match="on a disk of this machine") as caught:
             make(remote)
-        assert f"Received: folder={str(remote)!r}" in str(caught.value)
+        assert f"Received: directory={str(remote)!r}" in str(caught.value)
 
 
 def test_checkpoints_where_a_shell_would_put_them(tmp_path, monkeypatch):
@@ -47,12 +47,12 @@ def test_checkpoints_where_a_shell_would_put_them(tmp_path, monkeypatch):
         ("~/run", tmp_path / "home" / "run"),
         (f"file://{tmp_path}/a%20b", tmp_path / "a b"),
     ):
-        checkpoints = gshard_tf.Checkpoints(given, background=False)
+        checkpoints = gshard_tf.CheckpointManager(given, asynchronous=False)
         checkpoints.save({"model/a": tf.Variable([1.0])}, 1)
         checkpoints.close()
         assert (folder / "step-0000000001" / "manifest.json").is_file()
         state = {"model/a": tf.Variable([0.0])}
-        assert gshard_tf.Checkpoints(folder).restore(state).manifest.step == 1
+        assert gshard_tf.CheckpointManager(folder).restore(state).manifest.step == 1
 
 
 def test_programs_and_states(monkeypatch):
@@ -63,7 +63,7 @@ def test_programs_and_states(monkeypatch):
     batch = (tf.TensorSpec([8, 4]), tf.TensorSpec([8, 2]))
     program = strategy.program(model, "train", batch)
     monkeypatch.setattr(exporter.StepProgram, "_lower", must_not_be_called)
-    monkeypatch.setattr(exporter, "state_of", must_not_be_called)
+    monkeypatch.setattr(exporter, "training_state", must_not_be_called)
     with pytest.raises(ValueError, match=SAID):
         program.save(REMOTE)
     with pytest.raises(ValueError, match=SAID):

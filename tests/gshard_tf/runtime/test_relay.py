@@ -15,7 +15,7 @@ def service():
 
 
 def connected(service):
-    relay = Relay(*service.getsockname(), patience=10)
+    relay = Relay(*service.getsockname(), timeout=10)
     host, port = relay.address.split(":")
     near = socket.create_connection((host, int(port)), 10)
     far, _ = service.accept()
@@ -50,7 +50,7 @@ def test_a_client_that_leaves_is_no_loss(service):
 def test_the_other_side_may_come_later(service):
     address = service.getsockname()
     service.close()
-    relay = Relay(*address, patience=10)
+    relay = Relay(*address, timeout=10)
     host, port = relay.address.split(":")
     near = socket.create_connection((host, int(port)), 10)
     near.sendall(b"early")

@@ -151,7 +151,7 @@ def test_a_run_that_was_stopped_goes_on_with_the_same_noise(tmp_path):
             noisy().fit(X, X[:, :2], verbose=0)
         with parity.strategy_of({"data": 2}).scope():
             model = noisy()
-        saver = gshard_tf.SaveCheckpoints(folder)
+        saver = gshard_tf.CheckpointCallback(folder)
         fit = {"epochs": 3, "shuffle": False, "verbose": 0}
         model.fit(X, X[:, :2], callbacks=[saver, *callbacks], **fit)
         return [*model.get_weights(), global_state()]

@@ -129,9 +129,9 @@ def main(mesh):
 
     def ours():
         """Checkpoints of ours: out of the cores, into plain Keras, and back."""
-        everything = gshard_tf.state_of(model), gshard_tf.state_of(plain)
+        everything = gshard_tf.training_state(model), gshard_tf.training_state(plain)
         want = [np.array(v) for v in everything[0].values()]
-        checkpoints = gshard_tf.Checkpoints(path("ours"), background=False)
+        checkpoints = gshard_tf.CheckpointManager(path("ours"), asynchronous=False)
         assembled = Storage.assemble
 
         def refuse(*args):

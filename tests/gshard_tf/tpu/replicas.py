@@ -113,15 +113,15 @@ def after_reading(strategy, model, plain):
     What is right is what a plain model holds that has read the same file: not all of
     them keep the state of seed generators.
     """
-    checkpoints = gshard_tf.Checkpoints(path("ours"), background=False)
+    checkpoints = gshard_tf.CheckpointManager(path("ours"), asynchronous=False)
     kinds = {
         "tf.train.Checkpoint": (
             lambda m, name: tf.train.Checkpoint(model=m).write(path(name)),
             lambda m, name: tf.train.Checkpoint(model=m).read(path(name)),
         ),
-        "Checkpoints": (
-            lambda m, name: checkpoints.save(gshard_tf.state_of(m), len(name)),
-            lambda m, name: checkpoints.restore(gshard_tf.state_of(m), len(name)),
+        "CheckpointManager": (
+            lambda m, name: checkpoints.save(gshard_tf.training_state(m), len(name)),
+            lambda m, name: checkpoints.restore(gshard_tf.training_state(m), len(name)),
         ),
         ".weights.h5": (
             lambda m, name: m.save_weights(path(f"{name}.weights.h5")),

@@ -24,7 +24,7 @@ WAYS = [
     ),
     *(
         f"{kind}, {source}"
-        for kind in ("tf.train.Checkpoint", "Checkpoints", ".weights.h5")
+        for kind in ("tf.train.Checkpoint", "CheckpointManager", ".weights.h5")
         for source in ("ours", "plain")
     ),
     ".keras, in the scope",

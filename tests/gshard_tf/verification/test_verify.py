@@ -9,7 +9,7 @@ from planted import X, Y, assert_same_bits, on_mesh, sparse_loss, state, three_l
 
 import gshard_tf
 import keras_layers
-from gshard_tf.runtime.process_group import Group
+from gshard_tf.runtime.process_group import ProcessGroup
 from gshard_tf.verification import checking, measures, references
 from gshard_tf.verification import verify as verify_module
 
@@ -205,7 +205,7 @@ def test_what_is_refused(monkeypatch):
         plain.fit(X, Y, verbose=0, callbacks=[gshard_tf.VerifyFirstStep()])
     with pytest.raises(ValueError, match="tolerance is a number"):
         gshard_tf.VerifyFirstStep(tolerance=float("nan"))
-    monkeypatch.setattr(verify_module, "group", lambda: Group(count=2))
+    monkeypatch.setattr(verify_module, "group", lambda: ProcessGroup(count=2))
     with pytest.raises(ValueError, match="2 processes"):
         gshard_tf.verify(model, (X, Y))
 

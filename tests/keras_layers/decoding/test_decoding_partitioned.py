@@ -44,10 +44,10 @@ def plain(tmp_path_factory):
     model = small(num_experts=8)
     _, sharded = on_mesh({"expert": 8})
     sharded.set_weights(model.get_weights())
-    checkpoints = gshard_tf.Checkpoints(
-        tmp_path_factory.mktemp("checkpoints"), background=False
+    checkpoints = gshard_tf.CheckpointManager(
+        tmp_path_factory.mktemp("checkpoints"), asynchronous=False
     )
-    checkpoints.save(gshard_tf.state_of(sharded), step=1)
+    checkpoints.save(gshard_tf.training_state(sharded), step=1)
     return checkpoints, [x.numpy() for x in decode(model, False)(IDS)]
 
 
@@ -58,7 +58,7 @@ def plain(tmp_path_factory):
 def test_any_number_of_partitions_decodes_alike(plain, axes, flat):
     checkpoints, expected = plain
     strategy, model = on_mesh(axes)
-    checkpoints.restore(gshard_tf.state_of(model))
+    checkpoints.restore(gshard_tf.training_state(model))
     found = strategy.run(decode(model, flat), (tf.constant(IDS),))
     for ours, theirs in zip(found, expected, strict=True):
         if theirs.dtype.kind == "i":
