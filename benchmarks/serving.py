@@ -49,9 +49,9 @@ Texts = list[tuple[str, str, str]]  # tag, source, the trained model's translati
 def export(run: Path, data: Path, folder: Path) -> Texts:
     """Writes the SavedModel, and says what the trained model makes of some texts."""
     from gshard_examples.translation.corpus import load_corpus
-    from gshard_examples.translation.exporting import export
-    from gshard_examples.translation.training import load_model, sample_pairs
-    from gshard_examples.translation.translating import Translator
+    from gshard_examples.translation.export import export
+    from gshard_examples.translation.train import load_model, sample_pairs
+    from gshard_examples.translation.translator import Translator
 
     _, vocabulary, model = load_model(run)
     translator = Translator(model, vocabulary)

@@ -109,7 +109,7 @@ def main() -> None:
     from benchmarks.decoding.uncached import Uncached
     from gshard_examples.translation.corpus import load_corpus
     from gshard_examples.translation.model import make_model
-    from gshard_examples.translation.training import (
+    from gshard_examples.translation.train import (
         load_model,
         restore_weights,
         sample_pairs,

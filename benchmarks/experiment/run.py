@@ -191,7 +191,7 @@ def _pack(corpus: Any, vocabulary: Any, settings: Any, out: pathlib.Path) -> Non
         tokenize_pairs,
         tokenize_split,
     )
-    from gshard_examples.translation.training import sample_pairs
+    from gshard_examples.translation.train import sample_pairs
 
     common = {
         "batch_tokens": settings.batch_tokens,
@@ -332,7 +332,7 @@ def score(data: pathlib.Path, out: pathlib.Path, udhr: pathlib.Path | None) -> N
     if not (out / "times.json").exists():
         raise SystemExit(f"Measure the steps first: `time --out {out}`")
     from gshard_examples.translation.corpus import load_corpus
-    from gshard_examples.translation.evaluating import choose
+    from gshard_examples.translation.evaluate import choose
     from gshard_examples.translation.udhr import load_udhr
 
     about = json.loads((out / "experiment.json").read_text())
@@ -356,8 +356,8 @@ def _score_set(name: str, pairs: Sequence[Any], corpus: Any, out: pathlib.Path) 
         copy_source,
         translate_with_apertium,
     )
-    from gshard_examples.translation.scoring import format_table, write_scores
-    from gshard_examples.translation.scoring import score as score_of
+    from gshard_examples.translation.score import format_table, write_scores
+    from gshard_examples.translation.score import score as score_of
 
     counts = corpus.languages("train")
     systems = {"copy": copy_source(pairs)}
@@ -401,7 +401,7 @@ def _translate(
 
     from gshard_examples.translation.model import make_model
     from gshard_examples.translation.settings import Settings
-    from gshard_examples.translation.translating import Translator
+    from gshard_examples.translation.translator import Translator
     from gshard_examples.translation.vocabulary import Vocabulary
     from gshard_tf.export.exporter import load_state
 

@@ -241,10 +241,10 @@ def test_the_page_itself_is_served_as_it_is(server):
 
 @pytest.fixture(scope="module")
 def exported(toy_vocabulary, tmp_path_factory):
-    from gshard_examples.translation.exporting import export
+    from gshard_examples.translation.export import export
     from gshard_examples.translation.model import make_model
     from gshard_examples.translation.settings import Settings
-    from gshard_examples.translation.translating import Translator
+    from gshard_examples.translation.translator import Translator
 
     settings = Settings(
         encoder_layers=1,

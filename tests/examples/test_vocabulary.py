@@ -4,7 +4,7 @@ import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gshard_examples.translation.cleaning import normalise_text
+from gshard_examples.translation.clean import normalise_text
 from gshard_examples.translation.vocabulary import (
     BOS,
     EOS,

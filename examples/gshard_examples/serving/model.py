@@ -31,7 +31,7 @@ class UnusableModelError(ValueError):
 
 
 class Model:
-    """A SavedModel of `gshard_examples.translation.exporting`.
+    """A SavedModel of `gshard_examples.translation.export`.
 
     Args:
         folder: The SavedModel.

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from gshard_examples.translation.corpus import Pair
-from gshard_examples.translation.files import missing_packages
+from gshard_examples.translation.package_files import missing_packages
 
 
 def copy_source(pairs: Sequence[Pair]) -> list[str]:

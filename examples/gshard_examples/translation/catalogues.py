@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import PurePosixPath
 from typing import NamedTuple
 
-from gshard_examples.translation.files import Files, missing_packages, zip_files
+from gshard_examples.translation.package_files import Files, missing_packages, zip_files
 
 
 class Entry(NamedTuple):

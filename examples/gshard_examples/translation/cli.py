@@ -180,7 +180,7 @@ def _prepare(options: argparse.Namespace) -> tuple:
 
 
 def _train(options: argparse.Namespace) -> None:
-    from gshard_examples.translation.training import train
+    from gshard_examples.translation.train import train
 
     settings, corpus, vocabulary = _prepare(options)
     summary = train(options.run, settings, corpus, vocabulary, options.data / "cache")
@@ -193,9 +193,9 @@ def _train(options: argparse.Namespace) -> None:
 
 def _evaluate(options: argparse.Namespace) -> None:
     from gshard_examples.translation.corpus import load_corpus
-    from gshard_examples.translation.evaluating import choose, evaluate
-    from gshard_examples.translation.training import load_model
-    from gshard_examples.translation.translating import Translator
+    from gshard_examples.translation.evaluate import choose, evaluate
+    from gshard_examples.translation.train import load_model
+    from gshard_examples.translation.translator import Translator
     from gshard_examples.translation.udhr import load_udhr
 
     settings, vocabulary, model = load_model(options.run)
@@ -217,8 +217,8 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _translate(options: argparse.Namespace) -> None:
-    from gshard_examples.translation.training import load_model
-    from gshard_examples.translation.translating import Translator
+    from gshard_examples.translation.train import load_model
+    from gshard_examples.translation.translator import Translator
 
     _, vocabulary, model = load_model(options.run)
     vocabulary.check_languages([options.language])
@@ -235,9 +235,9 @@ def _search(options: argparse.Namespace) -> dict:
 
 
 def _export(options: argparse.Namespace) -> None:
-    from gshard_examples.translation.exporting import export
-    from gshard_examples.translation.training import load_model
-    from gshard_examples.translation.translating import Translator
+    from gshard_examples.translation.export import export
+    from gshard_examples.translation.train import load_model
+    from gshard_examples.translation.translator import Translator
 
     folder = _check_export(options)
     _, vocabulary, model = load_model(options.run)
@@ -250,7 +250,7 @@ def _export(options: argparse.Namespace) -> None:
 
 def _check_export(options: argparse.Namespace) -> Path:
     """The folder to export to; raises when it is one that must not be replaced."""
-    from gshard_examples.translation.exporting import check_export
+    from gshard_examples.translation.export import check_export
 
     folder = options.saved_model or options.run / "saved_model"
     check_export(folder, replace=True)

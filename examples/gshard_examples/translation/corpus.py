@@ -16,15 +16,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from gshard_examples.translation.cleaning import clean_pair
-from gshard_examples.translation.files import sha256_of
+from gshard_examples.translation.clean import clean_pair
 from gshard_examples.translation.languages import (
     base_language,
     is_tag,
     normalise_language,
 )
+from gshard_examples.translation.package_files import sha256_of
 from gshard_examples.translation.sources import NAME_DOMAINS, Source, corpus_sources
-from gshard_examples.translation.splitting import SPLITS, assign_splits, message_key
+from gshard_examples.translation.split import SPLITS, assign_splits, message_key
 from gshard_tf.io.atomic_files import (
     Contents,
     local_path,

@@ -131,7 +131,7 @@ def tokenize_split(
 
     Args:
         corpus: The corpus.
-        split: One of `splitting.SPLITS`.
+        split: One of `split.SPLITS`.
         vocabulary: The vocabulary; pairs in languages that it lacks are left out, and
             logged.
         languages: Keep only these language tags.
@@ -449,7 +449,7 @@ def make_dataset(
 
     Args:
         corpus: The corpus.
-        split: One of `splitting.SPLITS`.
+        split: One of `split.SPLITS`.
         vocabulary: The vocabulary.
         batch_tokens: Source positions per batch.
         buckets: The lengths that batches may have.

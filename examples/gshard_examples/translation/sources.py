@@ -28,7 +28,7 @@ from gshard_examples.translation.catalogues import (
     read_mediawiki,
     read_plone,
 )
-from gshard_examples.translation.files import (
+from gshard_examples.translation.package_files import (
     Files,
     deb_files,
     installed_files,

@@ -11,11 +11,11 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 from gshard_examples.translation.corpus import Pair
-from gshard_examples.translation.files import folder_files, tar_files
 from gshard_examples.translation.languages import (
     normalise_language,
     written_in_own_script,
 )
+from gshard_examples.translation.package_files import folder_files, tar_files
 
 #: Regional or dated variants of one language repeat most of each other's sentences;
 #: Bosnian's file mixes two scripts.

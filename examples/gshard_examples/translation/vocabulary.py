@@ -15,8 +15,8 @@ from typing import Any
 
 import tensorflow as tf
 
-from gshard_examples.translation.files import missing_packages
 from gshard_examples.translation.languages import is_tag
+from gshard_examples.translation.package_files import missing_packages
 from gshard_examples.translation.vocabulary_training import (
     BOS,
     EOS,

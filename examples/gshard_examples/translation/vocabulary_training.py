@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from gshard_examples.translation.corpus import Corpus, Pair
-from gshard_examples.translation.files import missing_packages
+from gshard_examples.translation.package_files import missing_packages
 from gshard_tf.io.atomic_files import local_path, write_file
 
 PAD, UNK, BOS, EOS = 0, 1, 2, 3

@@ -16,8 +16,8 @@ from gshard_examples.translation.baselines import (
 )
 from gshard_examples.translation.corpus import Corpus, Pair
 from gshard_examples.translation.report import plot_scores
-from gshard_examples.translation.scoring import format_table, score, write_scores
-from gshard_examples.translation.translating import Translator
+from gshard_examples.translation.score import format_table, score, write_scores
+from gshard_examples.translation.translator import Translator
 from gshard_tf.io.atomic_files import make_folder, write_file
 
 
@@ -55,7 +55,7 @@ def evaluate(
     on the pairs of these: `scores-apertium.json`, and a second table in `scores.txt`.
 
     Returns:
-        System name -> `scoring.score`'s result.
+        System name -> `score.score`'s result.
     """
     out = make_folder(out, "out")  # before the work
     begun = time.perf_counter()

@@ -27,11 +27,11 @@ from gshard_examples.translation.pipeline import Batches, tokenize_pairs, tokeni
 from gshard_examples.translation.settings import Settings
 from gshard_examples.translation.vocabulary import Vocabulary
 from gshard_tf import (
-    Checkpoints,
-    GuardNumbers,
-    ResumableData,
-    SaveCheckpoints,
-    state_of,
+    CheckpointCallback,
+    CheckpointManager,
+    NonFiniteGuard,
+    ResumableDataset,
+    training_state,
 )
 from gshard_tf.io.atomic_files import local_path, write_file
 
@@ -122,7 +122,7 @@ def train(
         model = make_model(settings, vocabulary)
         # The layout report lists its slots.
         model.optimizer.build(model.trainable_variables)
-    checkpoints = Checkpoints(run / "checkpoints", keep=2)
+    checkpoints = CheckpointManager(run / "checkpoints", max_to_keep=2)
     done = max(checkpoints.steps(), default=0)
     unigram = unigram_cross_entropy(
         tokens.predicted_ids(), dev.predicted_ids(), vocabulary.size
@@ -138,20 +138,21 @@ def train(
         write_file(run / "layout.txt", f"{strategy.describe(model)}\n".encode())
     if done < settings.steps:
         # TensorFlow cannot save the position in a Python generator.
-        data = ResumableData(batches.dataset(), position="count")
+        dataset = ResumableDataset(batches.dataset(), position="count")
         callbacks = [
-            SaveCheckpoints(checkpoints, data=data),
+            CheckpointCallback(checkpoints, dataset=dataset),
             _EpochSeconds(),
             keras.callbacks.CSVLogger(run / "history.csv", append=True),
             keras.callbacks.TensorBoard(str(run / "logs"), write_graph=False),
         ]
         if strategy is not None:
-            callbacks.append(GuardNumbers())
+            callbacks.append(NonFiniteGuard())
         model.fit(
-            data.dataset,
+            dataset.dataset,
             epochs=settings.steps // settings.steps_per_epoch,
             steps_per_epoch=settings.steps_per_epoch,
             validation_data=validation.dataset(),
+            shuffle=False,  # the batches are shuffled
             verbose=verbose,
             callbacks=callbacks,
         )
@@ -228,8 +229,9 @@ def restore_weights(run: Path, model: keras.Model) -> None:
         FileNotFoundError: There is no checkpoint yet.
     """
     _check_format(run)
-    state = {n: v for n, v in state_of(model).items() if n.startswith("model/")}
-    if Checkpoints(run / "checkpoints").restore(state, extra=["optimizer/.*"]) is None:
+    state = {n: v for n, v in training_state(model).items() if n.startswith("model/")}
+    checkpoints = CheckpointManager(run / "checkpoints")
+    if checkpoints.restore(state, extra=["optimizer/.*"]) is None:
         raise FileNotFoundError(f"The run in {run} has no checkpoint yet.")
 
 
@@ -237,7 +239,7 @@ def _check_format(run: Path) -> None:
     """Raises `ValueError` where the checkpoints are those of `tf.train`."""
     if (run / "checkpoints" / "checkpoint").is_file():
         raise ValueError(
-            "The run must have checkpoints of gshard_tf.SaveCheckpoints. An earlier "
+            "The run must have checkpoints of gshard_tf.CheckpointCallback. An earlier "
             "version wrote these, which this one cannot read; nothing in the folder "
             f"was changed. Name another folder with --run. Received: {run}"
         )

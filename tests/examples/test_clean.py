@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gshard_examples.translation.cleaning import clean_pair, normalise_text
+from gshard_examples.translation.clean import clean_pair, normalise_text
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from gshard_examples.translation.baselines import (
 )
 from gshard_examples.translation.corpus import Pair
 from gshard_examples.translation.report import plot_scores
-from gshard_examples.translation.scoring import format_table, score, write_scores
+from gshard_examples.translation.score import format_table, score, write_scores
 
 PAIRS = [
     Pair("de", "django", "Die rote Katze", "The red cat sits here"),

@@ -12,13 +12,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from gshard_examples.translation.corpus import Pair
-from gshard_examples.translation.files import missing_packages
 from gshard_examples.translation.languages import (
     RESOURCE_LEVELS,
     family_of,
     resource_level,
     script_of,
 )
+from gshard_examples.translation.package_files import missing_packages
 from gshard_tf.io.atomic_files import write_file
 
 #: Groupings, in the order of the table.
