@@ -122,7 +122,7 @@ class CheckpointCallback(keras.callbacks.Callback):
             )
         self.manager = directory
         self.save_every = save_every
-        self.datasetset = dataset
+        self.dataset = dataset
         self.config = config
         self.extra_state = extra_state
         self.resume = resume
@@ -170,7 +170,7 @@ class CheckpointCallback(keras.callbacks.Callback):
             )
         if self.dataset is not None:
             # Metrics too: outside a strategy, Keras makes them in the first step.
-            complete(self.model, self.datasetset.dataset.element_spec, "train")
+            complete(self.model, self.dataset.dataset.element_spec, "train")
         compiled = learning_rates(self._state())
         self.restored = self.manager.restore(
             self._state(), dataset=self.dataset, accept=self._check_config

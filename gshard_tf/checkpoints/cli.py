@@ -9,7 +9,7 @@ from pathlib import Path
 from gshard_tf.checkpoints import folders
 from gshard_tf.checkpoints.errors import CorruptCheckpointError
 from gshard_tf.checkpoints.manifest import Manifest
-from gshard_tf.io.atomic_files import path_option
+from gshard_tf.io.paths import path_option
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

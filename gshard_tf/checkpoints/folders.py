@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from gshard_tf.io.atomic_files import sync_folder
+from gshard_tf.io.atomic_files import sync
 
 T = TypeVar("T")
 
@@ -105,5 +105,5 @@ def remove(folder: Path, step: int) -> None:
     hidden = path.with_name(f".{path.name}.partial")
     shutil.rmtree(hidden, ignore_errors=True)
     os.rename(path, hidden)
-    sync_folder(folder)
+    sync(folder)
     shutil.rmtree(hidden)

@@ -28,8 +28,8 @@ from gshard_tf.checkpoints.snapshot import (
 )
 from gshard_tf.checkpoints.writer import WRITE_TIMEOUT_SECONDS, write
 from gshard_tf.compat.keras_seeds import global_seed_state
-from gshard_tf.io.atomic_files import local_path, make_folder
 from gshard_tf.io.locks import FolderLock
+from gshard_tf.io.paths import local_path, make_folder
 from gshard_tf.runtime.process_group import (
     all_gather_text,
     group,

@@ -10,7 +10,7 @@ from typing import Any
 
 from gshard_tf.checkpoints import folders
 from gshard_tf.checkpoints.errors import CorruptCheckpointError, unreadable
-from gshard_tf.io.atomic_files import write_file
+from gshard_tf.io.atomic_files import sha256, write_file
 
 NAME = "manifest.json"
 FORMAT = 1
@@ -186,12 +186,6 @@ def _reading(folder: Path, name: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise unreadable(str(folder), name, error) from error
-
-
-def sha256(path: Path) -> str:
-    """The digest of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _text(content: Any) -> str:

@@ -150,16 +150,6 @@ def read(
     return value
 
 
-def sync(paths: Sequence[Path]) -> None:
-    """Waits until files are on the disk."""
-    for path in paths:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
 def reason(error: tf.errors.OpError) -> str:
     """TensorFlow's message without the names of its nodes."""
     return re.sub(r"\{\{.*?\}\} ?| ?\[Op:\w+\]", "", error.message)

@@ -8,8 +8,9 @@ from typing import Any
 
 from gshard_tf.checkpoints import tensor_bundle
 from gshard_tf.checkpoints.errors import os_error
-from gshard_tf.checkpoints.manifest import Manifest, sha256
-from gshard_tf.io.atomic_files import Contents, new_folder
+from gshard_tf.checkpoints.manifest import Manifest
+from gshard_tf.io.atomic_files import sha256, sync
+from gshard_tf.io.atomic_folders import Contents, new_folder
 from gshard_tf.runtime.process_group import group
 
 # How long one process waits for what another one writes.
@@ -46,7 +47,8 @@ def write(
 def _finish(manifest: Manifest, partial: Path) -> None:
     """Puts everything on the disk, and the manifest last."""
     paths = tensor_bundle.files(partial / "state")
-    tensor_bundle.sync(paths)
+    for path in paths:
+        sync(path)
     sizes = {path.name: path.stat().st_size for path in paths}
     # The index has checksums of its blocks, but not of where they are.
     digests = {path.name: sha256(path) for path in paths if path.suffix == ".index"}
@@ -65,7 +67,8 @@ def _write_together(
         if pieces:  # TensorFlow writes no bundle of nothing
             part = partial / f"part-{processes.index:05d}"
             tensor_bundle.write(part, pieces)
-            tensor_bundle.sync(tensor_bundle.files(part))
+            for path in tensor_bundle.files(part):
+                sync(path)
         return len(pieces)
 
     if not processes.is_chief:

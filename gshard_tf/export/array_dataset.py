@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from gshard_tf.export.manifest import Tensor
-from gshard_tf.io.atomic_files import local_path
+from gshard_tf.io.paths import local_path
 
 
 class Batches:

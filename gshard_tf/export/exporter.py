@@ -30,7 +30,7 @@ from gshard_tf.export.manifest import (
     fit_layout,
 )
 from gshard_tf.export.naming import named_batch, named_leaves
-from gshard_tf.io.atomic_files import local_path
+from gshard_tf.io.paths import local_path
 from gshard_tf.sharding.mesh import create_mesh, use_mesh
 from gshard_tf.spmd import lowering
 from gshard_tf.spmd.abstract import is_abstract

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from gshard_tf.export.manifest import Manifest
-from gshard_tf.io.atomic_files import local_path, write_file
+from gshard_tf.io.atomic_files import write_file
+from gshard_tf.io.paths import local_path
 
 Path = str | os.PathLike
 

@@ -26,7 +26,7 @@ import numpy as np
 from gshard_tf.export import program_file
 from gshard_tf.export.array_dataset import Batches
 from gshard_tf.export.manifest import Manifest
-from gshard_tf.io.atomic_files import make_folder, path_option
+from gshard_tf.io.paths import make_folder, path_option
 from gshard_tf.runtime.termination import Termination
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")

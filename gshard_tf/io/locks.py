@@ -1,11 +1,11 @@
 """Locks of files and folders that end with the process that took them.
 
-A lock of the system (`flock`) belongs to an open file, and a forked child has that file
-open too: by itself, it would keep the lock after the process that took it was killed.
-So children of Python's `os.fork` close it when they begin; programs that are started
-never have it. (Record locks, `fcntl`, are no child's either; but one ends as soon as
-the process closes its file anywhere, as whoever copies the folder does.) Over NFS the
-lock holds among machines.
+A system lock (`flock`) belongs to an open file, and a forked child has that file open
+too: without more, the child would keep the lock after the process that took it was
+killed. So children of Python's `os.fork` close the file when they begin; programs that
+are started never have it open. (A forked child has no record locks, `fcntl`, either;
+but a record lock ends as soon as the process closes the file anywhere, as it does when
+it copies the folder.) Over NFS the lock holds among machines.
 """
 
 import contextlib
@@ -18,30 +18,30 @@ from pathlib import Path
 
 # Held while a file is opened and locked: no child can begin between the two.
 _OPENING = threading.RLock()
-# What this process has locked: the file (device and inode) of each descriptor.
+# The locks of this process: the file (device and inode) of each descriptor.
 _HELD: dict[int, tuple[int, int]] = {}
 
 _OWNER = re.compile(r"process \d+ on \S+")
 
 
 class AlreadyRunningError(RuntimeError):
-    """Another process is writing the same folder."""
+    """Raised when another process is writing the same folder."""
 
 
 class Lock:
     """An open file or folder that is locked, for this process and no other.
 
-    It is let go by `release`, when nobody has this object any more, and at the end of
-    the process, however that comes.
+    The lock ends by `release`, with this object, and at the end of the process, also
+    when it is killed.
 
     Args:
-        path: What to open; not through a link.
-        flags: How; see `os.open`.
-        remove: Whether the file is removed when it is let go. (Before that: whoever
+        path: The file to open; not through a link.
+        flags: See `os.open`.
+        remove: Whether the file is removed just before the lock ends. (A process that
             has it open already sees that it has lost its name, and makes another.)
 
     Raises:
-        BlockingIOError: when another process has it.
+        BlockingIOError: when another process has locked it.
         OSError: when it cannot be opened, or its disk does not lock files.
     """
 
@@ -64,32 +64,32 @@ class Lock:
 
     @property
     def is_held(self) -> bool:
-        """Whether this process has it: not after `release`, nor in a forked child."""
+        """Whether this process has the lock; False in a forked child."""
         return self._release.alive and self._process == os.getpid()
 
     def is_at(self, path: Path) -> bool:
-        """Whether what is locked has this name (still)."""
+        """Returns whether the locked file (still) has this name."""
         try:
             return _identity(os.stat(path)) == self._file
         except (FileNotFoundError, NotADirectoryError):
             return False
 
     def release(self) -> None:
-        """Lets it go; nothing the second time."""
+        """Ends the lock; does nothing the second time."""
         self._release()
 
 
 class FolderLock:
-    """A folder that this process alone writes to.
+    """The lock of a folder that this process alone writes to.
 
-    There are two locks: a file `.lock` in the folder, and one beside it,
-    `.NAME.gshard-lock`, which is there for as long as it is locked. The one beside
-    stays when the folder is removed, so that nobody else begins in a new one of that
-    name; where the folder above cannot be written to, there is none. Both say whose
-    they are. The folder is the one that links lead to.
+    There are two locked files: `.lock` in the folder, and `.NAME.gshard-lock` next to
+    it, which exists as long as it is locked. The second stays when the folder is
+    removed, so that no other process begins in a new one of that name; where the parent
+    folder cannot be written to, there is none. Both hold the process and the host of
+    their owner. Links are followed to the real folder.
 
     Args:
-        folder: One that is there.
+        folder: An existing folder.
 
     Raises:
         AlreadyRunningError: when another process has locked it.
@@ -99,47 +99,47 @@ class FolderLock:
     def __init__(self, folder: Path):
         self.folder = folder
         self.real = Path(os.path.realpath(folder))
-        self._beside = _lock_beside(self.real, folder)
+        self._outer = _lock_outer(self.real, folder)
         try:
-            self._within = _lock_file(self.real / ".lock", folder)
+            self._inner = _lock_file(self.real / ".lock", folder)
         except BaseException:
-            if self._beside is not None:
-                self._beside.release()
+            if self._outer is not None:
+                self._outer.release()
             raise
 
     @property
     def is_own(self) -> bool:
-        """Whether it is this process's: not after `release`, nor in a forked child."""
-        return self._within.is_held
+        """Whether this process has the lock; False in a forked child."""
+        return self._inner.is_held
 
     @property
     def is_in_place(self) -> bool:
         """Whether the folder of that name is still the one that was locked."""
-        return self._within.is_at(self.folder / ".lock")
+        return self._inner.is_at(self.folder / ".lock")
 
     def is_of(self, folder: Path) -> bool:
-        """Whether this locks a folder, by whatever name."""
+        """Returns whether this locks a folder, under any of its names."""
         same_path = self.real == Path(os.path.realpath(folder))
-        return same_path or self._within.is_at(folder / ".lock")
+        return same_path or self._inner.is_at(folder / ".lock")
 
     def release(self) -> None:
-        """Lets others write to the folder."""
-        self._within.release()
-        if self._beside is not None:
-            self._beside.release()
+        """Ends the lock, so that other processes may write to the folder."""
+        self._inner.release()
+        if self._outer is not None:
+            self._outer.release()
 
 
-def _identity(found: os.stat_result) -> tuple[int, int]:
-    return found.st_dev, found.st_ino
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
 
 
-def _lock_beside(real: Path, folder: Path) -> Lock | None:
-    if not real.name:  # the root of the disk has nothing beside it
+def _lock_outer(real: Path, folder: Path) -> Lock | None:
+    if not real.name:  # the root of the disk has no parent
         return None
     try:
         return _lock_file(real.with_name(f".{real.name}.gshard-lock"), folder, True)
     except OSError:
-        # The folder above is somebody else's, say. Then the one within must do.
+        # The parent folder is another user's, for example: `.lock` must do.
         return None
 
 
@@ -150,8 +150,8 @@ def _lock_file(path: Path, folder: Path, remove: bool = False) -> Lock:
             lock = Lock(path, os.O_RDWR | os.O_CREAT, remove)
         except BlockingIOError as error:
             raise AlreadyRunningError(
-                f"Another run{_owner(path)} is writing to {folder}. Give each run a "
-                "folder of its own, or stop the other one."
+                f"{folder} cannot be locked: another run{_owner(path)} is writing to "
+                "it. Give each run a folder of its own, or stop the other one."
             ) from error
         except OSError as error:
             raise OSError(
@@ -160,7 +160,7 @@ def _lock_file(path: Path, folder: Path, remove: bool = False) -> Lock:
                 f"({error.strerror}). Write to a folder that this user may write to, "
                 "on a disk that locks files",
             ) from error
-    # For messages only: a disk that is full does not keep a run from going on.
+    # For messages only: a full disk must not stop the run here.
     with contextlib.suppress(OSError):
         text = f"process {os.getpid()} on {os.uname().nodename}\n".encode()
         os.ftruncate(lock.descriptor, 0)
@@ -169,11 +169,11 @@ def _lock_file(path: Path, folder: Path, remove: bool = False) -> Lock:
 
 
 def _owner(path: Path) -> str:
-    """Who has locked a file, as a part of a sentence; nothing if it does not say."""
+    """Returns the owner that a locked file names, as a part of a sentence, or ""."""
     try:
         with open(path, "rb") as file:
             text = file.read(1000).decode("utf-8", "replace").strip()
-    except OSError:  # it may be somebody else's, and is only for the message
+    except OSError:  # it may be another user's, and is only for the message
         return ""
     return f", {text}," if _OWNER.fullmatch(text) else ""
 
@@ -184,7 +184,7 @@ def _close(descriptor: int, process: int, remove: Path | None) -> None:
     with _OPENING:
         file = _HELD.pop(descriptor)
         if remove is not None:
-            with contextlib.suppress(OSError):  # the folder above may be gone
+            with contextlib.suppress(OSError):  # the parent folder may be gone
                 if _identity(os.lstat(remove)) == file:
                     os.unlink(remove)
         os.close(descriptor)
@@ -192,8 +192,8 @@ def _close(descriptor: int, process: int, remove: Path | None) -> None:
 
 def _begin_in_child() -> None:
     for descriptor, file in _HELD.items():
-        # Whoever made a daemon of this process may have closed it already, and opened
-        # something else.
+        # A library that makes a daemon of this process may have closed the descriptor
+        # already, and opened another file under its number.
         with contextlib.suppress(OSError):
             if _identity(os.fstat(descriptor)) == file:
                 os.close(descriptor)

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-from gshard_tf.io.atomic_files import path_option
+from gshard_tf.io.paths import path_option
 
 MODES = ("train", "evaluate", "predict")
 DTYPES = frozenset(

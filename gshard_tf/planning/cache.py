@@ -10,7 +10,8 @@ from collections.abc import Sequence
 
 from tensorflow.experimental import dtensor
 
-from gshard_tf.io.atomic_files import local_path, write_file
+from gshard_tf.io.atomic_files import write_file
+from gshard_tf.io.paths import local_path
 from gshard_tf.planning.plan import FORMAT, Plan, Weight
 
 

@@ -102,13 +102,15 @@ class Termination:
         # The number of each signal arrives there at once, whatever Python is doing.
         wakeup = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
         self._before = (handler or signal.SIG_DFL, wakeup)
-        self._thread = threading.Thread(target=self._listen, daemon=True)
+        self._thread = threading.Thread(
+            target=self._listen, args=(self._pipe[0],), daemon=True
+        )
         _LISTENING.append(self)
         self._thread.start()
 
     def close(self) -> None:
         """Restores the signal's handler; a signal that came too late is sent again."""
-        if self._pipe is None:
+        if self._pipe is None or self._thread is None:
             return
         self._over.set()
         self._restore_handler()
@@ -161,7 +163,8 @@ class Termination:
 
     def _still_runs(self) -> bool:
         main = threading.main_thread().ident
-        return self._is_running(sys._current_frames().get(main))
+        frame = None if main is None else sys._current_frames().get(main)
+        return self._is_running(frame)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         # The thread acts on the signal; but only the main thread sets handlers.
@@ -176,10 +179,10 @@ class Termination:
             signal.signal(signal.SIGTERM, handler)
             signal.set_wakeup_fd(wakeup)
 
-    def _listen(self) -> None:
+    def _listen(self, reader: int) -> None:
         while not self._over.is_set():
-            if select.select([self._pipe[0]], [], [], _LISTEN_SECONDS)[0]:
-                numbers = os.read(self._pipe[0], 1 << 10)
+            if select.select([reader], [], [], _LISTEN_SECONDS)[0]:
+                numbers = os.read(reader, 1 << 10)
                 if self._before[1] != -1:
                     # Where that one is full, its reader wakes up anyway.
                     with contextlib.suppress(OSError):

@@ -13,7 +13,8 @@ from pathlib import Path
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 from gshard_examples.translation.settings import Settings  # noqa: E402
-from gshard_tf.io.atomic_files import AlreadyRunningError, path_option  # noqa: E402
+from gshard_tf.io.locks import AlreadyRunningError  # noqa: E402
+from gshard_tf.io.paths import path_option  # noqa: E402
 
 COMMANDS = {
     "run": "everything: prepare, train, evaluate, export (the default)",

@@ -25,12 +25,9 @@ from gshard_examples.translation.languages import (
 from gshard_examples.translation.package_files import sha256_of
 from gshard_examples.translation.sources import NAME_DOMAINS, Source, corpus_sources
 from gshard_examples.translation.split import SPLITS, assign_splits, message_key
-from gshard_tf.io.atomic_files import (
-    Contents,
-    local_path,
-    new_folder,
-    write_synced,
-)
+from gshard_tf.io.atomic_files import write_synced
+from gshard_tf.io.atomic_folders import Contents, new_folder
+from gshard_tf.io.paths import local_path
 
 log = logging.getLogger(__name__)
 

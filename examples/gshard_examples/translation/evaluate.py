@@ -18,7 +18,8 @@ from gshard_examples.translation.corpus import Corpus, Pair
 from gshard_examples.translation.report import plot_scores
 from gshard_examples.translation.score import format_table, score, write_scores
 from gshard_examples.translation.translator import Translator
-from gshard_tf.io.atomic_files import make_folder, write_file
+from gshard_tf.io.atomic_files import write_file
+from gshard_tf.io.paths import make_folder
 
 
 def choose(

@@ -10,12 +10,8 @@ import tensorflow as tf
 
 from gshard_examples.translation.package_files import MissingPackageError
 from gshard_examples.translation.translator import Translator
-from gshard_tf.io.atomic_files import (
-    Contents,
-    check_folder,
-    local_path,
-    new_folder,
-)
+from gshard_tf.io.atomic_folders import Contents, check_folder, new_folder
+from gshard_tf.io.paths import local_path
 
 #: Where TensorFlow Serving looks for requests to send itself before it answers others.
 WARM_UP = Path("assets.extra", "tf_serving_warmup_requests")

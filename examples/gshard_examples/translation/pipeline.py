@@ -32,7 +32,8 @@ from gshard_examples.translation.vocabulary import (
     Vocabulary,
 )
 from gshard_examples.translation.vocabulary_training import temperature_shares
-from gshard_tf.io.atomic_files import local_path, write_file
+from gshard_tf.io.atomic_files import write_file
+from gshard_tf.io.paths import local_path
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from gshard_tf.io.atomic_files import local_path, write_file
+from gshard_tf.io.atomic_files import write_file
+from gshard_tf.io.paths import local_path
 
 
 def _flag(default: Any, text: str, choices: tuple | None = None) -> Any:

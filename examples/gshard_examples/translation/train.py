@@ -33,7 +33,8 @@ from gshard_tf import (
     ResumableDataset,
     training_state,
 )
-from gshard_tf.io.atomic_files import local_path, write_file
+from gshard_tf.io.atomic_files import write_file
+from gshard_tf.io.paths import local_path
 
 log = logging.getLogger(__name__)
 

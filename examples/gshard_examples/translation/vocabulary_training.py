@@ -20,7 +20,8 @@ import numpy as np
 
 from gshard_examples.translation.corpus import Corpus, Pair
 from gshard_examples.translation.package_files import missing_packages
-from gshard_tf.io.atomic_files import local_path, write_file
+from gshard_tf.io.atomic_files import write_file
+from gshard_tf.io.paths import local_path
 
 PAD, UNK, BOS, EOS = 0, 1, 2, 3
 _SPECIAL_NAMES = ("pad", "unk", "s", "/s")

@@ -22,7 +22,7 @@ from gshard_tf.checkpoints import manager
 from gshard_tf.checkpoints.cli import main as command
 from gshard_tf.checkpoints.errors import CheckpointMismatchError, CorruptCheckpointError
 from gshard_tf.checkpoints.writer import write
-from gshard_tf.io.atomic_files import AlreadyRunningError
+from gshard_tf.io.locks import AlreadyRunningError
 
 
 def variables(value=0.0):
@@ -214,7 +214,7 @@ def test_two_runs_in_one_folder(tmp_path):
     tmp_path.joinpath(".lock").touch()
     with open(tmp_path / ".lock") as another_run:
         fcntl.flock(another_run, fcntl.LOCK_EX)
-        with pytest.raises(AlreadyRunningError, match="Another run"):
+        with pytest.raises(AlreadyRunningError, match="another run"):
             gshard_tf.CheckpointManager(tmp_path).save(variables(2), 2)
     first = gshard_tf.CheckpointManager(tmp_path)
     first.save(variables(1), 1)

@@ -1,4 +1,3 @@
-import argparse
 import errno
 import os
 import stat
@@ -8,9 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from gshard_tf.io import atomic_files as publishing
+from gshard_tf.io import atomic_files
+from gshard_tf.io.atomic_files import write_file
+from gshard_tf.io.atomic_folders import Contents, check_folder, new_folder
+from gshard_tf.io.locks import AlreadyRunningError
+from gshard_tf.io.paths import make_folder
 
-THING = publishing.Contents("a thing", ("x", "parts/*", "empty"), mark="x")
+THING = Contents("a thing", ("x", "parts/*", "empty"), mark="x")
 
 
 def hidden(folder):
@@ -18,7 +21,7 @@ def hidden(folder):
 
 
 def test_folder_appears_when_complete(tmp_path):
-    with publishing.new_folder(tmp_path / "a" / "out") as partial:
+    with new_folder(tmp_path / "a" / "out") as partial:
         (partial / "x").write_text("1")
         assert not (tmp_path / "a" / "out").exists()
     assert (tmp_path / "a" / "out" / "x").read_text() == "1"
@@ -34,7 +37,7 @@ def test_an_error_leaves_things_as_they_were(tmp_path, error):
             (out / "x").write_text(before)
         with (
             pytest.raises(error),
-            publishing.new_folder(out, True, THING) as partial,
+            new_folder(out, True, THING) as partial,
         ):
             (partial / "x").write_text("new")
             raise error
@@ -47,7 +50,7 @@ def test_leftovers_are_removed(tmp_path):
     stale = tmp_path / ".out.partial" / "deep"
     stale.mkdir(parents=True)
     (stale / "junk").write_text("junk")
-    with publishing.new_folder(tmp_path / "out") as partial:
+    with new_folder(tmp_path / "out") as partial:
         (partial / "x").write_text("1")
     assert [p.name for p in (tmp_path / "out").iterdir()] == ["x"]
 
@@ -57,7 +60,7 @@ def test_death_between_the_two_renames_is_repaired(tmp_path):
     (tmp_path / ".out.replaced" / "x").write_text("old")
     with (
         pytest.raises(FileExistsError),
-        publishing.new_folder(tmp_path / "out"),
+        new_folder(tmp_path / "out"),
     ):
         pass
     assert (tmp_path / "out" / "x").read_text() == "old"
@@ -67,26 +70,26 @@ def test_death_between_the_two_renames_is_repaired(tmp_path):
 def test_existing_folder_is_not_replaced_unasked(tmp_path):
     (tmp_path / "out").mkdir()
     with pytest.raises(FileExistsError, match="exists already"):
-        with publishing.new_folder(tmp_path / "out"):
+        with new_folder(tmp_path / "out"):
             pass
-    with publishing.new_folder(tmp_path / "out", replace=True) as partial:
+    with new_folder(tmp_path / "out", replace=True) as partial:
         (partial / "x").write_text("1")
     assert (tmp_path / "out" / "x").exists()
 
 
 def test_two_at_once(tmp_path):
-    with publishing.new_folder(tmp_path / "out") as partial:
+    with new_folder(tmp_path / "out") as partial:
         (partial / "x").write_text("first")
-        with pytest.raises(publishing.AlreadyRunningError, match="another process"):
-            with publishing.new_folder(tmp_path / "out"):
+        with pytest.raises(AlreadyRunningError, match="another process"):
+            with new_folder(tmp_path / "out"):
                 pass
     assert (tmp_path / "out" / "x").read_text() == "first"
 
 
 def test_file_is_replaced_whole(tmp_path):
     path = tmp_path / "deep" / "file"
-    publishing.write_file(path, b"one")
-    publishing.write_file(path, b"two")
+    write_file(path, b"one")
+    write_file(path, b"two")
     assert path.read_bytes() == b"two"
     assert os.listdir(path.parent) == ["file"]
 
@@ -97,12 +100,12 @@ def test_leftover_files_of_dead_processes_are_removed(tmp_path):
     (tmp_path / f".file.{dead.pid}.partial").write_text("half")
     alive = tmp_path / f".file.{os.getppid()}.partial"
     alive.write_text("being written")
-    publishing.write_file(tmp_path / "file", b"one")
+    write_file(tmp_path / "file", b"one")
     assert sorted(os.listdir(tmp_path)) == sorted(["file", alive.name])
 
 
 def test_files_have_ordinary_permissions(tmp_path):
-    publishing.write_file(tmp_path / "ours", b"")
+    write_file(tmp_path / "ours", b"")
     (tmp_path / "ordinary").write_bytes(b"")
     modes = {(tmp_path / n).stat().st_mode for n in ("ours", "ordinary")}
     assert len(modes) == 1
@@ -110,15 +113,15 @@ def test_files_have_ordinary_permissions(tmp_path):
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_full_disk(tmp_path, monkeypatch):
-    really_write = publishing.write_synced
+    really_write = atomic_files.write_synced
     path = tmp_path / "file"
-    publishing.write_file(path, b"old")
+    write_file(path, b"old")
     # /dev/full answers every write as a full disk does.
     monkeypatch.setattr(
-        publishing, "write_synced", lambda p, data: really_write("/dev/full", data)
+        atomic_files, "write_synced", lambda p, data: really_write("/dev/full", data)
     )
     with pytest.raises(OSError, match="nothing was published") as caught:
-        publishing.write_file(path, b"new")
+        write_file(path, b"new")
     assert caught.value.errno == errno.ENOSPC
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["file"]
@@ -148,17 +151,17 @@ def tree(folder):
 
 
 def replace(path):
-    with publishing.new_folder(path, True, THING) as partial:
+    with new_folder(path, True, THING) as partial:
         (partial / "x").write_text("new")
 
 
 def refuse(path, match, error=FileExistsError):
     """Asserts that a folder is refused before the block begins."""
     with pytest.raises(error, match=match) as caught:
-        with publishing.new_folder(path, True, THING):
+        with new_folder(path, True, THING):
             raise AssertionError("work was done")
     with pytest.raises(error, match=match):
-        publishing.check_folder(path, True, THING)
+        check_folder(path, True, THING)
     return str(caught.value)
 
 
@@ -198,7 +201,7 @@ def test_an_empty_folder_of_another_name_is_a_stranger(tmp_path):
 def test_without_contents_only_an_empty_folder_is_replaced(tmp_path):
     out = make_thing(tmp_path / "out")
     with pytest.raises(FileExistsError, match="not empty"):
-        with publishing.new_folder(out, replace=True):
+        with new_folder(out, replace=True):
             pass
     assert (out / "x").read_text() == "old"
 
@@ -209,7 +212,7 @@ def test_what_comes_while_it_is_written_stays(tmp_path):
         if before:
             out.mkdir()
         with pytest.raises(FileExistsError):
-            with publishing.new_folder(out, True, THING) as partial:
+            with new_folder(out, True, THING) as partial:
                 (partial / "x").write_text("new")
                 out.mkdir(exist_ok=True)
                 (out / "thesis").write_text("1")
@@ -247,16 +250,16 @@ def test_a_file_is_not_moved_aside(tmp_path):
 def test_a_folder_to_write_to(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     for _ in range(2):
-        assert publishing.make_folder("~/a/b") == tmp_path / "a" / "b"
+        assert make_folder("~/a/b") == tmp_path / "a" / "b"
     (tmp_path / "link").symlink_to("a")
-    assert publishing.make_folder(tmp_path / "link").is_symlink()
+    assert make_folder(tmp_path / "link").is_symlink()
     (tmp_path / "nowhere").symlink_to("unmounted")
     (tmp_path / "file").write_text("1")
     for name, said in (("nowhere", "link to .*unmounted"), ("file", "no folder")):
         with pytest.raises(FileExistsError, match=said):
-            publishing.make_folder(tmp_path / name)
+            make_folder(tmp_path / name)
     with pytest.raises(ValueError, match="out must be on a disk"):
-        publishing.make_folder("gs://a", "out")
+        make_folder("gs://a", "out")
 
 
 # ----------------------------------------------------------------------- links
@@ -326,12 +329,12 @@ def test_a_link_to_a_file_stays_one(tmp_path):
     (tmp_path / "disk").mkdir()
     (tmp_path / "disk" / "real").write_text("old")
     (tmp_path / "file").symlink_to("disk/real")
-    publishing.write_file(tmp_path / "file", b"new")
+    write_file(tmp_path / "file", b"new")
     (tmp_path / "fresh").symlink_to("disk/fresh")
-    publishing.write_file(tmp_path / "fresh", b"new")
+    write_file(tmp_path / "fresh", b"new")
     (tmp_path / "circle").symlink_to("circle")
     with pytest.raises(OSError, match="back to itself"):
-        publishing.write_file(tmp_path / "circle", b"new")
+        write_file(tmp_path / "circle", b"new")
     assert tree(tmp_path) == {
         "circle": "circle",
         "disk": "folder",
@@ -345,15 +348,15 @@ def test_a_link_to_a_file_stays_one(tmp_path):
 def own_partial(folder, name="file"):
     """The name of this thread's partial file."""
     seen = []
-    write = publishing.write_synced
+    write = atomic_files.write_synced
 
     def note(path, data):
         seen.append(path)
         write(path, data)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(publishing, "write_synced", note)
-        publishing.write_file(folder / name, b"")
+        patch.setattr(atomic_files, "write_synced", note)
+        write_file(folder / name, b"")
     return seen[0]
 
 
@@ -362,11 +365,11 @@ def test_partial_files_are_not_written_through_links(tmp_path):
     partial = own_partial(tmp_path)
     (tmp_path / "victim").write_text("1")
     partial.symlink_to("victim")
-    publishing.write_file(tmp_path / "file", b"new")
+    write_file(tmp_path / "file", b"new")
     assert tree(tmp_path) == {"file": "new", "victim": "1"}
     partial.symlink_to("victim")
     with pytest.raises(OSError) as caught:
-        publishing.write_synced(partial, b"new")
+        atomic_files.write_synced(partial, b"new")
     assert caught.value.errno == errno.ELOOP
     assert (tmp_path / "victim").read_text() == "1"
 
@@ -374,10 +377,10 @@ def test_partial_files_are_not_written_through_links(tmp_path):
 def test_partial_files_are_opened_exclusively(tmp_path, monkeypatch):
     partial = own_partial(tmp_path)
     # As if somebody made it after the leftovers were removed.
-    monkeypatch.setattr(publishing, "_remove_leftovers", lambda path, partial: None)
+    monkeypatch.setattr(atomic_files, "_remove_leftovers", lambda path, partial: None)
     partial.symlink_to("victim")
     with pytest.raises(FileExistsError, match="nothing was published"):
-        publishing.write_file(tmp_path / "file", b"new")
+        write_file(tmp_path / "file", b"new")
     assert partial.is_symlink() and not (tmp_path / "victim").exists()
 
 
@@ -388,7 +391,7 @@ def test_partial_files_of_other_names_are_left_alone(tmp_path):
     for name in others:
         (tmp_path / name).write_text("being written")
     (tmp_path / f".file.{dead.pid}-7.partial").write_text("half")
-    publishing.write_file(tmp_path / "file", b"one")
+    write_file(tmp_path / "file", b"one")
     assert sorted(os.listdir(tmp_path)) == sorted(["file", *others])
 
 
@@ -400,7 +403,7 @@ def test_a_file_replaces_nothing_but_a_file(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for name in ("folder", "pipe"):
         with pytest.raises(FileExistsError, match=name):
-            publishing.write_file(tmp_path / name, b"new")
+            write_file(tmp_path / name, b"new")
     assert sorted(os.listdir(tmp_path)) == ["folder", "pipe"]
     assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
 
@@ -412,7 +415,7 @@ def test_modes_are_kept(tmp_path):
         file.chmod(mode)
         before = os.umask(0o077)
         try:
-            publishing.write_file(file, b"new")
+            write_file(file, b"new")
         finally:
             os.umask(before)
         assert stat.S_IMODE(file.stat().st_mode) == mode
@@ -420,64 +423,3 @@ def test_modes_are_kept(tmp_path):
     out.chmod(0o750)
     replace(out)
     assert stat.S_IMODE(out.stat().st_mode) == 0o750
-
-
-# ------------------------------------------------------------------ remote paths
-
-REMOTE = [
-    "gs://bucket/run",
-    "s3://bucket/run",
-    "ram://run",
-    "hdfs://host:8020/run",
-    "hdfs:///run",
-    "memory://run",
-    "https://host/run",
-    "dbfs:/run",
-]
-
-
-@pytest.mark.parametrize("path", REMOTE)
-@pytest.mark.parametrize("kind", [str, Path])
-def test_remote_paths_are_refused(tmp_path, monkeypatch, path, kind):
-    monkeypatch.chdir(tmp_path)
-    given = kind(path)
-    with pytest.raises(ValueError, match="folder must be on a disk") as caught:
-        publishing.local_path(given, "folder")
-    assert f"folder={str(given)!r}" in str(caught.value)
-    with pytest.raises(ValueError, match="copy"):
-        publishing.write_file(given, b"")
-    refuse(given, "copy", ValueError)
-    with pytest.raises(argparse.ArgumentTypeError, match="copy"):
-        publishing.path_option(path)
-    assert os.listdir(tmp_path) == []
-
-
-@pytest.mark.parametrize(
-    ("path", "expected"),
-    [
-        ("~/run", "HOME/run"),
-        ("~", "HOME"),
-        ("file:///data/a%20b", "/data/a b"),
-        ("file://localhost/data/a", "/data/a"),
-        (Path("file:///data/a"), "/data/a"),
-        ("file:/data/a", "/data/a"),
-        ("run", "run"),
-        ("a:b/c", "a:b/c"),
-        ("C:/run", "C:/run"),
-        ("runs/a~b", "runs/a~b"),
-        ("/mnt/gs://odd", "/mnt/gs:/odd"),
-    ],
-)
-def test_local_paths(monkeypatch, path, expected):
-    monkeypatch.setenv("HOME", "HOME")
-    assert publishing.local_path(path) == Path(expected)
-
-
-def test_files_of_another_machine():
-    with pytest.raises(ValueError, match="must be on a disk"):
-        publishing.local_path("file://elsewhere/run")
-
-
-def test_a_home_that_is_not_known():
-    with pytest.raises(ValueError, match="Received: folder='~nobody-of-this-name/a'"):
-        publishing.local_path("~nobody-of-this-name/a", "folder")

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from processes import forked, left_by_a_killed_process
 
-from gshard_tf.io.atomic_files import AlreadyRunningError, new_folder
-from gshard_tf.io.locks import FolderLock
+from gshard_tf.io.atomic_folders import new_folder
+from gshard_tf.io.locks import AlreadyRunningError, FolderLock
 
 BESIDE = ".run.gshard-lock"
 
@@ -41,7 +41,7 @@ def test_one_process_has_it_and_says_which(run):
     said = forked(take, run)
     host = os.uname().nodename
     assert said.startswith("AlreadyRunningError")
-    assert f"Another run, process {os.getpid()} on {host}, is writing to {run}" in said
+    assert f"another run, process {os.getpid()} on {host}, is writing to it" in said
     lock.release()
     lock.release()
     assert forked(take, run) == str(run)
@@ -51,7 +51,7 @@ def test_a_run_that_does_not_say_who_it_is(run):
     """As those of earlier versions, which held a lock of the same file."""
     with open(run / ".lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(AlreadyRunningError, match="Another run is writing"):
+        with pytest.raises(AlreadyRunningError, match="another run is writing"):
             FolderLock(run)
     assert not (run.parent / BESIDE).exists()
 
