@@ -1,4 +1,4 @@
-"""The main job on a toy corpus: train, stop, go on, score, export, answer."""
+"""The main job on a toy corpus: train, stop, resume, score, export, answer."""
 
 import io
 import json
@@ -201,7 +201,7 @@ def test_a_full_disk_loses_no_checkpoint(corpus, vocabulary, tmp_path):
         timeout=240,
     )
     assert done.returncode == 1, done.stderr[-2000:]
-    assert "checkpoint of step 20 could not be written" in done.stderr
+    assert f"could not write {checkpoints.path(20)}" in done.stderr
     assert "Traceback" not in done.stderr
     assert checkpoints.steps() == [10]
     run_python(code)
@@ -361,6 +361,34 @@ def test_remote_folders_are_refused_first(tmp_path, monkeypatch, capsys, command
     assert f"argument {flag}" in said and "copy what is written there" in said
     assert "'gs://bucket/folder'" in said
     assert list(tmp_path.iterdir()) == []
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_run_of_an_earlier_version_is_refused(vocabulary, tmp_path):
+    """Its checkpoints are those of tf.train; nothing in its folder changes."""
+    Settings(**TINY).write(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "checkpoint").write_text("model_checkpoint_path: ...")
+    (tmp_path / "vocab.model").write_bytes(vocabulary.model_bytes)
+    before = contents(tmp_path)
+    other = Settings(**TINY | {"steps": 60})
+    for call in (
+        lambda: train.train(tmp_path, other, None, vocabulary),
+        lambda: train.load_model(tmp_path),
+    ):
+        with pytest.raises(ValueError, match="must have checkpoints of gshard_tf"):
+            call()
+    assert contents(tmp_path) == before
+
+
+def test_an_epoch_that_was_trained_again_counts_once(tmp_path):
+    """A kill between row and checkpoint; a disk that was full in a row."""
+    (tmp_path / "history.csv").write_text("epoch,loss\n0,3\n1,2.5\n1,2\n2")
+    rows = [{"epoch": 0, "loss": 3}, {"epoch": 1, "loss": 2}]
+    assert train.read_history(tmp_path) == rows
 
 
 @pytest.mark.parametrize("name", ["summary.json", "vocab.model", "history.csv"])
