@@ -1,4 +1,4 @@
-"""What SpmdStrategy is worth: its numbers, its program, its cost.
+"""SpmdStrategy measured: its numbers, its program, its cost.
 
     python -m benchmarks.strategy [--json]
 

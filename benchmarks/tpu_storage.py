@@ -1,4 +1,4 @@
-"""What a TPU core holds and what is gathered: TensorFlow's TPUStrategy, and ours.
+"""Memory of a TPU core and gathers of a step: TensorFlow's TPUStrategy and ours.
 
     python -m benchmarks.tpu_storage [--experts 8] [--steps 3] [--json]
 

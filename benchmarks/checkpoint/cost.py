@@ -1,4 +1,4 @@
-"""What it costs to save and restore a model of two gigabytes.
+"""Cost of saving and restoring a model of two gigabytes.
 
     python -m benchmarks.checkpoint.cost [--gigabytes 2.1] [--json]
 
@@ -70,7 +70,7 @@ def batch() -> tuple[np.ndarray, np.ndarray]:
 
 
 def writer(name: str, model: keras.Model, folder: Path) -> Callable[[], Any]:
-    """What saves a model in a format, flushed to the disk."""
+    """Returns a function that saves a model in a format, flushed to the disk."""
     if name == "gshard_tf":
         checkpoints = gshard_tf.CheckpointManager(
             folder / name, max_to_keep=1, asynchronous=False
@@ -94,7 +94,7 @@ def writer(name: str, model: keras.Model, folder: Path) -> Callable[[], Any]:
 
 
 def reader(name: str, model: keras.Model, folder: Path) -> Callable[[], Any]:
-    """What restores it."""
+    """Returns a function that restores what `writer` saved."""
     if name == "gshard_tf":
         checkpoints = gshard_tf.CheckpointManager(folder / name)
         return lambda: checkpoints.restore(gshard_tf.training_state(model))
@@ -122,7 +122,7 @@ def measured(call: Callable[[], Any]) -> tuple[float, int]:
 def while_saving(
     model: keras.Model, folder: Path, size: int, rounds: int, steps: int
 ) -> dict[str, Any]:
-    """Steps with a save under way beside steps without."""
+    """Compares steps during a save with steps without one."""
     checkpoints = gshard_tf.CheckpointManager(folder / "beside", max_to_keep=1)
     state = gshard_tf.training_state(model)
     data = tf.data.Dataset.from_tensors(batch()).repeat()

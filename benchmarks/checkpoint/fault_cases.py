@@ -1,4 +1,4 @@
-"""What a run says to a full disk, damaged files, another model, and so on."""
+"""Faults of disk, files and model, and the error that a run raises for each."""
 
 import contextlib
 import json
@@ -170,7 +170,7 @@ def another_model(place: Path) -> tuple[bool, str]:
 
 
 def two_runs_in_one_folder(place: Path) -> tuple[bool, str]:
-    """The second one is refused, and the first goes on."""
+    """The second one is refused, and the first continues."""
     pid = os.fork()
     if pid == 0:
         run(place, epochs=1000)
@@ -211,7 +211,7 @@ def _small_disk(place: Path, kilobytes: int) -> Iterator[Path]:
 
 
 def full_disk(place: Path) -> tuple[bool, str]:
-    """An error; the checkpoint before is whole, and the run goes on with more room."""
+    """An error; the checkpoint before is whole, and the run resumes with more room."""
     with _small_disk(place, 700) as disk:
         run(disk)
         with contextlib.suppress(OSError), open(disk / "filler", "wb") as file:

@@ -142,7 +142,7 @@ class _Run:
 
 
 def train(folder: Path) -> None:
-    """Begins the run in `folder`, or goes on with it: one process of it."""
+    """Begins or resumes the run in `folder`: one process of it."""
     import keras
     import numpy as np
     import tensorflow as tf

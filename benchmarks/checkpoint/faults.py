@@ -1,4 +1,4 @@
-"""What a run survives: `kill -9` at random moments, and damaged checkpoints.
+"""Runs under `kill -9` at random moments, and with damaged checkpoints.
 
     python -m benchmarks.checkpoint.faults [--kills N] [--seed S] [--processes] [--json]
 
@@ -153,7 +153,7 @@ def _await(life: Life, event: str, limit: float) -> str | None:
 
 
 def phase(life: Life) -> str:
-    """What a life was doing when it ended."""
+    """Returns the phase in which a life ended."""
     if not life.lines:
         return "starting"
     events = [line.split()[0] for line in life.lines]

@@ -65,7 +65,7 @@ def model(
 
 
 def digest(made: keras.Model) -> str:
-    """Of every bit of a run's state."""
+    """Returns a digest of every bit of a run's state."""
     found = hashlib.sha256()
     for name, variable in sorted(gshard_tf.training_state(made).items()):
         found.update(name.encode())
@@ -105,7 +105,7 @@ class _Reporting(gshard_tf.CheckpointManager):
 
 
 def run(folder: Path, epochs: int, report: Callable[[str], None]) -> str:
-    """Begins the run in `folder`, or goes on with it; returns its digest."""
+    """Begins or resumes the run in `folder`; returns its digest."""
     warnings.filterwarnings("ignore", message=".*shuffle=True.*")
     folder.mkdir(parents=True, exist_ok=True)
     gshard_tf.request_cpu_devices(4)

@@ -1,4 +1,4 @@
-"""What becomes of a run when its folder or its disk is disturbed."""
+"""Runs whose folder or disk is disturbed."""
 
 import os
 import shutil
@@ -94,7 +94,7 @@ def folder_removed(place: Path) -> tuple[bool, str]:
 
 
 def _second_run(folder: Path) -> str:
-    """What another process is told that claims a folder; nothing when it gets it."""
+    """Returns the error of another process that claims a folder; "" for none."""
     code = (
         "import sys, gshard_tf\n"
         "try: gshard_tf.CheckpointManager(sys.argv[1]).claim()\n"

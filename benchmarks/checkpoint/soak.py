@@ -1,4 +1,4 @@
-"""Whether anything grows: many steps of a small model, with checkpoints all along.
+"""Soak test: many steps of a small model with checkpoints, in which nothing may grow.
 
     python -m benchmarks.checkpoint.soak [--steps 21600] [--json]
 

@@ -1,13 +1,13 @@
-"""Cached decoding beside uncached, compiled beside op by op, ours beside others'.
+"""Speed of decoding: cached or not, compiled or not, compared with other libraries.
 
     python -m benchmarks.decoding.speed [--json] [--quick] [--seconds S] [--only SIDE]
         [--batches N N N]
 
 An encoder-decoder with random weights generates 64 tokens for sources of 32, at
 batches of 1, 8 and 64; no sequence ends early, so every side makes as many tokens.
-Beside Hugging Face transformers' `generate` of models of the same sizes: NLLB-MoE
-(every other layer experts, top-2) and M2M100 (dense; the same code without experts);
-and beside tf-models-official's `sequence_beam_search` over our model, compiled.
+Compared with Hugging Face transformers' `generate` of models of the same sizes,
+NLLB-MoE (every other layer experts, top-2) and M2M100 (dense; the same code without
+experts), and with tf-models-official's `sequence_beam_search` over our model, compiled.
 Each side lives in a process of its own, one after the other, on all cores. Float32.
 
 * first: seconds from the first call to its answer (tracing and compiling included);
@@ -43,7 +43,7 @@ INSTALL = "pip install 'gshard-tf[benchmarks]'"
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """What is measured; letters as in the paper."""
+    """Sizes of the model and of its batches; letters as in the paper."""
 
     layers: int = 2  # of encoder and of decoder
     model_dim: int = 256

@@ -42,10 +42,10 @@ LANGUAGES = 100
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """How large the experiment is.
+    """Sizes of the experiment.
 
     Attributes:
-        settings: Of the translation example, besides experts and seed.
+        settings: Settings of the translation example, besides experts and seed.
         save_every: Steps between validations.
         per_language: Test pairs of each language that are translated.
     """
@@ -254,7 +254,7 @@ def _save_programs(folder: pathlib.Path, settings: Any, vocabulary: Any) -> None
 
 
 def train(out: pathlib.Path) -> None:
-    """Trains each run to its end, or goes on with it."""
+    """Trains each run to its end, from where it is."""
     about = json.loads((out / "experiment.json").read_text())
     size = SIZES[about["size"]]
     # Seed by seed, so that one whole comparison is there first.

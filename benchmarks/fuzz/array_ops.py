@@ -1,4 +1,4 @@
-"""What moves elements: slices, pads, gathers, scatters, sorts, scans."""
+"""Operations that move elements: slices, pads, gathers, scatters, sorts, scans."""
 
 import math
 
@@ -118,7 +118,7 @@ def _dynamic_slice(draw: Draw) -> str:
 
 
 def _begin(draw: Draw, dimension: int, start: str) -> str:
-    """Where a slice begins: at 0, but for one dimension. Of 32 or 64 bits."""
+    """Returns the begin of a slice, 0 but for one dimension, of 32 or 64 bits."""
     begin = ["0"] * len(draw.shape)
     begin[dimension] = start
     text = f"tf.stack([{', '.join(begin)}])"

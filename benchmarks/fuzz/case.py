@@ -109,7 +109,7 @@ def _evaluate(expression: str, variables: dict[str, Any]) -> Any:
 
 
 class _Unfit(Exception):
-    """What was drawn is no program: a shape that does not fit, a NaN."""
+    """A drawn program that cannot run: a shape does not fit, or it gives NaN."""
 
 
 def make_case(seed: int, name: str) -> Case:

@@ -77,7 +77,7 @@ def step_of(function, layers):
 
 
 def arrays_of(results, layers):
-    """What came out, and the layers' state after it: two lists of arrays."""
+    """Returns the results, and the layers' state after them: two lists of arrays."""
     outputs, gradients = tf.nest.map_structure(np.asarray, results)
     state = [
         w.numpy()
@@ -152,7 +152,7 @@ def differences(ours, theirs):
 
 
 def is_refusal(error):
-    """Whether it is a sentence of the package's own, raised by it."""
+    """Returns whether an error is one that the package itself raised."""
     frames = traceback.extract_tb(error.__traceback__)
     home = os.path.dirname(gshard_tf.__file__)
     return isinstance(error, ValueError) and any(
@@ -161,7 +161,7 @@ def is_refusal(error):
 
 
 def is_traceable(function, make_layers, inputs):
-    """Whether TensorFlow itself makes a graph of it."""
+    """Returns whether TensorFlow itself traces a function."""
     layers = make_layers()
     inputs = [tf.constant(x) for x in inputs]
     try:

@@ -7,7 +7,7 @@ from benchmarks.fuzz.case import Case
 
 
 def verdict(program: dict[str, Any], want: Any = None) -> dict[str, str]:
-    """What comes of the program of a case."""
+    """Returns the verdict on the program of a case."""
     return program["check"](
         program["function"],
         program["make_layers"],

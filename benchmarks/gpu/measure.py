@@ -131,7 +131,7 @@ def _program(path: pathlib.Path, rounds: int) -> dict[str, Any]:
 
 
 def _or_out_of_memory(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What does not fit is a finding too."""
+    """Measures, or reports that memory was exhausted, which is a result too."""
     try:
         return measure()
     except RuntimeError as error:  # jaxlib's and torch's

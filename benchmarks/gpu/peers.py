@@ -28,7 +28,7 @@ class Peer:
     work: str
 
     def missing(self) -> list[str]:
-        """What is not installed here."""
+        """Returns the packages that are not installed."""
         found = []
         for name in self.packages:
             try:

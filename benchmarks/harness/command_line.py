@@ -1,4 +1,4 @@
-"""What the benchmark scripts say besides their figures."""
+"""Command lines and output of the benchmark scripts."""
 
 import argparse
 import json
@@ -11,16 +11,21 @@ from benchmarks.harness import machine
 
 
 def say(text: str) -> None:
-    """Progress, beside the one JSON object on standard output."""
+    """Prints progress to standard error; standard output is for the result."""
     print(text, file=sys.stderr, flush=True)
 
 
-def circumstances(begun: float, quick: bool) -> dict[str, Any]:
-    """Where and how a run went that began at `begun`, of `time.perf_counter`."""
+def circumstances(start: float, quick: bool) -> dict[str, Any]:
+    """Returns the circumstances of a run.
+
+    Args:
+        start: When it began, by `time.perf_counter`.
+        quick: Whether it was a quick one, whose figures mean little.
+    """
     return {
         "quick": quick,
         "load_average": os.getloadavg()[0],
-        "seconds_in_all": round(time.perf_counter() - begun),
+        "seconds_in_all": round(time.perf_counter() - start),
         "machine": machine.describe(),
     }
 

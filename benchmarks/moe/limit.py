@@ -1,4 +1,4 @@
-"""How near the MoE layer comes to the matmuls of its experts.
+"""Speed of the MoE layer compared with the bare matmuls of its experts.
 
     python -m benchmarks.moe.limit [--json] [--quick]
 

@@ -44,7 +44,7 @@ class Peer:
     work: str
 
     def missing(self) -> list[str]:
-        """What is to be installed."""
+        """Returns the packages to install, with their versions."""
         found = []
         for name, version in self.packages.items():
             try:

@@ -60,7 +60,7 @@ def routing_bytes(shape: Shape) -> dict[str, int]:
 
 
 def temporary_bytes(shape: Shape, dispatcher: str) -> int:
-    """Of the compiled step: what it needs besides arguments and results."""
+    """Returns the temporary memory of the compiled step, besides its arguments."""
     strategy = one_partition()
     with strategy.scope():
         _, step = layer_step(shape, dispatcher=dispatcher)

@@ -23,7 +23,7 @@ Side = Callable[[], object]
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """What is computed; letters as everywhere (E, M, H, G, S)."""
+    """Sizes of an MoE step; letters as everywhere (E, M, H, G, S)."""
 
     experts: int = 32
     model_dim: int = 512
@@ -47,7 +47,7 @@ class Shape:
 
     @property
     def matmul_flops(self) -> int:
-        """Of the experts' six products: two forward, four backward."""
+        """FLOPs of the experts' six matmuls: two forward, four backward."""
         return 12 * self.experts * self.rows * self.model_dim * self.hidden_dim
 
 

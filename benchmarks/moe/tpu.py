@@ -1,4 +1,4 @@
-"""What the TPU compiler makes of the layer: its FLOPs over the experts' own.
+"""FLOPs of the layer in the TPU compiler's program, over those of the experts.
 
     python -m benchmarks.moe.tpu [--json] [--topology NAME ...]
 

@@ -175,7 +175,7 @@ const wait = setInterval(() => {
 
 
 def page_after_typing(port, tmp_path, text, language):
-    """What stands on the page after typing a text and pressing the button."""
+    """Returns the page's text after typing a text and pressing the button."""
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     if chromium is None:
         pytest.skip("no Chromium is installed")

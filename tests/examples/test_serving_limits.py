@@ -1,4 +1,4 @@
-"""What the server is started with, clients that go, and requests of every kind."""
+"""Options of the server, clients that disconnect, and requests of every kind."""
 
 import dataclasses
 import json
@@ -78,7 +78,7 @@ def good(tmp_path_factory):
 
 
 def refused(arguments, capsys):
-    """What the command says; its status is 2, and it does not listen."""
+    """Returns the command's message; its status is 2, and it does not listen."""
     try:
         status = main([str(a) for a in arguments])
     except SystemExit as stopped:

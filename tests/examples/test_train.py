@@ -178,7 +178,7 @@ def test_the_command_goes_on_after(kind, corpus, vocabulary, tmp_path):
     printed, _ = process.communicate()
     if kind == signal.SIGINT:
         assert process.returncode == 130
-        assert "The same command goes on" in printed and "Traceback" not in printed
+        assert "The same command resumes" in printed and "Traceback" not in printed
     done = len(train.read_history(folder))
     assert 1 <= done < 6
     run_python(code, timeout=300)

@@ -147,7 +147,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _check(made: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """What one option alone does not tell; `made.error` exits with status 2."""
+    """Checks options against each other; `parser.error` exits with status 2."""
     from gshard_examples.serving.requests import Limits
 
     if options.max_waiting < Limits.texts:

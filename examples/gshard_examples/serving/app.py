@@ -30,7 +30,7 @@ PAGE = Path(__file__).parent / "page"
 
 
 class Translates(Protocol):
-    """What the server asks of a model; `model.Model` has it."""
+    """Interface of a model that the server needs; `model.Model` has it."""
 
     languages: list[str]
 
@@ -138,14 +138,14 @@ def _error(status: int, message: str) -> JSONResponse:
 
 
 async def _unless_gone(request: Request, work: Coroutine) -> Any:
-    """What `work` gives; it is cancelled when the client has gone.
+    """Returns the result of `work`, which is canceled when the client disconnects.
 
     Args:
-        request: Of the client; its body was read to the end.
+        request: The request; its body was read to the end.
         work: What to wait for.
 
     Raises:
-        ClientDisconnect: when nobody waits for the answer any more.
+        ClientDisconnect: when the client no longer waits for the answer.
     """
     gone = asyncio.create_task(_gone(request))
     answer = asyncio.create_task(work)

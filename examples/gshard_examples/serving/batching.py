@@ -71,7 +71,7 @@ class Batcher:
         return len(self._waiting)
 
     def is_healthy(self, patience: float) -> bool:
-        """Whether it works, and the call in progress began less than so long ago."""
+        """Returns whether the worker runs, with no call longer than `patience`."""
         if self._worker is None or self._worker.done():
             return False
         return self._busy_since is None or (

@@ -1,4 +1,4 @@
-"""What a request may say, and a sentence for everything else."""
+"""Parser of requests, with an error message for everything that is none."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What one request may ask for.
+    """Limits of one request.
 
     Attributes:
-        body_bytes: Of the request's body.
+        body_bytes: Size of the request's body.
         texts: Texts in one request.
         text_characters: Of a text; the rest is cut off, and the answer says so.
         seconds: Until the answer must be there.

@@ -1,4 +1,4 @@
-"""What a translation model must be compared with before its score means anything.
+"""Baselines that a translation model must be compared with.
 
 * Copying the source earns points for placeholders, names and numbers.
 * A translation memory, the English of the most similar training source, earns many
@@ -58,7 +58,7 @@ class TranslationMemory:
         pairs: Sequence[Pair],
         progress: Callable[[str, int, int | None], None] | None = None,
     ) -> list[str]:
-        """Translates the sources of ``pairs``; their English is not looked at."""
+        """Translates the sources of `pairs`; their English is not looked at."""
         positions = defaultdict(list)
         for position, pair in enumerate(pairs):
             positions[pair.lang].append(position)
@@ -103,7 +103,7 @@ def unigram_cross_entropy(
         smoothing: Added to every symbol's count.
 
     Raises:
-        ValueError: There are no ids to count or to measure, or ``smoothing`` is not
+        ValueError: There are no ids to count or to measure, or `smoothing` is not
             positive, so that an unseen symbol would cost infinitely much.
     """
     if not smoothing > 0:
@@ -135,10 +135,10 @@ APERTIUM_MODES = {
 
 @dataclass(frozen=True)
 class ApertiumResult:
-    """What Apertium made of some pairs.
+    """Apertium's translations of some pairs.
 
     Attributes:
-        positions: Which of the pairs it translated.
+        positions: Positions of the pairs that it translated.
         translations: Their translations.
         skipped: Language tag -> why its pairs were not translated.
     """

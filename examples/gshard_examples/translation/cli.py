@@ -19,8 +19,8 @@ from gshard_tf.io.paths import path_option  # noqa: E402
 COMMANDS = {
     "run": "everything: prepare, train, evaluate, export (the default)",
     "prepare": "make the corpus and its vocabulary",
-    "train": "train, or go on with a run that was stopped",
-    "evaluate": "translate held-out pairs and score them beside the baselines",
+    "train": "train, or resume a run that was stopped",
+    "evaluate": "translate held-out pairs and compare the scores with the baselines",
     "translate": "translate lines of standard input",
     "export": "write a SavedModel",
 }
@@ -141,7 +141,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         _COMMANDS[options.command](options)
     except KeyboardInterrupt:
-        print("\nStopped. The same command goes on from the last checkpoint.")
+        print("\nStopped. The same command resumes from the last checkpoint.")
         return 130
     except (ValueError, OSError, ImportError, AlreadyRunningError) as error:
         print(f"gshard-translate: {error}", file=sys.stderr)

@@ -1,6 +1,6 @@
 """Making a corpus folder, and reading one.
 
-A corpus is a folder of tab-separated files, one per split, and a ``manifest.json`` that
+A corpus is a folder of tab-separated files, one per split, and a `manifest.json` that
 says where every byte came from: package versions, options, counts, checksums.
 """
 
@@ -68,7 +68,7 @@ class Pair(NamedTuple):
 
     @property
     def is_name(self) -> bool:
-        """Whether this is a proper name from an ISO standard and not a message."""
+        """True for a proper name from an ISO standard, false for a message."""
         return self.domain in NAME_DOMAINS
 
 
@@ -93,13 +93,13 @@ def prepare_corpus(
 
     Args:
         out_dir: The folder to make.
-        corpus: ``"S"`` (installed pip packages), ``"M"`` (wheels) or ``"D"`` (Debian
+        corpus: `"S"` (installed pip packages), `"M"` (wheels) or `"D"` (Debian
             packages); see `sources.corpus_sources`.
         held_out: Share of the widely translated English messages that go to the test
             set, half as many going to the development set. By default 0.2 for S and
             0.06 for the larger M and D. A larger share gives steadier scores per
             language and less to train on.
-        languages: Keep only these language tags (``"de"``, ``"sr_Latn"``). The split
+        languages: Keep only these language tags (`"de"`, `"sr_Latn"`). The split
             is made before, on all languages, so a subset has the same held-out
             messages as the whole.
         folder: Where the package files of M and D lie.
@@ -115,10 +115,10 @@ def prepare_corpus(
     Raises:
         ValueError: An option is wrong, or no pair was found.
         MissingPackageError: A package to read from or with is not installed.
-        FileNotFoundError: A package file of M or D is not in ``folder``.
-        FileExistsError: ``out_dir`` exists, and ``replace`` is false or it holds
+        FileNotFoundError: A package file of M or D is not in `folder`.
+        FileExistsError: `out_dir` exists, and `replace` is false or it holds
             anything but a corpus.
-        AlreadyRunningError: Another process is making ``out_dir`` just now.
+        AlreadyRunningError: Another process is making `out_dir` just now.
         OSError: It could not be written (disk full, ...); nothing is published.
     """
     wanted = _checked_languages(languages)
@@ -297,7 +297,7 @@ class Corpus:
 
     Attributes:
         path: The folder.
-        manifest: What ``manifest.json`` says.
+        manifest: What `manifest.json` says.
     """
 
     path: Path
@@ -398,7 +398,7 @@ def read_pairs(path: str | Path, domain: str = "file") -> list[Pair]:
     """Reads a user's own tab-separated file: lang, source, and english if known.
 
     Args:
-        path: UTF-8 text, one example a line: ``lang<TAB>source[<TAB>english]``.
+        path: UTF-8 text, one example a line: `lang<TAB>source[<TAB>english]`.
         domain: The domain that the pairs are given.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Scoring a run on held-out pairs, beside the baselines."""
+"""Scores of a run on held-out pairs, compared with the baselines."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from gshard_tf.io.paths import make_folder
 def choose(
     pairs: Sequence[Pair], per_language: int, languages: Sequence[str] | None, seed: int
 ) -> list[Pair]:
-    """At most so many pairs of each language, always the same ones."""
+    """Returns at most `per_language` pairs of each language, always the same ones."""
     by_language = defaultdict(list)
     for pair in pairs:
         if languages is None or pair.lang in languages:
@@ -49,10 +49,10 @@ def evaluate(
     title: str,
     progress: Callable[[str], None],
 ) -> dict:
-    """Translates `pairs`, scores them beside copying and a translation memory.
+    """Translates `pairs`, scores them, and scores copying and a translation memory.
 
     Writes `scores.json`, `scores.txt`, `scores.png` and `translations.tsv` to `out`.
-    Where Apertium is installed with some of these languages, all are scored beside it
+    Where Apertium is installed with some of these languages, all are compared with it
     on the pairs of these: `scores-apertium.json`, and a second table in `scores.txt`.
 
     Returns:

@@ -36,7 +36,7 @@ def installed_files(distribution: str, wanted: Wanted) -> Iterator[tuple[str, by
     """Yields the wanted files that an installed distribution put on this machine.
 
     The list comes from the distribution's own record, so files outside of
-    ``site-packages`` (gramps keeps its catalogues under ``share/locale``) are found
+    `site-packages` (gramps keeps its catalogues under `share/locale`) are found
     wherever the installer put them.
     """
     files = metadata.distribution(distribution).files
@@ -52,7 +52,7 @@ def installed_files(distribution: str, wanted: Wanted) -> Iterator[tuple[str, by
 
 
 def zip_files(archive: Path | bytes, wanted: Wanted) -> Iterator[tuple[str, bytes]]:
-    """Yields the wanted files of a zip archive (``.whl``, ``.xpi``)."""
+    """Yields the wanted files of a zip archive (`.whl`, `.xpi`)."""
     opened = io.BytesIO(archive) if isinstance(archive, bytes) else archive
     with zipfile.ZipFile(opened) as zipped:
         for name in sorted(zipped.namelist()):
@@ -61,7 +61,7 @@ def zip_files(archive: Path | bytes, wanted: Wanted) -> Iterator[tuple[str, byte
 
 
 def tar_files(archive: Path, wanted: Wanted) -> Iterator[tuple[str, bytes]]:
-    """Yields the wanted files of a tar archive (an npm ``.tgz``)."""
+    """Yields the wanted files of a tar archive (an npm `.tgz`)."""
     with tarfile.open(archive, "r:*") as tar:
         for member in sorted(tar.getmembers(), key=lambda m: m.name):
             if member.isfile() and wanted(member.name):
@@ -77,11 +77,11 @@ def folder_files(folder: Path, wanted: Wanted) -> Iterator[tuple[str, bytes]]:
 
 
 def deb_files(archive: Path, wanted: Wanted) -> Iterator[tuple[str, bytes]]:
-    """Yields the wanted files of a Debian package, by Debian's own ``dpkg-deb``.
+    """Yields the wanted files of a Debian package, by Debian's own `dpkg-deb`.
 
     Raises:
-        FileNotFoundError: There is no ``dpkg-deb`` on this machine.
-        OSError: ``dpkg-deb`` cannot read the package.
+        FileNotFoundError: There is no `dpkg-deb` on this machine.
+        OSError: `dpkg-deb` cannot read the package.
     """
     program = shutil.which("dpkg-deb")
     if program is None:

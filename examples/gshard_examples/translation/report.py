@@ -21,10 +21,10 @@ def plot_scores(
     """Draws horizontal bars, one group of languages a row, one bar per system.
 
     Args:
-        path: The picture; its suffix (``.png``, ``.svg``, ``.pdf``) is the format.
+        path: The picture; its suffix (`.png`, `.svg`, `.pdf`) is the format.
         scores: System name -> `score.score`'s result.
         grouping: One of `score.GROUPINGS`.
-        metric: ``"chrf"`` or ``"bleu"``.
+        metric: `"chrf"` or `"bleu"`.
         title: Goes above.
 
     Raises:

@@ -36,14 +36,14 @@ def score(
         pairs: The test pairs.
         translations: One per pair.
         training_pairs: Language tag -> number of training pairs
-            (``corpus.languages("train")``), for the groups by resource level; without
+            (`corpus.languages("train")`), for the groups by resource level; without
             it there are none.
 
     Returns:
-        ``{"overall": s, "domain": {group: s}, "resources": ..., "family": ...,
-        "script": ..., "language": ..., "signature": ...}`` where ``s`` is
-        ``{"pairs": int, "bleu": float, "chrf": float}``, and the domain groups are
-        ``"messages"``, ``"names"`` (ISO names) and each source's own name. Everything
+        `{"overall": s, "domain": {group: s}, "resources": ..., "family": ...,
+        "script": ..., "language": ..., "signature": ...}` where `s` is
+        `{"pairs": int, "bleu": float, "chrf": float}`, and the domain groups are
+        `"messages"`, `"names"` (ISO names) and each source's own name. Everything
         can go into JSON.
 
     Raises:

@@ -1,11 +1,11 @@
-"""Where the sentence pairs come from: message catalogues inside ordinary packages.
+"""Sources of sentence pairs: message catalogues inside ordinary packages.
 
 Three corpora are known by name:
 
-* ``S`` from four *installed* pip packages (django, plone.app.locales, gramps,
+* `S` from four *installed* pip packages (django, plone.app.locales, gramps,
   pycountry);
-* ``M`` from three *wheels* in a folder (django, homeassistant, pycountry);
-* ``D`` from Debian packages in a folder (mediawiki, firefox-esr-l10n-*,
+* `M` from three *wheels* in a folder (django, homeassistant, pycountry);
+* `D` from Debian packages in a folder (mediawiki, firefox-esr-l10n-*,
   libreoffice-l10n-*).
 
 A source yields raw `Entry` triples, read by `catalogues`; cleaning them is the work of
@@ -48,7 +48,7 @@ class Source:
     """One origin of sentence pairs.
 
     Attributes:
-        domain: Its name in the corpus's ``domain`` column.
+        domain: Its name in the corpus's `domain` column.
         version: The version of the package or packages.
         licence: The licence of the text, for the manifest.
         accelerator: The character that marks keyboard accelerators in its messages.
@@ -68,14 +68,14 @@ def corpus_sources(corpus: str, folder: str | Path | None = None) -> list[Source
     """Returns the sources of a named corpus, after checking that all are there.
 
     Args:
-        corpus: ``"S"``, ``"M"`` or ``"D"``.
-        folder: Where the wheels (``M``) or Debian packages (``D``) lie; searched with
-            its subfolders.  Not used by ``S``.
+        corpus: `"S"`, `"M"` or `"D"`.
+        folder: Where the wheels (`M`) or Debian packages (`D`) lie; searched with
+            its subfolders.  Not used by `S`.
 
     Raises:
-        ValueError: An unknown corpus, or a missing ``folder``.
-        MissingPackageError: A pip package of ``S`` is not installed.
-        FileNotFoundError: A wheel or Debian package is not in ``folder``.
+        ValueError: An unknown corpus, or a missing `folder`.
+        MissingPackageError: A pip package of `S` is not installed.
+        FileNotFoundError: A wheel or Debian package is not in `folder`.
     """
     if corpus not in CORPORA:
         raise ValueError(

@@ -1,11 +1,11 @@
-"""Which English message is held out, for all languages at once.
+"""Splits of the corpus: an English message is held out for all languages at once.
 
 A catalogue says the same English thing in a hundred languages, so a test set drawn by
 *pair* would hold sentences whose English side the decoder has learnt by heart from
 other languages.  Here the unit is the normalised English message: all of its
 translations fall on one side.  And because "Could not open {1}." with one word changed
 is as good as seen, a held-out message close to a training message goes to a set of its
-own, that is reported apart (``dev_near``, ``test_near``).
+own, that is reported apart (`dev_near`, `test_near`).
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ def assign_splits(
 
     Args:
         languages_of: Message key -> the languages that it is translated into.
-        held_out: Share of the widely translated messages that go to ``test``; half as
-            many go to ``dev``.  0.2 suits the small corpus, 0.06 the large ones.
+        held_out: Share of the widely translated messages that go to `test`; half as
+            many go to `dev`.  0.2 suits the small corpus, 0.06 the large ones.
         wide: See `WIDE`.
         min_words: See `MIN_WORDS`.
         near_copy: See `NEAR_COPY`.
@@ -74,7 +74,7 @@ def assign_splits(
         Message key -> one of `SPLITS`.
 
     Raises:
-        ValueError: ``held_out`` is outside [0, 0.6], where nothing would be left to
+        ValueError: `held_out` is outside [0, 0.6], where nothing would be left to
             train on.
     """
     if not 0.0 <= held_out <= 0.6:
@@ -100,7 +100,7 @@ def assign_splits(
 def near_copies(
     held: Iterable[str], training: Iterable[str], threshold: float = NEAR_COPY
 ) -> set[str]:
-    """Finds the messages of ``held`` that nearly repeat a message of ``training``.
+    """Finds the messages of `held` that nearly repeat a message of `training`.
 
     Args:
         held: Message keys.
@@ -108,7 +108,7 @@ def near_copies(
         threshold: The least Jaccard similarity of the two word sets that counts.
 
     Returns:
-        Those of ``held`` with a near-copy in ``training``; exact, not sampled.
+        Those of `held` with a near-copy in `training`; exact, not sampled.
     """
     training_sets = [frozenset(key.split()) for key in training]
     having = defaultdict(list)  # word -> the training sets that have it

@@ -253,7 +253,7 @@ def sample_pairs(
     languages: Sequence[str] | None = None,
     seed: int = 0,
 ) -> list[Pair]:
-    """At most so many pairs of a split, drawn evenly: always the same ones."""
+    """Returns at most `most` pairs of a split, drawn evenly: always the same ones."""
     wanted = None if languages is None else set(languages)
     pairs = [p for p in corpus.read(split) if wanted is None or p.lang in wanted]
     if len(pairs) <= most:

