@@ -14,7 +14,7 @@ def alternate(
     Args:
         sides: What to time. Each call returns when its work is done.
         rounds: How often each side runs. Every other round goes through the sides
-            backwards, so that none always follows the same neighbour.
+            backwards, so that none always follows the same neighbor.
         warm_up: Calls of each side that are not timed: the first one compiles.
     """
     if rounds < 1:

@@ -11,7 +11,7 @@ in several ways (TensorFlow's jit or op by op; kinds of expert loops) the fastes
 taken, of theirs and of ours. The two processes then take turns. Ratios are theirs over
 ours: above 1 we are ahead.
 
-* time: median of the ratios of neighbouring steps;
+* time: median of the ratios of neighboring steps;
 * memory: growth of the resident set during a step, from between steps, where weights
   and inputs exist and compiling is over, to the peak; gradients of weights are part
   of it;

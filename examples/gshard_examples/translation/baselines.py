@@ -3,7 +3,7 @@
 * Copying the source earns points for placeholders, names and numbers.
 * A translation memory, the English of the most similar training source, earns many
   points without any learning where test messages resemble training messages.
-* A unigram model's cross-entropy is the loss of a decoder that has learnt how often
+* A unigram model's cross-entropy is the loss of a decoder that has learned how often
   each subword occurs, and nothing else.
 * Apertium is a rule-based translator, for the few pairs that it has.
 """
@@ -28,7 +28,7 @@ def copy_source(pairs: Sequence[Pair]) -> list[str]:
 
 
 class TranslationMemory:
-    """Nearest neighbour: the English of the training source most like this one.
+    """Nearest neighbor: the English of the training source most like this one.
 
     Similar means cosine similarity of TF-IDF weights of the character 2-, 3- and
     4-grams, within the same language. Where nothing is similar at all (or the language

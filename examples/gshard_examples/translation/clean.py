@@ -45,7 +45,7 @@ _IDENTIFIER = re.compile(r"(?=.*(?:[_/]|\.\w))[\w.\-/]+")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\ufeff]")
 
 
-def normalise_text(text: str, accelerator: str = "") -> str:
+def normalize_text(text: str, accelerator: str = "") -> str:
     """Removes mark-up and accelerators; NFC; single spaces.
 
     Args:
@@ -116,10 +116,10 @@ def clean_pair(
     """Cleans one catalogue entry.
 
     Args:
-        tag: The language tag of `source` (see `languages.normalise_language`).
+        tag: The language tag of `source` (see `languages.normalize_language`).
         source: The translation.
         english: The English message.
-        accelerator: See `normalise_text`.
+        accelerator: See `normalize_text`.
 
     Returns:
         The cleaned `(source, english)`; or, for an entry that is not a usable pair,
@@ -127,8 +127,8 @@ def clean_pair(
     """
     if len(source) > MAX_RAW_CHARACTERS or len(english) > MAX_RAW_CHARACTERS:
         return "too long"
-    source = normalise_text(source, accelerator)
-    english = normalise_text(english, accelerator)
+    source = normalize_text(source, accelerator)
+    english = normalize_text(english, accelerator)
     if not source or len(english) < 2:
         return "empty"
     if len(english) > MAX_ENGLISH_CHARACTERS or len(source) > MAX_SOURCE_CHARACTERS:

@@ -20,7 +20,7 @@ from gshard_examples.translation.clean import clean_pair
 from gshard_examples.translation.languages import (
     base_language,
     is_tag,
-    normalise_language,
+    normalize_language,
 )
 from gshard_examples.translation.package_files import sha256_of
 from gshard_examples.translation.sources import NAME_DOMAINS, Source, corpus_sources
@@ -179,8 +179,8 @@ def _checked_languages(languages: Iterable[str] | None) -> frozenset[str] | None
         )
     wanted = frozenset(languages)
     for tag in sorted(wanted):
-        if normalise_language(tag) != tag:
-            known = normalise_language(tag)
+        if normalize_language(tag) != tag:
+            known = normalize_language(tag)
             hint = f"; write {known!r}" if known else ""
             raise ValueError(
                 f"not a language tag of this corpus{hint}. Received: languages with "
@@ -212,7 +212,7 @@ def _extract(
                 progress(f"reading {source.domain}", raw, None)
             locale, text, english = entry
             if locale not in tags:
-                tags[locale] = normalise_language(locale)
+                tags[locale] = normalize_language(locale)
             tag = tags[locale]
             if tag is None:
                 skipped["not a language of the corpus"] += 1

@@ -1,7 +1,7 @@
 """Language tags: one spelling per language, and the groups that results report on.
 
 Every source of text names languages in its own way: `pt_BR`, `pt-br`, `sr@latin`,
-`zh-Hant`, `iw`.  `normalise_language` maps them to one *tag*: an ISO 639 code,
+`zh-Hant`, `iw`.  `normalize_language` maps them to one *tag*: an ISO 639 code,
 followed by `_Script` only where a language is written in two scripts and this is
 the less usual one (`sr_Latn`, `zh_Hant`).  Regions are merged.
 """
@@ -180,7 +180,7 @@ RESOURCE_LEVELS = ("high (>= 10,000)", "middle (1,000-9,999)", "low (< 1,000)")
 _TAG = re.compile(r"[a-z]{2,3}(_[A-Z][a-z]{3})?")
 
 
-def normalise_language(locale: str) -> str | None:
+def normalize_language(locale: str) -> str | None:
     """Maps a source's locale name to the corpus's language tag.
 
     Args:

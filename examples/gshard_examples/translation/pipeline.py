@@ -1,4 +1,4 @@
-"""From a corpus split to batches: tokenising once, sampling, bucketing, padding.
+"""From a corpus split to batches: tokenizing once, sampling, bucketing, padding.
 
 Two things decide the shape of this module.  XLA compiles a program per batch shape, so
 there are only a few shapes, one per length bucket, and every batch has one of them
@@ -45,7 +45,7 @@ BATCH_MULTIPLE = 8
 _CHUNK = 20_000  # strings per call of the tokenizer
 
 
-# ------------------------------------------------------------------------ tokenising
+# ------------------------------------------------------------------------ tokenizing
 
 
 @dataclass(frozen=True)

