@@ -33,7 +33,7 @@ import numpy as np
 
 from benchmarks.harness.command_line import (
     circumstances,
-    options_of,
+    make_parser,
     say,
     show,
 )
@@ -155,7 +155,7 @@ class Clients:
 
 
 def main() -> None:
-    parser = options_of(__doc__)
+    parser = make_parser(__doc__)
     parser.add_argument("run", type=Path, help="folder of a training run")
     parser.add_argument("data", type=Path, help="folder of its corpus")
     parser.add_argument("--minutes", type=float, default=5.0)

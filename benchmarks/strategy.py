@@ -35,7 +35,7 @@ import tensorflow as tf
 
 import gshard_tf
 from benchmarks.harness import machine
-from benchmarks.harness.command_line import say
+from benchmarks.harness.command_line import make_parser, say
 from gshard_tf.hlo import collectives
 from keras_layers import Dropout, MoELayer, Transformer
 
@@ -157,11 +157,11 @@ class _StepTimes(keras.callbacks.Callback):
 
     def on_train_batch_begin(self, batch: int, logs: dict | None = None) -> None:
         if not self.batches:
-            self.begun = time.perf_counter()
+            self.start = time.perf_counter()
         self.batches += 1
 
     def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
-        self.seconds = (time.perf_counter() - self.begun) / self.batches
+        self.seconds = (time.perf_counter() - self.start) / self.batches
 
 
 #: A step takes about as long as one of the translation example by default.
@@ -203,13 +203,13 @@ def cost(rounds: int = 7, steps: int = 5) -> dict[str, Any]:
     ]
 
     def bare_step() -> float:
-        begun = time.perf_counter()
+        start = time.perf_counter()
         for _ in range(steps):
             outputs, updated = compiled(compiled.put_inputs([x, x]), captures)
             for i, value in zip(compiled.step.updates, updated, strict=True):
                 captures[i] = value
             [np.asarray(output) for output in outputs]
-        return (time.perf_counter() - begun) / steps
+        return (time.perf_counter() - start) / steps
 
     bare_step()
     rows = []
@@ -238,8 +238,7 @@ def parity_apart() -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser = make_parser(__doc__)
     parser.add_argument("--parity-only", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     gshard_tf.request_cpu_devices(8)
@@ -247,9 +246,9 @@ def main() -> None:
     if options.parity_only:
         print(json.dumps(parity()))
         return
-    begun = time.perf_counter()
+    start = time.perf_counter()
     result = cost() | program() | parity_apart()
-    result["seconds"] = round(time.perf_counter() - begun)
+    result["seconds"] = round(time.perf_counter() - start)
     result["machine"] = machine.describe()
     if options.json:
         print(json.dumps(result))

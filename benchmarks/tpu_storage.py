@@ -30,6 +30,8 @@ os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import numpy as np
 
+from benchmarks.harness.command_line import make_parser
+
 SIDES = ("default", "ours")
 SLICE = (2, 4, 1, 1)
 BATCH, LENGTH = 16, 16
@@ -169,12 +171,9 @@ def table(found: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--json", action="store_true")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--weights", help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -57,11 +57,11 @@ def _stop_one(
     while len(run.losses()) < FIRST_STEPS and not run.has_ended():
         time.sleep(0.02)
     time.sleep(rng.uniform(0, 0.3))
-    begun = time.monotonic()
+    start = time.monotonic()
     for index in told:
         run.processes[index].send_signal(signal.SIGTERM)
     codes = run.wait()
-    seconds = time.monotonic() - begun
+    seconds = time.monotonic() - start
     stopped_at = len(run.losses())
     again = _Run(folder, count)
     return {

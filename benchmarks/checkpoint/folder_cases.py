@@ -48,13 +48,13 @@ def child_of_a_killed_run(place: Path) -> tuple[bool, str]:
     try:
         os.kill(child, 0)
         newest = int(sorted(place.glob("checkpoints/step-*"))[-1].name[5:])
-        begun: list[str] = []
+        events: list[str] = []
         epochs = newest // faulty_run.STEPS_PER_EPOCH + 1
-        faulty_run.run(place, epochs, begun.append)
+        faulty_run.run(place, epochs, events.append)
         os.kill(child, 0)  # it lives still
     finally:
         os.kill(child, signal.SIGKILL)
-    return begun[0] == f"restored {newest}", f"with the child alive, it {begun[0]}"
+    return events[0] == f"restored {newest}", f"with the child alive, it {events[0]}"
 
 
 def remote_folder(place: Path) -> tuple[bool, str]:

@@ -20,7 +20,7 @@ import numpy as np
 import gshard_tf
 from benchmarks.harness.command_line import (
     circumstances,
-    options_of,
+    make_parser,
     say,
     show,
 )
@@ -41,11 +41,11 @@ def batches(ids: np.ndarray) -> Iterator[tuple[np.ndarray, int]]:
 
 def decode(name: str, way: Callable[[Any], Any], ids: np.ndarray) -> list[np.ndarray]:
     """`[ids [rows, n, T], scores [rows, n]]` of all sources."""
-    begun = time.perf_counter()
+    start = time.perf_counter()
     parts = []
     for padded, rows in batches(ids):
         parts.append([np.asarray(part)[:rows] for part in way(padded)])
-    say(f"{name}: {time.perf_counter() - begun:.0f} s")
+    say(f"{name}: {time.perf_counter() - start:.0f} s")
     return [np.concatenate(part) for part in zip(*parts, strict=True)]
 
 
@@ -97,13 +97,13 @@ def ways_of(model: Any) -> dict[str, Callable[[Any], Any]]:
 
 
 def main() -> None:
-    parser = options_of(__doc__)
+    parser = make_parser(__doc__)
     parser.add_argument("--run", type=pathlib.Path, required=True)
     parser.add_argument("--data", type=pathlib.Path, required=True)
     parser.add_argument("--sentences", type=int, default=1000)
     parser.add_argument("--partitions", type=int, default=8)
     options = parser.parse_args()
-    begun = time.perf_counter()
+    start = time.perf_counter()
     gshard_tf.request_cpu_devices(options.partitions)
 
     from benchmarks.decoding.uncached import Uncached
@@ -155,7 +155,7 @@ def main() -> None:
             "sentences": len(pairs),
             "different_translations": len(best),
             **pieces,
-            "circumstances": circumstances(begun, quick=False),
+            "circumstances": circumstances(start, quick=False),
         },
         options.json,
     )

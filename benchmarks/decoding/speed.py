@@ -36,7 +36,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import numpy as np
 
-from benchmarks.harness.command_line import circumstances, say
+from benchmarks.harness.command_line import circumstances, make_parser, say
 
 INSTALL = "pip install 'gshard-tf[benchmarks]'"
 
@@ -346,15 +346,15 @@ SIDES = {
 
 def measure(call: Call, tokens: int, seconds: float) -> dict[str, float]:
     """First answer, latencies and tokens per second of one way to decode."""
-    begun = time.perf_counter()
+    start = time.perf_counter()
     shape = call().shape
-    first = time.perf_counter() - begun
+    first = time.perf_counter() - start
     times: list[float] = []
     end = time.perf_counter() + seconds
     while sum(times) < LONG and (len(times) < 3 or time.perf_counter() < end):
-        begun = time.perf_counter()
+        start = time.perf_counter()
         call()
-        times.append(time.perf_counter() - begun)
+        times.append(time.perf_counter() - start)
     p50, p99 = np.percentile(times, [50, 99])
     return {
         "first": first,
@@ -440,18 +440,13 @@ def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    arguments.add_argument("--json", action="store_true", help="print one JSON object")
-    arguments.add_argument("--quick", action="store_true", help="tiny sizes")
-    arguments.add_argument("--seconds", type=float, default=2.0, help="of each figure")
-    arguments.add_argument(
+    parser = make_parser(__doc__, quick="tiny sizes", seconds=2.0)
+    parser.add_argument(
         "--only", choices=SIDES, action="append", help="this side; can be repeated"
     )
-    arguments.add_argument("--batches", type=int, nargs="+", help="these batches")
-    arguments.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
-    options = arguments.parse_args()
+    parser.add_argument("--batches", type=int, nargs="+", help="these batches")
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    options = parser.parse_args()
     size = TINY if options.quick else Size()
     if options.batches:
         size = dataclasses.replace(size, batches=tuple(options.batches))
@@ -463,13 +458,13 @@ def main() -> None:
             sys.exit(3)
         print(json.dumps(rows))
         return
-    begun = time.perf_counter()
+    start = time.perf_counter()
     rows = run(options.only or list(SIDES), size, seconds, options.quick)
     result = {
         "size": dataclasses.asdict(size),
         "rows": rows,
         "ratios": ratios(rows),
-        **circumstances(begun, options.quick),
+        **circumstances(start, options.quick),
     }
     if options.json:
         print(json.dumps(result, indent=1))

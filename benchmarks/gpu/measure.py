@@ -14,7 +14,6 @@ and of the peers that are installed here (`benchmarks.gpu.peers`), one by one:
 It imports neither TensorFlow nor Keras, and runs on CPUs too.
 """
 
-import argparse
 import json
 import os
 import pathlib
@@ -28,7 +27,7 @@ import numpy as np
 
 from benchmarks.gpu.peers import PEERS
 from benchmarks.harness import timing
-from benchmarks.harness.command_line import circumstances, say
+from benchmarks.harness.command_line import circumstances, make_parser, say
 from gshard_tf import export
 from gshard_tf.export import PortableProgram, Tensor
 
@@ -40,15 +39,14 @@ SECONDS = 20.0  # of timing, for each side of a row
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser = make_parser(__doc__)
     parser.add_argument("folder", type=pathlib.Path, help="of the saved programs")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--rows", help="numbers of the shapes to measure: 0,2,5")
     parser.add_argument(
         "--rounds", type=int, default=10, help="timings of each side, at most"
     )
     options = parser.parse_args()
-    begun = time.perf_counter()
+    start = time.perf_counter()
     index = json.loads((options.folder / "index.json").read_text())
     chosen = range(len(index["rows"]))
     if options.rows:
@@ -69,7 +67,7 @@ def main() -> None:
         "matmul_tflops": rate / 1e12,
         "goal": GOAL,
         "rows": rows,
-        **circumstances(begun, index["grid"] == "quick"),
+        **circumstances(start, index["grid"] == "quick"),
     }
     print(json.dumps(result) if options.json else table(result))
 
@@ -87,9 +85,9 @@ def matmul_rate(policy: str, size: int) -> float:
     multiply(a, b).block_until_ready()
     times = []
     for _ in range(10):
-        begun = time.perf_counter()
+        start = time.perf_counter()
         multiply(a, b).block_until_ready()
-        times.append(time.perf_counter() - begun)
+        times.append(time.perf_counter() - start)
     return 2 * size**3 / statistics.median(times)
 
 
@@ -143,10 +141,10 @@ def _or_out_of_memory(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 def _time(run: Callable[[], object], rounds: int) -> dict[str, Any]:
     run()  # compiles
-    begun = time.perf_counter()
+    start = time.perf_counter()
     run()
     # Peers that were not made for this device may be a hundred times slower.
-    rounds = max(1, min(rounds, int(SECONDS / (time.perf_counter() - begun))))
+    rounds = max(1, min(rounds, int(SECONDS / (time.perf_counter() - start))))
     times = timing.alternate({"it": run}, rounds, warm_up=0)
     return {"seconds": timing.median(times, "it"), "rounds": rounds}
 

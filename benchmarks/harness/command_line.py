@@ -30,10 +30,25 @@ def circumstances(start: float, quick: bool) -> dict[str, Any]:
     }
 
 
-def options_of(doc: str) -> argparse.ArgumentParser:
-    """A parser for a script: its first sentence, and `--json`."""
+def make_parser(
+    doc: str, quick: str | None = None, seconds: float | None = None
+) -> argparse.ArgumentParser:
+    """Returns the parser of a script, with the flags that all scripts share.
+
+    Args:
+        doc: The script's docstring, whose first line is the description.
+        quick: What `--quick` measures; None: the script has no such flag.
+        seconds: The default of `--seconds`, for which each figure is measured; None:
+            the script has no such flag.
+    """
     parser = argparse.ArgumentParser(description=doc.split("\n", 1)[0])
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    if quick is not None:
+        parser.add_argument("--quick", action="store_true", help=quick)
+    if seconds is not None:
+        parser.add_argument(
+            "--seconds", type=float, default=seconds, help="time for each figure"
+        )
     return parser
 
 

@@ -27,9 +27,9 @@ def alternate(
     for i in range(rounds):
         names = list(sides)
         for name in reversed(names) if i % 2 else names:
-            begun = time.perf_counter()
+            start = time.perf_counter()
             sides[name]()
-            times[name].append(time.perf_counter() - begun)
+            times[name].append(time.perf_counter() - start)
     return times
 
 

@@ -36,6 +36,8 @@ from typing import Any
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+from benchmarks.harness.command_line import make_parser
+
 M, H, N, D = 1024, 8192, 16, 128
 SOURCE_VOCABULARY, TARGET_VOCABULARY = 64_000, 32_000
 LENGTH = 1024  # of source and target each
@@ -181,9 +183,7 @@ def run(name: str, quick: bool) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--json", action="store_true", help="one JSON object per row")
-    parser.add_argument("--quick", action="store_true", help="two blocks of each kind")
+    parser = make_parser(__doc__, quick="two blocks of each kind")
     parser.add_argument("--models", default=",".join(DEFAULT), help="comma-separated")
     parser.add_argument("--row", help=argparse.SUPPRESS)
     options = parser.parse_args()

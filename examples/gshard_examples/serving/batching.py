@@ -122,7 +122,7 @@ class Batcher:
                 self._arrived.clear()
             if not batch:
                 continue
-            self._busy_since = begun = time.monotonic()
+            self._busy_since = start = time.monotonic()
             try:
                 results = await loop.run_in_executor(
                     thread, self.run, [item for item, _ in batch]
@@ -136,4 +136,4 @@ class Batcher:
                     if not future.done():
                         future.set_result(result)
             self._busy_since = None
-            self.on_batch(len(batch), time.monotonic() - begun)
+            self.on_batch(len(batch), time.monotonic() - start)

@@ -59,10 +59,10 @@ def evaluate(
         System name -> `score.score`'s result.
     """
     out = make_folder(out, "out")  # before the work
-    begun = time.perf_counter()
+    start = time.perf_counter()
     progress(f"translating {len(pairs)} sentences")
     said = translator.translate([p.lang for p in pairs], [p.source for p in pairs])
-    seconds = time.perf_counter() - begun
+    seconds = time.perf_counter() - start
     progress(f"translated in {seconds:.0f} s; now the baselines")
     systems = {
         "model": said,
