@@ -8,6 +8,7 @@ The devices are virtual ones of the CPU; on GPUs, leave `request_cpu_devices` an
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from pathlib import Path
 
@@ -76,11 +77,11 @@ def train(
     directory: Path,
     steps_per_epoch: int,
     stop_at: int | None = None,
-) -> tuple[gshard_tf.CheckpointCallback, keras.callbacks.History | None]:
-    """Trains the run in `directory` from where it is; the same call begins it.
+) -> tuple[int, list[float]]:
+    """Trains the run in `directory`: from its last checkpoint, if it has one.
 
     Returns:
-        The checkpoint callback, and Keras's history; None of a run that was stopped.
+        The step that it began at, and the loss of each epoch that it ended.
     """
     keras.utils.set_random_seed(0)
     with strategy.scope():
@@ -90,20 +91,17 @@ def train(
         directory, save_every=max(1, steps_per_epoch // 5), dataset=dataset
     )
     callbacks = [checkpoint] + ([] if stop_at is None else [StopAtStep(stop_at)])
-    try:
-        history = model.fit(
-            dataset.dataset,
-            epochs=EPOCHS,
-            steps_per_epoch=steps_per_epoch,
-            shuffle=False,  # the dataset is shuffled
-            callbacks=callbacks,
-            verbose=2,
-        )
-    except KeyboardInterrupt:
-        history = None
-    if history is not None:
-        print(f"\nWhere each variable is stored:\n{strategy.describe(model)}")
-    return checkpoint, history
+    history = model.fit(
+        dataset.dataset,
+        epochs=EPOCHS,
+        steps_per_epoch=steps_per_epoch,
+        shuffle=False,  # the dataset is shuffled
+        callbacks=callbacks,
+        verbose=2,
+    )
+    print(f"\nLayout of each variable:\n{strategy.describe(model)}")
+    restored = checkpoint.restored
+    return restored.manifest.step if restored else 0, history.history["loss"]
 
 
 def main(steps_per_epoch: int = STEPS_PER_EPOCH) -> list[float]:
@@ -117,14 +115,12 @@ def main(steps_per_epoch: int = STEPS_PER_EPOCH) -> list[float]:
     strategy = gshard_tf.SpmdStrategy(mesh)
     stop_at = 2 * steps_per_epoch + steps_per_epoch // 2
     with tempfile.TemporaryDirectory() as directory:
-        train(strategy, Path(directory), steps_per_epoch, stop_at)
+        with contextlib.suppress(KeyboardInterrupt):
+            train(strategy, Path(directory), steps_per_epoch, stop_at)
         print(f"\nStopped after step {stop_at}. The same call resumes the run:\n")
-        checkpoint, history = train(strategy, Path(directory), steps_per_epoch)
-    print(
-        f"\nResumed at step {checkpoint.restored.manifest.step} of "
-        f"{EPOCHS * steps_per_epoch}, done: step {checkpoint.step}."
-    )
-    return history.history["loss"]
+        start, losses = train(strategy, Path(directory), steps_per_epoch)
+    print(f"\nResumed at step {start}, trained to {EPOCHS * steps_per_epoch}.")
+    return losses
 
 
 if __name__ == "__main__":

@@ -1,7 +1,5 @@
 """The quick start runs, and its second half continues its first."""
 
-import re
-
 from processes import run_python
 
 
@@ -17,5 +15,5 @@ def test_the_quickstart_resumes_what_it_stopped():
     assert "Stopped after step 25" in printed
     assert "Epoch 1/4" in printed.partition("Stopped")[0]
     assert "Epoch 1/4" not in printed.partition("Stopped")[2]
-    assert re.search(r"Resumed at step 24 of 40, done: step 40\.", printed)
+    assert "Resumed at step 24, trained to 40" in printed
     assert "expert,-,-" in printed

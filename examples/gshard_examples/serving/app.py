@@ -75,8 +75,8 @@ def make_app(
                     items = parse(
                         await _body(request, limits.body_bytes), model.languages, limits
                     )
-                    found = await _unless_gone(request, batcher.submit(items))
-                response = JSONResponse({"translations": found})
+                    translations = await _unless_gone(request, batcher.submit(items))
+                response: Response = JSONResponse({"translations": translations})
             except RefusedError as error:
                 response = _error(error.status, str(error))
             except OverloadedError as error:
@@ -85,8 +85,8 @@ def make_app(
             except TimeoutError:
                 response = _error(504, f"no answer within {limits.seconds} seconds")
             except ClientDisconnect:
-                response = Response(status_code=499)  # nobody reads it
-            except Exception:  # noqa: BLE001 - the server goes on
+                response = Response(status_code=499)  # the client is gone
+            except Exception:  # noqa: BLE001 - the server continues
                 log.exception("a translation failed")
                 response = _error(500, "the translation failed; the log says why")
             outcome.status = response.status_code

@@ -113,7 +113,7 @@ class Batcher:
             await self._arrived.wait()
             if len(self._waiting) < self.max_batch:
                 await asyncio.sleep(self.wait)
-            batch = []
+            batch: list[tuple[Any, asyncio.Future]] = []
             while self._waiting and len(batch) < self.max_batch:
                 item, future = self._waiting.popleft()
                 if not future.done():

@@ -215,9 +215,9 @@ def read_firefox(files: Files, skipped: Counter) -> Iterator[Entry]:
     """
     packs = {}
     for path, contents in files:
-        locale = _LANGUAGE_PACK.search(path)
-        if locale:
-            packs[locale[1]] = dict(_language_pack(contents, skipped))
+        name = _LANGUAGE_PACK.search(path)
+        if name:
+            packs[name[1]] = dict(_language_pack(contents, skipped))
     english = packs.pop(_FIREFOX_PIVOT, None)
     if english is None:
         raise FileNotFoundError(

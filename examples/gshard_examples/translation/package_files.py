@@ -11,6 +11,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from importlib import metadata
 from pathlib import Path
+from typing import IO, cast
 
 #: Gives (path inside the package, contents), always in the same order.
 Files = Iterable[tuple[str, bytes]]
@@ -65,7 +66,12 @@ def tar_files(archive: Path, wanted: Wanted) -> Iterator[tuple[str, bytes]]:
     with tarfile.open(archive, "r:*") as tar:
         for member in sorted(tar.getmembers(), key=lambda m: m.name):
             if member.isfile() and wanted(member.name):
-                yield member.name, tar.extractfile(member).read()
+                yield member.name, _contents(tar, member)
+
+
+def _contents(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    # `extractfile` gives None for what is no file, which callers have excluded.
+    return cast(IO[bytes], tar.extractfile(member)).read()
 
 
 def folder_files(folder: Path, wanted: Wanted) -> Iterator[tuple[str, bytes]]:
@@ -89,27 +95,29 @@ def deb_files(archive: Path, wanted: Wanted) -> Iterator[tuple[str, bytes]]:
             f"reading {archive.name} needs the program dpkg-deb (Debian package dpkg), "
             "which is not on the PATH"
         )
-    found = []  # a stream can't be sorted: these are a few MB each
+    files = []  # a stream can't be sorted: these are a few MB each
     with subprocess.Popen(
         [program, "--fsys-tarfile", str(archive)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     ) as process:
+        stdout = cast(IO[bytes], process.stdout)
+        stderr = cast(IO[bytes], process.stderr)
         try:
-            with tarfile.open(fileobj=process.stdout, mode="r|") as tar:
+            with tarfile.open(fileobj=stdout, mode="r|") as tar:
                 for member in tar:
                     if member.isfile() and wanted(member.name):
-                        found.append((member.name, tar.extractfile(member).read()))
-            process.stdout.read()  # padding; or dpkg-deb dies of a closed pipe
+                        files.append((member.name, _contents(tar, member)))
+            stdout.read()  # padding; or dpkg-deb dies of a closed pipe
         except tarfile.TarError as error:
-            complaint = process.stderr.read().decode(errors="replace").strip()
+            complaint = stderr.read().decode(errors="replace").strip()
             raise OSError(
                 f"{archive} is not a whole Debian package: {complaint or error}"
             ) from error
-        complaint = process.stderr.read().decode(errors="replace").strip()
+        complaint = stderr.read().decode(errors="replace").strip()
         if process.wait() != 0:
             raise OSError(f"{archive} is not a whole Debian package: {complaint}")
-    yield from sorted(found)
+    yield from sorted(files)
 
 
 def sha256_of(path: Path) -> str:

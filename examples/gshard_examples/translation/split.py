@@ -115,9 +115,9 @@ def near_copies(
     for index, words in enumerate(training_sets):
         for word in words:
             having[word].append(index)
-    found = set()
+    copies = set()
     for key in held:
-        words = set(key.split())
+        words = frozenset(key.split())
         # |a & b| >= t |a | b| needs |a & b| >= t |a|: so b has at least one of any
         # |a| - ceil(t |a|) + 1 words of a.  We take the rarest ones.
         least = math.ceil(threshold * len(words) - 1e-9)
@@ -128,6 +128,6 @@ def near_copies(
             other = training_sets[index]
             shared = len(words & other)
             if shared >= threshold * (len(words) + len(other) - shared) - 1e-9:
-                found.add(key)
+                copies.add(key)
                 break
-    return found
+    return copies

@@ -45,7 +45,7 @@ class _EpochSeconds(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
         self.start = time.perf_counter()
 
-    def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
+    def on_epoch_end(self, epoch: int, logs: dict) -> None:
         # Keras gives all callbacks the same dict.
         logs["seconds"] = round(time.perf_counter() - self.start, 1)
 
@@ -107,14 +107,11 @@ def train(
         sample_pairs(corpus, "dev", settings.validation_pairs, settings.language_tags),
         vocabulary,
     )
-    common = {
-        "batch_tokens": settings.batch_tokens,
-        "buckets": settings.bucket_lengths,
-    }
+    sizes = (settings.batch_tokens, settings.bucket_lengths)
     batches = Batches(
-        tokens, temperature=settings.temperature, seed=settings.seed, **common
+        tokens, *sizes, temperature=settings.temperature, seed=settings.seed
     )
-    validation = Batches(dev, training=False, **common)
+    validation = Batches(dev, *sizes, training=False)
     log.info("training batches: %s", batches.summary())
     log.info("validation batches: %s", validation.summary())
 
