@@ -91,7 +91,7 @@ def test_table_json_and_plot(tmp_path):
             plot_scores(tmp_path / "no.png", scores, **options)
     with pytest.raises(ValueError, match="colour"):
         format_table(scores, ("colour",))
-    with pytest.raises(ValueError, match="no system"):
+    with pytest.raises(ValueError, match="a system to show"):
         format_table({})
 
 

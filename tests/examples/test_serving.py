@@ -60,10 +60,10 @@ def test_requests_are_batched(server, model):
 
 
 BAD = {
-    "nothing": (b"", 400, "not JSON"),
-    "no JSON": (b"texts=a", 400, "not JSON"),
+    "nothing": (b"", 400, "must be JSON"),
+    "no JSON": (b"texts=a", 400, "must be JSON"),
     "no UTF-8": (b'{"texts": ["\xff\xfe"], "languages": ["de"]}', 400, "UTF-8"),
-    "deep": (b"[" * 100_000, 400, "not JSON"),
+    "deep": (b"[" * 100_000, 400, "must be JSON"),
     "a list": (b"[]", 400, "Received: 'list'"),
     "a part": (b'{"texts": ["a"]}', 400, r"Received: \['texts'\]"),
     "a number": (b'{"texts": 3, "languages": ["de"]}', 400, "list of strings"),

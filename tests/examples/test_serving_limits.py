@@ -178,7 +178,7 @@ def test_a_model_that_is_no_translator_is_a_sentence(tmp_path, capsys):
     module = Tiny()
     folder = saved(tmp_path / "no_translate", module, languages=module.languages)
     said = refused([folder, "--port", free_port()], capsys)
-    assert "has the signature 'translate'" in said and "['languages']" in said
+    assert "must have the signature 'translate'" in said and "['languages']" in said
     folder = saved(
         tmp_path / "others",
         module,
@@ -186,7 +186,7 @@ def test_a_model_that_is_no_translator_is_a_sentence(tmp_path, capsys):
         languages=module.languages,
     )
     said = refused([folder, "--port", free_port()], capsys)
-    assert "takes ['languages', 'texts']" in said and "it takes []" in said
+    assert "must take ['languages', 'texts']" in said and "it takes []" in said
 
 
 def counted(port, status):

@@ -57,7 +57,7 @@ def port(text: str) -> int:
     """A port's number."""
     if not (text.isdecimal() and len(text) < 6 and 1 <= int(text) <= 65535):
         raise argparse.ArgumentTypeError(
-            f"a port is a whole number of 1 to 65535. Received: {text!r}"
+            f"a port must be a whole number of 1 to 65535. Received: {text!r}"
         )
     return int(text)
 
@@ -66,7 +66,7 @@ def positive(text: str) -> int:
     """A whole number above 0."""
     if not (text.isdecimal() and len(text) < 10 and int(text) > 0):
         raise argparse.ArgumentTypeError(
-            f"a whole number of 1 or more. Received: {text!r}"
+            f"must be a whole number of 1 or more. Received: {text!r}"
         )
     return int(text)
 
@@ -79,7 +79,7 @@ def seconds(text: str) -> float:
         value = math.nan
     if not (value > 0 and math.isfinite(value)):
         raise argparse.ArgumentTypeError(
-            f"a finite number of seconds above 0. Received: {text!r}"
+            f"must be a finite number of seconds above 0. Received: {text!r}"
         )
     return value
 
@@ -152,8 +152,8 @@ def _check(made: argparse.ArgumentParser, options: argparse.Namespace) -> None:
 
     if options.max_waiting < Limits.texts:
         made.error(
-            f"argument --max-waiting: at least {Limits.texts}, the texts that one "
-            f"request may hold. Received: {options.max_waiting}"
+            f"argument --max-waiting: must be at least {Limits.texts}, the texts that "
+            f"one request may hold. Received: {options.max_waiting}"
         )
     if options.max_batch > min(options.max_waiting, MOST_TOGETHER):
         made.error(

@@ -58,8 +58,8 @@ def make_app(
     limits = limits or Limits()
     if max_waiting < limits.texts:
         raise ValueError(
-            f"max_waiting is at least {limits.texts}, the texts that one request may "
-            f"hold, or such a request would never be answered. "
+            f"max_waiting must be at least {limits.texts}, the texts that one request "
+            "may hold, or such a request would never be answered. "
             f"Received: max_waiting={max_waiting}"
         )
     metrics = Metrics()
@@ -174,10 +174,10 @@ async def _body(request: Request, most: int) -> bytes:
     """
     length = request.headers.get("content-length", "0")
     if length.isdecimal() and int(length) > most:
-        raise RefusedError(413, f"the body has at most {most} bytes")
+        raise RefusedError(413, f"the body must have at most {most} bytes")
     body = bytearray()
     async for part in request.stream():
         body += part
         if len(body) > most:
-            raise RefusedError(413, f"the body has at most {most} bytes")
+            raise RefusedError(413, f"the body must have at most {most} bytes")
     return bytes(body)

@@ -40,7 +40,7 @@ class Batcher:
     ):
         for name, value in (("max_batch", max_batch), ("max_waiting", max_waiting)):
             if value < 1:
-                raise ValueError(f"{name} is 1 or more. Received: {name}={value}")
+                raise ValueError(f"{name} must be 1 or more. Received: {name}={value}")
         self.run = run
         self.max_batch = max_batch
         self.wait = wait

@@ -48,7 +48,7 @@ class Model:
         self._name = repr(str(folder))
         if not tf.saved_model.contains_saved_model(str(folder)):
             raise UnusableModelError(
-                "a folder of a SavedModel holds the file saved_model.pb; "
+                "a folder of a SavedModel must hold the file saved_model.pb; "
                 f"gshard-translate export writes one. Received: {self._name}"
             )
         with _unusable(f"the SavedModel {self._name} cannot be loaded"):
@@ -61,7 +61,7 @@ class Model:
             self.languages = [tag.decode() for tag in found]
         if not self.languages:
             raise UnusableModelError(
-                "the signature 'languages' of a translator lists at least one. "
+                "the signature 'languages' of a translator must list at least one. "
                 f"Received: {self._name}, which lists none"
             )
 
@@ -105,15 +105,15 @@ def _check_signatures(signatures: dict[str, Any], name: str) -> None:
     for key, (inputs, outputs) in SIGNATURES.items():
         if key not in signatures:
             raise UnusableModelError(
-                f"a translator has the signature {key!r}. Received: {name}, whose "
-                f"signatures are {sorted(signatures)}"
+                f"a translator must have the signature {key!r}. Received: {name}, "
+                f"whose signatures are {sorted(signatures)}"
             )
         taken = sorted(signatures[key].structured_input_signature[1])
         given = sorted(signatures[key].structured_outputs)
         if taken != list(inputs) or not set(outputs) <= set(given):
             raise UnusableModelError(
-                f"the signature {key!r} of a translator takes {list(inputs)} and "
-                f"returns {sorted(outputs)}. Received: {name}, where it takes {taken} "
+                f"the signature {key!r} of a translator must take {list(inputs)} and "
+                f"return {sorted(outputs)}. Received: {name}, where it takes {taken} "
                 f"and returns {given}"
             )
 

@@ -183,8 +183,8 @@ def _checked_languages(languages: Iterable[str] | None) -> frozenset[str] | None
             known = normalize_language(tag)
             hint = f"; write {known!r}" if known else ""
             raise ValueError(
-                f"not a language tag of this corpus{hint}. Received: languages with "
-                f"{tag!r}"
+                f"languages must be tags of this corpus{hint}. Received: languages "
+                f"with {tag!r}"
             )
     if not wanted:
         raise ValueError("languages must not be empty. Received: languages=[]")

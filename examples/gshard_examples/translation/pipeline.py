@@ -93,7 +93,7 @@ def tokenize_pairs(pairs: Sequence[Pair], vocabulary: Vocabulary) -> TokenizedSp
         ValueError: A language is not in the vocabulary, or there are no pairs.
     """
     if not pairs:
-        raise ValueError("there are no sentence pairs to tokenize. Received: 0 pairs")
+        raise ValueError("there must be sentence pairs to tokenize. Received: 0 pairs")
     sources, targets = [], []
     for start in range(0, len(pairs), _CHUNK):
         chunk = pairs[start : start + _CHUNK]

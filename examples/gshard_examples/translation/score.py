@@ -56,7 +56,7 @@ def score(
             f"{len(pairs)} pairs, {len(translations)} translations"
         )
     if not pairs:
-        raise ValueError("there is nothing to score. Received: 0 pairs")
+        raise ValueError("there must be pairs to score. Received: 0 pairs")
     try:
         from sacrebleu.metrics import BLEU, CHRF
     except ImportError as error:
@@ -120,11 +120,12 @@ def format_table(
         ValueError: No system, or an unknown grouping.
     """
     if not scores:
-        raise ValueError("there is no system to show. Received: scores={}")
+        raise ValueError("there must be a system to show. Received: scores={}")
     for grouping in groupings:
         if grouping not in GROUPINGS:
             raise ValueError(
-                f"groupings are among {', '.join(GROUPINGS)}. Received: {grouping!r}"
+                f"groupings must be among {', '.join(GROUPINGS)}. "
+                f"Received: {grouping!r}"
             )
     head = ["", "pairs"]
     for system in scores:

@@ -138,7 +138,7 @@ def _wheel_sources(folder: Path) -> list[Source]:
     for name, found in wheels.items():
         if len(found) > 1:
             raise ValueError(
-                f"one wheel of {name} is wanted, to be reproducible. Received: "
+                f"one wheel of {name} must be there, to be reproducible. Received: "
                 f"{', '.join(p.name for p in found)} in {folder}"
             )
 

@@ -31,8 +31,7 @@ class StoredWeights(tf.Module):
         super().__init__(name="weights")
         if dtype not in STORED:
             raise ValueError(
-                f"Weights are stored as one of {list(STORED)}. "
-                f"Received: weights={dtype!r}"
+                f"`weights` must be one of {list(STORED)}. Received: weights={dtype!r}"
             )
         self.dtype = dtype
         self._model_variables = _Untracked(variables)
