@@ -198,7 +198,7 @@ def cost(rounds: int = 7, steps: int = 5) -> dict[str, Any]:
     captures = [
         strategy.extended.placement.put(np.asarray(value.numpy()), layout)
         for value, layout in zip(
-            compiled.step.captures, compiled.capture_layouts, strict=True
+            compiled.step.captures, compiled.layouts.captures, strict=True
         )
     ]
 

@@ -14,24 +14,24 @@ if TYPE_CHECKING:
     from gshard_tf.callbacks.verify_first_step import VerifyFirstStep
     from gshard_tf.checkpoints.dataset import ResumableDataset
     from gshard_tf.checkpoints.manager import CheckpointManager
-    from gshard_tf.checkpoints.naming import training_state
+    from gshard_tf.checkpoints.training_state import training_state
     from gshard_tf.compat.keras_calls import accumulated_batches
     from gshard_tf.planning.plan import Plan
     from gshard_tf.planning.planner import plan
     from gshard_tf.runtime.devices import request_cpu_devices
     from gshard_tf.runtime.initialize import initialize
-    from gshard_tf.runtime.process_group import own_rows
     from gshard_tf.runtime.watchdog import abort_all
     from gshard_tf.sharding.annotations import (
         annotate,
+        logical_axes,
         name_axes,
-        named_axes,
         replicate,
         shard,
         split,
     )
     from gshard_tf.sharding.mesh import active_mesh, create_mesh, use_mesh
     from gshard_tf.sharding.rules import AxisRules
+    from gshard_tf.spmd.local_batches import process_local_rows
     from gshard_tf.spmd.strategy import SpmdStrategy
     from gshard_tf.tpu.strategy import tpu_strategy
     from gshard_tf.verification.report import VerificationError, VerificationReport
@@ -57,9 +57,9 @@ __all__ = [
     "create_mesh",
     "initialize",
     "name_axes",
-    "named_axes",
-    "own_rows",
+    "logical_axes",
     "plan",
+    "process_local_rows",
     "export",
     "replicate",
     "request_cpu_devices",
@@ -91,16 +91,16 @@ _HOME = {
     "create_mesh": "sharding.mesh",
     "initialize": "runtime.initialize",
     "name_axes": "sharding.annotations",
-    "named_axes": "sharding.annotations",
-    "own_rows": "runtime.process_group",
+    "logical_axes": "sharding.annotations",
     "plan": "planning.planner",
+    "process_local_rows": "spmd.local_batches",
     "export": None,
     "replicate": "sharding.annotations",
     "request_cpu_devices": "runtime.devices",
     "shard": "sharding.annotations",
     "split": "sharding.annotations",
     "tpu_strategy": "tpu.strategy",
-    "training_state": "checkpoints.naming",
+    "training_state": "checkpoints.training_state",
     "abort_all": "runtime.watchdog",
     "use_mesh": "sharding.mesh",
     "verify": "verification.verify",

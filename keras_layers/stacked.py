@@ -16,7 +16,7 @@ import tensorflow as tf
 # Private API: as in `remat`.
 from keras.src.backend import AutocastScope
 
-from gshard_tf import name_axes, named_axes
+from gshard_tf import logical_axes, name_axes
 from keras_layers._arguments import check_int
 from keras_layers.remat import (
     Effects,
@@ -103,7 +103,7 @@ class Stacked(keras.layers.Layer):
             )
         weight.regularizer = _sum_of(like.regularizer)
         weight.constraint = _each_by_itself(like.constraint)
-        axes = named_axes(like)
+        axes = logical_axes(like)
         return weight if axes is None else name_axes(weight, ("layer", *axes))
 
     @property

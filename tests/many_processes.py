@@ -83,11 +83,11 @@ def train(index, devices, folder, given):
     dataset = tf.data.Dataset.from_tensor_slices((x, y)).shuffle(20, seed=3).repeat()
     dataset = dataset.batch(BATCH, drop_remainder=True)
     if own:
-        dataset = dataset.map(lambda *batch: gshard_tf.own_rows(batch))
+        dataset = dataset.map(lambda *batch: gshard_tf.process_local_rows(batch))
     position = given.get("position", "count")
     data = gshard_tf.ResumableDataset(dataset, position=position)
     mesh = mesh_of(devices, given.get("mesh", "expert"))
-    with gshard_tf.SpmdStrategy(mesh, own_rows=own).scope():
+    with gshard_tf.SpmdStrategy(mesh, process_local_batches=own).scope():
         model = classifier(given)
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
         model.compile("adam", loss)

@@ -230,6 +230,7 @@ def _save_programs(folder: pathlib.Path, settings: Any, vocabulary: Any) -> None
     import tensorflow as tf
 
     from gshard_examples.translation.model import make_model, make_strategy
+    from gshard_tf import export
 
     keras.utils.set_random_seed(settings.seed)
     strategy = make_strategy(settings)
@@ -240,12 +241,12 @@ def _save_programs(folder: pathlib.Path, settings: Any, vocabulary: Any) -> None
     shape = [max(1, round(settings.batch_tokens / length / 8)) * 8, length]
     ids, weights = (tf.TensorSpec(shape, kind) for kind in (tf.int32, tf.float32))
     batch = ((ids, ids), ids, weights)
-    program = strategy.program(model, "train", batch)
-    strategy.save_state(model, folder / "start.npz")
+    program = export.step_program(model, "train", batch)
+    export.save_state(model, folder / "start.npz")
     settings.write(folder)
     program.save(folder / "train.gshard", initial_state="start.npz")
     # Last: it says that the folder is complete.
-    strategy.program(model, "evaluate", batch).save(
+    export.step_program(model, "evaluate", batch).save(
         folder / "eval.gshard", initial_state="start.npz"
     )
 
@@ -403,12 +404,12 @@ def _translate(
     from gshard_examples.translation.settings import Settings
     from gshard_examples.translation.translator import Translator
     from gshard_examples.translation.vocabulary import Vocabulary
-    from gshard_tf.export.exporter import load_state
+    from gshard_tf import export
 
     keras.backend.clear_session()
     vocabulary = Vocabulary(out / "vocab.model")
     model = make_model(Settings.read(folder), vocabulary)
-    load_state(model, folder / "run" / "state.npz")
+    export.load_state(model, folder / "run" / "state.npz")
     translator = Translator(model, vocabulary)
     return translator.translate([p.lang for p in pairs], [p.source for p in pairs])
 

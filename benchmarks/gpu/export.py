@@ -22,7 +22,7 @@ import tensorflow as tf
 import gshard_tf
 from benchmarks.harness.command_line import say
 from benchmarks.moe.steps import Shape
-from gshard_tf.export.exporter import StepProgram
+from gshard_tf import export
 from gshard_tf.spmd.abstract import AbstractStrategy
 from keras_layers import MoELayer
 
@@ -103,7 +103,7 @@ def save(path: pathlib.Path, shape: Shape, dispatcher: str, policy: str) -> None
         layer.build(size)
         model = LayerStep(layer)
         model.built = True
-        StepProgram(strategy, model, "predict", ((tokens, tokens),)).save(path)
+        export.step_program(model, "predict", ((tokens, tokens),)).save(path)
 
 
 def main() -> None:

@@ -198,7 +198,7 @@ def in_program(
     captures = [
         strategy.extended.placement.put(np.asarray(value.numpy()), layout)
         for value, layout in zip(
-            program.step.captures, program.capture_layouts, strict=True
+            program.step.captures, program.layouts.captures, strict=True
         )
     ]
 

@@ -23,10 +23,11 @@ import gshard_tf
 from benchmarks.harness import machine
 from benchmarks.harness.command_line import make_parser
 from gshard_tf.hlo import collectives
+from gshard_tf.runtime.device_arrays import Placement
 from gshard_tf.runtime.devices import topology_devices
 from gshard_tf.spmd import lowering
-from gshard_tf.spmd.program import Placement
-from gshard_tf.spmd.step import Step, compile_step
+from gshard_tf.spmd.executable import compile_step
+from gshard_tf.spmd.step import Step
 from keras_layers import MoELayer
 
 GROUP_SIZE = 2048
@@ -59,7 +60,7 @@ def compile_layer(topology: str, model_dim: int, hidden_dim: int) -> dict:
     step = Step(strategy.extended, forward_and_backward, (tuple(placeholders), {}))
     lowered = lowering.lower(*step.trace([spec, spec]))
     traced = time.perf_counter()
-    program = compile_step(strategy.extended, lowered, Placement(mesh, devices))
+    program = compile_step(strategy.extended.layouts, lowered, Placement(mesh, devices))
     compiled = time.perf_counter()
     flops = program.compiled.cost_analysis()["flops"]
     # Two products of [C, M] x [M, H], forward and both gradients, of all groups; each

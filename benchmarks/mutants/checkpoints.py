@@ -12,7 +12,7 @@ _MATCHING = f"{_HERE}/checkpoints/test_matching.py"
 _RESTORE = f"{_HERE}/checkpoints/test_restore.py"
 _RESUME = f"{_HERE}/callbacks/test_resume.py"
 _SNAPSHOT = f"{_HERE}/checkpoints/test_snapshot.py"
-_STATE = f"{_HERE}/checkpoints/test_naming.py"
+_STATE = f"{_HERE}/checkpoints/test_training_state.py"
 
 MUTANTS = (
     Mutant(
@@ -45,8 +45,8 @@ MUTANTS = (
     ),
     Mutant(
         "gshard_tf/checkpoints/writer.py",
-        'and the manifest last."""\n',
-        'and the manifest last."""\n    manifest.write(partial)\n',
+        'writes the manifest last."""\n',
+        'writes the manifest last."""\n    manifest.write(partial)\n',
         (f"{_DURABLE}::test_all_is_on_the_disk_before_it_has_its_name",),
         "the manifest is written before what it vouches for",
     ),
@@ -59,7 +59,7 @@ MUTANTS = (
     ),
     Mutant(
         "gshard_tf/checkpoints/tensor_bundle.py",
-        'spec = "" if region == whole(shape) else _slice_spec(shape, region)',
+        "spec = slice_spec(shape, region)",
         'spec = ""',
         (f"{_BUNDLE}::test_any_part_of_an_array_that_two_devices_wrote",),
         "a device is given all of an array for its part",
@@ -73,7 +73,7 @@ MUTANTS = (
     ),
     Mutant(
         "gshard_tf/checkpoints/manifest.py",
-        'sound = digest == found["sha256"]',
+        'sound = digest == document["sha256"]',
         "sound = True",
         (f"{_MANAGER}::test_every_flipped_bit_is_noticed",),
         "a manifest with a flipped bit is believed",
@@ -87,7 +87,7 @@ MUTANTS = (
     ),
     Mutant(
         "gshard_tf/checkpoints/matching.py",
-        "source = found.expand(template)",
+        "source = matched.expand(template)",
         "source = template",
         (f"{_MATCHING}::test_groups_of_a_pattern_are_put_into_the_name",),
         "groups of a pattern are not put into the name that it stands for",
@@ -121,22 +121,22 @@ MUTANTS = (
         "a pattern for what may be missing allows all that begins so",
     ),
     Mutant(
-        "gshard_tf/checkpoints/naming.py",
-        'self.given[part] = f"{base}_{count}" if count else base',
+        "gshard_tf/checkpoints/training_state.py",
+        'self.renamed[part] = f"{base}_{count}" if count else base',
         "self.given[part] = part",
         (f"{_STATE}::test_names_are_the_same_wherever_a_model_is_made",),
         "names are those of Keras's counter, which differ by process",
     ),
     Mutant(
-        "gshard_tf/checkpoints/naming.py",
+        "gshard_tf/checkpoints/training_state.py",
         "key=lambda pair: -len(pair[0])",
         "key=lambda pair: len(pair[0])",
         (f"{_STATE}::test_slots_go_by_the_whole_name_of_their_weight",),
         "a slot goes by a weight whose name begins like its own weight's",
     ),
     Mutant(
-        "gshard_tf/checkpoints/naming.py",
-        "    while unique in found:\n",
+        "gshard_tf/checkpoints/training_state.py",
+        "    while unique in state:\n",
         "    while False:\n",
         (f"{_STATE}::test_weights_of_one_name_are_told_apart",),
         "of two variables of one name only the last is saved",
@@ -156,7 +156,7 @@ MUTANTS = (
         "every process writes what all of them have",
     ),
     Mutant(
-        "gshard_tf/sharding/regions.py",
+        "gshard_tf/runtime/device_arrays.py",
         "if shard.replica_id == 0:",
         "if shard.replica_id >= 0:",
         (f"{_MANAGER}::test_a_save_has_the_values_of_its_moment",),
@@ -164,8 +164,8 @@ MUTANTS = (
     ),
     Mutant(
         "gshard_tf/sharding/regions.py",
-        "found.append((start, stop - start))",
-        "found.append((start, stop))",
+        "bounds.append((start, stop - start))",
+        "bounds.append((start, stop))",
         (f"{_SNAPSHOT}::test_every_piece_comes_once",),
         "regions have their ends for sizes",
     ),
@@ -177,51 +177,51 @@ MUTANTS = (
         "copies are not where TensorFlow takes memory as it is, and are copied again",
     ),
     Mutant(
-        "gshard_tf/checkpoints/folders.py",
+        "gshard_tf/checkpoints/step_folders.py",
         "if _HIDDEN.fullmatch(path.name)]",
         'if path.name.startswith(".")]',
         (f"{_MANAGER}::test_hidden_folders_of_others_stay",),
         "hidden folders of others are removed with what killed runs left",
     ),
     Mutant(
-        "gshard_tf/checkpoints/folders.py",
+        "gshard_tf/checkpoints/step_folders.py",
         "    os.rename(path, hidden)\n    sync(folder)\n    shutil.rmtree(hidden)\n",
         "    shutil.rmtree(path)\n",
         (f"{_DURABLE}::test_half_of_a_removed_checkpoint_is_none",),
         "a death while a checkpoint is removed leaves half of it under its name",
     ),
     Mutant(
-        "gshard_tf/checkpoints/manager.py",
-        'min if self.mode == "min" else max',
-        'max if self.mode == "min" else min',
+        "gshard_tf/checkpoints/retention.py",
+        'min if mode == "min" else max',
+        'max if mode == "min" else min',
         (f"{_MANAGER}::test_the_newest_and_the_best_are_kept",),
         "the worst checkpoint is kept for the best",
     ),
     Mutant(
-        "gshard_tf/checkpoints/manager.py",
-        "sound[-self.max_to_keep :]",
-        "sound[-self.max_to_keep - 1 :]",
+        "gshard_tf/checkpoints/retention.py",
+        "sound[-max_to_keep:]",
+        "sound[-max_to_keep - 1 :]",
         (f"{_MANAGER}::test_the_newest_and_the_best_are_kept",),
         "one checkpoint more than asked for is kept",
     ),
     Mutant(
-        "gshard_tf/checkpoints/manager.py",
-        "            apply.append(load(state[name], read))\n",
-        "            load(state[name], read)()\n",
+        "gshard_tf/checkpoints/restore.py",
+        "        apply.append(stage(state[name], read))\n",
+        "        stage(state[name], read)()\n",
         (f"{_MANAGER}::test_nothing_changes_when_a_later_array_is_damaged",),
         "variables change before all of the checkpoint was found to be whole",
     ),
     Mutant(
-        "gshard_tf/checkpoints/manager.py",
-        "            read = array_reader(folder, manifest, source)\n",
-        '            if name.endswith("/velocity"):\n                continue\n'
-        "            read = array_reader(folder, manifest, source)\n",
+        "gshard_tf/checkpoints/restore.py",
+        "        read = array_reader(folder, manifest, source)\n",
+        '        if name.endswith("/velocity"):\n            continue\n'
+        "        read = array_reader(folder, manifest, source)\n",
         (f"{_RESUME}::test_going_on_is_exact[3]",),
         "a restore leaves the second moments of Adam as they are",
     ),
     Mutant(
-        "gshard_tf/checkpoints/manager.py",
-        "            self._damaged.add(candidate)\n",
+        "gshard_tf/checkpoints/restore.py",
+        "        corrupt.add(candidate)\n",
         "",
         (f"{_DURABLE}::test_damaged_checkpoints_do_not_push_sound_ones_out",),
         "damaged checkpoints count among those that are kept, and sound ones go",
@@ -235,14 +235,14 @@ MUTANTS = (
     ),
     Mutant(
         "gshard_tf/callbacks/checkpoint.py",
-        "crossed = self.every and self.step // self.every > (",
-        "crossed = self.every and self.step // self.every >= (",
+        "crossed = self.save_every and self.step // self.save_every > (",
+        "crossed = self.save_every and self.step // self.save_every >= (",
         (f"{_RESUME}::test_going_on_is_exact[1]",),
         "a checkpoint is written after every step",
     ),
     Mutant(
         "gshard_tf/callbacks/checkpoint.py",
-        "            self._restore_metrics()\n",
+        "            self._restore_metrics(self.restored)\n",
         "            pass\n",
         (f"{_RESUME}::test_going_on_is_exact[3]",),
         "the metrics of an epoch that goes on are those of its rest",

@@ -85,8 +85,8 @@ MUTANTS = (
     ),
     Mutant(
         "gshard_tf/sharding/variable_layouts.py",
-        "weight.layout.sharding_specs[dim] for dim in variable.reference_dims",
-        "weight.layout.sharding_specs[i] for i in range(len(variable.shape))",
+        "                for dim in variable.reference_dims or ()\n",
+        "                for dim in range(len(variable.shape))\n",
         (f"{_LAYOUTS}::test_adafactors_rows_and_columns_are_split_as_their_weights",),
         "the column factor of Adafactor is split as the rows are",
     ),
@@ -122,8 +122,8 @@ MUTANTS = (
     ),
     Mutant(
         "gshard_tf/sharding/variable_layouts.py",
-        "use=None if self._used_as_stored(variable) else decision.layout,",
-        "use=None,",
+        "compute=None if self._computes_as_stored(variable) else decision.storage,",
+        "compute=None,",
         (f"{_HERE}/planning/test_planner.py::test_weights_spread_over_the_data_axis",),
         "weights under fsdp are not gathered where a step uses them",
     ),
@@ -160,7 +160,7 @@ MUTANTS = (
         "a batch of another length runs the program of the first",
     ),
     Mutant(
-        "gshard_tf/spmd/step.py",
+        "gshard_tf/spmd/executable.py",
         "for i, value in zip(step.updates, updated, strict=True):",
         "for i, value in list(zip(step.updates, updated, strict=True))[:-1]:",
         (f"{_CUSTOM_LOOPS}::test_run_inside_a_tf_function",),
@@ -176,7 +176,7 @@ MUTANTS = (
         "what is to be checked once is checked before every step",
     ),
     Mutant(
-        "gshard_tf/spmd/step.py",
+        "gshard_tf/spmd/executable.py",
         "                [np.array(array) for array in arrays],\n",
         "                list(arrays),\n",
         (f"{_VALUES}::test_a_skipped_batch_is_a_copy",),
@@ -204,7 +204,7 @@ MUTANTS = (
         "a step is skipped only if it breaks every variable",
     ),
     Mutant(
-        "gshard_tf/spmd/program.py",
+        "gshard_tf/runtime/device_arrays.py",
         "return np.array(value, copy=True)",
         "return np.asarray(value)",
         (f"{_VALUES}::test_a_value_that_was_read_is_a_copy",),
@@ -218,9 +218,9 @@ MUTANTS = (
         "a new value has the layout of another variable",
     ),
     Mutant(
-        "gshard_tf/spmd/program.py",
-        "return NamedSharding(mesh, PartitionSpec(*specs))",
-        "return NamedSharding(mesh, PartitionSpec(*reversed(specs)))",
+        "gshard_tf/runtime/device_arrays.py",
+        "return NamedSharding(mesh, PartitionSpec(*spec_of(layout)))",
+        "return NamedSharding(mesh, PartitionSpec(*reversed(spec_of(layout))))",
         (
             f"{_LAYOUTS}::test_the_program_holds_an_eighth_of_the_experts_and_their_slots",
         ),
@@ -228,29 +228,29 @@ MUTANTS = (
     ),
     Mutant(
         "gshard_tf/spmd/variable.py",
-        "        self._device_value = value\n        self._host_is_fresh = False\n",
-        "        self._device_value = value\n",
+        "        self._device_copy = value\n        self._host_is_current = False\n",
+        "        self._device_copy = value\n",
         (f"{_COHERENCE}::test_reads_see_what_the_step_made",),
         "readers see the value before the step",
     ),
     Mutant(
         "gshard_tf/spmd/variable.py",
-        "            self._device_value = None\n"
-        "            if not context.executing_eagerly():\n",
-        "            if not context.executing_eagerly():\n",
+        "            self._device_copy = None\n"
+        "            if not tf.executing_eagerly():\n",
+        "            if not tf.executing_eagerly():\n",
         (f"{_COHERENCE}::test_the_step_sees_writes",),
         "a step does not see what was assigned before it",
     ),
     Mutant(
         "gshard_tf/spmd/variable.py",
-        "        if self._has_foreign_graphs():\n",
+        "        if self._has_reader_graphs():\n",
         "        if False:\n",
         (f"{_COHERENCE}::test_a_function_of_the_users_between_steps",),
         "a function of the user's reads values from before the step",
     ),
     Mutant(
         "gshard_tf/spmd/variable.py",
-        "return self._device_value is not None and self._device_value.is_deleted()",
+        "return self._device_copy is not None and self._device_copy.is_deleted()",
         "return False",
         (f"{_ERRORS}::test_a_lost_state_says_so",),
         "a value that was lost in a failed step is not known to be",
@@ -258,7 +258,7 @@ MUTANTS = (
     Mutant(
         "gshard_tf/spmd/variable.py",
         "    def assign(self, value: Any, *args: Any, **kwargs: Any) -> Any:\n"
-        "        self._give_up_lost()\n",
+        "        self._discard_lost()\n",
         "    def assign(self, value: Any, *args: Any, **kwargs: Any) -> Any:\n",
         (f"{_ERRORS}::test_a_lost_state_says_so",),
         "a lost value cannot be assigned anew",

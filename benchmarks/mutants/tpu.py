@@ -41,8 +41,8 @@ MUTANTS = (
     ),
     Mutant(
         "gshard_tf/tpu/layouts.py",
-        "use = decision.use or decision.layout",
-        "use = decision.use",
+        "compute = decision.compute or decision.storage",
+        "compute = decision.compute",
         (
             f"{_CORE_LAYOUTS}::test_the_axis_left_over_splits_the_largest_dimension_that_divides",
         ),
@@ -144,8 +144,8 @@ MUTANTS = (
     ),
     Mutant(
         "gshard_tf/tpu/variables.py",
-        "        def become() -> None:\n            for shards in self._values:\n",
-        "        def become() -> None:\n            for shards in self._values[:1]:\n",
+        "        def commit() -> None:\n            for shards in self._values:\n",
+        "        def commit() -> None:\n            for shards in self._values[:1]:\n",
         (f"{_REPLICAS}::test_every_replica_holds_its_parts_after",),
         "a checkpoint of ours is restored into the first replica only",
     ),
@@ -167,8 +167,8 @@ MUTANTS = (
     ),
     Mutant(
         "gshard_tf/tpu/variables.py",
-        "from_layout(self.decision.use)",
-        "from_layout(self.decision.layout)",
+        "from_layout(self.decision.compute)",
+        "from_layout(self.decision.storage)",
         (f"{_REPLICAS}::test_a_table_is_used_in_the_parts_that_its_rule_says",),
         "a weight that is stored in more parts than it is used in is not gathered",
     ),

@@ -1,4 +1,4 @@
-"""Which callbacks ended a run for good, so that it is not begun again by mistake."""
+"""Finished runs: those that `EarlyStopping` ended are not resumed by mistake."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +9,7 @@ from gshard_tf.compat.keras_epochs import RunningFit
 
 
 def ended_by(fit: RunningFit, epoch: int) -> list[dict[str, Any]]:
-    """The settings of each `EarlyStopping` that stopped the training after an epoch."""
+    """Returns the settings of each `EarlyStopping` that stopped after an epoch."""
     return [
         _settings(callback)
         for callback in _early_stopping(fit)
@@ -19,14 +19,16 @@ def ended_by(fit: RunningFit, epoch: int) -> list[dict[str, Any]]:
 
 
 def would_end_again(fit: RunningFit, ended: Sequence[dict[str, Any]] | None) -> bool:
-    """Whether `fit` was given all those that ended the run, with the same settings.
+    """Returns whether `fit` has all callbacks that ended the run, with their settings.
 
     Args:
-        fit: What is to go on.
-        ended: What `ended_by` returned; None or empty where nothing ended the run.
+        fit: The call of `fit` that resumes the run.
+        ended: The result of `ended_by`; None or empty where no callback ended the run.
     """
-    given = [_settings(callback) for callback in _early_stopping(fit)]
-    return bool(ended) and all(settings in given for settings in ended)
+    if not ended:
+        return False
+    current = [_settings(callback) for callback in _early_stopping(fit)]
+    return all(settings in current for settings in ended)
 
 
 def _early_stopping(fit: RunningFit) -> list[keras.callbacks.EarlyStopping]:

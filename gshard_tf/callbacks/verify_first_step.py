@@ -1,6 +1,9 @@
 """`VerifyFirstStep`: `verify`, on the first batch of a run."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, cast
 
 import keras
 import numpy as np
@@ -14,6 +17,9 @@ from gshard_tf.verification.verify import (
     strategy_of,
 )
 
+if TYPE_CHECKING:
+    from gshard_tf.spmd.strategy import SpmdExtended
+
 
 class VerifyFirstStep(keras.callbacks.Callback):
     """Compares the first training step of `fit` with the same step on one device.
@@ -24,8 +30,8 @@ class VerifyFirstStep(keras.callbacks.Callback):
 
     The comparison is `gshard_tf.verify`'s, with the batch that `fit` is about to train
     on, before the step is run. When they differ, `fit` ends with an error that has the
-    report, and nothing of the model has changed. When they are equal, training goes on
-    as if there were no such callback.
+    report, and nothing of the model has changed. When they are equal, training
+    continues as without this callback.
 
     Args:
         tolerance: See `gshard_tf.verify`. Defaults to None.
@@ -49,7 +55,7 @@ class VerifyFirstStep(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: dict | None = None) -> None:
         self.report = None
-        self._extended = strategy_of(self.model).extended
+        self._extended = cast("SpmdExtended", strategy_of(self.model).extended)
 
     def on_train_batch_begin(self, batch: int, logs: dict | None = None) -> None:
         # Not sooner: other callbacks may run steps of their own when training begins.

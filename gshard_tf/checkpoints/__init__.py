@@ -1,1 +1,1 @@
-"""Sharded checkpoints: written piece by piece, restored onto any mesh."""
+"""Sharded checkpoints: written shard by shard, restored onto any mesh."""

@@ -1,4 +1,4 @@
-"""`gshard-checkpoints`: what checkpoints a run has, and whether they are sound."""
+"""`gshard-checkpoints`: lists, shows and verifies the checkpoints of a run."""
 
 import argparse
 import json
@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from gshard_tf.checkpoints import folders
+from gshard_tf.checkpoints import step_folders
 from gshard_tf.checkpoints.errors import CorruptCheckpointError
 from gshard_tf.checkpoints.manifest import Manifest
 from gshard_tf.io.paths import path_option
@@ -25,18 +25,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "--step", type=int, help="which one; else all, or the last"
         )
         command.add_argument("--json", action="store_true", help="for other programs")
-    given = parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
     try:
-        rows = _rows(given.folder, given.step, given.command)
+        rows = _rows(options.folder, options.step, options.command)
     except OSError as error:
         print(error, file=sys.stderr)
         return 1
     if not rows:
-        print(f"{given.folder} has no checkpoints", file=sys.stderr)
+        print(f"{options.folder} has no checkpoints", file=sys.stderr)
         return 1
-    if given.json:
+    if options.json:
         print(json.dumps(rows, indent=1))
-    elif given.command == "show":
+    elif options.command == "show":
         _print_arrays(rows[0])
     else:
         _print_rows(rows)
@@ -45,23 +45,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _rows(folder: Path, step: int | None, command: str) -> list[dict]:
     def shown() -> list[int]:
-        found = folders.steps(folder) if step is None else [step]
-        return found[-1:] if command == "show" else found
+        steps = step_folders.steps(folder) if step is None else [step]
+        return steps[-1:] if command == "show" else steps
 
-    rows = folders.read_listed(
+    rows = step_folders.read_listed(
         shown, lambda number: _row(folder, number, command == "verify")
     )
     return list(rows.values())
 
 
 def _row(folder: Path, step: int, read_all: bool) -> dict:
-    path = folders.path_of(folder, step)
+    path = step_folders.step_path(folder, step)
     row = {"step": step, "folder": str(path), "problem": ""}
     try:
         manifest = Manifest.read(path, step)
         row |= {
             "epoch": manifest.epoch,
-            "bytes": manifest.bytes,
+            "bytes": manifest.total_bytes,
             "processes": manifest.processes,
             "mesh": manifest.mesh,
             "logs": manifest.logs,
@@ -72,7 +72,7 @@ def _row(folder: Path, step: int, read_all: bool) -> dict:
         }
         if read_all:
             # TensorFlow takes seconds to start, and a listing does not need it.
-            from gshard_tf.checkpoints.verification import verify
+            from gshard_tf.checkpoints.tensor_bundle import verify
 
             verify(path, manifest)
     except (CorruptCheckpointError, FileNotFoundError) as error:

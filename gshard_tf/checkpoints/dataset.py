@@ -1,17 +1,17 @@
-"""Input whose position can be saved and found again."""
+"""`ResumableDataset`: input whose position is saved and restored."""
 
 from typing import Any
 
 import tensorflow as tf
 
 from gshard_tf.checkpoints.dataset_caches import require_caches
-from gshard_tf.compat.tf_datasets import operations_with_state
+from gshard_tf.compat.tf_datasets import iterator_resource, operations_with_state
 
 POSITIONS = ("iterator", "count")
 
 
 class ResumableDataset:
-    """A `tf.data` dataset that a run can go on with where it was.
+    """A `tf.data` dataset that a resumed run continues where it was.
 
     ```python
     data = ResumableDataset(dataset.shuffle(1000, seed=1).repeat().batch(64))
@@ -23,7 +23,7 @@ class ResumableDataset:
         dataset: Batches without end: `.repeat()` it. For a restart to be exact, its
             random operations need seeds.
         position: How the position is saved. `"iterator"`: TensorFlow's own state of
-            the pipeline, with what shuffling and prefetching hold; a restart is
+            the pipeline, with the buffers of shuffling and prefetching; a restart is
             immediate. `"count"`: the number of batches, which a restart reads and
             drops; for pipelines that TensorFlow cannot save (Python generators and
             functions, random operations within `map` or `interleave`), and for restarts
@@ -31,34 +31,37 @@ class ResumableDataset:
             each time.
 
     Attributes:
-        dataset: What to give to `fit`. There is one position: every iterator over it
-            goes on where the last one stopped.
+        dataset: The dataset for `fit`. There is one position: every iterator over it
+            continues where the last one stopped.
 
     Raises:
         ValueError: when the dataset ends, or TensorFlow cannot save its iterator and
             that is how the position is to be saved.
         tf.errors.InvalidArgumentError: by the step that reads beyond the end, of a
-            dataset of which nobody could know that it ends.
+            dataset of unknown length.
     """
 
     def __init__(self, dataset: tf.data.Dataset, position: str = "iterator"):
         if position not in POSITIONS:
-            raise ValueError(f"position is one of {POSITIONS}. Received: {position!r}")
+            raise ValueError(
+                f"`position` must be one of {POSITIONS}. Received: "
+                f"position={position!r}"
+            )
         if int(dataset.cardinality()) >= 0:
             raise ValueError(
-                "The dataset ends after an epoch; give one without end, "
-                "dataset.repeat(), and fit(steps_per_epoch=...). Received: a dataset "
-                f"of {int(dataset.cardinality())} batches"
+                "`dataset` must be one without end, dataset.repeat(), with "
+                "fit(steps_per_epoch=...). Received: a dataset of "
+                f"{int(dataset.cardinality())} batches"
             )
         if position == "iterator":
             # Now, and not at the first checkpoint, hours later.
-            found = operations_with_state(dataset)
-            if found:
-                raise _cannot_save(f"{found} have a state outside of the dataset")
+            operations = operations_with_state(dataset)
+            if operations:
+                raise _cannot_save(f"{operations} have a state outside of the dataset")
         self.position = position
         self._batches = dataset
         self._source = iter(dataset)
-        # To go back to. (A new iterator would shuffle in another order.)
+        # To restart from. (A new iterator would shuffle in another order.)
         try:
             self._beginning = self._serialized()
         except tf.errors.OpError:
@@ -67,12 +70,12 @@ class ResumableDataset:
 
         def take(_):
             batch = self._source.get_next_as_optional()
-            # (An end of the source within a map is an error that says nothing.)
+            # (An end of the source within a map is an error without a reason.)
             check = tf.debugging.Assert(
                 batch.has_value(),
                 [
-                    "The dataset of ResumableDataset has ended. Give one without end, "
-                    "dataset.repeat(), that has a batch at least. Batches received:",
+                    "The dataset of ResumableDataset has ended. It must be one without "
+                    "end, dataset.repeat(), of at least one batch. Batches received:",
                     self._batches_taken.read_value(),
                 ],
             )
@@ -90,64 +93,64 @@ class ResumableDataset:
 
     @property
     def batches_taken(self) -> int:
-        """How many batches were read."""
+        """The number of batches that were read."""
         return int(self._batches_taken)
 
     def state(self) -> dict[str, Any]:
-        """The position, for a checkpoint: a count, and a tensor or None.
+        """Returns the position, for a checkpoint: a count, and a tensor or None.
 
         Raises:
             ValueError: when TensorFlow cannot save this pipeline.
         """
-        saved = None
+        iterator = None
         if self.position == "iterator":
             try:
-                saved = self._serialized()
+                iterator = self._serialized()
             except tf.errors.OpError as error:
-                raise _cannot_save(f"TensorFlow says: {error.message}") from error
-        return {"batches": self.batches_taken, "iterator": saved}
+                raise _cannot_save(f"TensorFlow's error: {error.message}") from error
+        return {"batches": self.batches_taken, "iterator": iterator}
 
     def restore(self, batches: int, iterator: tf.Tensor | None) -> None:
-        """Goes to a position that was saved.
+        """Moves to a saved position.
 
         Args:
-            batches: How many batches had been read.
-            iterator: TensorFlow's state; None: read and drop that many.
+            batches: The number of batches that had been read.
+            iterator: TensorFlow's state; None: read and drop that many batches.
 
         Raises:
             ValueError: when the state is that of another dataset, files of a
                 `dataset.cache(FILE)` that it relies on are missing or not whole, the
-                position lies behind and there is no way back, or the dataset ends
-                before it.
+                position is an earlier one and TensorFlow cannot restart, or the dataset
+                ends before it.
         """
         if iterator is not None:
             try:
                 self._deserialize(iterator)
             except tf.errors.OpError as error:
                 raise ValueError(
-                    "The checkpoint was written with another input pipeline. "
-                    f"TensorFlow says: {error.message}"
+                    "The input must be that of the checkpoint, and is another input "
+                    f"pipeline. TensorFlow's error: {error.message}"
                 ) from error
         else:
             if batches < self.batches_taken:
                 if not self.restart():
                     raise ValueError(
-                        f"Batch {batches} lies before batch {self.batches_taken}, "
-                        "where the data is, and TensorFlow cannot go back in this "
-                        "dataset. Make it anew."
+                        "TensorFlow cannot restart this dataset, to move to an earlier "
+                        "batch. Make it anew. Received: batch "
+                        f"{batches}, after batch {self.batches_taken}"
                     )
             for batch in range(self.batches_taken, batches):
                 try:
                     next(self._source)
                 except StopIteration as error:
                     raise ValueError(
-                        f"The checkpoint was written after {batches} batches, and the "
-                        f"dataset ends. Received: a dataset of {batch} batches"
+                        "The dataset must reach the position of the checkpoint, after "
+                        f"{batches} batches. Received: a dataset of {batch} batches"
                     ) from error
         self._batches_taken.assign(batches)
 
     def require(self, iterator: tf.Tensor | None) -> None:
-        """Raises what `restore` would, of files that are missing, and goes nowhere.
+        """Raises the errors of `restore` for missing files, and does not move.
 
         Args:
             iterator: TensorFlow's state; None relies on no files.
@@ -160,7 +163,7 @@ class ResumableDataset:
             require_caches(self._batches, iterator)
 
     def restart(self) -> bool:
-        """Goes to the beginning, if TensorFlow can; whether it could.
+        """Moves to the beginning, if TensorFlow can; returns whether it could.
 
         Raises:
             ValueError: as `require`.
@@ -171,18 +174,16 @@ class ResumableDataset:
         self._batches_taken.assign(0)
         return True
 
-    # Public operations; only the iterator's handle has no public name.
-
     def _serialized(self) -> tf.Tensor:
         return tf.raw_ops.SerializeIterator(
-            resource_handle=self._source._iterator_resource,
+            resource_handle=iterator_resource(self._source),
             external_state_policy=2,  # fail rather than forget something
         )
 
     def _deserialize(self, state: tf.Tensor) -> None:
         self.require(state)
         tf.raw_ops.DeserializeIterator(
-            resource_handle=self._source._iterator_resource, serialized=state
+            resource_handle=iterator_resource(self._source), serialized=state
         )
 
 

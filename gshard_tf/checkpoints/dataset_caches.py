@@ -1,6 +1,6 @@
-"""Files of `dataset.cache(FILE)` that a position in the input relies on.
+"""Checks the files of `dataset.cache(FILE)` that a position in the input relies on.
 
-TensorFlow goes to a position without looking whether it could open them, and then the
+TensorFlow restores a position without a check that it could open them, and then the
 process dies.
 """
 
@@ -15,25 +15,25 @@ from gshard_tf.checkpoints.tensor_bundle import reason
 from gshard_tf.compat.tf_caches import FileCache, caches_in_state, file_caches
 
 _WAYS_OUT = (
-    "Keep the files beside the run; or remove those that are left and read the "
+    "Keep the files with the run; or remove those that are left and read the "
     "position as a count, ResumableDataset(..., position='count'), which writes them "
     "anew; or cache in memory, dataset.cache()."
 )
 
 
 def require_caches(dataset: tf.data.Dataset, state: tf.Tensor) -> None:
-    """Raises what keeps an iterator over `dataset` from going to `state`.
+    """Raises `ValueError` where an iterator over `dataset` cannot be restored.
 
     A state does not name the files. If it does not have each cache of the dataset once,
-    which of them it reads cannot be told, and all must be whole once it reads one.
+    it is unknown which of them it reads, and all must be whole once it reads one.
 
     Args:
         dataset: Batches, with any number of caches.
-        state: What `tf.raw_ops.SerializeIterator` returned.
+        state: The result of `tf.raw_ops.SerializeIterator`.
 
     Raises:
-        ValueError: a cache that would be read is not there, is not whole, or has
-            elements of other types.
+        ValueError: a cache that would be read is missing, is not whole, or has elements
+            of other types.
     """
     read = caches_in_state(state)
     if not read:
@@ -41,29 +41,30 @@ def require_caches(dataset: tf.data.Dataset, state: tf.Tensor) -> None:
     caches = file_caches(dataset)
     if caches is None:
         raise ValueError(
-            "The position lies in a dataset with cache(FILE) and more than 2 GB of "
-            "tensors; whether its files are whole cannot be told. Read the position as "
+            "The cache files of a dataset with more than 2 GB of tensors cannot be "
+            "checked, so its position cannot be restored. Read the position as "
             "a count: ResumableDataset(..., position='count')."
         )
     if len(read) != len(caches):
         read = [any(read)] * len(caches)
     for cache, is_read in zip(caches, read, strict=True):
         if tf.io.gfile.exists(f"{cache.file}.index"):
-            # Also where it was being written: TensorFlow reads what is there.
+            # Also where it was being written: TensorFlow reads existing files.
             problem = _problem(cache)
         else:
             problem = f"there is no {cache.file}.index" if is_read else None
         if problem is not None:
             raise ValueError(
-                f"The position relies on dataset.cache({cache.file!r}), but {problem}. "
+                f"The files of dataset.cache({cache.file!r}) must be those of the "
+                f"position, but {problem}. "
                 f"{_WAYS_OUT}"
             )
 
 
 def _problem(cache: FileCache) -> str | None:
-    """What is wrong with the files of a cache that was written, if anything."""
+    """Returns the fault in the files of a cache that was written, or None."""
     try:
-        # Any dataset opens it: what is to be cached is not looked at.
+        # Any dataset opens it: TensorFlow does not compare the cached elements.
         next(iter(tf.data.Dataset.range(0).cache(cache.file)), None)
     except tf.errors.InvalidArgumentError:
         pass  # It was read, and has no integers.
@@ -99,12 +100,12 @@ def _read(file: str, keys: Sequence[str], dtypes: Sequence[tf.DType]) -> None:
 
 def _missing_data(file: str) -> str | None:
     folder, name = os.path.split(file)
-    there = tf.io.gfile.listdir(folder or ".")
+    names = tf.io.gfile.listdir(folder or ".")
     pattern = re.compile(re.escape(name) + r"\.data-(\d{5})-of-(\d{5})")
-    found = [match for match in map(pattern.fullmatch, there) if match]
-    parts = {int(match[2]): set() for match in found}
-    for match in found:
+    files = [match for match in map(pattern.fullmatch, names) if match]
+    parts: dict[int, set[int]] = {int(match[2]): set() for match in files}
+    for match in files:
         parts[int(match[2])].add(int(match[1]))
     if any(len(numbers) == count for count, numbers in parts.items()):
         return None
-    return f"of its data there is only {sorted(match[0] for match in found)}"
+    return f"of its data there is only {sorted(match[0] for match in files)}"

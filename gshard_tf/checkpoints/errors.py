@@ -1,17 +1,17 @@
-"""What can be wrong with a checkpoint."""
+"""Errors of checkpoints."""
 
 import errno as numbers
 
-# What this process has too much or too little of: no fault of a file.
-_OWN_TROUBLE = (numbers.EMFILE, numbers.ENFILE, numbers.ENOMEM)
+# This process has too many open files, or too little memory: no fault of a file.
+_PROCESS_LIMITS = (numbers.EMFILE, numbers.ENFILE, numbers.ENOMEM)
 
 
 class CorruptCheckpointError(ValueError):
-    """A checkpoint cannot be read, or is not what was written.
+    """Raised for a checkpoint that cannot be read, or does not match its checksums.
 
     Attributes:
-        errno: The system's number of what kept it from being read; None: it was read,
-            and its checksums, sizes or contents do not match.
+        errno: The system's number of the error that kept it from being read; None: it
+            was read, and its checksums, sizes or contents do not match.
     """
 
     def __init__(self, message: str, errno: int | None = None):
@@ -20,30 +20,32 @@ class CorruptCheckpointError(ValueError):
 
 
 class CheckpointMismatchError(ValueError):
-    """A checkpoint does not fit the model that it is to be restored into."""
+    """Raised for a checkpoint of which names, shapes or types are not the model's."""
 
 
 def os_error(message: str, errno: int | None) -> OSError:
-    """An error of the system, with its number where that is known."""
+    """Returns an error of the system, with its number where that is known."""
     return OSError(message) if errno is None else OSError(errno, message)
 
 
 def unreadable(
-    what: str, name: str, error: OSError
+    checkpoint: str, name: str, error: OSError
 ) -> CorruptCheckpointError | OSError:
-    """What to raise where a file of a checkpoint cannot be read.
+    """Returns the error to raise where a file of a checkpoint cannot be read.
 
     Args:
-        what: The checkpoint.
-        name: Which part of it.
-        error: What the system says.
+        checkpoint: The checkpoint.
+        name: The file, or another part of it.
+        error: The error of the system.
 
     Returns:
-        A `CorruptCheckpointError`; or an `OSError`, where it is not for the file: too
-        many are open, say. Both have the number of `error`.
+        A `CorruptCheckpointError`; or an `OSError`, where the file is not the cause:
+        too many are open, for example. Both have the number of `error`.
     """
     reason = error.strerror or str(error)
-    if error.errno in _OWN_TROUBLE:
-        return OSError(error.errno, f"{what} could not be read: {name} ({reason})")
-    text = f"{what} is damaged: {name} cannot be read ({reason})"
+    if error.errno in _PROCESS_LIMITS:
+        return OSError(
+            error.errno, f"{checkpoint} could not be read: {name} ({reason})"
+        )
+    text = f"{checkpoint} is damaged: {name} cannot be read ({reason})"
     return CorruptCheckpointError(text, error.errno)

@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself: one JSON file, which checks itself."""
+"""Checkpoint manifest: JSON metadata protected by its own checksum."""
 
 import contextlib
 import dataclasses
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from gshard_tf.checkpoints import folders
+from gshard_tf.checkpoints import step_folders
 from gshard_tf.checkpoints.errors import CorruptCheckpointError, unreadable
 from gshard_tf.io.atomic_files import sha256, write_file
 
@@ -21,10 +21,10 @@ class Array:
     """One array of a checkpoint.
 
     Attributes:
-        shape: Its sizes.
+        shape: Its shape.
         dtype: TensorFlow's name of its type.
         path: Keras's path of the variable when it was saved, for people to read.
-        split: The mesh axis that each dimension was split over; None: not split.
+        split: The mesh axis over which each dimension was split; None: not split.
     """
 
     shape: tuple[int, ...]
@@ -38,21 +38,22 @@ class Manifest:
     """A checkpoint without its arrays.
 
     Attributes:
-        step: How many steps the run had done.
-        epoch: In which of Keras's epochs that was.
-        epoch_step: How many steps of that epoch had been done.
-        processes: How many processes the run had.
+        step: The number of steps that the run had done.
+        epoch: Keras's epoch of that step.
+        epoch_step: The number of steps of that epoch that had been done.
+        processes: The number of processes of the run.
         mesh: The axes of its mesh; None without one.
         arrays: By name.
         files: The sizes of the other files, by name.
         digests: SHA-256 of those that have no checksums of their own within.
         logs: The metrics when it was saved.
         data: The position in the input, and its kind; see `ResumableDataset`.
-        config: The configuration that came with it.
+        config: The configuration of the run.
         model: Keras's description of the model, if it has one.
-        global_seed: The state of Keras's global seed generator, which is no model's;
-            None where there was none.
-        ended_by: What ended the run for good, see `endings`; None while it goes on.
+        global_seed: The state of Keras's global seed generator, which belongs to no
+            model; None where there was none.
+        ended_by: The callbacks that ended the run for good, see `finished_runs`; None
+            while it continues.
         wrote_nothing: The processes without a shard of their own, which wrote no file;
             None where each wrote one.
         awaits_end: True where all steps of the epoch are done and its end is to come:
@@ -77,14 +78,16 @@ class Manifest:
     awaits_end: bool | None = None
 
     @property
-    def bytes(self) -> int:
+    def total_bytes(self) -> int:
+        """The size of all files but the manifest."""
         return sum(self.files.values())
 
     def write(self, folder: Path) -> None:
+        """Writes the manifest into the folder of a checkpoint."""
         content = {"format": FORMAT, **dataclasses.asdict(self)}
         for later in ("global_seed", "ended_by", "wrote_nothing", "awaits_end"):
             if content[later] is None:
-                del content[later]  # as it was before there was such an entry
+                del content[later]  # as in manifests of before that entry
         text = _text(content)
         digest = hashlib.sha256(text.encode()).hexdigest()
         whole = _text({"sha256": digest, "content": content}) + "\n"
@@ -96,21 +99,22 @@ class Manifest:
 
         Args:
             folder: The checkpoint.
-            step: Whose checkpoint it must be; None: any.
+            step: The step whose checkpoint it must be; None: any.
 
         Raises:
-            CorruptCheckpointError: when it is not what was written or cannot be read,
-                a file is missing or of another size, or it is that of another step.
-            FileNotFoundError: when there is nothing of that name.
-            OSError: when this process has too many files open, or the like.
+            CorruptCheckpointError: when it does not match its checksum or cannot be
+                read, a file is missing or of another size, or it is that of another
+                step.
+            FileNotFoundError: when there is no folder of that name.
+            OSError: when this process has too many files open, for example.
         """
-        if not folders.is_named(folder):
+        if not step_folders.is_named(folder):
             raise FileNotFoundError(f"There is no checkpoint {folder}")
         with _reading(folder, "it"):
             if not folder.is_dir():
                 link = folder.is_symlink() and not folder.exists()
-                what = "a link to what is not there" if link else "no folder"
-                raise CorruptCheckpointError(f"{folder} is damaged: it is {what}")
+                kind = "a link to what is not there" if link else "no folder"
+                raise CorruptCheckpointError(f"{folder} is damaged: it is {kind}")
         with _reading(folder, NAME):
             if not (folder / NAME).is_file():
                 raise CorruptCheckpointError(f"{folder} is damaged: {NAME} is missing")
@@ -127,15 +131,15 @@ class Manifest:
                     raise CorruptCheckpointError(
                         f"{folder} is damaged: {name} is missing"
                     )
-                found = path.stat().st_size
-            if found != size:
+                actual = path.stat().st_size
+            if actual != size:
                 raise CorruptCheckpointError(
-                    f"{folder} is damaged: {name} has {found} bytes, not {size}"
+                    f"{folder} is damaged: {name} has {actual} bytes, not {size}"
                 )
         for name, digest in manifest.digests.items():
             with _reading(folder, name):
-                found = sha256(folder / name)
-            if found != digest:
+                matches = sha256(folder / name) == digest
+            if not matches:
                 raise CorruptCheckpointError(
                     f"{folder} is damaged: the checksum of {name}"
                 )
@@ -144,10 +148,10 @@ class Manifest:
     @classmethod
     def _parsed(cls, folder: Path, text: bytes) -> "Manifest":
         try:
-            found = json.loads(text.decode("utf-8"))
-            content = found["content"]
+            document = json.loads(text.decode("utf-8"))
+            content = document["content"]
             digest = hashlib.sha256(_text(content).encode()).hexdigest()
-            sound = digest == found["sha256"]
+            sound = digest == document["sha256"]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise CorruptCheckpointError(
                 f"{folder / NAME} is damaged: {error!r}"
@@ -158,8 +162,8 @@ class Manifest:
             )
         if isinstance(content, dict) and content.get("format") != FORMAT:
             raise ValueError(
-                f"{folder} was written by another version of gshard_tf. Received: "
-                f"format {content.get('format')}, wanted {FORMAT}"
+                f"{folder} was written by another version of gshard_tf: its format "
+                f"must be {FORMAT}. Received: format={content.get('format')}"
             )
         try:
             content.pop("format")
@@ -181,7 +185,7 @@ class Manifest:
 
 @contextlib.contextmanager
 def _reading(folder: Path, name: str) -> Iterator[None]:
-    """Says which file of a checkpoint it was that could not be read."""
+    """Raises the error of a checkpoint whose file of this name cannot be read."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Values out of variables, piece by piece, and back into them."""
+"""Copies variable shards to the host, and stages restored ones."""
 
 import contextlib
 import dataclasses
@@ -8,53 +8,55 @@ from typing import Any
 import tensorflow as tf
 
 from gshard_tf.checkpoints.manifest import Array
-from gshard_tf.checkpoints.naming import Variable, array_of
-from gshard_tf.checkpoints.tensor_bundle import Piece
+from gshard_tf.checkpoints.tensor_bundle import ArrayShard
+from gshard_tf.checkpoints.training_state import Variable
+from gshard_tf.compat.keras_variables import backend_variable
 from gshard_tf.sharding.regions import Region, aligned_copies, whole
-from gshard_tf.sharding.sharded_variable import InPieces
+from gshard_tf.sharding.sharded_variable import ShardedVariable
 
 
 def describe(state: Mapping[str, Variable]) -> dict[str, Array]:
-    """Shape, type and layout of each variable."""
-    found = {}
+    """Returns shape, type and layout of each variable."""
+    arrays = {}
     for name, variable in state.items():
-        value = array_of(variable)
+        value = backend_variable(variable)
         shape = tuple(value.shape)
         split: tuple[str | None, ...] = (None,) * len(shape)
-        if isinstance(value, InPieces):
-            split = tuple(value.splits())
+        if isinstance(value, ShardedVariable):
+            split = value.partition_spec()
         path = getattr(variable, "path", value.name)
-        found[name] = Array(shape, value.dtype.name, path, split)
-    return found
+        arrays[name] = Array(shape, value.dtype.name, path, split)
+    return arrays
 
 
-def snapshot(state: Mapping[str, Variable], is_chief: bool) -> list[Piece]:
-    """Copies of the pieces that this process is to write.
+def snapshot(state: Mapping[str, Variable], is_chief: bool) -> list[ArrayShard]:
+    """Returns copies of the shards that this process writes.
 
     Args:
         state: The variables.
-        is_chief: Whether this process writes what every process has: variables that
-            are not on the mesh.
+        is_chief: Whether this process writes the variables that are not on the mesh,
+            of which every process has the values.
     """
-    views, pieces = [], []
-    with contextlib.ExitStack() as held:
+    views: list[ArrayShard] = []
+    shards: list[ArrayShard] = []
+    with contextlib.ExitStack() as stack:
         for name, variable in state.items():
-            value = array_of(variable)
+            value = backend_variable(variable)
             shape = tuple(value.shape)
-            parts = None
-            if isinstance(value, InPieces):
-                held.enter_context(value.pieces_held())
-                parts = value.own_pieces()
-            if parts is not None:
-                for region, part in parts:
-                    kind = pieces if tf.is_tensor(part) else views
-                    kind.append(Piece(name, shape, region, part))
+            addressable = None
+            if isinstance(value, ShardedVariable):
+                stack.enter_context(value.hold_shards())
+                addressable = value.addressable_shards()
+            if addressable is not None:
+                for region, part in addressable:
+                    group = shards if tf.is_tensor(part) else views
+                    group.append(ArrayShard(name, shape, region, part))
             elif is_chief:
-                # TensorFlow copies a value that is held before it writes to it.
+                # TensorFlow copies a value with a reference before it writes to it.
                 tensor = tf.convert_to_tensor(value)
-                pieces.append(Piece(name, shape, whole(shape), tensor))
+                shards.append(ArrayShard(name, shape, whole(shape), tensor))
         copies = aligned_copies([view.value for view in views])
-    return pieces + [
+    return shards + [
         dataclasses.replace(view, value=copy)
         for view, copy in zip(views, copies, strict=True)
     ]
@@ -64,20 +66,20 @@ def snapshot(state: Mapping[str, Variable], is_chief: bool) -> list[Piece]:
 Reader = Callable[[Region], tf.Tensor]
 
 
-def load(variable: Variable, read: Reader) -> Callable[[], None]:
-    """Brings new values to where a variable is; they become its own when called.
+def stage(variable: Variable, read: Reader) -> Callable[[], None]:
+    """Stages new values on a variable's devices; returns a function to commit them.
 
-    So everything can be read, and found to be whole, before anything changes.
+    So all arrays are read, and their checksums verified, before any variable changes.
     """
-    value = array_of(variable)
-    if isinstance(value, InPieces):
-        return value.load(lambda region: read(region).numpy())
+    value = backend_variable(variable)
+    if isinstance(value, ShardedVariable):
+        return value.stage(lambda region: read(region).numpy())
     loaded: Any = read(whole(tuple(value.shape)))
     return lambda: value.assign(loaded)
 
 
 def repeated(read: Reader) -> Reader:
-    """A reader of an array that is repeated along a new first dimension."""
+    """Returns a reader of an array that is repeated along a new first dimension."""
 
     def read_repeated(region: Region) -> tf.Tensor:
         (_, count), *rest = region

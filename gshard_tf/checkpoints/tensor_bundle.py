@@ -1,8 +1,7 @@
-"""Pieces of named arrays in TensorFlow's own checkpoint format, and back.
+"""TensorFlow's own checkpoint format: writes, merges, reads and verifies it.
 
 The format ("tensor bundle") stores slices of a tensor as they come, with a CRC-32C of
-each, and gives any other slice back. `tf.train.load_checkpoint` reads it too, with
-no help of ours.
+each, and returns any other slice. `tf.train.load_checkpoint` alone reads it too.
 """
 
 import dataclasses
@@ -18,22 +17,23 @@ import numpy as np
 import tensorflow as tf
 
 from gshard_tf.checkpoints.errors import os_error, unreadable
+from gshard_tf.checkpoints.manifest import Manifest
 from gshard_tf.sharding.regions import ALIGNMENT, Region, whole
 
-#: Whoever reads a part of a slice holds all of it meanwhile, so none is larger. Not
-#: below 32 MB, either: glibc keeps smaller blocks in its heap, in pieces.
+# TensorFlow reads all of a slice to return a part of it, so none is larger. Not below
+# 32 MB, either: glibc keeps smaller blocks in its heap, which they fragment.
 SLICE_BYTES = 1 << 26
 
 
 @dataclasses.dataclass
-class Piece:
-    """A part of an array.
+class ArrayShard:
+    """A shard of a named array.
 
     Attributes:
-        name: The array's.
-        shape: The whole array's.
-        region: Which part.
-        value: Its values: an array, or a tensor that numpy does not know.
+        name: The name of the array.
+        shape: The shape of the whole array.
+        region: The region of the shard in the array.
+        value: Its values: an array, or a tensor of a type that numpy lacks.
     """
 
     name: str
@@ -42,30 +42,30 @@ class Piece:
     value: np.ndarray | tf.Tensor
 
 
-def write(prefix: Path, pieces: Sequence[Piece]) -> None:
-    """Writes pieces to `PREFIX.index` and `PREFIX.data-*`.
+def write(prefix: Path, shards: Sequence[ArrayShard]) -> None:
+    """Writes shards to `PREFIX.index` and `PREFIX.data-*`.
 
     Raises:
-        OSError: the disk is full, or the like.
+        OSError: the disk is full, for example.
     """
-    pieces = [part for piece in pieces for part in _slices(piece)]
+    slices = [part for shard in shards for part in _slices(shard)]
     with tf.device("/cpu:0"):
         try:
             tf.raw_ops.SaveV2(
                 prefix=str(prefix),
-                tensor_names=[piece.name for piece in pieces],
-                shape_and_slices=[_slice_spec(p.shape, p.region) for p in pieces],
-                tensors=[_tensor(piece.value) for piece in pieces],
+                tensor_names=[part.name for part in slices],
+                shape_and_slices=[slice_spec(s.shape, s.region) for s in slices],
+                tensors=[_tensor(part.value) for part in slices],
             )
         except tf.errors.OpError as error:
             raise _not_written(prefix, error) from error
 
 
-def _slices(piece: Piece) -> Iterator[Piece]:
-    """A large array in slices, which are views of it."""
-    value = piece.value
+def _slices(shard: ArrayShard) -> Iterator[ArrayShard]:
+    """Yields a large shard in slices, which are views of it."""
+    value = shard.value
     if tf.is_tensor(value) or value.nbytes <= SLICE_BYTES:
-        yield piece
+        yield shard
         return
     axis = next(i for i, size in enumerate(value.shape) if size > 1)
     row = value.nbytes // value.shape[axis]
@@ -73,33 +73,33 @@ def _slices(piece: Piece) -> Iterator[Piece]:
     step = ALIGNMENT // math.gcd(ALIGNMENT, row)
     rows = max(step, SLICE_BYTES // row // step * step)
     flat, each = value.reshape(-1), value.size // value.shape[axis]
-    start, size = piece.region[axis]
+    start, size = shard.region[axis]
     for at in range(0, size, rows):
         count = min(rows, size - at)
         part = flat[at * each : (at + count) * each]
         shape = (*value.shape[:axis], count, *value.shape[axis + 1 :])
-        region = list(piece.region)
+        region = list(shard.region)
         region[axis] = (start + at, count)
         yield dataclasses.replace(
-            piece, region=tuple(region), value=part.reshape(shape)
+            shard, region=tuple(region), value=part.reshape(shape)
         )
 
 
 def _tensor(value: np.ndarray | tf.Tensor) -> tf.Tensor:
-    """An array as a tensor, in the same memory if it is large."""
+    """Returns an array as a tensor, in the same memory if it is large."""
     if tf.is_tensor(value) or value.nbytes < 1024 or value.dtype == np.bool_:
         return tf.convert_to_tensor(value)
-    # numpy hands over numbers of its own kinds only: bfloat16 goes as integers.
+    # DLPack takes numpy's own types only: bfloat16 goes as integers.
     bits = value.view(f"u{value.dtype.itemsize}") if value.dtype.kind == "V" else value
     tensor = tf.experimental.dlpack.from_dlpack(bits.__dlpack__())
     return tensor if bits is value else tf.bitcast(tensor, tf.as_dtype(value.dtype))
 
 
 def merge(parts: Sequence[Path], prefix: Path) -> None:
-    """Makes one bundle of those that several processes wrote.
+    """Merges the bundles that several processes wrote into one.
 
     Raises:
-        OSError: the disk is full, or the like.
+        OSError: the disk is full, for example.
     """
     with tf.device("/cpu:0"):
         try:
@@ -113,12 +113,12 @@ def merge(parts: Sequence[Path], prefix: Path) -> None:
 
 
 def position_name(process: int) -> str:
-    """The name under which a process's position in its input is kept."""
+    """Returns the name of a process's position in its input."""
     return f"data/{process}"
 
 
 def files(prefix: Path) -> list[Path]:
-    """The files of a bundle."""
+    """Returns the files of a bundle."""
     return sorted(Path(name) for name in glob.glob(f"{glob.escape(str(prefix))}.*"))
 
 
@@ -129,14 +129,14 @@ def read(
     region: Region,
     dtype: tf.DType,
 ) -> tf.Tensor:
-    """Reads a region of an array, checking the checksum of every piece it needs.
+    """Reads a region of an array, and checks the checksum of every slice it needs.
 
     Raises:
-        CorruptCheckpointError: when they do not match, or a file is missing, short or
+        CorruptCheckpointError: when a checksum differs, or a file is missing, short or
             unreadable.
-        OSError: when too many files are open, or memory is used up.
+        OSError: when too many files are open, or memory is exhausted.
     """
-    spec = "" if region == whole(shape) else _slice_spec(shape, region)
+    spec = slice_spec(shape, region)
     with tf.device("/cpu:0"):
         try:
             [value] = tf.raw_ops.RestoreV2(
@@ -150,32 +150,49 @@ def read(
     return value
 
 
+def verify(folder: Path, manifest: Manifest) -> None:
+    """Reads every array and position of a checkpoint, and checks the checksums.
+
+    Raises:
+        CorruptCheckpointError: when a checksum differs.
+    """
+    for name, array in manifest.arrays.items():
+        dtype = tf.as_dtype(array.dtype)
+        read(folder / "state", name, array.shape, whole(array.shape), dtype)
+    if manifest.data["position"] == "iterator":
+        for process in range(manifest.processes):
+            read(folder / "state", position_name(process), (), (), tf.variant)
+
+
 def reason(error: tf.errors.OpError) -> str:
-    """TensorFlow's message without the names of its nodes."""
+    """Returns TensorFlow's message without the names of its nodes."""
     return re.sub(r"\{\{.*?\}\} ?| ?\[Op:\w+\]", "", error.message)
 
 
 def _not_written(prefix: Path, error: tf.errors.OpError) -> OSError:
-    found = _as_os(error)
+    cause = _as_os(error)
     return os_error(
-        f"could not write {prefix} ({found.strerror or found})", found.errno
+        f"could not write {prefix} ({cause.strerror or cause})", cause.errno
     )
 
 
 def _as_os(error: tf.errors.OpError) -> OSError:
-    """TensorFlow's error as one of the system, with its number where it has one."""
-    said = reason(error)
+    """Returns TensorFlow's error as one of the system, with its number if known."""
+    text = reason(error)
     for number in errno.errorcode:
-        # TensorFlow hands on what the system says, behind the name of the file.
-        if said.endswith(f"; {os.strerror(number)}"):
-            return OSError(number, said)
+        # TensorFlow appends the system's message to the name of the file.
+        if text.endswith(f"; {os.strerror(number)}"):
+            return OSError(number, text)
     if isinstance(error, tf.errors.ResourceExhaustedError):
-        return OSError(errno.ENOMEM, said)
-    return OSError(said)
+        return OSError(errno.ENOMEM, text)
+    return OSError(text)
 
 
-def _slice_spec(shape: tuple[int, ...], region: Region) -> str:
-    """TensorFlow's text for a slice: `"8 4 0,2:0,4"` is the first quarter of [8, 4]."""
+def slice_spec(shape: tuple[int, ...], region: Region) -> str:
+    """Returns TensorFlow's text for a slice; "" for a whole array.
+
+    `"8 4 0,2:0,4"` is the first quarter of `[8, 4]`.
+    """
     if region == whole(shape):
         return ""
     sizes = " ".join(str(size) for size in shape)

@@ -1,8 +1,8 @@
-"""The `fit` of Keras that is calling: its callbacks, and where it is in an epoch.
+"""The running `fit` of Keras: its callbacks, and its position in an epoch.
 
-Keras tells a callback neither who else listens nor why an epoch ended, and has no way
-to begin an epoch in its middle: stopping the training and starting it again leaves a
-`PyDataset` within an epoch for good.
+Keras shows a callback neither the other callbacks nor the reason for which an epoch
+ended, and cannot begin an epoch in its middle: stopping the training and starting it
+again leaves a `PyDataset` within an epoch for good.
 """
 
 import inspect
@@ -12,22 +12,23 @@ from typing import Any
 
 import keras
 
-# Private API: the loop of `fit`. On an upgrade, check that its locals are still
-# `self`, `callbacks` (a `CallbackList` before `on_train_begin`, which goes through its
-# list by index and gives all of it the same `logs`) and `epoch_iterator`;
-# that it begins each epoch by `iter(epoch_iterator)`, after `on_epoch_begin`; that
-# `_enumerate_iterator` is the generator of an epoch's executions, `(first step, last
-# step, batches)`, and calls the adapter's `on_epoch_end` when it is exhausted; and that
-# an epoch whose data ran out leaves `_num_batches` and no `_current_iterator`; and that
-# an epoch without steps makes its logs by `_get_metrics_result_or_logs({})`.
+# Relies on: the loop of `fit`. On an upgrade, watch: its locals are still `self`,
+# `callbacks` (a `CallbackList` before `on_train_begin`, which goes through its list by
+# index and gives all of it the same `logs`) and `epoch_iterator`; it begins each epoch
+# by `iter(epoch_iterator)`, after `on_epoch_begin`; `_enumerate_iterator` is the
+# generator of an epoch's executions, `(first step, last step, batches)`, and calls the
+# adapter's `on_epoch_end` when it is exhausted; an epoch whose data ran out leaves
+# `_num_batches` and no `_current_iterator`; and an epoch without steps makes its logs
+# by `_get_metrics_result_or_logs({})`.
 from keras.src.backend.tensorflow.trainer import TensorFlowTrainer, TFEpochIterator
 
-# Private API: what `fit` was given. On an upgrade, check that arrays shuffled by
-# TensorFlow's global seed have one order in all epochs, and that whether they and a
+# Relies on: the adapters of `fit`'s data. On an upgrade, watch: arrays shuffled by
+# TensorFlow's global seed have one order in all epochs, and whether they and a
 # `PyDataset` are shuffled is in `_shuffle` and `shuffle`.
 from keras.src.trainers.data_adapters import ArrayDataAdapter, GeneratorDataAdapter
 
-# Private API: `tf.random.set_seed` has no public counterpart that reads.
+# Relies on: `context.global_seed`; `tf.random.set_seed` has no public reader. On an
+# upgrade, watch: it still returns None without a seed.
 from tensorflow.python.eager import context
 
 _FIT = inspect.unwrap(TensorFlowTrainer.fit).__code__
@@ -37,7 +38,7 @@ class RunningFit:
     """A call of `fit` that has not returned.
 
     Attributes:
-        callbacks: All that it calls.
+        callbacks: All of its callbacks.
     """
 
     def __init__(
@@ -52,24 +53,24 @@ class RunningFit:
 
     @property
     def steps(self) -> int | None:
-        """How many steps an epoch has; None as long as nobody knows."""
+        """The number of steps in an epoch; None as long as it is unknown."""
         return self._epochs.num_batches
 
     @property
     def steps_per_execution(self) -> int:
-        """How many steps lie between a batch's begin and its end."""
+        """The number of steps between a batch's begin and its end."""
         return self._epochs.steps_per_execution
 
     @property
     def reads_all(self) -> bool:
-        """Whether every epoch is a pass over all data, which begins anew with it."""
+        """True where every epoch is a pass over all data, which begins anew with it."""
         return self._epochs.steps_per_epoch is None
 
     def why_not_at(self, step: int) -> str | None:
-        """Why the data is not where it was when the epoch was left.
+        """Returns the reason for which the data is not where the epoch was left.
 
-        None: it is, or nobody knows. (What `tf.data` and generators read in a pass over
-        all data, the same each time or not, only their author knows.)
+        None: it is, or it is unknown. (`tf.data` and generators may read the same data
+        in each pass or not; only their author knows.)
 
         Args:
             step: The first step of the epoch that is trained.
@@ -93,21 +94,21 @@ class RunningFit:
         )
 
     def put_first(self, callback: keras.callbacks.Callback) -> None:
-        """Lets a callback be called before the others, from its `on_train_begin` on."""
-        # In place: the loop over them that is calling goes on behind it.
+        """Moves a callback before the others, from its `on_train_begin` on."""
+        # In place: the running loop over them continues after it.
         self.callbacks.remove(callback)
         self.callbacks.insert(0, callback)
 
     def begin_epoch_at(self, step: int, logs: Mapping[str, float]) -> None:
-        """Lets the epoch that is about to begin leave out its first steps.
+        """Makes the epoch that is about to begin skip its first steps.
 
-        The steps that are left keep their numbers, and the epoch ends as any other.
+        The remaining steps keep their numbers, and the epoch ends as any other.
 
         Args:
-            logs: Those of the step before, which are the epoch's where no step is left.
             step: The first step that is trained, a multiple of `steps_per_execution`.
                 Where an epoch is a pass over all data, the batches before it are read
-                and dropped; elsewhere the data goes on where it is.
+                and dropped; elsewhere the data continues where it is.
+            logs: Those of the step before, which are the epoch's where no step is left.
         """
         epochs, whole = self._epochs, self._epochs._enumerate_iterator
 
@@ -136,10 +137,10 @@ class RunningFit:
         model._get_metrics_result_or_logs = of_epoch_once
 
     def left_early(self) -> bool:
-        """Whether the epoch was left while it had steps to come, as far as is known.
+        """Returns whether the epoch was left before its last step, as far as is known.
 
-        That is what `stop_training` does. After the last step it makes no difference,
-        but is not told from it where the number of steps is unknown.
+        `stop_training` leaves it so. After the last step that makes no difference, but
+        cannot be distinguished where the number of steps is unknown.
         """
         epochs = self._epochs
         if inspect.getgeneratorstate(epochs._epoch_iterator) != inspect.GEN_SUSPENDED:
@@ -148,21 +149,30 @@ class RunningFit:
         return not ran_out
 
 
+def start_at_epoch(model: keras.Model, epoch: int | None) -> None:
+    """Makes the running `fit` of a model start at an epoch; None: at its own first.
+
+    Relies on: `Model._initial_epoch`, which Keras's own `BackupAndRestore` sets. On an
+    upgrade, watch: `fit` reads it after `on_train_begin`.
+    """
+    model._initial_epoch = epoch
+
+
 def running_fit(
     model: keras.Model, frame: FrameType | None = None
 ) -> RunningFit | None:
-    """The `fit` of a model that called whoever calls this; None when none did.
+    """Returns the `fit` of a model on the stack of this call; None without one.
 
     Args:
         model: The model.
-        frame: Where to look from, another thread's, say; None: from here.
+        frame: The frame to start from, of another thread, for example; None: this one.
     """
     frame = frame or inspect.currentframe()
     while frame is not None:
         if frame.f_code is _FIT and frame.f_locals["self"] is model:
-            found = frame.f_locals
+            names = frame.f_locals
             return RunningFit(
-                model, found["callbacks"].callbacks, found["epoch_iterator"]
+                model, names["callbacks"].callbacks, names["epoch_iterator"]
             )
         frame = frame.f_back
     return None

@@ -1,4 +1,4 @@
-"""What TensorFlow tells of `dataset.cache(FILE)`: in a dataset, a position, a file."""
+"""`dataset.cache(FILE)` in a dataset, in a saved position, and in its files."""
 
 import dataclasses
 import math
@@ -6,14 +6,14 @@ import re
 
 import tensorflow as tf
 
-# Private formats, of TensorFlow's cache_dataset_ops.cc. On an upgrade, check that the
-# state of an iterator still names its entries in plain text, by the path from the last
-# dataset to the first with the number of an input in brackets; that a cache which is
+# Relies on: private formats of TensorFlow's cache_dataset_ops.cc. On an upgrade, watch:
+# the state of an iterator still names its entries in plain text, by the path from the
+# last dataset to the first with the number of an input in brackets; a cache which is
 # being written still saves more than its `cur_index`, and one that is being read does
-# not; and that a cache still is a checkpoint with these keys.
+# not; and a cache still is a checkpoint with these keys.
 _CACHE_IN_STATE = re.compile(rb"([\w:\[\]]+)::FileCacheImpl@@cur_index(@@)?")
 
-#: So many entries of a state are copied at a time: it may hold a large shuffle buffer.
+# The entries of a state that are copied at a time: it may hold a large shuffle buffer.
 _ENTRIES = 256
 
 
@@ -22,21 +22,21 @@ class FileCache:
     """A `dataset.cache(FILE)`.
 
     Attributes:
-        file: FILE, which the names of its files begin with.
-        dtypes: Of the components of an element.
+        file: FILE, the prefix of its files' names.
+        dtypes: The types of the components of an element.
     """
 
     file: str
     dtypes: tuple[tf.DType, ...]
 
     def key(self, component: int) -> str:
-        """The name of a component of the first element in the files."""
+        """Returns the name of a component of the first element in the files."""
         width = len(str(len(self.dtypes) - 1))
         return f"{0:7d}_{component:{width}d}"
 
 
 def file_caches(dataset: tf.data.Dataset) -> list[FileCache] | None:
-    """The caches in files that a dataset reads or writes, those of first inputs first.
+    """Returns the caches in files of a dataset, those of first inputs first.
 
     Those that a function of the dataset makes for itself are not among them;
     TensorFlow saves no position in such a dataset.
@@ -64,15 +64,15 @@ def file_caches(dataset: tf.data.Dataset) -> list[FileCache] | None:
 
 
 def caches_in_state(state: tf.Tensor) -> list[bool]:
-    """For each cache in a file that a saved position has, whether it is being read.
+    """Returns, for each cache in a saved position, whether it is being read.
 
-    In the order of `file_caches`. Some may be missing (of datasets that were not
-    begun), and those that several datasets share are there several times.
+    They are in the order of `file_caches`. Those of datasets that were not begun may be
+    missing, and those that several datasets share occur several times.
 
     Args:
-        state: What `tf.raw_ops.SerializeIterator` returned, [entries].
+        state: The result of `tf.raw_ops.SerializeIterator`, `[entries]`.
     """
-    found = [
+    matches = [
         match
         for first in range(0, state.shape[0], _ENTRIES)
         for match in _CACHE_IN_STATE.finditer(
@@ -84,5 +84,5 @@ def caches_in_state(state: tf.Tensor) -> list[bool]:
         turns = [int(number) for number in re.findall(rb"\[(\d+)\]", match[1])]
         return [*turns, math.inf], -len(match[1])
 
-    found.sort(key=inputs_first)
-    return [match[2] is None for match in found]
+    matches.sort(key=inputs_first)
+    return [match[2] is None for match in matches]

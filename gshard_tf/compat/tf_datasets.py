@@ -1,4 +1,4 @@
-"""What the functions of a `tf.data` dataset do that TensorFlow cannot save."""
+"""`tf.data`: handles of iterators, and operations that TensorFlow cannot save."""
 
 import re
 
@@ -13,17 +13,28 @@ _WITH_STATE = re.compile(
 )
 
 
+def iterator_resource(iterator: tf.data.Iterator) -> tf.Tensor:
+    """Returns the handle of an eager iterator, for the public raw operations.
+
+    Relies on: `OwnedIterator._iterator_resource`. On an upgrade, watch:
+    `SerializeIterator` and `DeserializeIterator` still take it.
+    """
+    return iterator._iterator_resource
+
+
 def operations_with_state(dataset: tf.data.Dataset) -> list[str]:
-    """The operations in a dataset's functions that keep iterators from being saved.
+    """Returns the operations of a dataset that keep its iterators from being saved.
 
     An iterator at the beginning has not come to all of them, and can be saved still.
-    What lies before a cache is left out: once that is full, it is not saved.
+    The inputs of a cache are left out: once that is full, they are not saved.
+
+    Relies on: `Dataset._inputs` and `Dataset._functions`. On an upgrade, watch: the
+    functions still have their graphs, and a cache the name `CacheDataset`.
     """
-    found, todo = set(), [dataset]
+    operations: set[str] = set()
+    todo = [dataset]
     while todo:
         at = todo.pop()
-        # Private API: the inputs and functions of a dataset. On an upgrade, check that
-        # both are there, the functions with their graphs, and the name of a cache.
         if type(at).__name__ == "CacheDataset":
             continue
         todo += at._inputs()
@@ -31,5 +42,5 @@ def operations_with_state(dataset: tf.data.Dataset) -> list[str]:
             graph = function.function.graph.as_graph_def()
             bodies = [f.node_def for f in graph.library.function]
             for nodes in [graph.node, *bodies]:
-                found |= {n.op for n in nodes if _WITH_STATE.fullmatch(n.op)}
-    return sorted(found)
+                operations |= {n.op for n in nodes if _WITH_STATE.fullmatch(n.op)}
+    return sorted(operations)

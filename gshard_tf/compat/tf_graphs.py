@@ -1,9 +1,11 @@
-"""The functions that the operations of a TensorFlow graph call."""
+"""Graphs of TensorFlow: the functions they call, their compiler, their variables."""
 
+import contextlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import tensorflow as tf
+from tensorflow.python.ops import control_flow_util
 
 # They run what they call whenever they run, once.
 _CALLS = frozenset({"PartitionedCall", "StatefulPartitionedCall"})
@@ -65,3 +67,37 @@ def with_called(
             yield operation, within
             for graph in called_graphs(within):
                 todo += graph.get_operations()
+
+
+def is_compiled_by_tensorflow(graph: Any) -> bool:
+    """Whether a graph, or one around it, will be compiled by TensorFlow itself.
+
+    Relies on: `control_flow_util.GraphOrParentsInXlaContext`. On an upgrade, watch:
+    that a function with `jit_compile=True` still has that context.
+    """
+    return control_flow_util.GraphOrParentsInXlaContext(graph)
+
+
+@contextlib.contextmanager
+def hidden_from_outer_graphs() -> Iterator[None]:
+    """Keeps the variables of a function traced inside out of the graphs around it.
+
+    TensorFlow records every variable that a function uses in all the graphs around it,
+    and touches it again when they are called.
+
+    Relies on: `FuncGraph._watched_variables`; there is no public way to trace a
+    function inside another one and keep their variables apart. On an upgrade, watch:
+    `FuncGraph.watch_variable`.
+    """
+    graphs = []
+    graph = tf.compat.v1.get_default_graph()
+    while graph is not None and graph.building_function:
+        graphs.append((graph._watched_variables, list(graph._watched_variables)))
+        graph = graph.outer_graph
+    try:
+        yield
+    finally:
+        for watched, before in graphs:
+            watched.clear()
+            for variable in before:
+                watched.add(variable)

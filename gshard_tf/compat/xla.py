@@ -1,4 +1,4 @@
-"""What XLA has no public and stable form of: options, its text, its errors."""
+"""XLA's compiler: the options for a platform, and the errors that it reports."""
 
 import re
 
@@ -12,21 +12,6 @@ _CPU = {"xla_disable_hlo_passes": "cse_barrier_expander"}
 def compiler_options(platform: str) -> dict[str, str]:
     """The options that programs are compiled with for a platform, such as "cpu"."""
     return dict(_CPU) if platform == "cpu" else {}
-
-
-def hlo_as_text(hlo: bytes) -> str:
-    """The text of a serialised HLO module."""
-    # jaxlib's own printer of its modules has no public name. It is in `_hlo` since
-    # jaxlib 0.10, and was in `_jax` before. On an upgrade, see that it is still there.
-    try:
-        from jaxlib import _hlo
-    except ImportError:
-        from jaxlib import _jax as _hlo
-
-    options = _hlo.HloPrintOptions()
-    options.print_metadata = True  # which operation each instruction stems from
-    module = _hlo.HloModule.from_serialized_hlo_module_proto(hlo)
-    return module.to_string(options)
 
 
 def operation_that_failed(message: str) -> str | None:

@@ -1,6 +1,6 @@
 """A Keras step as a file: traced for each mesh, exported by jax, described by name.
 
-This is the side that has TensorFlow; `loading.py` is the one that has not.
+This is the side that has TensorFlow; `loader.py` is the one that has not.
 """
 
 from __future__ import annotations
@@ -17,10 +17,9 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.experimental import dtensor
 
-from gshard_tf.checkpoints.manifest import Array
-from gshard_tf.checkpoints.matching import match
-from gshard_tf.checkpoints.naming import array_of, training_state
+from gshard_tf.checkpoints.training_state import training_state
 from gshard_tf.compat.keras_seeds import global_seed_state
+from gshard_tf.compat.keras_variables import backend_variable
 from gshard_tf.export import program_file
 from gshard_tf.export.manifest import (
     Layout,
@@ -31,40 +30,73 @@ from gshard_tf.export.manifest import (
 )
 from gshard_tf.export.naming import named_batch, named_leaves
 from gshard_tf.io.paths import local_path
-from gshard_tf.sharding.mesh import create_mesh, use_mesh
+from gshard_tf.sharding.mesh import axis_sizes, create_mesh, use_mesh
+from gshard_tf.sharding.partition_spec import layout_of, spec_of
 from gshard_tf.spmd import lowering
-from gshard_tf.spmd.abstract import is_abstract
-from gshard_tf.spmd.abstract_step import lower_abstract
+from gshard_tf.spmd.abstract import is_abstract, lower_abstract
+from gshard_tf.spmd.base import MeshExtended, owned
 from gshard_tf.spmd.keras_step import (
     MODES,
     batch_specs,
     check_mode,
     complete,
-    roles_of,
+    variable_roles,
 )
 from gshard_tf.spmd.program import jit_step
-from gshard_tf.spmd.step import StepLayouts, step_layouts
+from gshard_tf.spmd.step_layouts import StepLayouts, step_layouts
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
 
-class StepProgram:
-    """A step of a model that can be saved; made by `strategy.program`.
+def step_program(
+    model: keras.Model, mode: str = "train", batch: Any = None
+) -> StepProgram:
+    """Returns a step of a model as a program that runs without TensorFlow.
+
+    ```python
+    export.save_state(model, "run/state.npz")
+    program = export.step_program(model, "train", batch=(x[:64], y[:64]))
+    program.save("run/train.gshard", initial_state="state.npz")
+    ```
+
+    and, where only jax is installed, `python -m gshard_tf.export.runner`.
 
     Args:
-        strategy: The `SpmdStrategy` in whose scope the model was made; or an
-            `AbstractStrategy`, for a model larger than this machine's memory.
-        model: The model; its variables are completed as the first step of `fit` would.
+        model: A model made in the scope of an `SpmdStrategy`; or of an
+            `AbstractStrategy`, for a model larger than this machine's memory. It must
+            be compiled unless it only predicts. Its variables are created as the first
+            step of `fit` would create them.
         mode: "train", "evaluate" or "predict".
-        batch: What `fit` passes to a step, as specs or arrays: the *global* batch.
+        batch: What `fit` passes to a step: `(x, y)` or `(x, y, sample_weight)`, or `x`
+            alone, each a nest of arrays, `tf.TensorSpec` or `keras.KerasTensor`. The
+            *global* batch; a program is for one shape.
+
+    Returns:
+        A `StepProgram`, to be saved; nothing is compiled.
 
     Raises:
-        ValueError: for an unknown mode, a batch without static shapes, or a model
-            that is not compiled.
+        ValueError: for an unknown mode, a batch without static shapes, a model that is
+            not compiled, or one that does not belong to such a strategy.
+    """
+    return StepProgram(model, mode, batch)
+
+
+class StepProgram:
+    """A step of a model that can be saved. Made by `step_program`.
+
+    Args:
+        model, mode, batch: See `step_program`.
     """
 
-    def __init__(self, strategy: Any, model: keras.Model, mode: str, batch: Any):
+    def __init__(self, model: keras.Model, mode: str, batch: Any):
         check_mode(mode)
+        strategy = model.distribute_strategy
+        if not isinstance(strategy.extended, MeshExtended):
+            raise ValueError(
+                "`model` must be made, and compiled, inside `with strategy.scope():` "
+                f"of an SpmdStrategy. Received: {model.name!r} of a "
+                f"{type(strategy).__name__}"
+            )
         self.strategy = strategy
         self.model = model
         self.mode = mode
@@ -72,7 +104,7 @@ class StepProgram:
         with strategy.scope():
             complete(model, self.specs, mode)
         for variable in training_state(model).values():
-            strategy.extended.ours(variable)
+            owned(variable, strategy)
         if not is_abstract(model):
             _check_metrics(model)
 
@@ -93,8 +125,8 @@ class StepProgram:
             meshes: The meshes that it can be loaded on: axes and sizes, or a number of
                 devices for a mesh of one axis. None: the strategy's own and all that
                 halving its axes leads to, down to one device.
-            initial_state: The name of a state file beside it (`strategy.save_state`)
-                that the runner starts from.
+            initial_state: The name of a state file (`save_state`) in the same folder,
+                from which the runner starts.
             platforms: What it can be loaded on, as jax calls it.
 
         Returns:
@@ -108,8 +140,8 @@ class StepProgram:
         path = local_path(path)  # before minutes of tracing
         own = self.strategy.extended.mesh
         axes = [_axes(own, mesh) for mesh in meshes or halvings(own)]
-        if _sizes(own) not in axes:
-            axes = [_sizes(own), *axes]
+        if axis_sizes(own) not in axes:
+            axes = [axis_sizes(own), *axes]
         found: Manifest | None = None
         programs, variants, constants = [], [], {}
         for sizes in axes:
@@ -155,17 +187,17 @@ class StepProgram:
                 data = tf.nest.map_structure(
                     lambda spec: None if spec is None else next(values), self.specs
                 )
-                outputs = extended.call_fn(on_mesh, (data,), {})
+                outputs = extended.run_step(on_mesh, (data,), {})
                 return lowering.as_results(outputs)
 
             return lowering.lower(*lowering.trace(step, given))
 
     def _describe(self, step: lowering.LoweredStep) -> Manifest:
         names = {
-            id(array_of(variable)): (name, variable)
+            id(backend_variable(variable)): (name, variable)
             for name, variable in training_state(self.model).items()
         }
-        roles = roles_of(self.model)
+        roles = variable_roles(self.model)
         layouts = step_layouts(self.strategy.extended.layouts, step)
         state = []
         for i, value in enumerate(step.captures):
@@ -190,6 +222,8 @@ class StepProgram:
                 )
             name, variable = names[id(value)]
             role = roles.get(id(value), "other")
+            # A file has one role for all that is neither trained nor reset.
+            role = "other" if role == "frozen" else role
             tensor = _tensor(name, value, layouts.captures[i], role)
             state.append(dataclasses.replace(tensor, path=variable.path))
         inputs = list(named_batch(self.specs))
@@ -212,8 +246,8 @@ class StepProgram:
         )
 
     def _used(self, step: lowering.LoweredStep) -> list[Layout | None]:
-        uses = step_layouts(self.strategy.extended.layouts, step).uses
-        return [None if use is None else _by_name(use) for use in uses]
+        uses = step_layouts(self.strategy.extended.layouts, step).compute
+        return [None if use is None else spec_of(use) for use in uses]
 
 
 def _check_metrics(model: keras.Model) -> None:
@@ -234,7 +268,7 @@ def _check_metrics(model: keras.Model) -> None:
 
 def halvings(mesh: dtensor.Mesh) -> list[dict[str, int]]:
     """A mesh, and what halving its axes, the first one first, leads to; then one."""
-    sizes = _sizes(mesh)
+    sizes = axis_sizes(mesh)
     found = [dict(sizes)]
     for axis in sizes:
         while sizes[axis] > 1:
@@ -257,51 +291,20 @@ def _export(
     mesh = create_mesh(sizes)
 
     def on_mesh(tensors: Iterable[Tensor]) -> list[dtensor.Layout]:
-        return [_layout(fit_layout(tensor, sizes), mesh) for tensor in tensors]
+        return [layout_of(fit_layout(tensor, sizes), mesh) for tensor in tensors]
 
     layouts = StepLayouts(
         on_mesh(manifest.inputs),
         on_mesh(manifest.outputs),
         on_mesh(manifest.state),
-        [None if use is None else _layout(use, mesh) for use in used],
+        [None if use is None else layout_of(use, mesh) for use in used],
     )
     abstract = jax.sharding.AbstractMesh(tuple(sizes.values()), tuple(sizes))
     with jax.enable_x64(True), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*GSPMD.*")
-        jitted, shapes, _ = jit_step(
-            step,
-            abstract,
-            layouts.inputs,
-            layouts.outputs,
-            layouts.captures,
-            layouts.uses,
-            # Whoever calls it donates.
-            donate=False,
-        )
+        # The caller donates.
+        jitted, shapes, _ = jit_step(step, abstract, layouts, donate=False)
         return bytes(export.export(jitted, platforms=platforms)(*shapes).serialize())
-
-
-def save_state(model: keras.Model, path: str | os.PathLike, step: int = 0) -> None:
-    """Writes everything that a model, its metrics and its optimizer remember."""
-    path = local_path(path)  # before everything is copied
-    arrays = {
-        name: array_of(variable).numpy()
-        for name, variable in training_state(model).items()
-    }
-    program_file.write_state(path, arrays, step=step)
-
-
-def load_state(model: keras.Model, path: str | os.PathLike) -> dict[str, Any]:
-    """Assigns every variable of a model from a state file; nothing if it differs."""
-    arrays, meta = program_file.read_state(path)
-    variables = training_state(model)
-    found = match(
-        {name: (tuple(v.shape), _dtype(array_of(v))) for name, v in variables.items()},
-        {name: Array(a.shape, a.dtype.name, "", ()) for name, a in arrays.items()},
-    )
-    for name, source in found.sources.items():
-        variables[name].assign(arrays[source])
-    return meta
 
 
 def _constants(step: lowering.LoweredStep) -> dict[str, np.ndarray]:
@@ -326,25 +329,11 @@ def _tensors(
 
 
 def _tensor(name: str, value: Any, layout: dtensor.Layout, role: str) -> Tensor:
-    return Tensor(name, tuple(value.shape), _dtype(value), _by_name(layout), role)
+    return Tensor(name, tuple(value.shape), _dtype(value), spec_of(layout), role)
 
 
 def _dtype(value: Any) -> str:
     return np.dtype(value.dtype.as_numpy_dtype).name
-
-
-def _by_name(layout: dtensor.Layout) -> Layout:
-    return tuple(None if s == dtensor.UNSHARDED else s for s in layout.sharding_specs)
-
-
-def _layout(layout: Layout, mesh: dtensor.Mesh) -> dtensor.Layout:
-    return dtensor.Layout(
-        [dtensor.UNSHARDED if axis is None else axis for axis in layout], mesh
-    )
-
-
-def _sizes(mesh: dtensor.Mesh) -> dict[str, int]:
-    return {name: mesh.dim_size(name) for name in mesh.dim_names}
 
 
 def _axes(own: dtensor.Mesh, mesh: int | Mapping[str, int]) -> dict[str, int]:
@@ -355,6 +344,6 @@ def _axes(own: dtensor.Mesh, mesh: int | Mapping[str, int]) -> dict[str, int]:
         return {names[0]: mesh}
     raise ValueError(
         f"A mesh has the axes of the strategy's, {names}, in that order, such as "
-        f"{_sizes(own)}; or it is a number of devices, if there is one axis. "
+        f"{axis_sizes(own)}; or it is a number of devices, if there is one axis. "
         f"Received: {mesh!r}"
     )

@@ -3,9 +3,10 @@
     python -m gshard_tf.export.runner train.gshard --data data/train --out run \\
         --steps 1000 --save-every 200 --evaluate eval.gshard data/dev
 
-What it does is in the program file: `strategy.program(model, mode, batch).save(path)`
-writes it. Training goes on where the state in --out says, if there is one. Each line
-of standard output, and of OUT/log.jsonl, is one JSON object.
+What it does is in the program file, which
+`gshard_tf.export.step_program(model, mode, batch).save(path)` writes. Training resumes
+from the state in --out, if there is one. Each line of standard output, and of
+OUT/log.jsonl, is one JSON object.
 """
 
 from __future__ import annotations

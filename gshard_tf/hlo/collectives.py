@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from gshard_tf.compat.xla import hlo_as_text
+from gshard_tf.compat.jax_hlo import hlo_as_text
 from gshard_tf.hlo import parser
 from gshard_tf.spmd.program import SpmdProgram
 

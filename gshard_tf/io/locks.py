@@ -64,7 +64,7 @@ class Lock:
 
     @property
     def is_held(self) -> bool:
-        """Whether this process has the lock; False in a forked child."""
+        """True while this process has the lock; False in a forked child."""
         return self._release.alive and self._process == os.getpid()
 
     def is_at(self, path: Path) -> bool:
@@ -109,12 +109,12 @@ class FolderLock:
 
     @property
     def is_own(self) -> bool:
-        """Whether this process has the lock; False in a forked child."""
+        """True while this process has the lock; False in a forked child."""
         return self._inner.is_held
 
     @property
     def is_in_place(self) -> bool:
-        """Whether the folder of that name is still the one that was locked."""
+        """True while the folder of that name is the one that was locked."""
         return self._inner.is_at(self.folder / ".lock")
 
     def is_of(self, folder: Path) -> bool:

@@ -40,7 +40,7 @@ def local_path(path: str | os.PathLike, name: str = "path") -> Path:
         text = "/" + urllib.parse.unquote(rest)
     try:
         return Path(text).expanduser()
-    except RuntimeError as error:  # ~somebody, or no home
+    except RuntimeError as error:  # ~unknown-user, or no home
         raise ValueError(
             f"{name} must begin with a known home folder. Received: {name}={text!r}"
         ) from error

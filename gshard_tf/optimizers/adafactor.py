@@ -6,7 +6,7 @@ import keras
 import tensorflow as tf
 from keras import ops
 
-from gshard_tf import name_axes, named_axes
+from gshard_tf import logical_axes, name_axes
 
 
 @keras.saving.register_keras_serializable(package="gshard_tf")
@@ -52,7 +52,7 @@ class Adafactor(keras.optimizers.Adafactor):
             dtype=variable.dtype,
             name=f"{variable.path.replace('/', '_')}_{name}",
         )
-        axes = named_axes(variable)
+        axes = logical_axes(variable)
         return factor if axes is None else name_axes(factor, [axes[d] for d in dims])
 
     def update_step(

@@ -13,6 +13,7 @@ from tensorflow.experimental import dtensor
 from gshard_tf.io.atomic_files import write_file
 from gshard_tf.io.paths import local_path
 from gshard_tf.planning.plan import FORMAT, Plan, Weight
+from gshard_tf.sharding.mesh import axis_sizes
 
 
 def content_key(
@@ -38,7 +39,7 @@ def content_key(
         "format": FORMAT,
         "weights": [[w.path, w.role, w.rule, w.layout] for w in weights],
         "topology": topology,
-        "mesh": list(zip(mesh.dim_names, mesh.shape(), strict=True)),
+        "mesh": list(axis_sizes(mesh).items()),
         "mode": mode,
         "versions": versions,
     }

@@ -12,8 +12,8 @@ import keras
 import tensorflow as tf
 from tensorflow.experimental import dtensor
 
+from gshard_tf.compat.jax_hlo import hlo_as_text
 from gshard_tf.compat.keras_seeds import own_global_seed_generator
-from gshard_tf.compat.xla import hlo_as_text
 from gshard_tf.hlo import parser
 from gshard_tf.hlo.collectives import collectives_of
 from gshard_tf.planning import layer_names
@@ -28,22 +28,23 @@ from gshard_tf.planning.memory import (
 from gshard_tf.planning.plan import OutOfMemory, Plan, StepTime, Weight
 from gshard_tf.planning.reshards import Judge, annotations, summarise
 from gshard_tf.planning.roofline import Interconnect, step_time
-from gshard_tf.sharding.layout_report import describe_one
-from gshard_tf.sharding.mesh import create_mesh
+from gshard_tf.runtime.device_arrays import Placement
+from gshard_tf.sharding.layout_report import summarize_variable
+from gshard_tf.sharding.mesh import axis_sizes, create_mesh
 from gshard_tf.sharding.rules import AxisRules
-from gshard_tf.sharding.sharded_variable import PlacedVariable
-from gshard_tf.sharding.variable_layouts import Layouts
-from gshard_tf.spmd.abstract import AbstractStrategy, is_abstract
-from gshard_tf.spmd.abstract_step import lower_abstract
+from gshard_tf.sharding.sharded_variable import MeshVariableBase
+from gshard_tf.sharding.variable_layouts import VariableLayouts
+from gshard_tf.spmd.abstract import AbstractStrategy, is_abstract, lower_abstract
+from gshard_tf.spmd.executable import compile_step
 from gshard_tf.spmd.keras_step import (
     MODES,
     batch_specs,
     check_mode,
     complete,
+    variable_roles,
 )
 from gshard_tf.spmd.lowering import LoweredStep
-from gshard_tf.spmd.program import Placement, SpmdProgram
-from gshard_tf.spmd.step import compile_step
+from gshard_tf.spmd.program import SpmdProgram
 
 
 def plan(
@@ -104,7 +105,7 @@ def plan(
     found = find_topology(topology)
     mesh = _mesh_for(found, mesh)
     strategy = AbstractStrategy(mesh, rules)
-    layouts: Layouts = strategy.extended.layouts
+    layouts: VariableLayouts = strategy.extended.layouts
 
     begun = time.perf_counter()
     graph = tf.compat.v1.get_default_graph()  # where TensorFlow keeps the scope
@@ -155,7 +156,7 @@ def plan(
         topology=found.name,
         chip=None if found.chip is None else _fields(found.chip),
         slice_shape=found.shape,
-        mesh=dict(zip(mesh.dim_names, mesh.shape(), strict=True)),
+        mesh=axis_sizes(mesh),
         rules=dict(layouts.rules.rules),
         inputs=[
             f"{spec.dtype.name}[{','.join(map(str, spec.shape))}]"
@@ -165,7 +166,7 @@ def plan(
         memory=memory,
         out_of_memory=oom,
         flops_as_written=sum(written.values()) / mesh.size,
-        complaints=uncounted + layouts.complaints(),
+        complaints=uncounted + layouts.warnings(),
         advice=advice_for(weights, memory, oom, found.hbm_bytes, mesh),
         trace_seconds=trace_seconds,
         compile_seconds=compile_seconds,
@@ -187,7 +188,7 @@ def _mesh_for(
     if not isinstance(mesh, dtensor.Mesh):
         mesh = create_mesh(mesh, "CPU" if topology.chip is None else "TPU")
     if mesh.size != cores:
-        sizes = dict(zip(mesh.dim_names, mesh.shape(), strict=True))
+        sizes = axis_sizes(mesh)
         raise ValueError(
             f"The mesh must have as many devices as the topology has cores: "
             f"{topology.name} has {cores}. Received: mesh={sizes} with {mesh.size}"
@@ -231,29 +232,20 @@ def _build(model: keras.Model | Callable[[], keras.Model]) -> keras.Model:
     return built
 
 
-def _weights(model: keras.Model, step: LoweredStep, layouts: Layouts) -> list[Weight]:
-    roles = {id(v.value): "weight" for v in model.trainable_variables}
-    roles |= {
-        id(v.value): "frozen"
-        for v in model.non_trainable_variables
-        if v.dtype.startswith(("float", "bfloat"))
-        and "metrics" not in v.path
-        and "seed" not in v.path
-    }
-    metrics = {id(v.value) for v in model.metrics_variables}
-    roles = {key: role for key, role in roles.items() if key not in metrics}
-    optimizer = getattr(model, "optimizer", None)
-    if optimizer is not None:
-        roles |= {id(v.value): "optimizer" for v in optimizer.variables}
+def _weights(
+    model: keras.Model, step: LoweredStep, layouts: VariableLayouts
+) -> list[Weight]:
+    roles = variable_roles(model)
     found = []
     for value in step.captures:
-        if not isinstance(value, PlacedVariable):
+        if not isinstance(value, MeshVariableBase):
             continue
-        row = describe_one(value.path, value, layouts)
+        row = summarize_variable(value.path, value, layouts)
+        role = roles.get(id(value), "other")
         found.append(
             Weight(
                 path=row.path,
-                role=roles.get(id(value), "other"),
+                role="other" if role == "metric" else role,
                 shape=row.shape,
                 dtype=value.dtype.name,
                 layout=row.layout,
@@ -273,7 +265,7 @@ def _compile(
     layers: layer_names.LayerNames,
 ) -> tuple[SpmdProgram | None, OutOfMemory | None]:
     try:
-        return compile_step(strategy.extended, step, placement), None
+        return compile_step(strategy.extended.layouts, step, placement), None
     except RuntimeError as error:  # jaxlib's errors are all of this class
         found = out_of_memory(str(error), topology.hbm_bytes, layers)
         if found is None:

@@ -1,4 +1,4 @@
-"""The devices of XLA's runtime that a mesh stands for."""
+"""jax devices: virtual CPU devices, devices of a mesh, and of TPU topologies."""
 
 from __future__ import annotations
 
@@ -11,30 +11,32 @@ if TYPE_CHECKING:  # the runner has no TensorFlow
 
 
 def request_cpu_devices(count: int) -> None:
-    """Asks for `count` virtual CPU devices; call it once, before any strategy.
+    """Requests `count` virtual CPU devices; call it once, before any strategy.
 
-    They are threads of this process: they do not make a laptop faster, they let it
-    run the program of a larger machine.
+    They are threads of this process: they do not make a laptop faster, but let it run
+    the program of a larger machine.
 
     Args:
-        count: How many, at least as many as the mesh has.
+        count: The number of devices, at least that of the mesh.
 
     Raises:
         ValueError: when `count` is not a whole number of at least 1.
-        RuntimeError: when jax has already started with fewer. Nothing can change
-            their number then; call this first in the program.
+        RuntimeError: when jax has already started with fewer. Their number cannot
+            change then; call this first in the program.
     """
     import jax
 
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-        raise ValueError(f"count is a whole number, at least 1. Received: {count!r}")
+        raise ValueError(
+            f"`count` must be a whole number of at least 1. Received: count={count!r}"
+        )
     try:
         jax.config.update("jax_num_cpu_devices", count)
     except RuntimeError as error:
-        found = len(jax.devices("cpu"))
-        if found < count:
+        started = len(jax.devices("cpu"))
+        if started < count:
             raise RuntimeError(
-                f"jax has already started with {found} CPU device(s), and their "
+                f"jax has already started with {started} CPU device(s), and their "
                 "number cannot change any more. Call "
                 f"gshard_tf.request_cpu_devices({count}) before anything else uses "
                 "jax."
@@ -42,12 +44,14 @@ def request_cpu_devices(count: int) -> None:
 
 
 def mesh_devices(mesh: dtensor.Mesh) -> list[Any]:
-    """The jax devices of a mesh, in its order.
+    """Returns the jax devices of a mesh, in its order.
 
     Raises:
         ValueError: when there are fewer than the mesh needs.
     """
     import jax
+
+    from gshard_tf.sharding.mesh import axis_sizes
 
     kind = mesh.device_type().lower()
     try:
@@ -65,31 +69,30 @@ def mesh_devices(mesh: dtensor.Mesh) -> list[Any]:
             else "Make a smaller mesh."
         )
         raise ValueError(
-            f"The mesh {dict(zip(mesh.dim_names, mesh.shape(), strict=True))} needs "
-            f"{mesh.size} {mesh.device_type()} devices and jax sees {len(devices)}. "
-            f"{hint}"
+            f"The mesh {axis_sizes(mesh)} needs {mesh.size} {mesh.device_type()} "
+            f"devices and jax sees {len(devices)}. {hint}"
         )
-    taken = devices[: mesh.size]
-    if len({device.process_index for device in taken}) < jax.process_count():
+    used = devices[: mesh.size]
+    if len({device.process_index for device in used}) < jax.process_count():
         raise ValueError(
-            f"A mesh is over devices of all {jax.process_count()} processes. Received: "
-            f"a mesh of {mesh.size} of {len(devices)} devices"
+            f"A mesh must have devices of all {jax.process_count()} processes. "
+            f"Received: a mesh of {mesh.size} of {len(devices)} devices"
         )
-    return taken
+    return used
 
 
 def cpu_devices(count: int) -> list[Any]:
-    """The first `count` CPU devices of jax, which `request_cpu_devices` made."""
+    """Returns the first `count` CPU devices of jax; see `request_cpu_devices`."""
     import jax
 
     return jax.devices("cpu")[:count]
 
 
 def topology_devices(name: str) -> list[Any]:
-    """The devices of a TPU slice, for compiling; nothing can run on them.
+    """Returns the devices of a TPU slice, for compiling; no program can run on them.
 
     Args:
-        name: As the TPU compiler names them: `"v5e:2x4"` is 8 chips of v5e, `"v3:8x8"`
+        name: The TPU compiler's name: `"v5e:2x4"` is 8 chips of v5e, `"v3:8x8"`
             128 cores of v3.
 
     Returns:
@@ -113,10 +116,10 @@ def topology_devices(name: str) -> list[Any]:
     from jax.experimental import topologies
 
     try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=name)
+        topology = topologies.get_topology_desc(platform="tpu", topology_name=name)
     except Exception as error:  # jaxlib has no narrower class for it
         raise ValueError(
-            "The TPU compiler does not know this topology; names look like v5e:2x4, "
-            f"v4:2x2x2 or v3:4x4. It says: {error}. Received: {name!r}"
+            "`name` must be a topology that the TPU compiler knows, such as v5e:2x4, "
+            f"v4:2x2x2 or v3:4x4. Its error: {error}. Received: name={name!r}"
         ) from error
-    return list(found.devices)
+    return list(topology.devices)

@@ -32,7 +32,7 @@ class ProcessGroup:
 
     @property
     def is_chief(self) -> bool:
-        """Whether this process does what only one may do: logs, lists of files."""
+        """True in the process that does what only one may do: logs, lists of files."""
         return self.index == 0
 
     def put(self, key: str, text: str) -> None:
@@ -102,10 +102,12 @@ class RunState:
         self._awaited: dict[str, float] = {}
 
     def next_id(self) -> int:
+        """Returns the next sequence number."""
         return next(self._ids)
 
     @contextlib.contextmanager
     def getting(self, key: str) -> Iterator[None]:
+        """Records that this process awaits a key."""
         self._awaited[key] = time.monotonic()
         try:
             yield
@@ -113,10 +115,7 @@ class RunState:
             self._awaited.pop(key, None)
 
     def waits_for(self) -> tuple[str, float] | None:
-        """The section or key for which this process needs the others, and since when.
-
-        None where it needs no other process.
-        """
+        """Returns the section or key that needs the others, and since when, or None."""
         since = self.waiting_since
         if since is not None:
             return self.section, since
@@ -163,40 +162,3 @@ def collective_section(name: str) -> Iterator[None]:
         raise
     finally:
         _RUN.waiting_since = None
-
-
-def own_rows(batch: Any) -> Any:
-    """This process's rows of a batch, for `SpmdStrategy(own_rows=True)`.
-
-    ```python
-    dataset = dataset.batch(64).map(lambda x, y: gshard_tf.own_rows((x, y)))
-    ```
-
-    Args:
-        batch: A nest of tensors `[B, ...]`.
-
-    Returns:
-        The same nest of `[B / count, ...]`: the rows that follow those of the process
-        before.
-
-    Raises:
-        ValueError: when a known number of rows does not divide by the processes.
-    """
-    import tensorflow as tf
-
-    index, count = _RUN.group.index, _RUN.group.count
-
-    def cut(tensor: Any) -> Any:
-        rows = tensor.shape[0]
-        if rows is not None and rows % count:
-            raise ValueError(
-                f"The rows of a batch are shared by the processes equally; batch with "
-                f"drop_remainder=True. Received: {rows} rows for {count} processes"
-            )
-        rows = tf.shape(tensor)[0]
-        even = tf.debugging.assert_equal(rows % count, 0, "rows that do not divide")
-        with tf.control_dependencies([even] if even is not None else []):
-            size = rows // count
-        return tensor[index * size : (index + 1) * size]
-
-    return tf.nest.map_structure(cut, batch)

@@ -18,7 +18,7 @@ import tensorflow as tf
 from tensorflow.experimental import dtensor
 
 from gshard_tf.sharding import op_sharding
-from gshard_tf.sharding.mesh import ActiveMesh, active_mesh
+from gshard_tf.sharding.mesh import ActiveMesh, active_mesh, axis_sizes
 
 
 @tf.autograph.experimental.do_not_convert
@@ -213,7 +213,7 @@ def name_axes(weight: keras.Variable, axes: Sequence[str | None]) -> keras.Varia
     return weight
 
 
-def named_axes(weight: keras.Variable) -> tuple[str | None, ...] | None:
+def logical_axes(weight: keras.Variable) -> tuple[str | None, ...] | None:
     """What `name_axes` recorded for a weight, or None."""
     return getattr(weight, "gshard_axes", None)
 
@@ -248,7 +248,7 @@ def _split_dtensor(tensor: tf.Tensor, dimension: int, partitions: int) -> tf.Ten
         if len(fitting) != 1:
             raise ValueError(
                 "A DTensor is split over an axis of its mesh, so num_partitions must "
-                f"be the size of exactly one axis of {_describe_mesh(mesh)}; or use "
+                f"be the size of exactly one axis of {axis_sizes(mesh)}; or use "
                 f"shard with a dtensor.Layout. Received: num_partitions={partitions}"
             )
         specs[dimension] = fitting[0]
@@ -265,15 +265,11 @@ def _annotate_dtensor(tensor: tf.Tensor, axes: Sequence[str | None]) -> tf.Tenso
 
 
 def _check_same_axes(mesh: dtensor.Mesh, active: dtensor.Mesh, what: str) -> None:
-    if _axes(mesh) != _axes(active):
+    if list(axis_sizes(mesh).items()) != list(axis_sizes(active).items()):
         raise ValueError(
             f"{what} must be of the mesh that is being partitioned for, "
-            f"{_describe_mesh(active)}. Received: {_describe_mesh(mesh)}"
+            f"{axis_sizes(active)}. Received: {axis_sizes(mesh)}"
         )
-
-
-def _axes(mesh: dtensor.Mesh) -> list[tuple[str, int]]:
-    return list(zip(mesh.dim_names, mesh.shape(), strict=True))
 
 
 def _rank(tensor: Any) -> int | None:
@@ -281,7 +277,3 @@ def _rank(tensor: Any) -> int | None:
     if shape is None:
         return np.ndim(tensor)
     return shape.rank if isinstance(shape, tf.TensorShape) else len(shape)
-
-
-def _describe_mesh(mesh: dtensor.Mesh) -> str:
-    return str(dict(_axes(mesh)))

@@ -1,19 +1,20 @@
-"""`strategy.describe(model)`: where every weight is, and who decided it."""
+"""`strategy.describe(model)`: the layout of every weight, and the reason for it."""
 
 import dataclasses
 from collections.abc import Callable
 
 import keras
 import numpy as np
-from tensorflow.experimental import dtensor
 
-from gshard_tf.sharding.sharded_variable import PlacedVariable
-from gshard_tf.sharding.variable_layouts import Layouts
+from gshard_tf.sharding.mesh import axis_sizes
+from gshard_tf.sharding.partition_spec import PartitionSpec, spec_of
+from gshard_tf.sharding.sharded_variable import MeshVariableBase
+from gshard_tf.sharding.variable_layouts import VariableLayouts
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
-    """One variable.
+class VariableSummary:
+    """One variable on a mesh.
 
     Attributes:
         path: Its Keras path.
@@ -21,33 +22,42 @@ class Row:
         layout: Mesh axis, or None, of each dimension.
         bytes: Bytes of the whole.
         bytes_per_device: Bytes that each device holds.
-        rule: What decided the layout.
+        rule: The rule that decided the layout.
     """
 
     path: str
     shape: tuple[int, ...]
-    layout: tuple[str | None, ...]
+    layout: PartitionSpec
     bytes: int
     bytes_per_device: int
     rule: str
 
 
 @dataclasses.dataclass(frozen=True)
-class Description:
-    """The variables of a model and its optimizer on a mesh; prints as a table."""
+class LayoutReport:
+    """The variables of a model and its optimizer on a mesh; prints as a table.
+
+    Attributes:
+        mesh: The size of each mesh axis.
+        rows: One summary per variable.
+        warnings: Likely mistakes, in sentences.
+        rewrites: Changes that the latest program needed for the partitioner, in
+            sentences.
+    """
 
     mesh: dict[str, int]
-    rows: list[Row]
-    complaints: list[str]
-    # What the programs so far do for the partitioner's sake, in sentences.
+    rows: list[VariableSummary]
+    warnings: list[str]
     rewrites: tuple[str, ...] = ()
 
     @property
     def bytes(self) -> int:
+        """Bytes of all variables."""
         return sum(row.bytes for row in self.rows)
 
     @property
     def bytes_per_device(self) -> int:
+        """Bytes that each device holds."""
         return sum(row.bytes_per_device for row in self.rows)
 
     def __str__(self) -> str:
@@ -76,17 +86,23 @@ class Description:
             f"{self.bytes_per_device:,} per device"
         )
         lines += [f"* {rewrite}" for rewrite in self.rewrites]
-        return "\n".join(lines + [f"! {complaint}" for complaint in self.complaints])
+        return "\n".join(lines + [f"! {warning}" for warning in self.warnings])
 
 
 def describe(
     model: keras.Model,
-    layouts: Layouts,
-    ours: Callable[[keras.Variable], PlacedVariable],
-) -> Description:
-    """The description of a built model; see `SpmdStrategy.describe`.
+    layouts: VariableLayouts,
+    owned: Callable[[keras.Variable], MeshVariableBase],
+) -> LayoutReport:
+    """Returns the report of a built model; see `SpmdStrategy.describe`.
 
-    `ours` gives the strategy's own variable behind a Keras one, or raises.
+    Args:
+        model: The model.
+        layouts: The layouts of the strategy.
+        owned: Returns the strategy's own variable behind a Keras one, or raises.
+
+    Raises:
+        ValueError: when the model is not built.
     """
     if not model.built:
         raise ValueError(
@@ -97,25 +113,23 @@ def describe(
     optimizer = getattr(model, "optimizer", None)
     if optimizer is not None:
         variables += optimizer.variables
-    rows = [describe_one(v.path, ours(v), layouts) for v in variables]
-    mesh = dict(zip(layouts.mesh.dim_names, layouts.mesh.shape(), strict=True))
-    return Description(mesh, rows, layouts.complaints())
+    rows = [summarize_variable(v.path, owned(v), layouts) for v in variables]
+    return LayoutReport(axis_sizes(layouts.mesh), rows, layouts.warnings())
 
 
-def describe_one(path: str, value: PlacedVariable, layouts: Layouts) -> Row:
-    """The row of one variable."""
-    decision = layouts.of(value)
+def summarize_variable(
+    path: str, value: MeshVariableBase, layouts: VariableLayouts
+) -> VariableSummary:
+    """Returns the summary of one variable."""
+    decision = layouts.layout_for(value)
     shape = tuple(value.shape)
     size = int(np.prod(shape)) * value.dtype.size
-    shards = int(np.prod([decision.layout.num_shards(d) for d in range(len(shape))]))
-    return Row(
+    shards = int(np.prod([decision.storage.num_shards(d) for d in range(len(shape))]))
+    return VariableSummary(
         path=path,
         shape=shape,
-        layout=tuple(
-            None if s == dtensor.UNSHARDED else s
-            for s in decision.layout.sharding_specs
-        ),
+        layout=spec_of(decision.storage),
         bytes=size,
         bytes_per_device=size // shards,
-        rule=decision.rule,
+        rule=decision.reason,
     )

@@ -78,6 +78,11 @@ def create_mesh(
     return dtensor.Mesh(names, ids, list(range(count)), devices)
 
 
+def axis_sizes(mesh: dtensor.Mesh) -> dict[str, int]:
+    """The number of devices along each axis of a mesh, outermost first."""
+    return dict(zip(mesh.dim_names, mesh.shape(), strict=True))
+
+
 @dataclasses.dataclass(frozen=True)
 class ActiveMesh:
     """A mesh and the rules that turn logical axes into its axes."""

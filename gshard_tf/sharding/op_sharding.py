@@ -4,42 +4,28 @@ When Shardy takes over from GSPMD's propagation, this file changes and no layer 
 """
 
 import numpy as np
-import tensorflow as tf
-
-# Private APIs: neither the annotating operation nor the builder of XLA's OpSharding
-# messages has a public export. On an upgrade, check that the operation still has its
-# gradient (the same annotation) and that `tile` and `partial_tile` still count
-# devices by their position in the mesh.
-from tensorflow.compiler.tf2xla.python import xla as tf2xla
-from tensorflow.core.framework import attr_value_pb2
 from tensorflow.experimental import dtensor
-from tensorflow.python.compiler.xla.experimental import xla_sharding
 
+from gshard_tf.compat.xla_sharding import (
+    constrain,
+    partially_tiled,
+    replicated,
+    tiled,
+)
 
-def constrain(tensor: tf.Tensor, sharding: bytes) -> tf.Tensor:
-    """Adds a serialised sharding to a symbolic tensor."""
-    constrained = tf2xla.sharding(tensor, sharding=sharding)
-    # TPUStrategy's bridge looks at this attribute; the gradient's operation has it too.
-    constrained.op._set_attr("_XlaSharding", attr_value_pb2.AttrValue(s=sharding))
-    constrained.set_shape(tensor.shape)
-    return constrained
-
-
-def replicated() -> bytes:
-    """Every device holds the whole tensor."""
-    return xla_sharding.Sharding.replicate().proto.SerializeToString()
-
-
-def tiled(device_assignment: np.ndarray) -> bytes:
-    """The paper's `shard`: slice `[i, j, ...]` is on device `assignment[i, j, ...]`."""
-    return xla_sharding.Sharding.tile(device_assignment).proto.SerializeToString()
+__all__ = [
+    "constrain",
+    "from_layout",
+    "replicated",
+    "tiled",
+    "tiled_with_copies",
+]
 
 
 def tiled_with_copies(tiles: list[int], num_devices: int) -> bytes:
-    """Fewer slices than devices: neighbours hold copies of the same slice."""
+    """Fewer slices than devices: neighbors hold copies of the same slice."""
     copies = num_devices // int(np.prod(tiles))
-    devices = np.arange(num_devices).reshape(tiles + [copies])
-    return xla_sharding.Sharding.partial_tile(devices).proto.SerializeToString()
+    return partially_tiled(np.arange(num_devices).reshape(tiles + [copies]))
 
 
 def from_layout(layout: dtensor.Layout) -> bytes:
@@ -63,5 +49,4 @@ def from_layout(layout: dtensor.Layout) -> bytes:
     copies = mesh.size // int(np.prod(tiles))
     if copies == 1:
         return tiled(devices.reshape(tiles))
-    sharding = xla_sharding.Sharding.partial_tile(devices.reshape(tiles + [copies]))
-    return sharding.proto.SerializeToString()
+    return partially_tiled(devices.reshape(tiles + [copies]))

@@ -1,15 +1,12 @@
-"""The pieces of an array that is split over devices: out of it, and into a new one."""
+"""Regions of arrays, and copies of them that other libraries take as they are."""
 
-import gc
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import numpy as np
-from tensorflow.experimental import dtensor
 
-# A piece of an array: (start, size) along each dimension.
+# A region of an array: (start, size) along each dimension.
 Region = tuple[tuple[int, int], ...]
 
 # An allocation at a multiple of this is taken by TensorFlow and by XLA as it is;
@@ -26,6 +23,15 @@ def whole(shape: tuple[int, ...]) -> Region:
 def cut(value: np.ndarray, region: Region) -> np.ndarray:
     """A view of a region of an array."""
     return value[tuple(slice(start, start + size) for start, size in region)]
+
+
+def region_of(index: tuple[slice, ...], shape: tuple[int, ...]) -> Region:
+    """The region that an index of slices selects of an array of `shape`."""
+    bounds = []
+    for part, size in zip(index, shape, strict=True):
+        start, stop, _ = part.indices(size)
+        bounds.append((start, stop - start))
+    return tuple(bounds)
 
 
 def aligned_copies(values: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -46,60 +52,3 @@ def aligned_copies(values: Sequence[np.ndarray]) -> list[np.ndarray]:
         # numpy lets other threads run while it copies bytes.
         list(threads.map(lambda task: np.copyto(*task), tasks))
     return copies
-
-
-def own_pieces(value: Any) -> Iterator[tuple[Region, np.ndarray]]:
-    """The pieces of a `jax.Array` that this process is to write, without a copy.
-
-    Of pieces that several devices hold, one device's is taken, so that over all
-    processes every piece comes exactly once.
-    """
-    for shard in value.addressable_shards:
-        if shard.replica_id == 0:
-            yield _region(shard.index, value.shape), np.asarray(shard.data)
-
-
-def assemble(
-    shape: tuple[int, ...],
-    sharding: Any,
-    read: Callable[[Region], np.ndarray],
-) -> Any:
-    """A `jax.Array` whose pieces on this process's devices come from `read`.
-
-    Args:
-        shape: Of the whole array.
-        sharding: A `jax.sharding.Sharding`.
-        read: Returns the values of a region; called once for each region.
-    """
-    import jax
-
-    holders: dict[Region, list[Any]] = {}
-    for device, index in sharding.addressable_devices_indices_map(shape).items():
-        holders.setdefault(_region(index, shape), []).append(device)
-
-    def place(part: np.ndarray, devices: list[Any]) -> list[Any]:
-        # Once it is there, `part` may go: the host never has more than one.
-        return jax.block_until_ready(
-            [jax.device_put(part, device, may_alias=False) for device in devices]
-        )
-
-    placed = []
-    with jax.enable_x64(True):
-        for region, devices in holders.items():
-            placed += place(read(region), devices)
-            # jax lets go of what it was given when Python next collects garbage.
-            gc.collect(0)
-        return jax.make_array_from_single_device_arrays(shape, sharding, placed)
-
-
-def splits(layout: dtensor.Layout) -> list[str | None]:
-    """The mesh axis that each dimension is split over, for people to read."""
-    return [None if s == dtensor.UNSHARDED else s for s in layout.sharding_specs]
-
-
-def _region(index: tuple[slice, ...], shape: tuple[int, ...]) -> Region:
-    found = []
-    for part, size in zip(index, shape, strict=True):
-        start, stop, _ = part.indices(size)
-        found.append((start, stop - start))
-    return tuple(found)

@@ -1,19 +1,18 @@
-"""Which layout each variable of a strategy has, and which rule decided it."""
+"""The layout of each variable of a strategy, and the rule that decided it."""
 
 import dataclasses
-import inspect
 import warnings
 import weakref
 from typing import Any
 
-import keras
 import numpy as np
 import tensorflow as tf
 from tensorflow.experimental import dtensor
 
-from gshard_tf.sharding.annotations import named_axes
+from gshard_tf.compat.keras_variables import current_variable
+from gshard_tf.sharding.annotations import logical_axes
 from gshard_tf.sharding.rules import AxisRules
-from gshard_tf.sharding.sharded_variable import PlacedVariable
+from gshard_tf.sharding.sharded_variable import MeshVariableBase
 
 # A weight of more bytes than this that no rule mentions is worth a warning.
 LARGE_BYTES = 1 << 20
@@ -22,21 +21,22 @@ NO_RULE = "no rule: replicated"
 
 
 @dataclasses.dataclass(frozen=True)
-class Decision:
+class LayoutDecision:
     """How a variable is stored, and the reason for it.
 
     Attributes:
-        layout: How it is stored.
-        rule: Why.
-        use: How a step uses it, if it is gathered for that; None: as it is stored.
+        storage: The layout in which it is stored.
+        reason: The rule that decided it.
+        compute: The layout in which a step computes with it, if the step gathers it;
+            None: as it is stored.
     """
 
-    layout: dtensor.Layout
-    rule: str
-    use: dtensor.Layout | None = None
+    storage: dtensor.Layout
+    reason: str
+    compute: dtensor.Layout | None = None
 
 
-class Layouts:
+class VariableLayouts:
     """Decides, once per variable, by path patterns, names, and slots' weights.
 
     The order: a path pattern; else the names that the layer gave; else, for an
@@ -46,63 +46,67 @@ class Layouts:
     def __init__(self, mesh: dtensor.Mesh, rules: AxisRules):
         self.mesh = mesh
         self.rules = rules
-        self._loose: list[weakref.ref] = []
+        self._unlinked: list[weakref.ref] = []
         self._patterns_used: set[str] = set()
         self._large: dict[str, int] = {}
         # Of a large weight by its name: the sizes that do not divide, and their axes.
         self._uneven: dict[str, list[tuple[int, str]]] = {}
         self._warned: set[str] = set()
 
-    def note_created(self, variable: PlacedVariable, reference: Any) -> None:
-        """Notes whose variable this is: a Keras layer's, or a slot of a weight."""
-        keras_variable = keras_variable_being_made()
+    def register(self, variable: MeshVariableBase, reference: Any) -> None:
+        """Records the owner of a new variable: a Keras layer, or a slot's weight."""
+        keras_variable = current_variable()
         if keras_variable is not None:
             variable.keras_variable = weakref.ref(keras_variable)
-        if isinstance(reference, PlacedVariable):
+        if isinstance(reference, MeshVariableBase):
             variable.reference = reference
             variable.reference_dims = tuple(range(reference.shape.rank))
-            self._adopt_factors(reference, variable)
+            self._link_adafactor_factors(reference, variable)
         else:
-            self._loose.append(weakref.ref(variable))
+            self._unlinked.append(weakref.ref(variable))
 
-    def _adopt_factors(self, reference: PlacedVariable, slot: PlacedVariable) -> None:
+    def _link_adafactor_factors(
+        self, reference: MeshVariableBase, slot: MeshVariableBase
+    ) -> None:
         # Keras's Adafactor makes a weight's row and column factors just before the
         # slot that names the weight.
         rank = reference.shape.rank
-        wanted = [tuple(range(rank - 1)), (*range(rank - 2), rank - 1)]
-        for ref in self._loose[-2:] if rank >= 2 else []:
+        choices = [tuple(range(rank - 1)), (*range(rank - 2), rank - 1)]
+        for ref in self._unlinked[-2:] if rank >= 2 else []:
             factor = ref()
             if factor is None or not _of_one_optimizer(factor, slot, reference):
                 continue
-            for dims in wanted:
+            for dims in choices:
                 if factor.shape.as_list() == [reference.shape[d] for d in dims]:
                     factor.reference, factor.reference_dims = reference, dims
-                    wanted.remove(dims)
+                    choices.remove(dims)
                     break
-        self._loose.clear()
+        self._unlinked.clear()
 
-    def of(self, variable: PlacedVariable) -> Decision:
-        """The layout of a variable, and why."""
+    def layout_for(self, variable: MeshVariableBase) -> LayoutDecision:
+        """The layout of a variable, and the reason for it."""
         if variable.decision is None:
-            variable.decision = self._spread(variable, self._decide(variable))
+            variable.decision = self._apply_fsdp(variable, self._choose(variable))
         return variable.decision
 
-    def _spread(self, variable: PlacedVariable, decision: Decision) -> Decision:
+    def _apply_fsdp(
+        self, variable: MeshVariableBase, decision: LayoutDecision
+    ) -> LayoutDecision:
         """`decision`, split over the axis of `fsdp` or `zero` too if that is asked."""
         is_slot = variable.reference is not None
         axis = self.rules.fsdp or (self.rules.zero if is_slot else None)
         shape = tuple(variable.shape)
         size = int(np.prod(shape)) * variable.dtype.size
-        specs = decision.layout.sharding_specs
+        specs = decision.storage.sharding_specs
         if axis is None or axis in specs or size < self.rules.fsdp_min_bytes:
             return decision
-        layout = self._split(decision.layout, shape, axis)
+        layout = self._split(decision.storage, shape, axis)
         if layout is None:
             return decision
-        return Decision(
+        return LayoutDecision(
             layout,
-            f"{'fsdp' if self.rules.fsdp else 'zero'} over {axis!r}; {decision.rule}",
-            use=None if self._used_as_stored(variable) else decision.layout,
+            f"{'fsdp' if self.rules.fsdp else 'zero'} over {axis!r}; {decision.reason}",
+            compute=None if self._computes_as_stored(variable) else decision.storage,
         )
 
     def _split(
@@ -121,16 +125,16 @@ class Layouts:
         specs[max(fitting, key=lambda d: shape[d])] = axis
         return dtensor.Layout(specs, self.mesh)
 
-    def _used_as_stored(self, variable: PlacedVariable) -> bool:
-        """Whether a step uses it in the parts in which it lies, gathering nothing."""
-        keras_variable = variable.keras_variable and variable.keras_variable()
-        names = None if keras_variable is None else named_axes(keras_variable)
+    def _computes_as_stored(self, variable: MeshVariableBase) -> bool:
+        """Whether a step computes with the shards as stored, gathering nothing."""
+        owner = variable.owner
+        axes = None if owner is None else logical_axes(owner)
         # What a loop over layers uses one by one must not be gathered as a whole.
-        in_loop = bool(names) and names[0] == "layer"
+        in_loop = axes is not None and axes[:1] == ("layer",)
         return variable.reference is not None or in_loop
 
-    def _decide(self, variable: PlacedVariable) -> Decision:
-        keras_variable = variable.keras_variable and variable.keras_variable()
+    def _choose(self, variable: MeshVariableBase) -> LayoutDecision:
+        owner = variable.owner
         name = variable.path
         shape = tuple(variable.shape)
         pattern = self.rules.path_axes(name)
@@ -147,26 +151,27 @@ class Layouts:
                     "or a pattern that does not match it: a pattern must match the "
                     f"whole path. Received: paths=[({pattern[0]!r}, {pattern[1]!r})]"
                 )
-            return self._by_axes(pattern[1], variable, f"path {pattern[0]!r}")
-        axes = None if keras_variable is None else named_axes(keras_variable)
+            return self._from_axes(pattern[1], variable, f"path {pattern[0]!r}")
+        axes = None if owner is None else logical_axes(owner)
         if axes is not None:
-            return self._by_axes(axes, variable, f"axes {_names(axes)}")
+            return self._from_axes(axes, variable, f"axes {_names(axes)}")
         if variable.reference is not None:
-            weight = self.of(variable.reference)
+            weight = self.layout_for(variable.reference)
             specs = [
-                weight.layout.sharding_specs[dim] for dim in variable.reference_dims
+                weight.storage.sharding_specs[dim]
+                for dim in variable.reference_dims or ()
             ]
             rule = "replicated, as its weight"
             if any(spec != dtensor.UNSHARDED for spec in specs):
                 rule = "slot of its weight"
-            return Decision(dtensor.Layout(specs, self.mesh), rule)
+            return LayoutDecision(dtensor.Layout(specs, self.mesh), rule)
         size = int(np.prod(shape)) * variable.dtype.size
         if size > LARGE_BYTES and self.mesh.size > 1:
             self._large[name] = size
-        return Decision(dtensor.Layout.replicated(self.mesh, len(shape)), NO_RULE)
+        return LayoutDecision(dtensor.Layout.replicated(self.mesh, len(shape)), NO_RULE)
 
     def _is_factor_under(
-        self, pattern: tuple[str, tuple[str | None, ...]], variable: PlacedVariable
+        self, pattern: tuple[str, tuple[str | None, ...]], variable: MeshVariableBase
     ) -> bool:
         reference = variable.reference
         return (
@@ -175,9 +180,9 @@ class Layouts:
             and self.rules.path_axes(reference.path) == pattern
         )
 
-    def _by_axes(
-        self, axes: tuple[str | None, ...], variable: PlacedVariable, rule: str
-    ) -> Decision:
+    def _from_axes(
+        self, axes: tuple[str | None, ...], variable: MeshVariableBase, rule: str
+    ) -> LayoutDecision:
         shape, name = tuple(variable.shape), variable.path
         layout = self.rules.layout(axes, self.mesh, f"the weight {name!r}")
         stored, uneven = _storable(layout, shape)
@@ -186,9 +191,9 @@ class Layouts:
             if int(np.prod(shape)) * variable.dtype.size > LARGE_BYTES:
                 specs = layout.sharding_specs
                 self._uneven[name] = [(shape[d], specs[d]) for d in uneven]
-        return Decision(stored, rule)
+        return LayoutDecision(stored, rule)
 
-    def of_batch(self, shape: tf.TensorShape) -> dtensor.Layout:
+    def batch_layout(self, shape: tf.TensorShape) -> dtensor.Layout:
         """The layout of what enters or leaves a step: split by examples.
 
         The first dimension counts the examples; where it does not divide, every
@@ -197,19 +202,19 @@ class Layouts:
         axes = ["batch", *[None] * (shape.rank - 1)] if shape.rank else []
         return _storable(self.rules.layout(axes, self.mesh), tuple(shape))[0]
 
-    def complaints(self) -> list[str]:
-        """What looks forgotten: rules that matched nothing, large weights unruled."""
-        found = [
+    def warnings(self) -> list[str]:
+        """Likely mistakes: rules that matched nothing, large weights without a rule."""
+        messages = [
             f"The path pattern {pattern.pattern!r} matched no weight."
             for pattern, _ in self.rules.paths
             if pattern.pattern not in self._patterns_used
         ]
-        found += [
+        messages += [
             f"The rule {logical!r} -> {axis!r} matched no dimension of any weight or "
             "annotated tensor."
             for logical, axis in self.rules.unused()
         ]
-        found += [
+        messages += [
             f"No rule mentions the weight {name!r} ({size / 2**20:.1f} MiB): every "
             "device holds all of it. Name its axes or add a path pattern to AxisRules "
             "(an axis of None says that replicating it is meant)."
@@ -217,13 +222,13 @@ class Layouts:
         ]
         if self._uneven:
             name, sizes = next(iter(self._uneven.items()))
-            found.append(
+            messages.append(
                 "Large weights have a dimension that does not divide by its mesh axis, "
                 "and so are whole on every device along it. The first of "
                 f"{len(self._uneven)} is {name!r}: "
                 f"{' and '.join(self._fitting(*each) for each in sizes)}."
             )
-        return found
+        return messages
 
     def _fitting(self, size: int, axis: str) -> str:
         count = self.mesh.dim_size(axis)
@@ -232,15 +237,15 @@ class Layouts:
         return f"{size} over the {count} devices of {axis!r}, where {fitting} would do"
 
     def warn_once(self) -> None:
-        """Issues each complaint as a warning, the first time that it stands."""
-        for message in self.complaints():
+        """Issues each of `warnings()` once."""
+        for message in self.warnings():
             if message not in self._warned:
                 self._warned.add(message)
                 warnings.warn(message, stacklevel=2)
 
 
 def _storable(layout: dtensor.Layout, shape: tuple) -> tuple[dtensor.Layout, list[int]]:
-    """`layout`, whole along the dimensions that do not divide, and which those are.
+    """`layout`, whole along the dimensions that do not divide, and those dimensions.
 
     XLA's runtime takes only equal parts as arguments. (Inside a program, dimensions
     need not divide.)
@@ -264,7 +269,7 @@ def _names(axes: tuple[str | None, ...]) -> str:
 
 
 def _of_one_optimizer(
-    factor: PlacedVariable, slot: PlacedVariable, reference: PlacedVariable
+    factor: MeshVariableBase, slot: MeshVariableBase, reference: MeshVariableBase
 ) -> bool:
     """Whether `factor` may be of the same weight as `slot`, by its name alone."""
     if factor.keras_variable is None:
@@ -273,19 +278,3 @@ def _of_one_optimizer(
     scope, other = (each.path.rpartition("/")[0] for each in (factor, slot))
     # Keras 3: adafactor/dense_kernel_velocity; a factor says no more than adafactor.
     return slot.keras_variable is not None and scope == other
-
-
-def keras_variable_being_made() -> keras.Variable | None:
-    """The Keras variable for which TensorFlow is making one now, or None."""
-    # Keras gives `tf.Variable` neither the path of the variable nor itself, so look
-    # up the stack for the `keras.Variable` whose value is being made. (A few frames:
-    # TensorFlow's chain of creators lies between.)
-    frame = inspect.currentframe()
-    for _ in range(40):
-        frame = frame.f_back
-        if frame is None:
-            return None
-        owner = frame.f_locals.get("self")
-        if isinstance(owner, keras.Variable):
-            return owner
-    return None

@@ -12,25 +12,19 @@ from typing import Any
 
 import keras
 import tensorflow as tf
-
-# Private API: whether Keras is inferring shapes. On an upgrade, check that
-# `compute_output_spec` of the TensorFlow backend still enters a `SymbolicScope`.
-from keras.src.backend.common.symbolic_scope import in_symbolic_scope
 from tensorflow.experimental import dtensor
 
-# Private API: how a variable tells gradient tapes that it is being read; its public
-# form is in the resource variable itself. On an upgrade, check that tapes still watch
-# the attribute `handle` of what is passed.
-from tensorflow.python.eager import tape
-
+from gshard_tf.compat.keras_models import in_symbolic_scope
+from gshard_tf.compat.keras_variables import current_variable, known_shape
 from gshard_tf.compat.tf_gradients import with_dense_gradient
+from gshard_tf.compat.tf_variables import ResourceVariableLike, notify_tapes
 from gshard_tf.sharding.rules import AxisRules
-from gshard_tf.sharding.sharded_variable import PlacedVariable
-from gshard_tf.sharding.variable_layouts import keras_variable_being_made
-from gshard_tf.spmd.base import MeshExtended
+from gshard_tf.sharding.sharded_variable import MeshVariableBase
+from gshard_tf.spmd import lowering
+from gshard_tf.spmd.base import MeshExtended, MeshStrategy
 
 
-class AbstractVariable(PlacedVariable, tf.Variable):
+class AbstractVariable(ResourceVariableLike, MeshVariableBase, tf.Variable):
     """A `tf.Variable` that holds no value.
 
     Args:
@@ -39,9 +33,6 @@ class AbstractVariable(PlacedVariable, tf.Variable):
         name: Its TensorFlow name.
         trainable: As in `tf.Variable`.
     """
-
-    # What tapes and optimizers look for in a variable.
-    _should_act_as_resource_variable = True
 
     def __init__(
         self, shape: tf.TensorShape, dtype: tf.DType, name: str, trainable: bool
@@ -83,7 +74,7 @@ class AbstractVariable(PlacedVariable, tf.Variable):
     def value(self) -> tf.Tensor:
         if self._tensor is not None and not in_symbolic_scope():
             # Tapes watch the handle, from which what follows is made.
-            tape.variable_accessed(self)
+            notify_tapes(self)
             tensor = self._tensor
             return with_dense_gradient(lambda: tf.identity(tensor), "Identity", tensor)
         return tf.identity(self.handle)
@@ -166,14 +157,6 @@ class AbstractVariable(PlacedVariable, tf.Variable):
         return ""
 
     @property
-    def _unique_id(self) -> str:
-        return f"{self._name}-{id(self)}"
-
-    @property
-    def _shared_name(self) -> str:
-        return self._name
-
-    @property
     def synchronization(self) -> tf.VariableSynchronization:
         return tf.VariableSynchronization.AUTO
 
@@ -185,7 +168,7 @@ class AbstractVariable(PlacedVariable, tf.Variable):
         return f"<AbstractVariable {self.path!r} {self._shape} {self._dtype.name}>"
 
 
-class AbstractStrategy(tf.distribute.Strategy):
+class AbstractStrategy(MeshStrategy, tf.distribute.Strategy):
     """Builds models without memory, for a mesh that need not exist.
 
     Args:
@@ -209,7 +192,7 @@ class AbstractExtended(MeshExtended):
         super().__init__(container, mesh, rules)
         self.variables: list[AbstractVariable] = []
 
-    def make_variable(
+    def create_variable(
         self,
         initial_value: Any = None,
         dtype: Any = None,
@@ -219,18 +202,18 @@ class AbstractExtended(MeshExtended):
         **unused: Any,
     ) -> AbstractVariable:
         del unused  # what concerns values and replicas
-        keras_variable = keras_variable_being_made()
+        keras_variable = current_variable()
         if shape is not None:
             shape = tf.TensorShape(shape)
         elif callable(initial_value) and keras_variable is not None:
-            shape = tf.TensorShape(keras_variable._shape)
+            shape = known_shape(keras_variable)
         else:
             # A graph that never runs: nothing is computed.
             with tf.__internal__.FuncGraph("initial_value").as_default():
                 value = initial_value() if callable(initial_value) else initial_value
                 value = tf.convert_to_tensor(value, dtype)
             shape, dtype = value.shape, value.dtype
-        if dtype is None:
+        if dtype is None and keras_variable is not None:
             dtype = keras_variable.dtype
         variable = AbstractVariable(
             shape, tf.as_dtype(dtype), name or "Variable", trainable is not False
@@ -238,7 +221,7 @@ class AbstractExtended(MeshExtended):
         self.variables.append(variable)
         return variable
 
-    def is_ours(self, value: Any) -> bool:
+    def owns(self, value: Any) -> bool:
         return isinstance(value, AbstractVariable)
 
 
@@ -270,3 +253,51 @@ def standing_for(
 def is_abstract(model: keras.Model) -> bool:
     """Whether a model was built in the scope of an `AbstractStrategy`."""
     return any(isinstance(v.value, AbstractVariable) for v in model.variables)
+
+
+def lower_abstract(
+    extended: AbstractExtended, fn: Callable[..., Any], arguments: Any
+) -> lowering.LoweredStep:
+    """Traces `fn(*arguments)` and lowers it.
+
+    Args:
+        extended: Of the strategy in whose scope the variables were made.
+        fn: The step, `model.train_step` say.
+        arguments: A nest of `tf.TensorSpec` of static shapes.
+
+    Returns:
+        The step, whose captures are all the variables of the strategy, then constants.
+    """
+    specs = tf.nest.flatten(arguments)
+    variables = list(extended.variables)
+    state = [tf.TensorSpec(v.shape, v.dtype) for v in variables]
+    updates: list[int] = []
+
+    def step(*tensors):
+        inputs, values = tensors[: len(specs)], tensors[len(specs) :]
+        with standing_for(variables, list(values)) as traced:
+            outputs = extended.run_step(
+                fn, tf.nest.pack_sequence_as(arguments, list(inputs)), {}
+            )
+            # While they still stand for tensors: outputs may hold variables.
+            outputs = lowering.as_results(outputs)
+        updates[:] = sorted(traced.assigned)
+        return outputs, [traced.assigned[i] for i in updates]
+
+    function, structure = lowering.trace(step, [*specs, *state])
+    created = len(extended.variables) - len(variables)
+    if created:
+        raise ValueError(
+            f"The step makes {created} variables when it is traced, such as "
+            f"{extended.variables[-1].path!r}. Build the model, its optimizer and its "
+            "metrics completely in the function that makes it."
+        )
+    lowered = lowering.lower(function, structure)
+    return dataclasses.replace(
+        lowered,
+        inputs=lowered.inputs[: len(specs)],
+        captures=[*variables, *lowered.captures],
+        num_outputs=lowered.num_outputs - len(updates),
+        updates=updates,
+        structure=structure[0],
+    )

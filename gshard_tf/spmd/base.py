@@ -1,4 +1,8 @@
-"""What the strategies of a mesh have in common: layouts, and steps with annotations."""
+"""Strategies on a mesh: the public mixin, and the extended half that two of them share.
+
+`SpmdStrategy` and `AbstractStrategy` extend `MeshExtended`. `tpu_strategy` extends
+TensorFlow's own half, and shares the mixin.
+"""
 
 import threading
 from collections.abc import Callable
@@ -8,19 +12,74 @@ import keras
 import tensorflow as tf
 from tensorflow.experimental import dtensor
 
-# Private API: the extended half of OneDeviceStrategy, which feeds one global batch to
-# one replica, as we do. On an upgrade, check `_create_variable` and
-# `_call_for_each_replica`.
-from tensorflow.python.distribute import one_device_strategy
-
+from gshard_tf.compat.keras_variables import backend_variable
+from gshard_tf.compat.tf_distribute import OneDeviceExtended
+from gshard_tf.sharding.layout_report import LayoutReport, describe
 from gshard_tf.sharding.mesh import use_mesh
 from gshard_tf.sharding.rules import AxisRules
-from gshard_tf.sharding.sharded_variable import PlacedVariable
-from gshard_tf.sharding.variable_layouts import Layouts
+from gshard_tf.sharding.sharded_variable import MeshVariableBase
+from gshard_tf.sharding.variable_layouts import VariableLayouts
 
 
-class MeshExtended(one_device_strategy.OneDeviceExtended):
-    """What `tf.distribute` asks of a strategy of a mesh behind its public face.
+class MeshStrategy:
+    """Mixin with `mesh`, `rules`, `layout()` and `describe()` for a strategy on a mesh.
+
+    Its `extended` has `mesh`, `layouts`, and `owns(value)`, which says whether a
+    variable is one of its own.
+    """
+
+    extended: Any
+    # Appended to the error for a variable that the strategy does not own.
+    unowned_hint = ""
+
+    @property
+    def mesh(self) -> dtensor.Mesh:
+        """The devices of one replica."""
+        return self.extended.mesh
+
+    @property
+    def rules(self) -> AxisRules:
+        """The rules that turn logical axes into axes of the mesh."""
+        return self.extended.layouts.rules
+
+    def layout(self, variable: tf.Variable | keras.Variable) -> dtensor.Layout:
+        """The layout in which a variable of this strategy is stored."""
+        return self.extended.layouts.layout_for(owned(variable, self)).storage
+
+    def describe(self, model: keras.Model) -> LayoutReport:
+        """How each weight and optimizer slot of a built model is stored, and why.
+
+        Returns:
+            A `LayoutReport`; `print` it for a table.
+        """
+        return describe(
+            model, self.extended.layouts, lambda variable: owned(variable, self)
+        )
+
+
+def owned(variable: tf.Variable | keras.Variable, strategy: MeshStrategy) -> Any:
+    """Returns the strategy's own variable behind a Keras one.
+
+    Raises:
+        ValueError: for a variable that the strategy did not create.
+    """
+    value = backend_variable(variable)
+    if not strategy.extended.owns(value):
+        name = getattr(variable, "path", getattr(variable, "name", variable))
+        raise ValueError(
+            f"The variable {name!r} was not made inside this "
+            f"{type(strategy).__name__}'s scope, so it does not live on its mesh. Make "
+            "the model, and compile it, inside `with strategy.scope():`."
+            f"{strategy.unowned_hint}"
+        )
+    return value
+
+
+class MeshExtended(OneDeviceExtended):
+    """`StrategyExtended` of a strategy on a mesh.
+
+    It creates variables, assigns their layouts, and enables annotations while a step
+    is traced.
 
     Args:
         container: The strategy.
@@ -43,15 +102,20 @@ class MeshExtended(one_device_strategy.OneDeviceExtended):
         rules.check(mesh)
         super().__init__(container, "/cpu:0")
         self.mesh = mesh
-        self.layouts = Layouts(mesh, rules)
+        self.layouts = VariableLayouts(mesh, rules)
         self._tracing = _Tracing()
 
-    def make_variable(self, **kwargs: Any) -> PlacedVariable:
+    @property
+    def strategy(self) -> Any:
+        """The strategy."""
+        return self._container_strategy()
+
+    def create_variable(self, **kwargs: Any) -> MeshVariableBase:
         """A variable of the strategy's own kind, by the arguments of `tf.Variable`."""
         raise NotImplementedError
 
-    def is_ours(self, value: Any) -> bool:
-        """Whether `make_variable` made it."""
+    def owns(self, value: Any) -> bool:
+        """Whether `create_variable` made it."""
         raise NotImplementedError
 
     def _create_variable(self, next_creator: Callable, **kwargs: Any) -> Any:
@@ -65,32 +129,19 @@ class MeshExtended(one_device_strategy.OneDeviceExtended):
         ):
             kwargs.pop(unused, None)
         with tf.device(self._device):
-            variable = self.make_variable(**kwargs)
-        self.layouts.note_created(variable, reference)
+            variable = self.create_variable(**kwargs)
+        self.layouts.register(variable, reference)
         return variable
 
-    def ours(self, variable: tf.Variable | keras.Variable) -> Any:
-        """The variable itself; raises `ValueError` for one that is not ours."""
-        value = variable.value if isinstance(variable, keras.Variable) else variable
-        if not self.is_ours(value):
-            name = getattr(variable, "path", getattr(variable, "name", variable))
-            raise ValueError(
-                f"The variable {name!r} was not made inside this "
-                f"{type(self._container_strategy()).__name__}'s scope, so it does not "
-                "live on its mesh. Make the model, and compile it, inside "
-                "`with strategy.scope():`."
-            )
-        return value
-
     def _validate_colocate_with_variable(self, colocate_with_variable: Any) -> None:
-        self.ours(colocate_with_variable)
+        owned(colocate_with_variable, self.strategy)
 
     @property
     def is_tracing(self) -> bool:
         """Whether this thread is tracing a step."""
         return self._tracing.depth > 0
 
-    def call_fn(self, fn: Callable, args: tuple, kwargs: dict) -> Any:
+    def run_step(self, fn: Callable, args: tuple, kwargs: dict) -> Any:
         """Calls `fn` as the step of the only replica, with annotations switched on."""
         self._tracing.depth += 1
         try:

@@ -25,7 +25,7 @@ class BorrowedVariable:
     """
 
     #: It never stays on the devices.
-    device_value = None
+    device_copy = None
 
     def __init__(self, variable: tf.Variable, to_host: Callable[[Any], np.ndarray]):
         self.variable = variable
@@ -40,11 +40,11 @@ class BorrowedVariable:
         with tf.init_scope():
             return self.variable.numpy()
 
-    def take_device_value(self, upload: Callable[[np.ndarray], Any]) -> Any:
+    def device_value(self, upload: Callable[[np.ndarray], Any]) -> Any:
         """Its value now, on the devices."""
         return upload(self.numpy())
 
-    def set_device_value(self, value: Any) -> None:
+    def set_device_copy(self, value: Any) -> None:
         """Gives the variable what a step made of it, at once."""
         with tf.init_scope():
             self.variable.assign(self._to_host(value))

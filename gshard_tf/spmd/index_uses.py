@@ -98,22 +98,25 @@ def index_uses(function: Any, captures: Sequence[Any]) -> list[IndexUse]:
     """
     first = len(function.graph.inputs) - len(captures)
     variables = {first + i: value for i, value in enumerate(captures)}
-    reader, found = _Reader(), []
+    reader, uses = _Reader(), []
     for operation, frame in _operations(_Frame(function.graph)):
-        tensor, sizes = _taken(operation, frame, variables)
-        source = None if tensor is None or None in sizes else reader.read(tensor, frame)
+        tensor, shape = _taken(operation, frame, variables)
+        sizes = tuple(size for size in shape if size is not None)
+        if tensor is None or len(sizes) < len(shape):
+            continue
+        source = reader.read(tensor, frame)
         places = _places(source)
-        if places and not places & variables.keys():
-            found.append(
+        if source is not None and places and not places & variables.keys():
+            uses.append(
                 IndexUse(
                     _where(operation, frame, variables),
-                    tuple(sizes),
+                    sizes,
                     tuple(sorted(places)),
                     operation.type == _CROSS_ENTROPY,
                     source,
                 )
             )
-    return found
+    return uses
 
 
 class _Frame:
@@ -129,7 +132,7 @@ class _Frame:
         self.call = call
         self.outer = outer
         self.scopes: list[str] = []
-        if call is not None:
+        if call is not None and outer is not None:
             self.scopes = [*outer.scopes, *call.name.split("/")]
         self._places = {tensor.name: i for i, tensor in enumerate(graph.inputs)}
 
@@ -139,7 +142,7 @@ class _Frame:
         None for what is no input.
         """
         place = self._places.get(tensor.name)
-        if place is None or self.call is None:
+        if place is None or self.call is None or self.outer is None:
             return place
         return self.call.inputs[place], self.outer
 
@@ -178,7 +181,7 @@ def _taken(
         if components:
             return inputs[1], list(inputs[0].shape[:components])
     if kind == "ResourceGather":
-        table = variables.get(_input_behind(inputs[0], frame))
+        table = _variable_behind(inputs[0], frame, variables)
         if table is not None:
             return inputs[1], [table.shape[0]]
     return None, []
@@ -189,18 +192,20 @@ def _where(operation: tf.Operation, frame: _Frame, variables: dict[int, Any]) ->
     scope = "/".join(s for s in scopes if s != _CROSS_ENTROPY)
     if operation.type == _CROSS_ENTROPY:
         return f"The cross-entropy {scope!r}" if scope else "A cross-entropy of labels"
-    table = variables.get(_input_behind(operation.inputs[0], frame))
+    table = _variable_behind(operation.inputs[0], frame, variables)
     path = getattr(table, "path", None)
     of = "" if path is None else f" of {path!r}"
     return f"The look-up{of}" + (f" in {scope!r}" if scope else "")
 
 
-def _input_behind(tensor: tf.Tensor, frame: _Frame) -> int | None:
-    """The place of the input that a tensor is, if it is only read and cast."""
+def _variable_behind(
+    tensor: tf.Tensor, frame: _Frame, variables: dict[int, Any]
+) -> Any:
+    """The variable that a tensor is, if it is only read and cast; else None."""
     while True:
         outside = frame.outside(tensor)
         if isinstance(outside, int):
-            return outside
+            return variables.get(outside)
         if outside is not None:
             tensor, frame = outside
         elif tensor.op.type in _VARIABLE_READS:

@@ -5,6 +5,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from gshard_tf.compat.keras_models import build_symbolically, infer_outputs
+
 MODES = {"train": "train_step", "evaluate": "test_step", "predict": "predict_step"}
 
 
@@ -63,28 +65,39 @@ def complete(model: keras.Model, specs: Any, mode: str) -> None:
     x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(symbolic)
     if mode == "predict":
         if not model.built:
-            keras.backend.compute_output_spec(model, x, training=False)
+            infer_outputs(model, x)
         return
-    # Private API: what `fit` calls before it traces a step; a model's own train_step
-    # does not. On an upgrade, check that it still builds model, loss and metrics.
-    model._symbolic_build(data_batch=(x, y, sample_weight))
+    build_symbolically(model, (x, y, sample_weight))
     # A model with a train_step of its own may have none, or several elsewhere.
     optimizer = model.optimizer
     if mode == "train" and optimizer is not None and not optimizer.built:
         optimizer.build(model.trainable_variables)
 
 
-def roles_of(model: keras.Model) -> dict[int, str]:
-    """What each variable of a model is for, by the `id` of its `value`.
+def variable_roles(model: keras.Model) -> dict[int, str]:
+    """The role of each variable of a model, by the `id` of its `value`.
 
-    "weight" (trainable), "metric" (what Keras resets at each epoch, in layers too),
-    "optimizer", or "other" (frozen weights, statistics, seeds).
+    "weight" (trainable), "frozen" (floating, and neither a metric's nor a seed),
+    "metric" (reset by Keras at each epoch, in layers too), "optimizer", or "other".
     """
     optimizer = getattr(model, "optimizer", None)
-    kinds = {
+    by_role = {
         "other": model.variables,
+        "frozen": [v for v in model.non_trainable_variables if _is_frozen_weight(v)],
         "optimizer": [] if optimizer is None else optimizer.variables,
         "weight": model.trainable_variables,
         "metric": model.metrics_variables,
     }
-    return {id(v.value): role for role, those in kinds.items() for v in those}
+    return {
+        id(variable.value): role
+        for role, variables in by_role.items()
+        for variable in variables
+    }
+
+
+def _is_frozen_weight(variable: keras.Variable) -> bool:
+    return (
+        variable.dtype.startswith(("float", "bfloat"))
+        and "metrics" not in variable.path
+        and "seed" not in variable.path
+    )

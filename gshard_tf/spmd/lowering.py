@@ -5,23 +5,18 @@ table then says which result is the new value of which variable, so nothing has 
 be rewritten or made stateless.
 """
 
-import contextlib
 import dataclasses
 import numbers
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
 import numpy as np
 import tensorflow as tf
-from tensorflow.compiler.xla import xla_data_pb2
-from tensorflow.compiler.xla.service import hlo_pb2
 
-# Private API: the public `experimental_get_compiler_ir` traces again, and in another
-# context. On an upgrade, check that parameters are still the arguments followed by
-# the captures, and results the outputs followed by the updated variables.
-from tensorflow.python.eager.polymorphic_function import compiler_ir
-
+from gshard_tf.compat.tf_compiler import lower_to_hlo
+from gshard_tf.compat.tf_graphs import hidden_from_outer_graphs
+from gshard_tf.compat.xla_protos import hlo_pb2, xla_data_pb2
 from gshard_tf.hlo.rewrites.recomputed_maxima import compute_compared_maxima_once
 from gshard_tf.hlo.rewrites.recomputed_rounding import compute_rounding_once
 from gshard_tf.spmd.stateful_random import warn_of_stateful_random
@@ -96,7 +91,10 @@ def trace(
         )
         return [tf.convert_to_tensor(leaf) for leaf in flat if _is_result(leaf)]
 
-    with raw_handles(), _unwatched_outside():
+    # A graph around it holds only a call of the step's program: it neither reads nor
+    # writes the variables, and taking it for a reader would bring the whole state to
+    # the host after every step.
+    with raw_handles(), hidden_from_outer_graphs():
         function = tf.function(
             step, jit_compile=jit_compile, autograph=False
         ).get_concrete_function(*specs)
@@ -119,31 +117,6 @@ def as_results(outputs: Any) -> Any:
     )
 
 
-@contextlib.contextmanager
-def _unwatched_outside() -> Iterator[None]:
-    """Keeps the variables of a step out of the graphs around it.
-
-    TensorFlow notes every variable that a function uses in all the graphs around it,
-    and touches it again when they are called. But those graphs hold only a call of
-    the step's program: they neither read nor write its variables, and taking them
-    for readers would bring the whole state to the host after every step.
-    """
-    # Private API: there is no public way to trace a function inside another one and
-    # keep their variables apart. On an upgrade, check `FuncGraph.watch_variable`.
-    graphs = []
-    graph = tf.compat.v1.get_default_graph()
-    while graph is not None and graph.building_function:
-        graphs.append((graph._watched_variables, list(graph._watched_variables)))
-        graph = graph.outer_graph
-    try:
-        yield
-    finally:
-        for watched, before in graphs:
-            watched.clear()
-            for variable in before:
-                watched.add(variable)
-
-
 def pack(structure: Any, outputs: Sequence[Any]) -> Any:
     """Puts `outputs` where `structure` has leaves."""
     values = iter(outputs)
@@ -158,7 +131,7 @@ def captured(function: Any) -> list[Any]:
     with raw_handles():
         for variable in function.graph.variables:
             variables[id(variable.handle)] = variable
-    found = []
+    values = []
     for tensor in function.captured_inputs:
         if tensor.dtype != tf.resource:
             if not isinstance(tensor, tf.__internal__.EagerTensor):
@@ -167,18 +140,18 @@ def captured(function: Any) -> list[Any]:
                     "part of its program. Pass it as an argument of `strategy.run`. "
                     f"Received: {tensor}"
                 )
-            found.append(tensor)
+            values.append(tensor)
         elif id(tensor) in variables:
-            found.append(variables[id(tensor)])
+            values.append(variables[id(tensor)])
         elif (variable := variable_of(tensor)) is not None:
-            found.append(variable)
+            values.append(variable)
         else:
             raise ValueError(
                 "The step uses a resource that is no variable (a lookup table, an "
                 "iterator or a summary writer, say), which XLA cannot compile. Move it "
                 f"into the tf.data pipeline or a callback. Received: {tensor}"
             )
-    return found
+    return values
 
 
 def lower(function: Any, structure: Any) -> LoweredStep:
@@ -188,18 +161,14 @@ def lower(function: Any, structure: Any) -> LoweredStep:
         tf.TensorSpec(spec.shape, spec.dtype)
         for spec in tf.nest.flatten(function.structured_input_signature)
     ]
-    with tf.init_scope():
-        generate = compiler_ir.from_concrete_function(function)
-        # HLO is lowered for the CPU whatever it is compiled for: a TensorFlow without
-        # that platform could not lower it otherwise, and the module is the same.
-        try:
-            hlo = generate(stage="hlo_serialized", platform_name="CPU")
-        except ValueError as error:
-            raise ValueError(
-                "The step uses an operation that XLA cannot compile, on strings or a "
-                "Python function, say. Move it into the input pipeline or a callback. "
-                f"XLA says: {error}"
-            ) from error
+    try:
+        hlo = lower_to_hlo(function)
+    except ValueError as error:
+        raise ValueError(
+            "The step uses an operation that XLA cannot compile, on strings or a "
+            "Python function, say. Move it into the input pipeline or a callback. "
+            f"XLA says: {error}"
+        ) from error
     proto = hlo_pb2.HloModuleProto.FromString(hlo)
     _check_static(proto)
     warn_of_stateful_random(proto)
@@ -248,13 +217,13 @@ def _without_copies(proto: hlo_pb2.HloModuleProto) -> bool:
     TensorFlow's bridge copies a variable that is returned as it is. StableHLO has no
     copy, and the TPU compiler takes StableHLO only.
     """
-    found = False
+    is_changed = False
     for computation in proto.computations:
         for instruction in computation.instructions:
             if instruction.opcode == "copy":
                 instruction.opcode = "convert"
-                found = True
-    return found
+                is_changed = True
+    return is_changed
 
 
 def _check_static(proto: hlo_pb2.HloModuleProto) -> None:

@@ -1,36 +1,36 @@
-"""Variables whose value lives on the mesh while training runs.
+"""Variables whose value stays on the mesh while training runs.
 
-A `MeshVariable` is an ordinary TensorFlow resource variable with a second home: the
-devices of a mesh. The two are kept coherent as caches are: one is fresh, or both
-are, and whoever touches the stale one brings it up to date first. So a step finds
-its state on the devices, and nobody (a callback, a checkpoint, `get_weights`, a
-function of the user's own) ever sees an old value.
+A `MeshVariable` is an ordinary TensorFlow resource variable, the host copy, with a
+second copy on the devices of a mesh. The two are kept coherent as caches are: one is
+current, or both are, and every reader or writer of a stale one updates it first. So a
+step finds its state on the devices, and no reader (a callback, a checkpoint,
+`get_weights`, a function of the user's own) ever sees an old value.
 """
 
 import contextlib
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
+from tensorflow.experimental import dtensor
 
-# Private API: whether Keras is inferring shapes. On an upgrade, check that
-# `compute_output_spec` of the TensorFlow backend still enters a `SymbolicScope`.
-from keras.src.backend.common.symbolic_scope import in_symbolic_scope
-
-# Private APIs: the class of `tf.Variable`'s instances, and its raw operations. All
-# of its methods reach the resource through the property `handle`, and C++ through
-# `_handle`; on an upgrade, check that this still holds and that reads still pass
-# through `_read_variable_op` or `_handle`.
-from tensorflow.python.eager import context
-from tensorflow.python.ops import gen_resource_variable_ops, resource_variable_ops
-
+from gshard_tf.compat.keras_models import in_symbolic_scope
 from gshard_tf.compat.tensorflow import out_of_graphs
 from gshard_tf.compat.tf_gradients import with_dense_gradient
-from gshard_tf.sharding.regions import Region, own_pieces, splits
-from gshard_tf.sharding.sharded_variable import InPieces
+from gshard_tf.compat.tf_variables import ResourceVariable
+from gshard_tf.runtime.device_arrays import (
+    Placement,
+    addressable_shards,
+    assemble,
+    named_sharding,
+)
+from gshard_tf.sharding.partition_spec import PartitionSpec, spec_of
+from gshard_tf.sharding.regions import Region
+from gshard_tf.sharding.sharded_variable import ShardedVariable
+from gshard_tf.sharding.variable_layouts import VariableLayouts
 
 
 class _Raw(threading.local):
@@ -42,7 +42,7 @@ _RAW = _Raw()
 
 @contextlib.contextmanager
 def raw_handles() -> Iterator[None]:
-    """Inside it, `handle` is the bare resource: for reads and for tracing a step."""
+    """Makes `handle` the bare resource: for reads and for tracing a step."""
     _RAW.depth += 1
     try:
         yield
@@ -50,58 +50,78 @@ def raw_handles() -> Iterator[None]:
         _RAW.depth -= 1
 
 
-class Residence(Protocol):
-    """Moves a variable's value between the host and the devices of a mesh."""
+class VariableTransfer:
+    """Moves values of variables between the host and the devices, one user at a time.
 
-    lock: Any
+    Args:
+        placement: The devices.
+        layouts: The layouts of the variables.
 
-    def to_host(self, device_value: Any) -> np.ndarray: ...
+    Attributes:
+        lock: Held by the user of the variables: a step, or a reader.
+        mesh: The mesh of the devices.
+    """
 
-    def layout(self, variable: Any) -> tf.experimental.dtensor.Layout: ...
+    def __init__(self, placement: Placement, layouts: VariableLayouts):
+        self.lock = threading.RLock()
+        self.mesh = placement.mesh
+        self.to_host = placement.get
+        self._placement = placement
+        self._layouts = layouts
 
-    def assemble(self, variable: Any, read: Callable[[Region], np.ndarray]) -> Any: ...
+    def layout(self, variable: "MeshVariable") -> dtensor.Layout:
+        """The layout in which a variable is stored."""
+        return self._layouts.layout_for(variable).storage
+
+    def assemble(
+        self, variable: "MeshVariable", read: Callable[[Region], np.ndarray]
+    ) -> Any:
+        """A device copy of a variable, whose regions come from `read`."""
+        sharding = named_sharding(self.layout(variable), self._placement.jax_mesh)
+        return assemble(tuple(variable.shape), sharding, read)
 
 
-class MeshVariable(InPieces, resource_variable_ops.ResourceVariable):
+class MeshVariable(ShardedVariable, ResourceVariable):
     """A `tf.Variable` that a strategy keeps on its mesh."""
 
-    residence: Residence | None = None
-    _device_value: Any = None
-    _host_is_fresh: bool = True
-    _foreign_graphs: weakref.WeakSet | None = None
+    # The strategy sets it once the variable is created.
+    transfer: VariableTransfer = None  # type: ignore[assignment]  # until then
+    _device_copy: Any = None
+    _host_is_current: bool = True
+    _reader_graphs: weakref.WeakSet | None = None
     _resource: tf.Tensor
 
-    # -- the two homes ---------------------------------------------------------
+    # -- host copy and device copy ---------------------------------------------
 
     @property
     def handle(self) -> tf.Tensor:
-        if self.residence is None or _RAW.depth:
+        if self.transfer is None or _RAW.depth:
             return self._resource
-        with self.residence.lock:
-            self._refresh_host()
+        with self.transfer.lock:
+            self._sync_host()
             if in_symbolic_scope():
                 # Keras infers shapes in a graph that never runs (and never dies).
                 return self._resource
-            # Whoever holds the handle may write, now or (from a graph) later.
-            self._device_value = None
-            if not context.executing_eagerly():
-                self._note_foreign_graph()
+            # The holder of the handle may write, now or (from a graph) later.
+            self._device_copy = None
+            if not tf.executing_eagerly():
+                self._register_reader_graph()
         return self._resource
 
-    def take_device_value(self, upload: Any) -> Any:
-        """The value on the devices, brought there by `upload(array)` if need be."""
-        if self._device_value is None or self._has_foreign_graphs():
+    def device_value(self, upload: Any) -> Any:
+        """The value on the devices, which `upload(array)` copies there if need be."""
+        if self._device_copy is None or self._has_reader_graphs():
             with raw_handles():
                 # `.numpy()` copies, so nothing on a device aliases TensorFlow's
                 # buffer.
                 value = super().numpy()
-            self._device_value = upload(value)
+            self._device_copy = upload(value)
         self._check_not_lost()
-        return self._device_value
+        return self._device_copy
 
     def _is_lost(self) -> bool:
         # A step that fails half-way has used up its donated arguments.
-        return self._device_value is not None and self._device_value.is_deleted()
+        return self._device_copy is not None and self._device_copy.is_deleted()
 
     def _check_not_lost(self) -> None:
         if self._is_lost():
@@ -110,83 +130,84 @@ class MeshVariable(InPieces, resource_variable_ops.ResourceVariable):
                 "Assign the variables anew, from a checkpoint, say."
             )
 
-    def set_device_value(self, value: Any) -> None:
-        """What a step made of it; the host's copy is stale from now on."""
-        self._device_value = value
-        self._host_is_fresh = False
-        if self._has_foreign_graphs():
-            # A function of somebody else's reads the resource without asking us.
-            self._refresh_host()
+    def set_device_copy(self, value: Any) -> None:
+        """Replaces the device copy by a step's result; the host copy is stale then."""
+        self._device_copy = value
+        self._host_is_current = False
+        if self._has_reader_graphs():
+            # A function of the user's reads the resource directly.
+            self._sync_host()
 
     @property
-    def device_value(self) -> Any:
-        """The value on the devices, or None if it is not there."""
-        return self._device_value
+    def device_copy(self) -> Any:
+        """The value on the devices, or None if only the host has it."""
+        return self._device_copy
 
-    def own_pieces(self) -> list[tuple[Region, np.ndarray]] | None:
-        if self._device_value is None:
+    def addressable_shards(self) -> list[tuple[Region, np.ndarray]] | None:
+        if self._device_copy is None:
             return None
         self._check_not_lost()
-        return list(own_pieces(self._device_value))
+        return list(addressable_shards(self._device_copy))
 
-    def pieces_held(self) -> contextlib.AbstractContextManager:
-        return self.residence.lock
+    def hold_shards(self) -> contextlib.AbstractContextManager:
+        return self.transfer.lock
 
-    def load(self, read: Callable[[Region], np.ndarray]) -> Callable[[], None]:
-        # Nothing of it passes through the host's copy, which is stale from then on.
-        value = self.residence.assemble(self, read)
+    def stage(self, read: Callable[[Region], np.ndarray]) -> Callable[[], None]:
+        # Nothing of it passes through the host copy, which is stale from then on.
+        value = self.transfer.assemble(self, read)
 
-        def become() -> None:
-            with self.residence.lock:
-                self.set_device_value(value)
+        def commit() -> None:
+            with self.transfer.lock:
+                self.set_device_copy(value)
 
-        return become
+        return commit
 
-    def splits(self) -> list[str | None]:
-        return splits(self.residence.layout(self))
+    def partition_spec(self) -> PartitionSpec:
+        return spec_of(self.transfer.layout(self))
 
     @property
     def mesh(self) -> tf.experimental.dtensor.Mesh:
-        """The mesh that it lives on."""
-        return self.residence.mesh
+        """The mesh of the device copy."""
+        return self.transfer.mesh
 
-    def _refresh_host(self) -> None:
-        if not self._host_is_fresh:
+    def _sync_host(self) -> None:
+        if not self._host_is_current:
             self._check_not_lost()
-            value = self.residence.to_host(self._device_value)
+            value = self.transfer.to_host(self._device_copy)
             # A reader may be building a graph of any kind: a function's, or the plain
             # one of a SavedModel.
             with out_of_graphs():
-                gen_resource_variable_ops.assign_variable_op(
-                    self._resource, tf.constant(value, dtype=self._dtype)
+                tf.raw_ops.AssignVariableOp(
+                    resource=self._resource,
+                    value=tf.constant(value, dtype=self._dtype),
                 )
-            self._host_is_fresh = True
+            self._host_is_current = True
 
-    def _note_foreign_graph(self) -> None:
-        if self._foreign_graphs is None:
-            self._foreign_graphs = weakref.WeakSet()
+    def _register_reader_graph(self) -> None:
+        if self._reader_graphs is None:
+            self._reader_graphs = weakref.WeakSet()
         graph = tf.compat.v1.get_default_graph()
         # The graph of a `tf.cond` branch dies once it is built; its outer graph lives
         # for as long as the function that can run it.
         while graph is not None:
-            self._foreign_graphs.add(graph)
+            self._reader_graphs.add(graph)
             graph = getattr(graph, "outer_graph", None)
             if graph is None or not graph.building_function:
                 break
 
-    def _has_foreign_graphs(self) -> bool:
-        return bool(self._foreign_graphs)
+    def _has_reader_graphs(self) -> bool:
+        return bool(self._reader_graphs)
 
-    # -- reading does not make the devices' copy stale ---------------------------
+    # -- reading does not make the device copy stale ---------------------------
 
     @property
     def _handle(self) -> tf.Tensor:
         # TensorFlow's eager operations read a variable that is their input from C++,
         # by way of this attribute and no method.
-        if self.residence is not None and not _RAW.depth:
-            if context.executing_eagerly():
-                with self.residence.lock:
-                    self._refresh_host()
+        if self.transfer is not None and not _RAW.depth:
+            if tf.executing_eagerly():
+                with self.transfer.lock:
+                    self._sync_host()
         return self._resource
 
     @_handle.setter
@@ -202,10 +223,10 @@ class MeshVariable(InPieces, resource_variable_ops.ResourceVariable):
                 "ReadVariableOp",
                 self.handle,
             )
-        if self.residence is None or _RAW.depth or not context.executing_eagerly():
+        if self.transfer is None or _RAW.depth or not tf.executing_eagerly():
             return super()._read_variable_op(no_copy)
-        with self.residence.lock:
-            self._refresh_host()
+        with self.transfer.lock:
+            self._sync_host()
             with raw_handles():
                 return super()._read_variable_op(no_copy)
 
@@ -223,25 +244,23 @@ class MeshVariable(InPieces, resource_variable_ops.ResourceVariable):
 
     def _is_read_by_step(self) -> bool:
         return (
-            self.residence is not None
-            and _RAW.depth > 0
-            and not context.executing_eagerly()
+            self.transfer is not None and _RAW.depth > 0 and not tf.executing_eagerly()
         )
 
     # -- a new value needs no old one ----------------------------------------------
 
     def assign(self, value: Any, *args: Any, **kwargs: Any) -> Any:
-        self._give_up_lost()
+        self._discard_lost()
         return super().assign(value, *args, **kwargs)
 
     def _restore_from_tensors(self, restored_tensors: dict[str, Any]) -> Any:
-        self._give_up_lost()
+        self._discard_lost()
         return super()._restore_from_tensors(restored_tensors)
 
-    def _give_up_lost(self) -> None:
-        if self._is_lost() and context.executing_eagerly():
-            self._device_value = None
-            self._host_is_fresh = True
+    def _discard_lost(self) -> None:
+        if self._is_lost() and tf.executing_eagerly():
+            self._device_copy = None
+            self._host_is_current = True
 
     @property
     def device(self) -> str:
@@ -253,6 +272,6 @@ class MeshVariable(InPieces, resource_variable_ops.ResourceVariable):
 
 
 def variable_of(handle: tf.Tensor) -> MeshVariable | None:
-    """The variable that a handle is of, if it is one of a mesh."""
-    found = getattr(handle, "_gshard_variable", None)
-    return None if found is None else found()
+    """Returns the `MeshVariable` that a handle belongs to, or None."""
+    reference = getattr(handle, "_gshard_variable", None)
+    return None if reference is None else reference()

@@ -7,6 +7,8 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.experimental import dtensor
 
+from gshard_tf.sharding.mesh import axis_sizes
+
 
 def assign_cores(
     topology: tf.tpu.experimental.Topology, mesh: dtensor.Mesh
@@ -70,4 +72,4 @@ def _directions(box: tuple[int, ...], sizes: list[int]) -> tuple[int, ...] | Non
 
 
 def _sizes(mesh: dtensor.Mesh) -> str:
-    return f"mesh={dict(zip(mesh.dim_names, mesh.shape(), strict=True))}"
+    return f"mesh={axis_sizes(mesh)}"

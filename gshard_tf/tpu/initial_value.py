@@ -6,7 +6,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from gshard_tf.sharding.variable_layouts import keras_variable_being_made
+from gshard_tf.compat.keras_variables import current_variable, known_shape
 from gshard_tf.tpu.random_shards import NotByParts, by_parts
 
 # Below this, a part at a time costs more than it saves. (The values are the same.)
@@ -29,10 +29,10 @@ class InitialValue:
     """
 
     def __init__(self, value: Any, shape: Any = None, dtype: Any = None):
-        keras_variable = keras_variable_being_made()
+        keras_variable = current_variable()
         if callable(value) and keras_variable is not None and shape is None:
             # Keras knows the shape before there is a value.
-            shape = keras_variable._shape
+            shape = known_shape(keras_variable)
         known = shape is not None and tf.TensorShape(shape).is_fully_defined()
         self._make: Callable[[], tf.Tensor]
         if callable(value) and known and dtype is not None:

@@ -2,12 +2,12 @@
 
 from tensorflow.experimental import dtensor
 
-from gshard_tf.sharding.sharded_variable import PlacedVariable
-from gshard_tf.sharding.variable_layouts import Decision, Layouts
+from gshard_tf.sharding.sharded_variable import MeshVariableBase
+from gshard_tf.sharding.variable_layouts import LayoutDecision, VariableLayouts
 
 
-class CoreLayouts(Layouts):
-    """As `Layouts`, but no part of a weight lies on two cores of a replica.
+class CoreLayouts(VariableLayouts):
+    """As `VariableLayouts`, but no part of a weight lies on two cores of a replica.
 
     The bridge (`TPURewritePass`, TensorFlow 2.20) gives the new value of a variable
     that is split over one mesh axis and copied along another to the first of the
@@ -16,27 +16,31 @@ class CoreLayouts(Layouts):
     where none does, it is stored whole, and cut.
     """
 
-    def of(self, variable: PlacedVariable) -> Decision:
+    def layout_for(self, variable: MeshVariableBase) -> LayoutDecision:
         if variable.decision is None:
-            variable.decision = self._without_copies(variable, super().of(variable))
+            variable.decision = self._without_copies(
+                variable, super().layout_for(variable)
+            )
         return variable.decision
 
-    def _without_copies(self, variable: PlacedVariable, decision: Decision) -> Decision:
-        specs = list(decision.layout.sharding_specs)
+    def _without_copies(
+        self, variable: MeshVariableBase, decision: LayoutDecision
+    ) -> LayoutDecision:
+        specs = list(decision.storage.sharding_specs)
         unused = [a for a in self.mesh.dim_names if a not in specs]
         unused = [axis for axis in unused if self.mesh.dim_size(axis) > 1]
-        if not unused or decision.layout.is_fully_replicated():
+        if not unused or decision.storage.is_fully_replicated():
             return decision
-        layout, rule = decision.layout, "; the axes left over split it too"
+        layout, reason = decision.storage, "; the axes left over split it too"
         for axis in unused:
             layout = self._split(layout, tuple(variable.shape), axis)
             if layout is None:
                 layout = dtensor.Layout.replicated(self.mesh, len(specs))
-                rule = "; the axes left over do not divide it: whole"
+                reason = "; the axes left over do not divide it: whole"
                 break
-        use = decision.use or decision.layout
-        return Decision(
+        compute = decision.compute or decision.storage
+        return LayoutDecision(
             layout,
-            decision.rule + rule,
-            use=None if self._used_as_stored(variable) else use,
+            decision.reason + reason,
+            compute=None if self._computes_as_stored(variable) else compute,
         )

@@ -17,7 +17,7 @@ from tensorflow.python.ops import resource_variable_ops
 from gshard_tf.compat.tensorflow import out_of_graphs
 from gshard_tf.sharding import op_sharding
 from gshard_tf.sharding.regions import Region, whole
-from gshard_tf.sharding.variable_layouts import Layouts
+from gshard_tf.sharding.variable_layouts import VariableLayouts
 from gshard_tf.tpu.exported_variable import stand_in
 from gshard_tf.tpu.initial_value import InitialValue
 
@@ -39,7 +39,7 @@ class Storage:
     def __init__(
         self,
         devices: np.ndarray,
-        layouts: Layouts,
+        layouts: VariableLayouts,
         initial: InitialValue,
         name: str,
         trainable: bool,
@@ -60,7 +60,7 @@ class Storage:
 
     @property
     def layout(self) -> dtensor.Layout:
-        return self._layouts.of(self._owner()).layout
+        return self._layouts.layout_for(self._owner()).storage
 
     def cores(self, replica: int) -> list[Any]:
         """What each core of a replica holds, in the order of the mesh."""

@@ -17,10 +17,10 @@ from tensorflow.python.distribute import tpu_strategy as tf_tpu_strategy
 from tensorflow.python.ops import control_flow_util
 
 from gshard_tf.sharding.annotations import shard
-from gshard_tf.sharding.mesh import create_mesh, use_mesh
+from gshard_tf.sharding.mesh import axis_sizes, create_mesh, use_mesh
 from gshard_tf.sharding.rules import AxisRules
-from gshard_tf.sharding.sharded_variable import PlacedVariable
-from gshard_tf.spmd.on_mesh import OnMesh
+from gshard_tf.sharding.sharded_variable import MeshVariableBase
+from gshard_tf.spmd.base import MeshStrategy
 from gshard_tf.tpu.device_assignment import assign_cores
 from gshard_tf.tpu.initial_value import InitialValue
 from gshard_tf.tpu.layouts import CoreLayouts
@@ -78,7 +78,7 @@ def tpu_strategy(
     return MeshTPUStrategy(resolver, topology, mesh, rules)
 
 
-class MeshTPUStrategy(OnMesh, tf.distribute.TPUStrategy):
+class MeshTPUStrategy(MeshStrategy, tf.distribute.TPUStrategy):
     """What `tpu_strategy` makes.
 
     Args:
@@ -87,6 +87,8 @@ class MeshTPUStrategy(OnMesh, tf.distribute.TPUStrategy):
         mesh: The cores of one replica.
         rules: The rules, or None.
     """
+
+    unowned_hint = " (On a mesh of one core, TensorFlow keeps all variables as always.)"
 
     def __init__(
         self,
@@ -129,9 +131,7 @@ class MeshTPUExtended(tf_tpu_strategy.TPUExtended):
         )
         self.mesh = mesh
         self.layouts = CoreLayouts(mesh, rules)
-        self._faults = PartitionerFaults(
-            dict(zip(mesh.dim_names, mesh.shape(), strict=True))
-        )
+        self._faults = PartitionerFaults(axis_sizes(mesh))
         pass_on_all_slices()
 
     # -- variables -------------------------------------------------------------------
@@ -142,7 +142,7 @@ class MeshTPUExtended(tf_tpu_strategy.TPUExtended):
             self.mesh.size == 1
             or kwargs.get("skip_mirrored_creator")
             or kwargs.get("custom_tpu_variable_creator")
-            or not isinstance(reference, PlacedVariable | None)
+            or not isinstance(reference, MeshVariableBase | None)
         ):
             return super()._create_variable(next_creator, **kwargs)
         kwargs.pop("colocate_with", None)
@@ -167,22 +167,14 @@ class MeshTPUExtended(tf_tpu_strategy.TPUExtended):
             **kwargs,
         )
         storage.belongs_to(variable)
-        self.layouts.note_created(variable, reference)
+        self.layouts.register(variable, reference)
         return variable
 
-    def ours(self, variable: tf.Variable | keras.Variable) -> PlacedVariable:
-        """The variable itself; raises `ValueError` for one that is not ours."""
-        value = variable.value if isinstance(variable, keras.Variable) else variable
-        if not isinstance(value, MeshTPUVariable | MeshTPUSyncOnRead) or (
-            value.distribute_strategy is not self._container_strategy()
-        ):
-            name = getattr(variable, "path", getattr(variable, "name", variable))
-            raise ValueError(
-                f"The variable {name!r} does not lie on this strategy's mesh: it was "
-                "made outside `with strategy.scope():`, or the mesh has one core only, "
-                "and TensorFlow keeps it as always."
-            )
-        return value
+    def owns(self, value: Any) -> bool:
+        """Whether it is a variable that this strategy stores on its mesh."""
+        return isinstance(value, MeshTPUVariable | MeshTPUSyncOnRead) and (
+            value.distribute_strategy is self._container_strategy()
+        )
 
     # -- input -----------------------------------------------------------------------
 
@@ -244,4 +236,4 @@ class MeshTPUExtended(tf_tpu_strategy.TPUExtended):
             return value
         if not isinstance(value, tf.Tensor) or not value.shape.is_fully_defined():
             return value
-        return shard(value, self.layouts.of_batch(value.shape))
+        return shard(value, self.layouts.batch_layout(value.shape))

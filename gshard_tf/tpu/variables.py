@@ -28,8 +28,9 @@ from tensorflow.python.saved_model import save_context
 from tensorflow.python.trackable import base as trackable
 
 from gshard_tf.sharding import op_sharding
-from gshard_tf.sharding.regions import Region, splits
-from gshard_tf.sharding.sharded_variable import InPieces, PlacedVariable
+from gshard_tf.sharding.partition_spec import PartitionSpec, spec_of
+from gshard_tf.sharding.regions import Region
+from gshard_tf.sharding.sharded_variable import MeshVariableBase, ShardedVariable
 from gshard_tf.testing.tpu.bridge import tile_assignment
 from gshard_tf.tpu.exported_variable import being_exported
 from gshard_tf.tpu.storage import Storage
@@ -166,7 +167,7 @@ class CoreShards(tpu_replicated_variable.TPUReplicatedVariable):
         return [*resources, self]
 
 
-class _OnCores(PlacedVariable):
+class _OnCores(MeshVariableBase):
     """What the variables of all kinds have in common. `_values`: one per replica."""
 
     _values: list[CoreShards]
@@ -196,17 +197,17 @@ class _OnCores(PlacedVariable):
         return np.array(self.numpy(), dtype=dtype, copy=copy)
 
 
-class MeshTPUVariable(InPieces, _OnCores, tpu_values.TPUMirroredVariable):
+class MeshTPUVariable(ShardedVariable, _OnCores, tpu_values.TPUMirroredVariable):
     """A weight, a slot or a counter: equal in all replicas, split within each."""
 
     lies_in_parts = True  # what `restoring.py` looks for
 
     def _read_variable_op(self) -> tf.Tensor:
         value = super()._read_variable_op()
-        if self.decision is not None and self.decision.use is not None:
+        if self.decision is not None and self.decision.compute is not None:
             # Stored split to save memory, used as the rules say.
             value = op_sharding.constrain(
-                value, op_sharding.from_layout(self.decision.use)
+                value, op_sharding.from_layout(self.decision.compute)
             )
         return value
 
@@ -276,10 +277,10 @@ class MeshTPUVariable(InPieces, _OnCores, tpu_values.TPUMirroredVariable):
         """The mesh of one replica."""
         return self.storage.layout.mesh
 
-    def splits(self) -> list[str | None]:
-        return splits(self.storage.layout)
+    def partition_spec(self) -> PartitionSpec:
+        return spec_of(self.storage.layout)
 
-    def own_pieces(self) -> list[tuple[Region, tf.Tensor]]:
+    def addressable_shards(self) -> list[tuple[Region, tf.Tensor]]:
         held = self.storage.cores(0)  # of replicas that are all alike
         found = {}
         for variable, tile in zip(held, self.storage.tiles(), strict=True):
@@ -288,19 +289,19 @@ class MeshTPUVariable(InPieces, _OnCores, tpu_values.TPUMirroredVariable):
                     found[tile] = tf.identity(variable.read_value())
         return [(self.storage.region(tile), part) for tile, part in found.items()]
 
-    def load(self, read: Callable[[Region], np.ndarray]) -> Callable[[], None]:
+    def stage(self, read: Callable[[Region], np.ndarray]) -> Callable[[], None]:
         tiles = self.storage.tiles()
         values = {
             tile: read(self.storage.region(tile)) for tile in dict.fromkeys(tiles)
         }
 
-        def become() -> None:
+        def commit() -> None:
             for shards in self._values:
                 for variable, tile in zip(shards._vars, tiles, strict=True):
                     with tf.device(variable.device):
                         variable.assign(values[tile], read_value=False)
 
-        return become
+        return commit
 
     # -- TensorFlow's checkpoints ------------------------------------------------------
 

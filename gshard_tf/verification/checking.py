@@ -10,7 +10,7 @@ from tensorflow.compiler.xla.service import hlo_pb2
 
 from gshard_tf.export.naming import named_leaves
 from gshard_tf.planning.layer_names import LayerNames
-from gshard_tf.sharding.sharded_variable import PlacedVariable
+from gshard_tf.sharding.sharded_variable import MeshVariableBase
 from gshard_tf.spmd import lowering
 from gshard_tf.verification import measures
 from gshard_tf.verification.measures import Measure
@@ -282,7 +282,7 @@ def _what_was_not_seen(given: StepToCheck, rows: Sequence[Row]) -> list[str]:
     slots = {
         id(variable.reference)
         for variable in given.step.captures
-        if isinstance(variable, PlacedVariable) and id(variable) in moved
+        if isinstance(variable, MeshVariableBase) and id(variable) in moved
     }
     still = [
         variable.path

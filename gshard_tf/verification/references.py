@@ -1,5 +1,6 @@
 """The same step on the mesh, on one device, and in TensorFlow alone."""
 
+import dataclasses
 import uuid
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,10 +9,11 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.experimental import dtensor
 
+from gshard_tf.runtime.device_arrays import Placement
 from gshard_tf.sharding.mesh import create_mesh
 from gshard_tf.spmd import lowering
-from gshard_tf.spmd.program import Placement, SpmdProgram
-from gshard_tf.spmd.step import StepLayouts, step_layouts
+from gshard_tf.spmd.program import SpmdProgram
+from gshard_tf.spmd.step_layouts import StepLayouts, step_layouts
 
 # From the values of all captures to all results, outputs first.
 Run = Callable[[Sequence[np.ndarray]], list[np.ndarray]]
@@ -47,27 +49,19 @@ class OnDevices:
             step: The step that the layouts are for; or the same one with more results,
                 all of them outputs, of which every device is given the whole.
         """
-        found = self.layouts
         more = [
             dtensor.Layout.replicated(self.placement.mesh, spec.shape.rank)
             for spec in step.results[len(self.results) :]
         ]
         outputs = [*self.results, *more][: step.num_outputs]
-        program = SpmdProgram(
-            step,
-            self.placement,
-            found.inputs,
-            outputs,
-            found.captures,
-            found.uses,
-            # The state is used again.
-            donate=False,
-        )
+        layouts = dataclasses.replace(self.layouts, outputs=outputs)
+        # The state is used again.
+        program = SpmdProgram(step, self.placement, layouts, donate=False)
 
         def run(captures: Sequence[np.ndarray]) -> list[np.ndarray]:
             values = [
                 self.placement.put(value, layout)
-                for value, layout in zip(captures, found.captures, strict=True)
+                for value, layout in zip(captures, layouts.captures, strict=True)
             ]
             outputs, updated = program(program.put_inputs(self.arrays), values)
             return [self.placement.get(value) for value in [*outputs, *updated]]

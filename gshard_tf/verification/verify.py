@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from gshard_tf.planning.layer_names import LayerNames, layer_tree
 from gshard_tf.runtime.process_group import group
-from gshard_tf.sharding.mesh import without_mesh
+from gshard_tf.sharding.mesh import axis_sizes, without_mesh
 from gshard_tf.spmd import lowering
 from gshard_tf.spmd.keras_step import (
     MODES,
@@ -87,7 +87,7 @@ def verify(
             data = tf.nest.map_structure(
                 lambda spec: None if spec is None else next(values), specs
             )
-            return extended.call_fn(fn, (data,), {})
+            return extended.run_step(fn, (data,), {})
 
         with strategy.scope():
             return lowering.trace(step, given, jit_compile)
@@ -124,8 +124,8 @@ def check_lowered(
         tolerance: See `verify`.
     """
     mesh = extended.mesh
-    sizes = dict(zip(mesh.dim_names, mesh.shape(), strict=True))
-    with extended.residence.lock:
+    sizes = axis_sizes(mesh)
+    with extended.transfer.lock:
         return check_step(
             StepToCheck(
                 extended,

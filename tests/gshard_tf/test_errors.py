@@ -353,7 +353,7 @@ def test_a_lost_state_says_so():
     # What a failure of the runtime itself in the middle of a step would leave behind.
     run = parity.run_on_mesh(parity.compiled, lambda m: m.fit(X, Y, **FIT))
     weight = run.model.layers[0].wi
-    weight.value.device_value.delete()
+    weight.value.device_copy.delete()
     with raises(
         "sequential/experts/wi:0' was lost in a step.*checkpoint", error=RuntimeError
     ):

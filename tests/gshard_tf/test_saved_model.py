@@ -97,7 +97,7 @@ def test_saved_right_after_a_step(trained, tmp_path, save, step, in_scope):
     # So that each case begins with weights that are nowhere but on the devices.
     model.train_on_batch(X, Y)
     STEPS[step](model)
-    stale = [v.path for v in model.variables if not v.value._host_is_fresh]
+    stale = [v.path for v in model.variables if not v.value._host_is_current]
     assert any("seed" in path for path in stale)
     with trained.strategy.scope() if in_scope else contextlib.nullcontext():
         ask = save(model, str(tmp_path / "saved"))

@@ -183,7 +183,7 @@ def test_training_goes_on_after_an_export(trained, tmp_path):
     before = model.get_weights()
     model.export(tmp_path / "again", verbose=False)
     gc.collect()
-    assert not any(v.value._has_foreign_graphs() for v in model.variables)
+    assert not any(v.value._has_reader_graphs() for v in model.variables)
     model.fit(X, Y, **FIT)
     # What was exported does not change.
     loaded = tf.saved_model.load(tmp_path / "again")

@@ -10,8 +10,7 @@ from parity import assert_same_state, run_on_mesh, run_plain
 
 import gshard_tf
 from gshard_tf.hlo.collectives import collectives
-from gshard_tf.spmd.abstract import AbstractStrategy
-from gshard_tf.spmd.abstract_step import lower_abstract
+from gshard_tf.spmd.abstract import AbstractStrategy, lower_abstract
 from keras_layers import (
     EncoderBlock,
     MultiHeadAttention,

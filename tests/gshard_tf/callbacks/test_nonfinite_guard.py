@@ -10,7 +10,7 @@ import pytest
 import tensorflow as tf
 
 import gshard_tf
-from gshard_tf.spmd.step import NonFiniteError
+from gshard_tf.spmd.nonfinite import NonFiniteError
 
 
 @keras.saving.register_keras_serializable("checkpoint_tests")

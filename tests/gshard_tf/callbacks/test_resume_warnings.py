@@ -60,7 +60,7 @@ def run(folder, x=None, stop_after=None, rate=0.1, seed=7, callbacks=(), **kwarg
         except Stop:
             saver.manager.close()
     said = [str(w.message) for w in caught]
-    begun = ("The run goes on", "The checkpoint has another", "No checkpoint of")
+    begun = ("The run resumes", "The checkpoint has another", "No checkpoint of")
     return losses, [text for text in said if text.startswith(begun)]
 
 

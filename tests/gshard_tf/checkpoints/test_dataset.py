@@ -42,7 +42,7 @@ def test_every_iterator_goes_on_where_the_last_one_stopped():
 def test_a_dataset_that_ends():
     with pytest.raises(ValueError, match="Received: a dataset of 3 batches"):
         gshard_tf.ResumableDataset(tf.data.Dataset.range(3))
-    with pytest.raises(ValueError, match="position is one of"):
+    with pytest.raises(ValueError, match="`position` must be one of"):
         numbers(position="there")
 
 
@@ -147,6 +147,6 @@ def test_data_that_ends_says_so(position, batches):
     assert [int(next(iterator)) for _ in range(batches)] == [*range(batches)]
     with pytest.raises(
         tf.errors.InvalidArgumentError,
-        match=rf"has ended\. Give one without end.*Batches received:\] \[{batches}\]",
+        match=rf"has ended\. It must be .*Batches received:\] \[{batches}\]",
     ):
         next(iterator)

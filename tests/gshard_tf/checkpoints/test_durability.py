@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 
 import gshard_tf
-from gshard_tf.checkpoints import folders, tensor_bundle, writer
+from gshard_tf.checkpoints import step_folders, tensor_bundle, writer
 from gshard_tf.sharding.regions import whole
 
 
@@ -89,7 +89,7 @@ def test_a_part_is_on_the_disk_before_its_process_says_so(tmp_path, monkeypatch)
     monkeypatch.setattr(writer, "group", Second)
     (tmp_path / ".step.partial").mkdir()
     value = np.ones([4, 3], "float32")
-    pieces = [tensor_bundle.Piece("model/a", (4, 3), whole((4, 3)), value)]
+    pieces = [tensor_bundle.ArrayShard("model/a", (4, 3), whole((4, 3)), value)]
     writer.write(tmp_path / "step", None, pieces, 7)
     said = disk.events.index(("said", "checkpoint/7/part/1", ""))
     parts = {
@@ -111,7 +111,7 @@ def test_half_of_a_removed_checkpoint_is_none(tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(shutil, "rmtree", die)
         with pytest.raises(KeyboardInterrupt):
-            folders.remove(tmp_path, 1)
+            step_folders.remove(tmp_path, 1)
     assert checkpoints.steps() == []
 
 

@@ -281,7 +281,7 @@ def test_a_killed_process_stops_all_and_fewer_go_on(one, tmp_path):
 def test_other_seeds_are_an_error(tmp_path):
     codes, errors, _ = run(2, tmp_path, "seeds=differ")
     assert 0 not in codes
-    assert all("began with other values" in error for error in errors)
+    assert all("must begin with the same values" in error for error in errors)
 
 
 @pytest.mark.parametrize(
@@ -316,5 +316,5 @@ def test_the_others_never_start(index):
 def test_one_process_joins_nobody():
     group = gshard_tf.initialize()
     assert group.is_chief and group.count == 1
-    batch = gshard_tf.own_rows((np.zeros([3, 2]),))
+    batch = gshard_tf.process_local_rows((np.zeros([3, 2]),))
     assert batch[0].shape == (3, 2)

@@ -22,7 +22,7 @@ def test_slices_are_small_and_make_up_the_array(shape, dtype, tmp_path, monkeypa
     monkeypatch.setattr(tensor_bundle, "SLICE_BYTES", 128)
     value = _random(shape, dtype)
     slices = list(
-        tensor_bundle._slices(tensor_bundle.Piece("x", shape, whole(shape), value))
+        tensor_bundle._slices(tensor_bundle.ArrayShard("x", shape, whole(shape), value))
     )
     found = np.zeros(shape, dtype)
     for piece in slices:
@@ -36,7 +36,7 @@ def test_slices_are_small_and_make_up_the_array(shape, dtype, tmp_path, monkeypa
     if value.nbytes > 1024:
         assert len(slices) > 1
     tensor_bundle.write(
-        tmp_path / "state", [tensor_bundle.Piece("x", shape, whole(shape), value)]
+        tmp_path / "state", [tensor_bundle.ArrayShard("x", shape, whole(shape), value)]
     )
     read = tensor_bundle.read(
         tmp_path / "state", "x", shape, whole(shape), tf.as_dtype(value.dtype)
@@ -58,7 +58,7 @@ def test_any_part_of_an_array_that_two_devices_wrote(tmp_path_factory, data):
         tensor_bundle.write(
             prefix,
             [
-                tensor_bundle.Piece("x", value.shape, region, part)
+                tensor_bundle.ArrayShard("x", value.shape, region, part)
                 for region, part in zip(regions, parts, strict=True)
             ],
         )

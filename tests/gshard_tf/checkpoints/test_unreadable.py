@@ -13,7 +13,7 @@ import tensorflow as tf
 from processes import forked
 
 import gshard_tf
-from gshard_tf.checkpoints import folders, manager, tensor_bundle
+from gshard_tf.checkpoints import step_folders, tensor_bundle
 from gshard_tf.checkpoints.cli import main as command
 from gshard_tf.checkpoints.errors import CorruptCheckpointError
 from gshard_tf.checkpoints.manifest import Manifest
@@ -169,7 +169,7 @@ def test_a_folder_that_cannot_be_listed(two, monkeypatch, capsys):
     def broken(path):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(folders.os, "listdir", broken)
+    monkeypatch.setattr(step_folders.os, "listdir", broken)
     with pytest.raises(OSError, match="cannot be listed") as caught:
         gshard_tf.CheckpointManager(two).restore(variables())
     assert caught.value.errno == errno.EIO and str(two) in str(caught.value)
@@ -247,7 +247,7 @@ def test_what_cannot_be_removed_ends_no_run(two, monkeypatch):
     def refuse(folder, step):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
-    monkeypatch.setattr(manager.folders, "remove", refuse)
+    monkeypatch.setattr(step_folders, "remove", refuse)
     checkpoints = gshard_tf.CheckpointManager(two, max_to_keep=2, asynchronous=False)
     with pytest.warns(UserWarning, match="0000000001 is no longer needed.*Permission"):
         checkpoints.save(variables(3), 3)

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from gshard_tf.compat.keras_epochs import running_fit
+from gshard_tf.compat.keras_epochs import running_fit, start_at_epoch
 
 
 class Looking(keras.callbacks.Callback):
@@ -47,10 +47,23 @@ def batches():
 def test_a_callback_finds_its_fit():
     made, looking = model(), Looking()
     made.fit(batches(), verbose=0, callbacks=[looking])
-    [found] = looking.fits
-    assert looking in found.callbacks
-    assert (found.steps, found.steps_per_execution, found.reads_all) == (3, 1, True)
+    [fit] = looking.fits
+    assert looking in fit.callbacks
+    assert (fit.steps, fit.steps_per_execution, fit.reads_all) == (3, 1, True)
     assert running_fit(made) is None
+
+
+def test_a_callback_says_at_which_epoch_fit_starts():
+    made, epochs = model(), []
+    starting = keras.callbacks.LambdaCallback(
+        on_train_begin=lambda logs: start_at_epoch(made, 2),
+        on_epoch_begin=lambda epoch, logs: epochs.append(epoch),
+    )
+    made.fit(batches(), epochs=4, verbose=0, callbacks=[starting])
+    assert epochs == [2, 3]
+    start_at_epoch(made, None)
+    made.fit(batches(), epochs=2, verbose=0)
+    assert len(made.history.epoch) == 2
 
 
 def test_one_epoch_begins_late_and_the_next_is_whole():

@@ -3,7 +3,7 @@
 import pytest
 import tensorflow as tf
 
-from gshard_tf.compat.tf_datasets import operations_with_state
+from gshard_tf.compat.tf_datasets import iterator_resource, operations_with_state
 
 
 def mapped():
@@ -31,6 +31,19 @@ def test_what_tensorflow_saves_has_none(change):
     next(iterator)
     assert operations_with_state(change(tf.data.Dataset.range(9).repeat())) == []
     saved = tf.raw_ops.SerializeIterator(
-        resource_handle=iterator._iterator_resource, external_state_policy=2
+        resource_handle=iterator_resource(iterator), external_state_policy=2
     )
     assert saved.shape.rank == 1
+
+
+def test_a_position_is_saved_and_restored_by_the_handle():
+    iterator = iter(tf.data.Dataset.range(9))
+    next(iterator)
+    saved = tf.raw_ops.SerializeIterator(
+        resource_handle=iterator_resource(iterator), external_state_policy=2
+    )
+    assert [int(next(iterator)), int(next(iterator))] == [1, 2]
+    tf.raw_ops.DeserializeIterator(
+        resource_handle=iterator_resource(iterator), serialized=saved
+    )
+    assert int(next(iterator)) == 1

@@ -2,7 +2,13 @@
 
 import tensorflow as tf
 
-from gshard_tf.compat.tf_graphs import called_graph, called_graphs, with_called
+from gshard_tf.compat.tf_graphs import (
+    called_graph,
+    called_graphs,
+    hidden_from_outer_graphs,
+    is_compiled_by_tensorflow,
+    with_called,
+)
 
 
 def test_functions_in_functions_are_seen_with_their_shapes():
@@ -78,3 +84,35 @@ def test_branches_and_loops_are_no_calls():
     kinds = [op.type for op in function.graph.get_operations()]
     assert {"StatelessIf", "StatelessWhile"} <= {*kinds}
     assert not any(called_graph(op) for op in function.graph.get_operations())
+
+
+def test_variables_are_hidden_from_the_graphs_around_them():
+    variable = tf.Variable(1.0)
+
+    @tf.function(autograph=False)
+    def inner():
+        return variable + 1.0
+
+    def watched(context):
+        @tf.function(autograph=False)
+        def outer():
+            with context():
+                inner.get_concrete_function()
+            return tf.constant(0.0)
+
+        return list(outer.get_concrete_function().graph.variables)
+
+    inner.get_concrete_function()
+    assert watched(hidden_from_outer_graphs) == []
+
+
+def test_a_graph_that_tensorflow_compiles():
+    seen = []
+
+    def step():
+        seen.append(is_compiled_by_tensorflow(tf.compat.v1.get_default_graph()))
+        return tf.constant(0.0)
+
+    for jit_compile in (True, False):
+        tf.function(step, jit_compile=jit_compile).get_concrete_function()
+    assert seen == [True, False]

@@ -98,9 +98,9 @@ class Saved:
         self.x, self.y, self.weight = data()
         self.strategy, self.model = made(partitions)
         batch = (self.x[:BATCH], self.y[:BATCH], self.weight[:BATCH])
-        self.strategy.save_state(self.model_built(batch), folder / "start.npz")
+        export.save_state(self.model_built(batch), folder / "start.npz")
         for mode in MODES if partitions > 1 else MODES[:2]:
-            program = self.strategy.program(
+            program = export.step_program(
                 self.model, mode, batch[:1] if mode == "predict" else batch
             )
             # The step for training on another mesh too.
@@ -113,7 +113,7 @@ class Saved:
         export.write_data(folder / "inputs", {"x": self.x})
 
     def model_built(self, batch):
-        self.strategy.program(self.model, "train", batch)
+        export.step_program(self.model, "train", batch)
         return self.model
 
     def program(self, mode):
@@ -157,7 +157,7 @@ def test_a_hundred_steps_are_those_of_fit(saved):
 
 
 def test_state_and_evaluation_are_those_of_fit(saved):
-    saved.strategy.save_state(saved.model, saved.folder / "fit.npz")
+    export.save_state(saved.model, saved.folder / "fit.npz")
     theirs, _ = export.read_state(saved.folder / "fit.npz")
     ours, meta = export.read_state(saved.folder / "run" / "state.npz")
     assert meta == {"step": 10 * EPOCHS}
@@ -177,8 +177,8 @@ on_eight = pytest.mark.parametrize("saved", [8], indirect=True)
 def test_back_into_keras_it_evaluates_identically(saved):
     """Into another model of the same code, which has not run a step."""
     [evaluated] = of("evaluate", saved.lines)
-    strategy, model = made(saved.partitions)
-    meta = strategy.load_state(model, saved.folder / "run" / "state.npz")
+    _, model = made(saved.partitions)
+    meta = export.load_state(model, saved.folder / "run" / "state.npz")
     assert meta["step"] == 10 * EPOCHS
     options = {"batch_size": BATCH, "verbose": 0, "return_dict": True}
     again = model.evaluate(saved.x, saved.y, sample_weight=saved.weight, **options)
@@ -345,12 +345,12 @@ def test_what_the_runner_refuses(saved, tmp_path, capsys):
 def test_what_cannot_be_saved_or_put_back(saved):
     batch = (saved.x[:BATCH], saved.y[:BATCH], saved.weight[:BATCH])
     with pytest.raises(ValueError, match="mode is one of"):
-        saved.strategy.program(saved.model, "learn", batch)
+        export.step_program(saved.model, "learn", batch)
     with pytest.raises(ValueError, match="needs the batch"):
-        saved.strategy.program(saved.model, "train")
-    with pytest.raises(ValueError, match="not made inside this SpmdStrategy's scope"):
-        strategy_of(2).program(saved.model, "train", batch)
-    program = saved.strategy.program(saved.model, "predict", batch[:1])
+        export.step_program(saved.model, "train")
+    with pytest.raises(ValueError, match="must be made, and compiled, inside"):
+        export.step_program(make(), "train", batch)
+    program = export.step_program(saved.model, "predict", batch[:1])
     with pytest.raises(ValueError, match="axes of the strategy's, \\['expert'\\]"):
         program.save(saved.folder / "none", meshes=[{"data": 2}])
     before = saved.model.get_weights()
@@ -359,7 +359,7 @@ def test_what_cannot_be_saved_or_put_back(saved):
     arrays[name] = arrays[name][:4]
     export.write_state(saved.folder / "short.npz", arrays)
     with pytest.raises(ValueError, match="has shape"):
-        saved.strategy.load_state(saved.model, saved.folder / "short.npz")
+        export.load_state(saved.model, saved.folder / "short.npz")
     for old, new in zip(before, saved.model.get_weights(), strict=True):
         np.testing.assert_array_equal(old, new)
 
@@ -406,7 +406,7 @@ def test_a_program_returns_numbers_and_no_strings(tmp_path):
         model = Logs([keras.layers.Input([4]), keras.layers.Dense(1)])
         model.compile("sgd", "mse")
     x = np.ones([4, 4], "float32")
-    program = strategy.program(model, "train", (x, x[:, :1]))
+    program = export.step_program(model, "train", (x, x[:, :1]))
     manifest = program.save(tmp_path / "train.gshard")
     assert [t.name for t in manifest.outputs] == ["loss", "two"]
 

@@ -7,7 +7,7 @@ import pytest
 import tensorflow as tf
 
 import gshard_tf
-from gshard_tf.compat.xla import hlo_as_text
+from gshard_tf.compat.jax_hlo import hlo_as_text
 from gshard_tf.hlo import collectives, parser
 
 RULES = gshard_tf.AxisRules({"rows": "data"})

@@ -10,7 +10,7 @@ import tensorflow as tf
 import gshard_tf
 from gshard_tf import export
 from gshard_tf.checkpoints.cli import main as checkpoints_command
-from gshard_tf.export import exporter, runner
+from gshard_tf.export import exporter, keras_state, runner
 from gshard_tf.planning import arguments as plan_command
 
 REMOTE = "gs://bucket/run"
@@ -61,15 +61,15 @@ def test_programs_and_states(monkeypatch):
         model = keras.Sequential([keras.layers.Input([4]), keras.layers.Dense(2)])
         model.compile("sgd", "mse")
     batch = (tf.TensorSpec([8, 4]), tf.TensorSpec([8, 2]))
-    program = strategy.program(model, "train", batch)
+    program = export.step_program(model, "train", batch)
     monkeypatch.setattr(exporter.StepProgram, "_lower", must_not_be_called)
-    monkeypatch.setattr(exporter, "training_state", must_not_be_called)
+    monkeypatch.setattr(keras_state, "training_state", must_not_be_called)
     with pytest.raises(ValueError, match=SAID):
         program.save(REMOTE)
     with pytest.raises(ValueError, match=SAID):
-        strategy.save_state(model, REMOTE)
+        export.save_state(model, REMOTE)
     with pytest.raises(ValueError, match=SAID):
-        strategy.load_state(model, REMOTE)
+        export.load_state(model, REMOTE)
 
 
 def test_what_needs_no_tensorflow():

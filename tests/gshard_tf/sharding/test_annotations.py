@@ -252,9 +252,9 @@ def test_in_functional_construction_and_shape_inference(name):
 
 def test_name_axes_records_the_names():
     weight = keras.Variable(np.zeros([4, 2, 3], "float32"))
-    assert gshard_tf.named_axes(weight) is None
+    assert gshard_tf.logical_axes(weight) is None
     assert gshard_tf.name_axes(weight, ["expert", None, "mlp"]) is weight
-    assert gshard_tf.named_axes(weight) == ("expert", None, "mlp")
+    assert gshard_tf.logical_axes(weight) == ("expert", None, "mlp")
     with pytest.raises(ValueError, match=r"shape is \(4, 2, 3\).*Received: axes=\('e"):
         gshard_tf.name_axes(weight, ["expert", None])
 

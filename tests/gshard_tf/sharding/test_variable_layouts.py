@@ -44,7 +44,7 @@ def test_batches_are_split_by_examples():
         ([12], ["expert"]),
         ([], []),
     ]:
-        assert layouts.of_batch(tf.TensorShape(shape)).sharding_specs == specs
+        assert layouts.batch_layout(tf.TensorShape(shape)).sharding_specs == specs
 
 
 # -- slots ---------------------------------------------------------------------------
@@ -197,7 +197,7 @@ def test_uneven_weights_are_stored_whole_and_said_to_be():
 
 def complaints(**kwargs):
     strategy, model = optimized("sgd", **kwargs)
-    return strategy.describe(model).complaints
+    return strategy.describe(model).warnings
 
 
 def test_complains_of_a_pattern_that_matches_nothing():
@@ -327,7 +327,7 @@ def test_the_program_holds_an_eighth_of_the_experts_and_their_slots(optimizer):
         else:
             assert part == shape
         # And so do the values that are there now.
-        held = variable.device_value
+        held = variable.device_copy
         if held is not None:
             assert held.addressable_shards[3].data.shape == part
     assert split == {"adam": 6, "adafactor": 8}[optimizer]
@@ -357,10 +357,10 @@ def test_patterns_match_the_names_of_plain_variables():
     with strategy.scope():
         kernel = tf.Variable(tf.zeros([4, 16]), name="dense/kernel")
     assert kernel.name == "dense/kernel:0" and kernel.path == "dense/kernel"
-    decision = strategy.extended.layouts.of(kernel)
-    assert decision.layout.sharding_specs[1] == "expert"
-    assert decision.rule == "path 'dense/kernel'"
-    assert strategy.extended.layouts.complaints() == []
+    decision = strategy.extended.layouts.layout_for(kernel)
+    assert decision.storage.sharding_specs[1] == "expert"
+    assert decision.reason == "path 'dense/kernel'"
+    assert strategy.extended.layouts.warnings() == []
 
 
 def test_factors_named_after_a_weight_go_by_it():
@@ -377,5 +377,7 @@ def test_factors_named_after_a_weight_go_by_it():
         with strategy.extended.colocate_vars_with(kernel):
             slot = tf.Variable(tf.zeros([8, 16]), name="Adafactor/v/dense/kernel")
     layouts = strategy.extended.layouts
-    found = [layouts.of(v).layout.sharding_specs for v in (rows, columns, slot)]
+    found = [
+        layouts.layout_for(v).storage.sharding_specs for v in (rows, columns, slot)
+    ]
     assert found == [["unsharded"], ["expert"], ["unsharded", "expert"]]

@@ -33,25 +33,25 @@ def weight(model):
 
 
 def on_device(variable):
-    return variable.value.device_value is not None
+    return variable.value.device_copy is not None
 
 
 def test_state_stays_on_the_devices_between_steps(pair):
     _, meshed, strategy = pair
     meshed.fit(X, Y, **FIT)
     moved = []
-    to_host = strategy.extended.residence.to_host
-    strategy.extended.residence.to_host = lambda v: moved.append(v.shape) or to_host(v)
+    to_host = strategy.extended.transfer.to_host
+    strategy.extended.transfer.to_host = lambda v: moved.append(v.shape) or to_host(v)
     put = strategy.extended.placement.put
     strategy.extended.placement.put = lambda v, *a: moved.append(v.shape) or put(v, *a)
     try:
         meshed.fit(X, Y, **FIT)
     finally:
-        strategy.extended.residence.to_host = to_host
+        strategy.extended.transfer.to_host = to_host
         del strategy.extended.placement.put
     # Metrics and counters come and go: scalars, all of them.
     assert set(moved) <= {()}, moved
-    assert all(not v.value._has_foreign_graphs() for v in meshed.variables)
+    assert all(not v.value._has_reader_graphs() for v in meshed.variables)
     pair[0].fit(X, Y, **FIT)
     pair[0].fit(X, Y, **FIT)
 
@@ -251,12 +251,12 @@ def test_the_state_is_on_the_devices_again_when_the_users_function_has_gone(pair
     read = tf.function(lambda: v + 0.0)
     read()
     meshed.train_on_batch(X[:16], Y[:16])
-    assert v.value._has_foreign_graphs()
+    assert v.value._has_reader_graphs()
     del read
     gc.collect()
-    assert not v.value._has_foreign_graphs()
+    assert not v.value._has_reader_graphs()
     meshed.train_on_batch(X[:16], Y[:16])
-    assert on_device(v) and not v.value._host_is_fresh
+    assert on_device(v) and not v.value._host_is_current
     pair[0].set_weights(meshed.get_weights())
     for ours, theirs in zip(
         pair[0].optimizer.variables, meshed.optimizer.variables, strict=True
@@ -268,7 +268,7 @@ def test_shape_inference_is_no_reader(pair):
     _, meshed, _ = pair
     meshed.compute_output_spec(keras.KerasTensor([16, 8, 4]))
     meshed.compute_output_shape([None, 8, 4])
-    assert not any(v.value._has_foreign_graphs() for v in meshed.variables)
+    assert not any(v.value._has_reader_graphs() for v in meshed.variables)
 
 
 def test_threads_read_while_fit_runs():

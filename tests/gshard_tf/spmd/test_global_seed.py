@@ -13,6 +13,7 @@ import pytest
 import tensorflow as tf
 
 import gshard_tf
+from gshard_tf import export
 from gshard_tf.compat import keras_seeds as compat
 
 X = np.random.default_rng(0).normal(size=[8, 4]).astype("float32")
@@ -171,7 +172,7 @@ def test_a_program_to_save_names_the_generator():
     with strategy.scope():
         model = noisy()
     with pytest.raises(ValueError, match="Keras's global seed generator.*as seed="):
-        strategy.program(model, "train", (X, X[:, :2])).save("/nowhere/step.gshard")
+        export.step_program(model, "train", (X, X[:, :2])).save("/nowhere/step.gshard")
 
 
 def test_a_plan_leaves_the_generator_alone():

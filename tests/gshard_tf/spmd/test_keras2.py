@@ -105,7 +105,7 @@ def test_path_rules_match_weights_and_slots_follow(optimizer):
         assert found["Adafactor/r/hidden/kernel"] == (None,)
         assert found["Adafactor/c/hidden/kernel"] == ("model",)
         assert found["Adafactor/v/hidden/kernel"] == (None, "model")
-    assert not description.complaints
+    assert not description.warnings
 
 
 def attending():
@@ -193,7 +193,7 @@ def test_a_bert_of_the_model_garden_trains_as_on_one_device():
     split = [row.path for row in description.rows if "model" in row.layout]
     # Of five weights, each with two slots.
     assert len(split) == 15, split
-    assert not description.complaints
+    assert not description.warnings
 
 
 def test_the_value_on_the_mesh_is_read_by_keras_2():

@@ -20,8 +20,8 @@ def test_a_value_that_was_read_is_a_copy():
         return tf.constant(0)
 
     strategy.run(step)
-    on_devices = variable.device_value
-    read = strategy.extended.residence.to_host(on_devices)
+    on_devices = variable.device_copy
+    read = strategy.extended.transfer.to_host(on_devices)
     np.testing.assert_array_equal(read, np.arange(12.0) + 1)
     # The next step is given the memory of the devices for its new values.
     for shard in on_devices.addressable_shards:

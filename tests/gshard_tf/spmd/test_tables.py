@@ -10,8 +10,7 @@ import tensorflow as tf
 
 import gshard_tf
 from gshard_tf.hlo import collectives
-from gshard_tf.spmd.abstract import AbstractStrategy
-from gshard_tf.spmd.abstract_step import lower_abstract
+from gshard_tf.spmd.abstract import AbstractStrategy, lower_abstract
 
 K = keras.optimizers
 V, M = 24, 8

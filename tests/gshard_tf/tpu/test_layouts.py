@@ -4,11 +4,11 @@ import pytest
 import tensorflow as tf
 
 import gshard_tf
-from gshard_tf.sharding.sharded_variable import PlacedVariable
+from gshard_tf.sharding.sharded_variable import MeshVariableBase
 from gshard_tf.tpu.layouts import CoreLayouts
 
 
-class Weight(PlacedVariable):
+class Weight(MeshVariableBase):
     """As much of a variable as layouts look at."""
 
     dtype = tf.float32
@@ -27,8 +27,8 @@ def decided(axes, *shape):
     )
     layouts = CoreLayouts(mesh, rules)
     weight = Weight(*shape)
-    found = layouts.of(weight)
-    slot = layouts.of(Weight(*shape, reference=weight))
+    found = layouts.layout_for(weight)
+    slot = layouts.layout_for(Weight(*shape, reference=weight))
     return found, slot
 
 

@@ -1,4 +1,4 @@
-"""The variables of a run, under names that are the same in every process.
+"""Names of a run's variables that are the same in every process.
 
 Keras numbers layers by a counter of the process (`dense`, `dense_1`, ...), so its
 paths differ from one process to the next, and they need not be unique. Here every
@@ -8,18 +8,19 @@ layer is numbered by the order within its model instead.
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from typing import TypeAlias
 
 import keras
 import tensorflow as tf
 
-Variable = keras.Variable | tf.Variable
+Variable: TypeAlias = keras.Variable | tf.Variable
 
 
 def training_state(
     model: keras.Model,
     extra_state: Mapping[str, Variable | keras.optimizers.Optimizer] | None = None,
 ) -> dict[str, Variable]:
-    """Every variable that a run of `model` has, by name.
+    """Returns every variable that a run of `model` has, by name.
 
     Names begin with `model/` (weights, statistics and seeds), `optimizer/` (slots,
     iterations, the learning rate, the loss scale) or `metrics/`. A slot is named like
@@ -27,23 +28,23 @@ def training_state(
 
     Args:
         model: A built model.
-        extra_state: What the model does not know of: other optimizers (built),
-            variables of your own, by a name for each.
+        extra_state: Variables that the model does not know of, and other optimizers
+            (built), by a name for each.
 
     Raises:
         ValueError: when the model is not built.
     """
     if not model.built:
         raise ValueError(
-            "A model has its variables only once it is built: call it on a batch, or "
+            "`model` must be built before it has its variables: call it on a batch, or "
             f"model.build(shape), first. Received: {model.name!r}, which is not built"
         )
     numbers = _Numbers()
     names: dict[int, str] = {}
-    found: dict[str, Variable] = {}
+    state: dict[str, Variable] = {}
     for variable in model.variables:
         names[id(variable)] = numbers.path(variable.path)
-        _add(found, f"model/{names[id(variable)]}", variable)
+        _add(state, f"model/{names[id(variable)]}", variable)
     weights = [
         (v.path.replace("/", "_"), names[id(v)]) for v in model.trainable_variables
     ]
@@ -52,34 +53,29 @@ def training_state(
         if not optimizer.built:
             with model.distribute_strategy.scope():
                 optimizer.build(model.trainable_variables)
-        _add_optimizer(found, "optimizer", optimizer, weights)
-    saved = {id(v) for v in found.values()}
+        _add_optimizer(state, "optimizer", optimizer, weights)
+    saved = {id(v) for v in state.values()}
     for variable in model.metrics_variables:
         if id(variable) not in saved:
-            _add(found, f"metrics/{numbers.path(variable.path)}", variable)
+            _add(state, f"metrics/{numbers.path(variable.path)}", variable)
     for name, value in (extra_state or {}).items():
         if isinstance(value, keras.optimizers.Optimizer):
-            _add_optimizer(found, f"extra/{name}", value, weights)
+            _add_optimizer(state, f"extra/{name}", value, weights)
         else:
-            _add(found, f"extra/{name}", value)
-    return found
+            _add(state, f"extra/{name}", value)
+    return state
 
 
 def section(name: str) -> str:
-    """`model`, `optimizer`, `metrics` or `extra`."""
+    """Returns the section of a name: `model`, `optimizer`, `metrics` or `extra`."""
     return name.partition("/")[0]
-
-
-def array_of(variable: Variable) -> tf.Variable:
-    """The TensorFlow variable that holds the values."""
-    return variable.value if isinstance(variable, keras.Variable) else variable
 
 
 class _Numbers:
     """Numbers the parts of paths by their order of appearance."""
 
-    def __init__(self):
-        self.given: dict[str, str] = {}
+    def __init__(self) -> None:
+        self.renamed: dict[str, str] = {}
         self.counts: Counter[str] = Counter()
 
     def path(self, path: str) -> str:
@@ -87,16 +83,16 @@ class _Numbers:
         return "/".join([*map(self._part, layers), leaf])
 
     def _part(self, part: str) -> str:
-        if part not in self.given:
-            base = re.fullmatch(r"(.*?)(_\d+)?", part).group(1)
+        if part not in self.renamed:
+            base = re.sub(r"_\d+\Z", "", part)
             count = self.counts[base]
             self.counts[base] += 1
-            self.given[part] = f"{base}_{count}" if count else base
-        return self.given[part]
+            self.renamed[part] = f"{base}_{count}" if count else base
+        return self.renamed[part]
 
 
 def _add_optimizer(
-    found: dict[str, Variable],
+    state: dict[str, Variable],
     prefix: str,
     optimizer: keras.optimizers.Optimizer,
     weights: Iterable[tuple[str, str]],
@@ -108,12 +104,12 @@ def _add_optimizer(
             if leaf.startswith(f"{flat}_"):
                 leaf = f"{name}/{leaf[len(flat) + 1 :]}"
                 break
-        _add(found, f"{prefix}/{leaf}", variable)
+        _add(state, f"{prefix}/{leaf}", variable)
 
 
-def _add(found: dict[str, Variable], name: str, variable: Variable) -> None:
+def _add(state: dict[str, Variable], name: str, variable: Variable) -> None:
     unique, count = name, 1
-    while unique in found:
+    while unique in state:
         count += 1
         unique = f"{name}#{count}"
-    found[unique] = variable
+    state[unique] = variable

@@ -1,0 +1,79 @@
+"""HLO modules in jax: calling one from a traced function, and printing one."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+
+def call_hlo(hlo: bytes, arguments: Sequence[Any], result_types: Sequence[Any]) -> Any:
+    """Returns the results of a serialized HLO module in a function that jax traces.
+
+    Relies on: `jax.extend.core.Primitive`, `jax.interpreters.mlir` and jaxlib's MLIR
+    bindings, with which jax's own `jax2tf.call_tf` merges a foreign module. On an
+    upgrade, watch: `jax2tf/call_tf.py`, which still has no public form.
+
+    Args:
+        hlo: The module.
+        arguments: One traced value per parameter.
+        result_types: A `jax.ShapeDtypeStruct` per result.
+    """
+    import jax
+
+    shapes = [jax.core.ShapedArray(each.shape, each.dtype) for each in result_types]
+    return _primitive().bind(
+        *arguments, hlo=_ByIdentity(hlo), out_avals=_ByIdentity(shapes)
+    )
+
+
+class _ByIdentity:
+    """Makes an unhashable parameter of a primitive hashable."""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+
+@functools.cache
+def _primitive() -> Any:
+    from jax.extend import core
+    from jax.interpreters import mlir
+    from jaxlib import _jax
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import func
+
+    primitive = core.Primitive("gshard_step")
+    primitive.multiple_results = True
+
+    @primitive.def_abstract_eval
+    def _(*_, hlo, out_avals):
+        return list(out_avals.value)
+
+    def lower(ctx, *args, hlo, out_avals):
+        stablehlo = _jax.mlir.hlo_to_stablehlo(hlo.value)
+        module = ir.Module.parse(stablehlo)
+        main = ir.SymbolTable(module.operation)["main"]
+        result_types = ir.FunctionType(
+            ir.TypeAttr(main.attributes["function_type"]).value
+        ).results
+        name = mlir.merge_mlir_modules(ctx.module_context.module, "gshard_step", module)
+        call = func.CallOp(result_types, ir.FlatSymbolRefAttr.get(name), list(args))
+        return list(call.results)
+
+    mlir.register_lowering(primitive, lower)
+    return primitive
+
+
+def hlo_as_text(hlo: bytes) -> str:
+    """Returns the text of a serialized HLO module.
+
+    Relies on: jaxlib's own printer, in `jaxlib._hlo` since 0.10 and in `_jax` before.
+    On an upgrade, watch: the place of `HloPrintOptions` and `HloModule`.
+    """
+    try:
+        from jaxlib import _hlo  # type: ignore[attr-defined]  # it has no stubs
+    except ImportError:
+        from jaxlib import _jax as _hlo
+
+    options = _hlo.HloPrintOptions()
+    options.print_metadata = True  # which operation each instruction stems from
+    module = _hlo.HloModule.from_serialized_hlo_module_proto(hlo)
+    return module.to_string(options)

@@ -1,0 +1,44 @@
+"""This process's rows of a global batch."""
+
+from typing import Any
+
+import tensorflow as tf
+
+from gshard_tf.runtime.process_group import group
+
+
+def process_local_rows(batch: Any) -> Any:
+    """Returns this process's rows of a batch.
+
+    For `SpmdStrategy(process_local_batches=True)`:
+
+    ```python
+    dataset = dataset.batch(64).map(lambda x, y: gshard_tf.process_local_rows((x, y)))
+    ```
+
+    Args:
+        batch: A nest of tensors `[B, ...]`.
+
+    Returns:
+        The same nest of `[B / count, ...]`: the rows that follow those of the process
+        before.
+
+    Raises:
+        ValueError: when a known number of rows does not divide by the processes.
+    """
+    index, count = group().index, group().count
+
+    def cut(tensor: Any) -> Any:
+        rows = tensor.shape[0]
+        if rows is not None and rows % count:
+            raise ValueError(
+                f"The rows of a batch are shared by the processes equally; batch with "
+                f"drop_remainder=True. Received: {rows} rows for {count} processes"
+            )
+        rows = tf.shape(tensor)[0]
+        even = tf.debugging.assert_equal(rows % count, 0, "rows that do not divide")
+        with tf.control_dependencies([even] if even is not None else []):
+            size = rows // count
+        return tensor[index * size : (index + 1) * size]
+
+    return tf.nest.map_structure(cut, batch)

@@ -1,0 +1,55 @@
+"""NaN and infinity in a step: the error, the skipped step, and the test for them."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from gshard_tf.spmd import lowering
+from gshard_tf.spmd.variable import MeshVariable
+
+
+class NonFiniteError(FloatingPointError, ValueError):
+    """NaN or infinity in a step; TensorFlow reports it as `InvalidArgumentError`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SkippedStep:
+    """A step that changed nothing, since it would have made NaN or infinity.
+
+    Attributes:
+        number: Which call of the step it was, from 1.
+        arrays: Its arguments, flat.
+        arguments: Their structure, with `lowering.LEAF` for each.
+        broken: The variables that would not have been finite.
+    """
+
+    number: int
+    arrays: list[np.ndarray]
+    arguments: Any
+    broken: list[MeshVariable]
+
+    def call_arguments(self) -> tuple[tuple, dict]:
+        """What the step was called with, `(args, kwargs)`."""
+        return lowering.pack(self.arguments, self.arrays)
+
+
+def is_finite(values: Any) -> bool:
+    """Whether a nest of arrays and tensors holds neither NaN nor infinity."""
+    return all(
+        _is_finite_array(value)
+        for value in tf.nest.flatten(values, expand_composites=True)
+        if hasattr(value, "dtype")
+    )
+
+
+def _is_finite_array(value: Any) -> bool:
+    dtype = np.dtype(getattr(value.dtype, "as_numpy_dtype", value.dtype))
+    # numpy sees bfloat16 as a type of its own kind, "V".
+    if dtype.kind not in "fcV":
+        return True
+    array = np.asarray(value)
+    if dtype.kind == "V":
+        array = array.astype(np.float32)
+    return bool(np.all(np.isfinite(array)))
