@@ -57,8 +57,8 @@ class Model:
         _check_signatures(signatures, self._name)
         self._translate = signatures["translate"]
         with _unusable(f"the SavedModel {self._name} does not tell its languages"):
-            found = signatures["languages"]()["languages"].numpy()
-            self.languages = [tag.decode() for tag in found]
+            tags = signatures["languages"]()["languages"].numpy()
+            self.languages = [tag.decode() for tag in tags]
         if not self.languages:
             raise UnusableModelError(
                 "the signature 'languages' of a translator must list at least one. "
@@ -67,21 +67,21 @@ class Model:
 
     def translate(self, items: Sequence[tuple]) -> list[dict[str, Any]]:
         """Answers `(text, tag, whether it was cut)`, as the server sends them."""
-        found = self._translate(
+        outputs = self._translate(
             texts=tf.constant([text for text, _, _ in items], tf.string),
             languages=tf.constant([tag for _, tag, _ in items], tf.string),
         )
-        found = {name: value.numpy() for name, value in found.items()}
+        outputs = {name: value.numpy() for name, value in outputs.items()}
         return [
             {
-                "text": found["translations"][i].decode(),
-                "score": float(found["scores"][i]),
-                "truncated": bool(found["truncated"][i]) or items[i][2],
-                "unfinished": bool(found["unfinished"][i]),
+                "text": outputs["translations"][i].decode(),
+                "score": float(outputs["scores"][i]),
+                "truncated": bool(outputs["truncated"][i]) or items[i][2],
+                "unfinished": bool(outputs["unfinished"][i]),
                 "n_best": [
                     {"text": text.decode(), "score": float(score)}
                     for text, score in zip(
-                        found["n_best"][i], found["n_best_scores"][i], strict=True
+                        outputs["n_best"][i], outputs["n_best_scores"][i], strict=True
                     )
                 ],
             }

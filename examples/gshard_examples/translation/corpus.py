@@ -121,7 +121,7 @@ def prepare_corpus(
         AlreadyRunningError: Another process is making `out_dir` just now.
         OSError: It could not be written (disk full, ...); nothing is published.
     """
-    wanted = _checked_languages(languages)
+    selected = _checked_languages(languages)
     if sources is None:
         sources = corpus_sources(corpus, folder)
     if held_out is None:
@@ -129,7 +129,7 @@ def prepare_corpus(
     assign_splits({}, held_out)  # complain about the option before the work
     options = {
         "held_out": held_out,
-        "languages": sorted(wanted) if wanted is not None else None,
+        "languages": sorted(selected) if selected is not None else None,
     }
     progress = progress or (lambda activity, done, total: None)
     with new_folder(out_dir, replace, CORPUS) as partial:
@@ -139,7 +139,7 @@ def prepare_corpus(
                 "no usable sentence pair in "
                 + ", ".join(source.domain for source in sources)
             )
-        rows = _split(domain_of, held_out, wanted, progress)
+        rows = _split(domain_of, held_out, selected, progress)
         if not rows["train"]:
             raise ValueError(
                 f"no training pair is left. Received: languages={options['languages']}"
@@ -177,8 +177,8 @@ def _checked_languages(languages: Iterable[str] | None) -> frozenset[str] | None
             "languages must be a list of language tags, not one string. Received: "
             f"languages={languages!r}"
         )
-    wanted = frozenset(languages)
-    for tag in sorted(wanted):
+    selected = frozenset(languages)
+    for tag in sorted(selected):
         if normalize_language(tag) != tag:
             known = normalize_language(tag)
             hint = f"; write {known!r}" if known else ""
@@ -186,9 +186,9 @@ def _checked_languages(languages: Iterable[str] | None) -> frozenset[str] | None
                 f"languages must be tags of this corpus{hint}. Received: languages "
                 f"with {tag!r}"
             )
-    if not wanted:
+    if not selected:
         raise ValueError("languages must not be empty. Received: languages=[]")
-    return wanted
+    return selected
 
 
 def _extract(
@@ -244,7 +244,7 @@ def _extract(
 def _split(
     domain_of: dict[tuple[str, str, str], str],
     held_out: float,
-    wanted: frozenset[str] | None,
+    selected: frozenset[str] | None,
     progress: Progress,
 ) -> dict[str, list[Pair]]:
     progress("splitting", 0, None)
@@ -255,7 +255,7 @@ def _split(
     split_of = assign_splits(languages_of, held_out)
     rows: dict[str, list[Pair]] = {split: [] for split in SPLITS}
     for (tag, source, english), domain in domain_of.items():
-        if wanted is None or tag in wanted:
+        if selected is None or tag in selected:
             rows[split_of[key_of[english]]].append(Pair(tag, domain, source, english))
     for pairs in rows.values():
         pairs.sort()

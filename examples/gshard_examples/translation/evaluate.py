@@ -61,11 +61,13 @@ def evaluate(
     out = make_folder(out, "out")  # before the work
     start = time.perf_counter()
     progress(f"translating {len(pairs)} sentences")
-    said = translator.translate([p.lang for p in pairs], [p.source for p in pairs])
+    translations = translator.translate(
+        [p.lang for p in pairs], [p.source for p in pairs]
+    )
     seconds = time.perf_counter() - start
     progress(f"translated in {seconds:.0f} s; now the baselines")
     systems = {
-        "model": said,
+        "model": translations,
         "memory": TranslationMemory(corpus.read("train")).translate(pairs),
         "copy": copy_source(pairs),
     }
@@ -88,7 +90,7 @@ def evaluate(
     write_file(out / "scores.txt", tables.encode())
     rows = [
         "\t".join((p.lang, p.source, p.english, t))
-        for p, t in zip(pairs, said, strict=True)
+        for p, t in zip(pairs, translations, strict=True)
     ]
     write_file(out / "translations.tsv", ("\n".join(rows) + "\n").encode())
     plot_scores(out / "scores.png", scores, "family", title=title)

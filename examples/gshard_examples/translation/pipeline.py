@@ -145,9 +145,9 @@ def tokenize_split(
     """
     if languages is not None:
         vocabulary.check_languages(list(languages))
-    wanted = set(vocabulary.languages if languages is None else languages)
+    selected = set(vocabulary.languages if languages is None else languages)
     if cache is not None:
-        name = " ".join([corpus.sha256(split), vocabulary.sha256, *sorted(wanted)])
+        name = " ".join([corpus.sha256(split), vocabulary.sha256, *sorted(selected)])
         digest = hashlib.sha256(name.encode()).hexdigest()[:16]
         file = local_path(cache, "cache") / f"ids-{split}-{digest}.npz"
         if file.is_file():
@@ -156,7 +156,7 @@ def tokenize_split(
                 rest = {key: saved[key] for key in saved.files if key != "languages"}
             return TokenizedSplit(tags, **rest)
     pairs = corpus.read(split)
-    kept = [pair for pair in pairs if pair.lang in wanted]
+    kept = [pair for pair in pairs if pair.lang in selected]
     if languages is None and len(kept) < len(pairs):
         log.warning(
             "%s: %d pairs in languages without a vocabulary symbol are left out",
@@ -165,8 +165,8 @@ def tokenize_split(
         )
     if not kept:
         raise ValueError(
-            f"no pair of the split is in the wanted languages. Received: split={split},"
-            f" languages={sorted(wanted)[:8]}"
+            f"the split must have pairs in the languages. Received: split={split},"
+            f" languages={sorted(selected)[:8]}"
         )
     tokens = tokenize_pairs(kept, vocabulary)
     if cache is not None:
@@ -297,9 +297,9 @@ class Batches:
         chosen = []
         for tag, members in self._members.items():
             exact = self.shares[tag] * total
-            # Rounded at random, so that on average nobody gets too little.
-            wanted = int(exact) + int(generator.random() < exact % 1)
-            repeats, rest = divmod(wanted, len(members))
+            # Rounded at random, so that on average no language gets too little.
+            count = int(exact) + int(generator.random() < exact % 1)
+            repeats, rest = divmod(count, len(members))
             chosen.append(np.tile(members, repeats))
             chosen.append(generator.choice(members, rest, replace=False))
         return np.concatenate(chosen)

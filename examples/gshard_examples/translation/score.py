@@ -64,12 +64,12 @@ def score(
     bleu, chrf = BLEU(), CHRF()
 
     def scored(positions: Sequence[int]) -> dict:
-        said = [translations[i] for i in positions]
-        wanted = [[pairs[i].english for i in positions]]
+        hypotheses = [translations[i] for i in positions]
+        references = [[pairs[i].english for i in positions]]
         return {
             "pairs": len(positions),
-            "bleu": round(bleu.corpus_score(said, wanted).score, 2),
-            "chrf": round(chrf.corpus_score(said, wanted).score, 2),
+            "bleu": round(bleu.corpus_score(hypotheses, references).score, 2),
+            "chrf": round(chrf.corpus_score(hypotheses, references).score, 2),
         }
 
     groups_of: dict[str, Callable[[Pair], Sequence[str]]] = {

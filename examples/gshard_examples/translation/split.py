@@ -91,24 +91,24 @@ def assign_splits(
         else:
             splits[key] = "test" if draw < rate else "dev"
     training = [key for key, split in splits.items() if split == "train"]
-    held = [key for key, split in splits.items() if split != "train"]
-    for key in near_copies(held, training, near_copy):
+    held_keys = [key for key, split in splits.items() if split != "train"]
+    for key in near_copies(held_keys, training, near_copy):
         splits[key] += "_near"
     return splits
 
 
 def near_copies(
-    held: Iterable[str], training: Iterable[str], threshold: float = NEAR_COPY
+    keys: Iterable[str], training: Iterable[str], threshold: float = NEAR_COPY
 ) -> set[str]:
-    """Finds the messages of `held` that nearly repeat a message of `training`.
+    """Finds the messages of `keys` that nearly repeat a message of `training`.
 
     Args:
-        held: Message keys.
+        keys: Message keys.
         training: Message keys.
         threshold: The least Jaccard similarity of the two word sets that counts.
 
     Returns:
-        Those of `held` with a near-copy in `training`; exact, not sampled.
+        Those of `keys` with a near-copy in `training`; exact, not sampled.
     """
     training_sets = [frozenset(key.split()) for key in training]
     having = defaultdict(list)  # word -> the training sets that have it
@@ -116,7 +116,7 @@ def near_copies(
         for word in words:
             having[word].append(index)
     copies = set()
-    for key in held:
+    for key in keys:
         words = frozenset(key.split())
         # |a & b| >= t |a | b| needs |a & b| >= t |a|: so b has at least one of any
         # |a| - ceil(t |a|) + 1 words of a.  We take the rarest ones.

@@ -251,8 +251,8 @@ def sample_pairs(
     seed: int = 0,
 ) -> list[Pair]:
     """Returns at most `most` pairs of a split, drawn evenly: always the same ones."""
-    wanted = None if languages is None else set(languages)
-    pairs = [p for p in corpus.read(split) if wanted is None or p.lang in wanted]
+    selected = None if languages is None else set(languages)
+    pairs = [p for p in corpus.read(split) if selected is None or p.lang in selected]
     if len(pairs) <= most:
         return pairs
     chosen = np.random.default_rng(seed).choice(len(pairs), most, replace=False)

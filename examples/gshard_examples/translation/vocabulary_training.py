@@ -87,10 +87,10 @@ def training_text(
     for tag in sorted(sources):
         lines = sorted(sources[tag])
         generator = np.random.default_rng([seed, *tag.encode()])
-        wanted = min(round(shares[tag] * sentences), 5 * len(lines))
-        for _ in range(wanted // len(lines)):
+        count = min(round(shares[tag] * sentences), 5 * len(lines))
+        for _ in range(count // len(lines)):
             yield from lines
-        rest = generator.permutation(len(lines))[: wanted % len(lines)]
+        rest = generator.permutation(len(lines))[: count % len(lines)]
         for index in np.sort(rest):
             yield lines[index]
 
