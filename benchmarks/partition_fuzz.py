@@ -52,28 +52,28 @@ def fuzz(
     counts: collections.Counter[str] = collections.Counter()
     refusals: collections.Counter[str] = collections.Counter()
     failures = []
-    start = said = time.monotonic()
+    start = reported = time.monotonic()
     try:
         for number, name in jobs(seed, only):
             now = time.monotonic()
             if now - start > 60 * minutes or sum(counts.values()) == cases:
                 break
-            if now - said > 15:
+            if now - reported > 15:
                 say(f"{(now - start) / 60:.1f} min, seed {number}: {dict(counts)}")
-                said = now
-            found = crew.run(number, name, shrink)
-            counts[found["verdict"]] += 1
-            if found["verdict"] == "refused":
-                refusals[found["said"].split(". ")[0][:200]] += 1
-            if found["verdict"] in (*BAD, "one_device"):
-                say(f"{found['verdict'].upper()} {number} {name}: {found['said']}")
-            if found["verdict"] in BAD:
-                say(found["script"])
-                failures.append({k: found[k] for k in ("seed", "name", "verdict")})
-            if scripts is not None and found["verdict"] in (*BAD, "one_device"):
+                reported = now
+            outcome = crew.run(number, name, shrink)
+            counts[outcome["verdict"]] += 1
+            if outcome["verdict"] == "refused":
+                refusals[outcome["said"].split(". ")[0][:200]] += 1
+            if outcome["verdict"] in (*BAD, "one_device"):
+                say(f"{outcome['verdict'].upper()} {number} {name}: {outcome['said']}")
+            if outcome["verdict"] in BAD:
+                say(outcome["script"])
+                failures.append({k: outcome[k] for k in ("seed", "name", "verdict")})
+            if scripts is not None and outcome["verdict"] in (*BAD, "one_device"):
                 scripts.mkdir(parents=True, exist_ok=True)
-                path = scripts / f"{found['verdict']}_{number}.py"
-                path.write_text(found["script"], encoding="utf-8")
+                path = scripts / f"{outcome['verdict']}_{number}.py"
+                path.write_text(outcome["script"], encoding="utf-8")
     finally:
         crew.close()
     total = sum(counts.values()) - counts["unusable"]

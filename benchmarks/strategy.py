@@ -75,10 +75,10 @@ def _parity_run(partitions: int, optimizer: str, rate: float) -> dict[str, np.nd
         model = keras.Model(inputs, keras.layers.Dense(4, name="outer")(hidden))
         model.compile(OPTIMIZERS[optimizer](), "mse", metrics=["mae"])
     history = model.fit(x, y, batch_size=rows, epochs=5, shuffle=False, verbose=0)
-    found = {f"log {k}": np.array(v) for k, v in history.history.items()}
+    arrays = {f"log {k}": np.array(v) for k, v in history.history.items()}
     for i, variable in enumerate(model.variables + model.optimizer.variables):
-        found[f"{i} {variable.path}"] = keras.ops.convert_to_numpy(variable)
-    return found
+        arrays[f"{i} {variable.path}"] = keras.ops.convert_to_numpy(variable)
+    return arrays
 
 
 def relative_difference(a: np.ndarray, b: np.ndarray) -> float:

@@ -222,9 +222,9 @@ def compare(gigabytes: float, rounds: int, steps: int) -> dict[str, Any]:
         del model, state
         keras.backend.clear_session()
         for name in FORMATS:
-            found = restore_apart(name, folder, gigabytes)
-            saved[name]["restore_s_per_gb"] = found["seconds"] / size * 1e9
-            saved[name]["restore_peak_over_shard_set"] = found["peak"] / size
+            restored = restore_apart(name, folder, gigabytes)
+            saved[name]["restore_s_per_gb"] = restored["seconds"] / size * 1e9
+            saved[name]["restore_peak_over_shard_set"] = restored["peak"] / size
             say(f"{name}: {saved[name]}")
         return result | {"formats": saved}
     finally:

@@ -121,15 +121,15 @@ def kill_one(folder: Path, epochs: int, rng: random.Random, pace: float) -> Life
     where = rng.choice(["anywhere", "training", "saving", "saving"])
     # `anywhere`: from the fork on. Else from a first step, or the beginning of a save.
     limit = rng.uniform(0, 4.0) if where == "anywhere" else 600.0
-    wanted, delay = None, 0.0
+    event, delay = None, 0.0
     if where == "training":
-        wanted, delay = "step", rng.uniform(0, 2 * pace)
+        event, delay = "step", rng.uniform(0, 2 * pace)
     elif where == "saving":
-        wanted, delay = "saving", rng.uniform(0, 0.03)
+        event, delay = "saving", rng.uniform(0, 0.03)
         for _ in range(rng.randrange(3)):
             if _await(life, "saved", limit) is None:
                 break
-    if wanted is not None and _await(life, wanted, limit) is not None:
+    if event is not None and _await(life, event, limit) is not None:
         limit = time.monotonic() + delay - life.start
     while life.listen(life.start + limit) is not None:
         if life.lines[-1].startswith(("done", "error")):
@@ -164,8 +164,8 @@ def phase(life: Life) -> str:
 
 
 def newest(lines: list[str], event: str) -> int:
-    found = [int(x.split()[1]) for x in lines if x.split()[0] == event]
-    return max(found, default=0)
+    steps = [int(x.split()[1]) for x in lines if x.split()[0] == event]
+    return max(steps, default=0)
 
 
 def losses(folder: Path) -> list[list[str]]:

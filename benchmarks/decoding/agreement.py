@@ -55,13 +55,13 @@ def compare(
     """By the name of the pair: how much of it is equal."""
     equal = np.all(one[0] == other[0], axis=-1)
     apart = np.abs(one[1] - other[1])
-    found = {
+    differences = {
         "equal": float(equal.mean()),
         "scores_apart": float(apart.max()),
         "scores_apart_where_equal": float(apart[equal].max()),
     }
-    say(f"{name}: {found}")
-    return {name: found}
+    say(f"{name}: {differences}")
+    return {name: differences}
 
 
 def ways_of(model: Any) -> dict[str, Callable[[Any], Any]]:
@@ -73,17 +73,17 @@ def ways_of(model: Any) -> dict[str, Callable[[Any], Any]]:
 
     def greedy(ids):
         limits = length_limits(ids, factor=2.0)
-        found, log_probs = greedy_decode(model, ids, LONGEST, BOS, EOS, limits)
-        return found[:, None], log_probs[:, None]
+        best, log_probs = greedy_decode(model, ids, LONGEST, BOS, EOS, limits)
+        return best[:, None], log_probs[:, None]
 
     def search(beam, flat=False):
         def run(ids):
             limits = length_limits(ids, factor=2.0)
-            found = beam_search(
+            hypotheses = beam_search(
                 *(model, ids, LONGEST, BOS, EOS, beam),
                 **{"num_results": beam, "limits": limits, "flat": flat},
             )
-            return found.ids, found.log_probs
+            return hypotheses.ids, hypotheses.log_probs
 
         return run
 
@@ -123,16 +123,16 @@ def main() -> None:
         [pair.source for pair in pairs],
         max_length=WIDTHS[-1],
     ).to_tensor(0)
-    found = {
+    outputs = {
         name: decode(name, way, ids.numpy()) for name, way in ways_of(model).items()
     }
     uncached = ways_of(Uncached(model))
     pieces = {}
     for name in ("greedy", "beam"):
         other = decode(f"{name}, uncached", uncached[name], ids.numpy())
-        pieces |= compare(f"{name}: cached, uncached", found[name], other)
-    pieces |= compare("beam of 1, greedy", found["beam 1"], found["greedy"])
-    pieces |= compare("flat beam, beam", found["flat beam"], found["beam"])
+        pieces |= compare(f"{name}: cached, uncached", outputs[name], other)
+    pieces |= compare("beam of 1, greedy", outputs["beam 1"], outputs["greedy"])
+    pieces |= compare("flat beam, beam", outputs["flat beam"], outputs["beam"])
 
     strategy = gshard_tf.SpmdStrategy(
         gshard_tf.create_mesh({"expert": options.partitions})
@@ -148,8 +148,8 @@ def main() -> None:
             ids.numpy(),
         )
         pair = f"{name}: one device, {options.partitions} partitions"
-        pieces |= compare(pair, found[name], other)
-    best = {tuple(row) for row in found["beam"][0][:, 0].tolist()}
+        pieces |= compare(pair, outputs[name], other)
+    best = {tuple(row) for row in outputs["beam"][0][:, 0].tolist()}
     show(
         {
             "sentences": len(pairs),

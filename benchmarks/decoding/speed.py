@@ -228,7 +228,7 @@ def tf_models_search(size: Size) -> Iterator[tuple[str, int, Call]]:
             logits = tf.where(tf.range(size.vocabulary) == model.pad_id, -1e6, logits)
             return logits, {**cache, "memory_mask": seen}
 
-        found, scores = sequence_beam_search(
+        beams, scores = sequence_beam_search(
             logits_of,
             tf.fill([ids.shape[0]], 2),
             state,
@@ -239,16 +239,18 @@ def tf_models_search(size: Size) -> Iterator[tuple[str, int, Call]]:
             end,
             padded_decode=True,
         )
-        return found[:, 0, 1:], scores[:, 0]
+        return beams[:, 0, 1:], scores[:, 0]
 
     def mine(ids):
-        found = beam_search(
+        hypotheses = beam_search(
             model, ids, length, 2, end, size.beam, 0.8, early_stop=False
         )
-        best = found.ids[:, 0]
+        best = hypotheses.ids[:, 0]
         # Theirs has no length penalty where no hypothesis of a row has ended.
         ended = tf.reduce_any(best == end, axis=-1)
-        return best, tf.where(ended, found.scores[:, 0], found.log_probs[:, 0])
+        return best, tf.where(
+            ended, hypotheses.scores[:, 0], hypotheses.log_probs[:, 0]
+        )
 
     both = {
         name: tf.function(search, jit_compile=True)
@@ -316,7 +318,7 @@ def transformers_model(size: Size, experts: int) -> Iterator[tuple[str, int, Cal
 
     def generate(ids, beams):
         with torch.inference_mode():
-            found = model.generate(
+            generated = model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
                 min_new_tokens=size.target,
@@ -324,7 +326,7 @@ def transformers_model(size: Size, experts: int) -> Iterator[tuple[str, int, Cal
                 num_beams=beams,
                 do_sample=False,
             )
-        return found.numpy()
+        return generated.numpy()
 
     for batch in size.batches:
         ids = torch.tensor(sources(size, batch))
@@ -369,9 +371,9 @@ def side(name: str, size: Size, seconds: float) -> list[dict[str, Any]]:
     """All of one side, in this process."""
     rows = []
     for way, batch, call in SIDES[name](size):
-        found = measure(call, size.target, seconds)
-        rows.append({"side": name, "way": way, "batch": batch, **found})
-        say(f"{name:22} {way:20} batch {batch:3}  p50 {found['p50']:.3f} s")
+        timing = measure(call, size.target, seconds)
+        rows.append({"side": name, "way": way, "batch": batch, **timing})
+        say(f"{name:22} {way:20} batch {batch:3}  p50 {timing['p50']:.3f} s")
     return rows
 
 
@@ -399,13 +401,13 @@ def run(
 def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
     """Seconds of the first over seconds of the second, at the p50."""
     p50 = {(r["side"], r["way"], r["batch"]): r["p50"] for r in rows}
-    found = {}
+    quotients = {}
     for batch in sorted({r["batch"] for r in rows}):
 
         def ratio(name, one, other, batch=batch):
             if (*one, batch) in p50 and (*other, batch) in p50:
                 quotient = p50[(*one, batch)] / p50[(*other, batch)]
-                found[f"{name}, batch {batch}"] = quotient
+                quotients[f"{name}, batch {batch}"] = quotient
 
         mine = "ours, experts"
         compiled = (mine, "greedy, compiled")
@@ -436,7 +438,7 @@ def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
                 )
                 theirs = (f"transformers, {kind}", way)
                 ratio(f"transformers / ours, {kind}, {way}", theirs, best[:2])
-    return found
+    return quotients
 
 
 def main() -> None:

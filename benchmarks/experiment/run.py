@@ -306,21 +306,21 @@ def measure(out: pathlib.Path, rounds: int = 20) -> None:
         batches = export.Batches(out / f"data-{SEEDS[0]}", program.manifest.inputs)
         sides[run_name(experts, SEEDS[0])] = _step_of(program, arrays, batches)
     times = timing.alternate(sides, rounds, warm_up=2)
-    found = {name: timing.median(times, name) for name in sides}
-    (out / "times.json").write_text(json.dumps(found, indent=1) + "\n")
-    say(str(found))
+    medians = {name: timing.median(times, name) for name in sides}
+    (out / "times.json").write_text(json.dumps(medians, indent=1) + "\n")
+    say(str(medians))
 
 
 def _step_of(program: Any, arrays: Any, batches: Any) -> Callable[[], object]:
     import jax
 
-    held = {"state": program.put_state(arrays), "number": 0}
+    current = {"state": program.put_state(arrays), "number": 0}
 
     def step() -> None:
-        batch = batches.batch(held["number"])
-        _, held["state"] = program(batch, held["state"])
-        held["number"] = (held["number"] + 1) % len(batches)
-        jax.block_until_ready(held["state"])
+        batch = batches.batch(current["number"])
+        _, current["state"] = program(batch, current["state"])
+        current["number"] = (current["number"] + 1) % len(batches)
+        jax.block_until_ready(current["state"])
 
     return step
 
@@ -372,15 +372,15 @@ def _score_set(name: str, pairs: Sequence[Any], corpus: Any, out: pathlib.Path) 
             folder / f"{name}.json",
             lambda folder=folder: _translate(folder, out, pairs),
         )
-    scores = {key: score_of(pairs, said, counts) for key, said in systems.items()}
+    scores = {key: score_of(pairs, texts, counts) for key, texts in systems.items()}
     write_scores(out / f"scores-{name}.json", scores)
     text = format_table(scores, ("resources", "domain"))
     apertium = translate_with_apertium(pairs)
     if apertium.positions:
         some = [pairs[i] for i in apertium.positions]
         beside = {"apertium": score_of(some, apertium.translations, counts)} | {
-            key: score_of(some, [said[i] for i in apertium.positions], counts)
-            for key, said in systems.items()
+            key: score_of(some, [texts[i] for i in apertium.positions], counts)
+            for key, texts in systems.items()
         }
         text += "\n\nIn Apertium's languages\n\n" + format_table(beside, ())
     (out / f"scores-{name}.txt").write_text(text + "\n")
@@ -444,16 +444,16 @@ def main() -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    made = {
+    parsers = {
         name: commands.add_parser(name)
         for name in ("prepare", "train", "time", "score")
     }
-    for command in made.values():
+    for command in parsers.values():
         command.add_argument("--out", type=pathlib.Path, required=True)
     for name in ("prepare", "score"):
-        made[name].add_argument("--data", type=pathlib.Path, required=True)
-    made["prepare"].add_argument("--size", choices=SIZES, default="gpu")
-    made["score"].add_argument("--udhr", type=pathlib.Path)
+        parsers[name].add_argument("--data", type=pathlib.Path, required=True)
+    parsers["prepare"].add_argument("--size", choices=SIZES, default="gpu")
+    parsers["score"].add_argument("--udhr", type=pathlib.Path)
     options = parser.parse_args()
     if options.command == "prepare":
         prepare(options.data, options.out, options.size)

@@ -34,7 +34,7 @@ def shrink(case: Case, bad: str) -> Case:
 def _kept(case: Case, smaller: Case, bad: str) -> Case:
     """`smaller`, if it is as bad."""
     try:
-        found = verdict(smaller.program())["verdict"]
+        outcome = verdict(smaller.program())["verdict"]
     except Exception:
         return case  # no program
-    return smaller if found == bad else case
+    return smaller if outcome == bad else case

@@ -101,26 +101,26 @@ def row(
     """One shape: one side after the other, each gone before the next is made."""
     entry = index["rows"][number]
     shape = entry["shape"]
-    found: dict[str, dict[str, Any]] = {}
+    sides: dict[str, dict[str, Any]] = {}
     for name, file in entry["files"].items():
-        found[name] = _or_out_of_memory(partial(_program, folder / file, rounds))
-        if "seconds" in found[name]:
-            flops_per_second = shape["matmul_flops"] / found[name]["seconds"]
-            found[name]["share"] = flops_per_second / rate
+        sides[name] = _or_out_of_memory(partial(_program, folder / file, rounds))
+        if "seconds" in sides[name]:
+            flops_per_second = shape["matmul_flops"] / sides[name]["seconds"]
+            sides[name]["share"] = flops_per_second / rate
     for name, peer in PEERS.items():
         missing = peer.missing()
         if missing:
-            found[name] = {"missing": missing}
+            sides[name] = {"missing": missing}
         else:
-            found[name] = _or_out_of_memory(
+            sides[name] = _or_out_of_memory(
                 lambda make=peer.make: _time(make(shape, index["policy"]), rounds)
             )
-    for name, side in found.items():
+    for name, side in sides.items():
         if "seconds" in side:
             side["tokens_per_second"] = shape["tokens"] / side["seconds"]
-        if name != "index" and "seconds" in side and "seconds" in found["index"]:
-            side["over_index"] = side["seconds"] / found["index"]["seconds"]
-    return {"shape": shape, "sides": found}
+        if name != "index" and "seconds" in side and "seconds" in sides["index"]:
+            side["over_index"] = side["seconds"] / sides["index"]["seconds"]
+    return {"shape": shape, "sides": sides}
 
 
 def _program(path: pathlib.Path, rounds: int) -> dict[str, Any]:
@@ -157,10 +157,10 @@ def side(program: PortableProgram) -> Callable[[], object]:
     rng = np.random.default_rng(0)
     state = program.put_state({t.name: _values(t, rng) for t in manifest.state})
     batch = [_values(t, rng) for t in manifest.inputs]
-    held = {"batch": program.put_batch(batch), "state": state}
+    current = {"batch": program.put_batch(batch), "state": state}
 
     def run() -> object:
-        outputs, held["state"] = program(held["batch"], held["state"])
+        outputs, current["state"] = program(current["batch"], current["state"])
         return jax.block_until_ready(outputs)
 
     return run
@@ -181,19 +181,19 @@ def memory(program: PortableProgram) -> dict[str, int]:
     import jax
 
     stats = program.compiled.memory_analysis()
-    found = {
+    sizes = {
         "arguments": stats.argument_size_in_bytes,
         "results": stats.output_size_in_bytes,
         "shared": stats.alias_size_in_bytes,
         "temporaries": stats.temp_size_in_bytes,
     }
-    found["program"] = (
-        found["arguments"] + found["results"] + found["temporaries"] - found["shared"]
+    sizes["program"] = (
+        sizes["arguments"] + sizes["results"] + sizes["temporaries"] - sizes["shared"]
     )
     allocated = jax.devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in allocated:
-        found["peak_so_far"] = allocated["peak_bytes_in_use"]
-    return found
+        sizes["peak_so_far"] = allocated["peak_bytes_in_use"]
+    return sizes
 
 
 def table(result: Mapping[str, Any]) -> str:

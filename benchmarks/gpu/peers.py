@@ -29,13 +29,13 @@ class Peer:
 
     def missing(self) -> list[str]:
         """Returns the packages that are not installed."""
-        found = []
+        absent = []
         for name in self.packages:
             try:
                 importlib.metadata.version(name)
             except importlib.metadata.PackageNotFoundError:
-                found.append(name)
-        return found
+                absent.append(name)
+        return absent
 
 
 def jax_ragged(shape: Mapping[str, Any], dtype: str) -> Side:

@@ -60,13 +60,18 @@ DEFAULT = ["128E12L", "512E12L", "2048E12L"]
 
 def parse(name: str) -> tuple[int, int, bool, bool]:
     """Experts, layers, whether in bfloat16, and whether dense weights are spread."""
-    found = re.fullmatch(r"(?:(\d+)E(\d+)L|T(\d+)L)(:bf16)?(:fsdp)?", name)
-    if found is None or ((int(found[1] or 0), int(found[2] or found[3])) not in PAPER):
+    parts = re.fullmatch(r"(?:(\d+)E(\d+)L|T(\d+)L)(:bf16)?(:fsdp)?", name)
+    if parts is None or ((int(parts[1] or 0), int(parts[2] or parts[3])) not in PAPER):
         names = ", ".join(f"{e}E{n}L" if e else f"T{n}L" for e, n in PAPER)
         raise SystemExit(
             f"Models are {names}, or one with :bf16, :fsdp. Received: {name!r}"
         )
-    return int(found[1] or 0), int(found[2] or found[3]), bool(found[4]), bool(found[5])
+    return (
+        int(parts[1] or 0),
+        int(parts[2] or parts[3]),
+        bool(parts[4]),
+        bool(parts[5]),
+    )
 
 
 def analytic_flops(experts: int, blocks: int, remat: bool) -> float:
