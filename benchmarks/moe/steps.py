@@ -23,7 +23,7 @@ Side = Callable[[], object]
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """What is computed; letters as everywhere (E, M, H, G, S)."""
+    """Sizes of an MoE step; letters as everywhere (E, M, H, G, S)."""
 
     experts: int = 32
     model_dim: int = 512
@@ -47,7 +47,7 @@ class Shape:
 
     @property
     def matmul_flops(self) -> int:
-        """Of the experts' six products: two forward, four backward."""
+        """FLOPs of the experts' six matmuls: two forward, four backward."""
         return 12 * self.experts * self.rows * self.model_dim * self.hidden_dim
 
 
@@ -127,11 +127,11 @@ def part_steps(shape: Shape) -> dict[str, tuple[Callable, list[Any]]]:
         kernel = layer.router.kernel.value
         with tf.GradientTape() as tape:
             tape.watch(x)
-            found, said = layer.router(x, training=True)
+            routing, report = layer.router(x, training=True)
         # Something comes back through every weight.
-        flow = [tf.ones_like(found.weight), tf.ones([])]
-        gradients = tape.gradient([found.weight, said.aux_loss], [x, kernel], flow)
-        return [*found[:4], said.aux_loss, *gradients]
+        flow = [tf.ones_like(routing.weight), tf.ones([])]
+        gradients = tape.gradient([routing.weight, report.aux_loss], [x, kernel], flow)
+        return [*routing[:4], report.aux_loss, *gradients]
 
     def dispatch(x: tf.Tensor, flow: tf.Tensor, *decision: tf.Tensor) -> list:
         with tf.GradientTape() as tape:

@@ -12,13 +12,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from gshard_examples.translation.corpus import Pair
-from gshard_examples.translation.files import missing_packages
 from gshard_examples.translation.languages import (
     RESOURCE_LEVELS,
     family_of,
     resource_level,
     script_of,
 )
+from gshard_examples.translation.package_files import missing_packages
 from gshard_tf.io.atomic_files import write_file
 
 #: Groupings, in the order of the table.
@@ -36,14 +36,14 @@ def score(
         pairs: The test pairs.
         translations: One per pair.
         training_pairs: Language tag -> number of training pairs
-            (``corpus.languages("train")``), for the groups by resource level; without
+            (`corpus.languages("train")`), for the groups by resource level; without
             it there are none.
 
     Returns:
-        ``{"overall": s, "domain": {group: s}, "resources": ..., "family": ...,
-        "script": ..., "language": ..., "signature": ...}`` where ``s`` is
-        ``{"pairs": int, "bleu": float, "chrf": float}``, and the domain groups are
-        ``"messages"``, ``"names"`` (ISO names) and each source's own name. Everything
+        `{"overall": s, "domain": {group: s}, "resources": ..., "family": ...,
+        "script": ..., "language": ..., "signature": ...}` where `s` is
+        `{"pairs": int, "bleu": float, "chrf": float}`, and the domain groups are
+        `"messages"`, `"names"` (ISO names) and each source's own name. Everything
         can go into JSON.
 
     Raises:
@@ -56,7 +56,7 @@ def score(
             f"{len(pairs)} pairs, {len(translations)} translations"
         )
     if not pairs:
-        raise ValueError("there is nothing to score. Received: 0 pairs")
+        raise ValueError("there must be pairs to score. Received: 0 pairs")
     try:
         from sacrebleu.metrics import BLEU, CHRF
     except ImportError as error:
@@ -64,12 +64,12 @@ def score(
     bleu, chrf = BLEU(), CHRF()
 
     def scored(positions: Sequence[int]) -> dict:
-        said = [translations[i] for i in positions]
-        wanted = [[pairs[i].english for i in positions]]
+        hypotheses = [translations[i] for i in positions]
+        references = [[pairs[i].english for i in positions]]
         return {
             "pairs": len(positions),
-            "bleu": round(bleu.corpus_score(said, wanted).score, 2),
-            "chrf": round(chrf.corpus_score(said, wanted).score, 2),
+            "bleu": round(bleu.corpus_score(hypotheses, references).score, 2),
+            "chrf": round(chrf.corpus_score(hypotheses, references).score, 2),
         }
 
     groups_of: dict[str, Callable[[Pair], Sequence[str]]] = {
@@ -120,11 +120,12 @@ def format_table(
         ValueError: No system, or an unknown grouping.
     """
     if not scores:
-        raise ValueError("there is no system to show. Received: scores={}")
+        raise ValueError("there must be a system to show. Received: scores={}")
     for grouping in groupings:
         if grouping not in GROUPINGS:
             raise ValueError(
-                f"groupings are among {', '.join(GROUPINGS)}. Received: {grouping!r}"
+                f"groupings must be among {', '.join(GROUPINGS)}. "
+                f"Received: {grouping!r}"
             )
     head = ["", "pairs"]
     for system in scores:

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gshard_examples.translation.splitting import (
+from gshard_examples.translation.split import (
     assign_splits,
     message_key,
     near_copies,

@@ -13,7 +13,7 @@ from gshard_examples.translation.baselines import (
 )
 from gshard_examples.translation.corpus import Pair
 from gshard_examples.translation.report import plot_scores
-from gshard_examples.translation.scoring import format_table, score, write_scores
+from gshard_examples.translation.score import format_table, score, write_scores
 
 PAIRS = [
     Pair("de", "django", "Die rote Katze", "The red cat sits here"),
@@ -91,7 +91,7 @@ def test_table_json_and_plot(tmp_path):
             plot_scores(tmp_path / "no.png", scores, **options)
     with pytest.raises(ValueError, match="colour"):
         format_table(scores, ("colour",))
-    with pytest.raises(ValueError, match="no system"):
+    with pytest.raises(ValueError, match="a system to show"):
         format_table({})
 
 

@@ -1,4 +1,4 @@
-"""Scoring a run on held-out pairs, beside the baselines."""
+"""Scores of a run on held-out pairs, compared with the baselines."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from gshard_examples.translation.baselines import (
 )
 from gshard_examples.translation.corpus import Corpus, Pair
 from gshard_examples.translation.report import plot_scores
-from gshard_examples.translation.scoring import format_table, score, write_scores
-from gshard_examples.translation.translating import Translator
+from gshard_examples.translation.score import format_table, score, write_scores
+from gshard_examples.translation.translator import Translator
 from gshard_tf.io.atomic_files import write_file
 from gshard_tf.io.paths import make_folder
 
@@ -25,7 +25,7 @@ from gshard_tf.io.paths import make_folder
 def choose(
     pairs: Sequence[Pair], per_language: int, languages: Sequence[str] | None, seed: int
 ) -> list[Pair]:
-    """At most so many pairs of each language, always the same ones."""
+    """Returns at most `per_language` pairs of each language, always the same ones."""
     by_language = defaultdict(list)
     for pair in pairs:
         if languages is None or pair.lang in languages:
@@ -49,23 +49,25 @@ def evaluate(
     title: str,
     progress: Callable[[str], None],
 ) -> dict:
-    """Translates `pairs`, scores them beside copying and a translation memory.
+    """Translates `pairs`, scores them, and scores copying and a translation memory.
 
     Writes `scores.json`, `scores.txt`, `scores.png` and `translations.tsv` to `out`.
-    Where Apertium is installed with some of these languages, all are scored beside it
+    Where Apertium is installed with some of these languages, all are compared with it
     on the pairs of these: `scores-apertium.json`, and a second table in `scores.txt`.
 
     Returns:
-        System name -> `scoring.score`'s result.
+        System name -> `score.score`'s result.
     """
     out = make_folder(out, "out")  # before the work
-    begun = time.perf_counter()
+    start = time.perf_counter()
     progress(f"translating {len(pairs)} sentences")
-    said = translator.translate([p.lang for p in pairs], [p.source for p in pairs])
-    seconds = time.perf_counter() - begun
+    translations = translator.translate(
+        [p.lang for p in pairs], [p.source for p in pairs]
+    )
+    seconds = time.perf_counter() - start
     progress(f"translated in {seconds:.0f} s; now the baselines")
     systems = {
-        "model": said,
+        "model": translations,
         "memory": TranslationMemory(corpus.read("train")).translate(pairs),
         "copy": copy_source(pairs),
     }
@@ -88,7 +90,7 @@ def evaluate(
     write_file(out / "scores.txt", tables.encode())
     rows = [
         "\t".join((p.lang, p.source, p.english, t))
-        for p, t in zip(pairs, said, strict=True)
+        for p, t in zip(pairs, translations, strict=True)
     ]
     write_file(out / "translations.tsv", ("\n".join(rows) + "\n").encode())
     plot_scores(out / "scores.png", scores, "family", title=title)

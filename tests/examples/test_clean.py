@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gshard_examples.translation.cleaning import clean_pair, normalise_text
+from gshard_examples.translation.clean import clean_pair, normalize_text
 
 
 @pytest.mark.parametrize(
@@ -19,7 +19,7 @@ from gshard_examples.translation.cleaning import clean_pair, normalise_text
     ],
 )
 def test_markup_goes(text, accelerator, clean):
-    assert normalise_text(text, accelerator) == clean
+    assert normalize_text(text, accelerator) == clean
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from gshard_examples.translation import cli, exporting, translating
+from gshard_examples.translation import cli, export
 from gshard_examples.translation.model import make_model
 from gshard_examples.translation.settings import Settings
+from gshard_examples.translation.translator import CHUNK, Translator
 from gshard_examples.translation.vocabulary import BOS, EOS, PAD
 from keras_layers import beam_search, length_limits
 
@@ -36,13 +37,13 @@ def model(toy_vocabulary):
 
 @pytest.fixture(scope="module")
 def translator(model, toy_vocabulary):
-    return translating.Translator(model, toy_vocabulary, **OPTIONS)
+    return Translator(model, toy_vocabulary, **OPTIONS)
 
 
 @pytest.fixture(scope="module")
 def saved(translator, tmp_path_factory):
     folder = tmp_path_factory.mktemp("exporting") / "saved_model"
-    return exporting.export(translator, folder)
+    return export.export(translator, folder)
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +91,7 @@ def test_translate_is_beam_search_between_two_tokenizers(
 
 def test_a_row_is_the_same_in_any_batch(signatures):
     # More than are decoded at a time.
-    count = translating.CHUNK + 7
+    count = CHUNK + 7
     texts, tags = (TEXTS[:1] * count), (TAGS[:1] * count)
     texts[-1], tags[-1] = TEXTS[3], TAGS[3]
     found = ask(signatures, "translate", texts=texts, languages=tags)
@@ -166,8 +167,8 @@ def test_bad_requests_are_refused_with_a_sentence(signatures, name):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_shorter_weights(dtype, model, toy_vocabulary, signatures, saved, tmp_path):
-    short = translating.Translator(model, toy_vocabulary, weights=dtype, **OPTIONS)
-    folder = exporting.export(short, tmp_path / "short")
+    short = Translator(model, toy_vocabulary, weights=dtype, **OPTIONS)
+    folder = export.export(short, tmp_path / "short")
 
     def weight_bytes(path):
         files = (path / "variables").glob("*.data*")
@@ -183,7 +184,7 @@ def test_shorter_weights(dtype, model, toy_vocabulary, signatures, saved, tmp_pa
     said = ask((loaded, loaded.signatures), "translate", **both)["translations"]
     assert [text.decode() for text in said] == short.translate(TAGS[:1], TEXTS[:1])
     with pytest.raises(ValueError, match="weights='int4'"):
-        translating.Translator(model, toy_vocabulary, weights="int4")
+        Translator(model, toy_vocabulary, weights="int4")
 
 
 def test_the_requests_to_warm_up_with(translator, saved, tmp_path):
@@ -191,9 +192,9 @@ def test_the_requests_to_warm_up_with(translator, saved, tmp_path):
     pytest.importorskip("tensorflow_serving")
     from tensorflow_serving.apis import predict_pb2, prediction_log_pb2
 
-    folder = exporting.export(translator, tmp_path / "warm", warm_up_as="translator")
+    folder = export.export(translator, tmp_path / "warm", warm_up_as="translator")
     path = folder / "assets.extra" / "tf_serving_warmup_requests"
-    exporting.check_export(folder, replace=True)  # nothing in it but what is ours
+    export.check_export(folder, replace=True)  # nothing in it but what is ours
     loaded = tf.saved_model.load(str(folder))
     seen = set()
     for record in tf.data.TFRecordDataset(str(path)).as_numpy_iterator():
@@ -228,14 +229,14 @@ def test_the_requests_to_warm_up_with(translator, saved, tmp_path):
 def test_without_the_package_it_says_what_to_install(translator, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "tensorflow_serving.apis", None)
     with pytest.raises(ImportError, match=r"gshard-tf\[serve\]"):
-        exporting.export(translator, tmp_path / "x", warm_up_as="translator")
+        export.export(translator, tmp_path / "x", warm_up_as="translator")
     assert not (tmp_path / "x").exists()
 
 
 def test_an_export_replaces_an_export(saved):
-    assert exporting.check_export(saved, replace=True) == saved
+    assert export.check_export(saved, replace=True) == saved
     with pytest.raises(FileExistsError, match="exists already"):
-        exporting.check_export(saved)
+        export.check_export(saved)
 
 
 @pytest.mark.parametrize("thesis", ["thesis.tex", "variables/thesis.tex", None])
@@ -248,7 +249,7 @@ def test_an_export_replaces_nothing_else(translator, tmp_path, monkeypatch, thes
     before = sorted(folder.rglob("*"))
     monkeypatch.setattr(tf.saved_model, "save", None)  # no work is done
     with pytest.raises(FileExistsError, match=str(folder)):
-        exporting.export(translator, folder, replace=True)
+        export.export(translator, folder, replace=True)
     assert sorted(folder.rglob("*")) == before
     assert list(tmp_path.iterdir()) == [folder]
 

@@ -1,11 +1,11 @@
-"""Which English message is held out, for all languages at once.
+"""Splits of the corpus: an English message is held out for all languages at once.
 
 A catalogue says the same English thing in a hundred languages, so a test set drawn by
-*pair* would hold sentences whose English side the decoder has learnt by heart from
-other languages.  Here the unit is the normalised English message: all of its
+*pair* would hold sentences whose English side the decoder has learned by heart from
+other languages.  Here the unit is the normalized English message: all of its
 translations fall on one side.  And because "Could not open {1}." with one word changed
 is as good as seen, a held-out message close to a training message goes to a set of its
-own, that is reported apart (``dev_near``, ``test_near``).
+own, that is reported apart (`dev_near`, `test_near`).
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ def assign_splits(
 
     Args:
         languages_of: Message key -> the languages that it is translated into.
-        held_out: Share of the widely translated messages that go to ``test``; half as
-            many go to ``dev``.  0.2 suits the small corpus, 0.06 the large ones.
+        held_out: Share of the widely translated messages that go to `test`; half as
+            many go to `dev`.  0.2 suits the small corpus, 0.06 the large ones.
         wide: See `WIDE`.
         min_words: See `MIN_WORDS`.
         near_copy: See `NEAR_COPY`.
@@ -74,7 +74,7 @@ def assign_splits(
         Message key -> one of `SPLITS`.
 
     Raises:
-        ValueError: ``held_out`` is outside [0, 0.6], where nothing would be left to
+        ValueError: `held_out` is outside [0, 0.6], where nothing would be left to
             train on.
     """
     if not 0.0 <= held_out <= 0.6:
@@ -91,33 +91,33 @@ def assign_splits(
         else:
             splits[key] = "test" if draw < rate else "dev"
     training = [key for key, split in splits.items() if split == "train"]
-    held = [key for key, split in splits.items() if split != "train"]
-    for key in near_copies(held, training, near_copy):
+    held_keys = [key for key, split in splits.items() if split != "train"]
+    for key in near_copies(held_keys, training, near_copy):
         splits[key] += "_near"
     return splits
 
 
 def near_copies(
-    held: Iterable[str], training: Iterable[str], threshold: float = NEAR_COPY
+    keys: Iterable[str], training: Iterable[str], threshold: float = NEAR_COPY
 ) -> set[str]:
-    """Finds the messages of ``held`` that nearly repeat a message of ``training``.
+    """Finds the messages of `keys` that nearly repeat a message of `training`.
 
     Args:
-        held: Message keys.
+        keys: Message keys.
         training: Message keys.
         threshold: The least Jaccard similarity of the two word sets that counts.
 
     Returns:
-        Those of ``held`` with a near-copy in ``training``; exact, not sampled.
+        Those of `keys` with a near-copy in `training`; exact, not sampled.
     """
     training_sets = [frozenset(key.split()) for key in training]
     having = defaultdict(list)  # word -> the training sets that have it
     for index, words in enumerate(training_sets):
         for word in words:
             having[word].append(index)
-    found = set()
-    for key in held:
-        words = set(key.split())
+    copies = set()
+    for key in keys:
+        words = frozenset(key.split())
         # |a & b| >= t |a | b| needs |a & b| >= t |a|: so b has at least one of any
         # |a| - ceil(t |a|) + 1 words of a.  We take the rarest ones.
         least = math.ceil(threshold * len(words) - 1e-9)
@@ -128,6 +128,6 @@ def near_copies(
             other = training_sets[index]
             shared = len(words & other)
             if shared >= threshold * (len(words) + len(other) - shared) - 1e-9:
-                found.add(key)
+                copies.add(key)
                 break
-    return found
+    return copies

@@ -1,8 +1,8 @@
 """From a catalogue entry to a sentence pair, or the reason why it is not one.
 
-Catalogue messages carry mark-up that is no language: accelerators (``&File``,
-``_File``, ``(_F)``), HTML tags, and the placeholders of a dozen formatting systems.
-Here the mark-up goes, and every placeholder becomes ``{1}``, ``{2}``, ... in the order
+Catalogue messages carry mark-up that is no language: accelerators (`&File`,
+`_File`, `(_F)`), HTML tags, and the placeholders of a dozen formatting systems.
+Here the mark-up goes, and every placeholder becomes `{1}`, `{2}`, ... in the order
 of the English side, the same number for the same placeholder on both sides.
 """
 
@@ -45,13 +45,13 @@ _IDENTIFIER = re.compile(r"(?=.*(?:[_/]|\.\w))[\w.\-/]+")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\ufeff]")
 
 
-def normalise_text(text: str, accelerator: str = "") -> str:
+def normalize_text(text: str, accelerator: str = "") -> str:
     """Removes mark-up and accelerators; NFC; single spaces.
 
     Args:
         text: One side of a catalogue entry.
         accelerator: The character that marks keyboard accelerators in this catalogue:
-            ``"_"``, ``"&"``, ``"~"``, or ``""`` when there is none.
+            `"_"`, `"&"`, `"~"`, or `""` when there is none.
 
     Returns:
         The text on one line, without control characters, in Unicode form NFC.
@@ -74,14 +74,14 @@ def normalise_text(text: str, accelerator: str = "") -> str:
 
 
 def _placeholder_kind(placeholder: str) -> str:
-    """``%1$s`` and ``%s`` are the same placeholder: a translation may reorder."""
+    """`%1$s` and `%s` are the same placeholder: a translation may reorder."""
     return (
         _POSITION.sub("", placeholder) if placeholder.startswith("%") else placeholder
     )
 
 
 def number_placeholders(source: str, english: str) -> tuple[str, str] | None:
-    """Replaces the placeholders of both sides by ``{1}``, ``{2}``, ...
+    """Replaces the placeholders of both sides by `{1}`, `{2}`, ...
 
     Args:
         source: The translation.
@@ -116,19 +116,19 @@ def clean_pair(
     """Cleans one catalogue entry.
 
     Args:
-        tag: The language tag of ``source`` (see `languages.normalise_language`).
+        tag: The language tag of `source` (see `languages.normalize_language`).
         source: The translation.
         english: The English message.
-        accelerator: See `normalise_text`.
+        accelerator: See `normalize_text`.
 
     Returns:
-        The cleaned ``(source, english)``; or, for an entry that is not a usable pair,
+        The cleaned `(source, english)`; or, for an entry that is not a usable pair,
         the reason as a short word that the corpus manifest counts.
     """
     if len(source) > MAX_RAW_CHARACTERS or len(english) > MAX_RAW_CHARACTERS:
         return "too long"
-    source = normalise_text(source, accelerator)
-    english = normalise_text(english, accelerator)
+    source = normalize_text(source, accelerator)
+    english = normalize_text(english, accelerator)
     if not source or len(english) < 2:
         return "empty"
     if len(english) > MAX_ENGLISH_CHARACTERS or len(source) > MAX_SOURCE_CHARACTERS:

@@ -92,7 +92,7 @@ class Translator(tf.Module):
             )
         self.vocabulary.check_languages(languages)
         order = sorted(range(len(texts)), key=lambda i: len(texts[i].encode()))
-        found: list[str] = [""] * len(texts)
+        translations: list[str] = [""] * len(texts)
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             result = self.functions["translate"](
@@ -100,18 +100,18 @@ class Translator(tf.Module):
                 tf.constant([languages[i] for i in rows]),
             )
             for i, text in zip(rows, result["translations"].numpy(), strict=True):
-                found[i] = text.decode("utf-8")
-        return found
+                translations[i] = text.decode("utf-8")
+        return translations
 
     # ------------------------------------------------------------- the signatures
 
     def _translate(self, texts: tf.Tensor, languages: tf.Tensor) -> dict[str, Any]:
-        """The best translation of each text, and all that the beam found."""
+        """Returns the best translation of each text, and all others of the beam."""
         source, truncated = self._source(texts, languages)
         n = self.beam_size
 
         def search(source: tf.Tensor) -> tuple[tf.Tensor, ...]:
-            found = beam_search(
+            hypotheses = beam_search(
                 self._model,
                 source,
                 self.max_target,
@@ -122,7 +122,7 @@ class Translator(tf.Module):
                 num_results=n,
                 limits=length_limits(source, PAD, 2.0, 10),
             )
-            return found.ids, found.scores, found.log_probs
+            return hypotheses.ids, hypotheses.scores, hypotheses.log_probs
 
         ids, scores, log_probs = _in_chunks(
             search,
@@ -199,7 +199,7 @@ class Translator(tf.Module):
         }
 
     def _tokenize(self, texts: tf.Tensor, languages: tf.Tensor) -> dict[str, Any]:
-        """What the model reads: ids `[B, L]`, tag and end included, then padding."""
+        """Returns the model's input: ids `[B, L]` with tag and end, then padding."""
         source, truncated = self._source(texts, languages)
         lengths = tf.reduce_sum(tf.cast(source != PAD, tf.int32), axis=1)
         return {"ids": source, "lengths": lengths, "truncated": truncated}
@@ -259,14 +259,14 @@ def _in_chunks(
     size = tf.clip_by_value(count, 1, CHUNK)
     chunks = tf.maximum(-(-count // size), 1)
     padded = tf.pad(rows, [[0, chunks * size - count], [0, 0]])
-    found = tf.map_fn(
+    results = tf.map_fn(
         fn,
         tf.reshape(padded, [chunks, size, width]),
         fn_output_signature=tuple(specs),
         parallel_iterations=1,
     )
     joined = []
-    for result, spec in zip(found, specs, strict=True):
+    for result, spec in zip(results, specs, strict=True):
         shape = [chunks * size, *spec.shape.as_list()[1:]]
         joined.append(tf.reshape(result, shape)[:count])
     return joined

@@ -8,8 +8,8 @@ from typing import Any
 
 import tensorflow as tf
 
-from gshard_examples.translation.files import MissingPackageError
-from gshard_examples.translation.translating import Translator
+from gshard_examples.translation.package_files import MissingPackageError
+from gshard_examples.translation.translator import Translator
 from gshard_tf.io.atomic_folders import Contents, check_folder, new_folder
 from gshard_tf.io.paths import local_path
 
@@ -58,7 +58,7 @@ def export(
 
     Args:
         translator: What to export. Its model must be a plain Keras model, not one
-            on a mesh (`training.load_model` gives such a one).
+            on a mesh (`train.load_model` gives such a one).
         folder: Where to write it; it appears only when it is complete.
         replace: Whether to replace a folder that is there. Only an empty one and one
             that holds a SavedModel and nothing else is replaced.

@@ -1,4 +1,4 @@
-"""The main job on a toy corpus: train, stop, go on, score, export, answer."""
+"""The main job on a toy corpus: train, stop, resume, score, export, answer."""
 
 import io
 import json
@@ -17,15 +17,16 @@ from processes import PYTHONPATH, run_python
 
 from gshard_examples.translation import (
     cli,
-    evaluating,
-    exporting,
-    training,
-    translating,
+    evaluate,
+    export,
+    train,
     vocabulary_training,
 )
 from gshard_examples.translation.baselines import ApertiumResult
 from gshard_examples.translation.corpus import load_corpus, prepare_corpus
 from gshard_examples.translation.settings import Settings
+from gshard_examples.translation.translator import Translator
+from gshard_tf import CheckpointManager
 
 TINY = {
     "buckets": "24",
@@ -58,7 +59,7 @@ def vocabulary(toy_vocabulary):
 def run(corpus, vocabulary, tmp_path_factory):
     """A run of 30 steps on 8 partitions, without a stop."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
-    training.train(folder, Settings(**TINY), corpus, vocabulary, verbose=0)
+    train.train(folder, Settings(**TINY), corpus, vocabulary, verbose=0)
     return folder
 
 
@@ -70,7 +71,7 @@ def without_time(row):
 def test_it_learns_and_says_what_it_did(run):
     summary = json.loads((run / "summary.json").read_text())
     assert summary["val_nll"][-1] < summary["val_nll"][0] - 0.3
-    assert len(training.read_history(run / "history.csv")) == 3
+    assert len(train.read_history(run)) == 3
     layout = (run / "layout.txt").read_text()
     assert "expert,-,-" in layout and "slot of its weight" in layout
     assert list((run / "logs").glob("*/events*"))
@@ -81,34 +82,33 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(
 ):
     folder = tmp_path / "stopped"
     first = Settings(**TINY | {"steps": 10})
-    training.train(folder, first, corpus, vocabulary, verbose=0)
-    training.train(folder, Settings(**TINY), corpus, vocabulary, verbose=0)
-    whole = training.read_history(run / "history.csv")
-    parts = training.read_history(folder / "history.csv")
-    for a, b in zip(parts, whole, strict=True):
-        assert without_time(a) == pytest.approx(without_time(b), rel=1e-4)
+    train.train(folder, first, corpus, vocabulary, verbose=0)
+    train.train(folder, Settings(**TINY), corpus, vocabulary, verbose=0)
+    whole = train.read_history(run)
+    parts = train.read_history(folder)
+    assert [without_time(row) for row in parts] == [without_time(row) for row in whole]
 
 
 def test_one_partition_less_is_the_same_run(run, corpus, vocabulary, tmp_path):
     """Plain Keras, without any strategy, gives the same figures."""
     plain = Settings(**TINY | {"partitions": 0, "steps": 10})
-    training.train(tmp_path / "plain", plain, corpus, vocabulary, verbose=0)
-    [ours] = training.read_history(tmp_path / "plain" / "history.csv")
-    theirs = training.read_history(run / "history.csv")[0]
+    train.train(tmp_path / "plain", plain, corpus, vocabulary, verbose=0)
+    [ours] = train.read_history(tmp_path / "plain")
+    theirs = train.read_history(run)[0]
     assert without_time(ours) == pytest.approx(without_time(theirs), rel=1e-3)
 
 
 def test_another_run_in_the_same_folder_is_refused(run, corpus, vocabulary):
     other = Settings(**TINY | {"model_dim": 64})
     with pytest.raises(ValueError, match="begun with model_dim=32"):
-        training.train(run, other, corpus, vocabulary, verbose=0)
+        train.train(run, other, corpus, vocabulary, verbose=0)
 
 
 def test_scores_beside_the_baselines(run, corpus, tmp_path):
-    _, vocabulary, model = training.load_model(run)
-    pairs = evaluating.choose(corpus.read("test"), 3, None, 0)
-    scores = evaluating.evaluate(
-        translating.Translator(model, vocabulary), corpus, pairs, tmp_path, "toy", print
+    _, vocabulary, model = train.load_model(run)
+    pairs = evaluate.choose(corpus.read("test"), 3, None, 0)
+    scores = evaluate.evaluate(
+        Translator(model, vocabulary), corpus, pairs, tmp_path, "toy", print
     )
     assert set(scores) == {"model", "memory", "copy"}
     assert scores["copy"]["overall"]["pairs"] == len(pairs)
@@ -117,17 +117,17 @@ def test_scores_beside_the_baselines(run, corpus, tmp_path):
 
 
 def test_scores_beside_apertium(run, corpus, tmp_path, monkeypatch):
-    _, vocabulary, model = training.load_model(run)
-    pairs = evaluating.choose(corpus.read("test"), 3, None, 0)
+    _, vocabulary, model = train.load_model(run)
+    pairs = evaluate.choose(corpus.read("test"), 3, None, 0)
     german = [i for i, pair in enumerate(pairs) if pair.lang == "de"]
     # As if it had the pair de-en, and were never wrong.
     monkeypatch.setattr(
-        evaluating,
+        evaluate,
         "translate_with_apertium",
         lambda pairs: ApertiumResult(german, [pairs[i].english for i in german]),
     )
-    translator = translating.Translator(model, vocabulary)
-    evaluating.evaluate(translator, corpus, pairs, tmp_path, "toy", print)
+    translator = Translator(model, vocabulary)
+    evaluate.evaluate(translator, corpus, pairs, tmp_path, "toy", print)
     beside = json.loads((tmp_path / "scores-apertium.json").read_text())
     assert set(beside) == {"apertium", "model", "memory", "copy"}
     assert beside["apertium"]["overall"]["chrf"] == 100
@@ -171,25 +171,26 @@ def test_the_command_goes_on_after(kind, corpus, vocabulary, tmp_path):
     )
     # As soon as the first checkpoint is there, stop it, within the next epoch.
     deadline = time.monotonic() + 200
-    while not (folder / "checkpoints" / "checkpoint").exists():
+    while not list((folder / "checkpoints").glob("step-*")):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
     process.send_signal(kind)
     printed, _ = process.communicate()
     if kind == signal.SIGINT:
         assert process.returncode == 130
-        assert "The same command goes on" in printed and "Traceback" not in printed
-    done = len(training.read_history(folder / "history.csv"))
+        assert "The same command resumes" in printed and "Traceback" not in printed
+    done = len(train.read_history(folder))
     assert 1 <= done < 6
     run_python(code, timeout=300)
-    assert len(training.read_history(folder / "history.csv")) == 6
+    assert len(train.read_history(folder)) == 6
 
 
 def test_a_full_disk_loses_no_checkpoint(corpus, vocabulary, tmp_path):
     """Files may grow to 64 KiB only: the next checkpoint does not fit."""
     folder = tmp_path / "full"
     run_python(job(folder, corpus, vocabulary, steps=10))
-    first = tf.train.latest_checkpoint(folder / "checkpoints")
+    checkpoints = CheckpointManager(folder / "checkpoints")
+    assert checkpoints.steps() == [10]
     code = textwrap.dedent(job(folder, corpus, vocabulary, steps=20))
     limit = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))"
     done = subprocess.run(
@@ -200,19 +201,19 @@ def test_a_full_disk_loses_no_checkpoint(corpus, vocabulary, tmp_path):
         timeout=240,
     )
     assert done.returncode == 1, done.stderr[-2000:]
-    assert "checkpoint of step 20 could not be written" in done.stderr
+    assert f"could not write {checkpoints.path(20)}" in done.stderr
     assert "Traceback" not in done.stderr
-    assert tf.train.latest_checkpoint(folder / "checkpoints") == first
+    assert checkpoints.steps() == [10]
     run_python(code)
-    assert len(training.read_history(folder / "history.csv")) == 2
+    assert len(train.read_history(folder)) == 2
 
 
 @pytest.fixture(scope="module")
 def saved_model(run, tmp_path_factory):
-    _, vocabulary, model = training.load_model(run)
-    translator = translating.Translator(model, vocabulary)
+    _, vocabulary, model = train.load_model(run)
+    translator = Translator(model, vocabulary)
     folder = tmp_path_factory.mktemp("export") / "saved_model"
-    return exporting.export(translator, folder), translator
+    return export.export(translator, folder), translator
 
 
 TEXTS = ["appleo basketo candleo", "", "x " * 25_000, "gardenen hammeren"]
@@ -362,11 +363,39 @@ def test_remote_folders_are_refused_first(tmp_path, monkeypatch, capsys, command
     assert list(tmp_path.iterdir()) == []
 
 
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_run_of_an_earlier_version_is_refused(vocabulary, tmp_path):
+    """Its checkpoints are those of tf.train; nothing in its folder changes."""
+    Settings(**TINY).write(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "checkpoint").write_text("model_checkpoint_path: ...")
+    (tmp_path / "vocab.model").write_bytes(vocabulary.model_bytes)
+    before = contents(tmp_path)
+    other = Settings(**TINY | {"steps": 60})
+    for call in (
+        lambda: train.train(tmp_path, other, None, vocabulary),
+        lambda: train.load_model(tmp_path),
+    ):
+        with pytest.raises(ValueError, match="must have checkpoints of gshard_tf"):
+            call()
+    assert contents(tmp_path) == before
+
+
+def test_an_epoch_that_was_trained_again_counts_once(tmp_path):
+    """A kill between row and checkpoint; a disk that was full in a row."""
+    (tmp_path / "history.csv").write_text("epoch,loss\n0,3\n1,2.5\n1,2\n2")
+    rows = [{"epoch": 0, "loss": 3}, {"epoch": 1, "loss": 2}]
+    assert train.read_history(tmp_path) == rows
+
+
 @pytest.mark.parametrize("name", ["summary.json", "vocab.model", "history.csv"])
 def test_a_folder_of_another_kind_is_no_run(tmp_path, name):
     (tmp_path / name).write_text("mine")
     with pytest.raises(FileExistsError, match=name):
-        training.train(tmp_path, Settings(**TINY), None, None)
+        train.train(tmp_path, Settings(**TINY), None, None)
     assert [path.name for path in tmp_path.iterdir()] == [name]
     assert (tmp_path / name).read_text() == "mine"
 
@@ -375,11 +404,11 @@ def test_remote_folders_are_refused_by_the_functions_too(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     remote = "ram://folder"
     for call in (
-        lambda: training.train(remote, Settings(**TINY), None, None),
-        lambda: training.train("run", Settings(**TINY), None, None, cache=remote),
-        lambda: training.load_model(remote),
-        lambda: exporting.export(None, remote),
-        lambda: evaluating.evaluate(None, None, [], remote, "", print),
+        lambda: train.train(remote, Settings(**TINY), None, None),
+        lambda: train.train("run", Settings(**TINY), None, None, cache=remote),
+        lambda: train.load_model(remote),
+        lambda: export.export(None, remote),
+        lambda: evaluate.evaluate(None, None, [], remote, "", print),
         lambda: prepare_corpus(remote, sources=[]),
         lambda: load_corpus(remote),
         lambda: vocabulary_training.train_vocabulary(None, remote),
