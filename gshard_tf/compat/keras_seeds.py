@@ -26,7 +26,7 @@ def global_seed_state() -> tf.Variable | None:
 
 @contextlib.contextmanager
 def own_global_seed_generator() -> Iterator[None]:
-    """Inside it Keras has no global seed generator but one that is made inside it."""
+    """Context in which Keras has only a global seed generator that is created there."""
     before = global_state.get_global_attribute(GLOBAL_SEED_GENERATOR)
     global_state.set_global_attribute(GLOBAL_SEED_GENERATOR, None)
     try:

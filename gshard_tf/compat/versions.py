@@ -71,7 +71,7 @@ def check_versions() -> None:
 
 def check_tpu_versions() -> None:
     """Raises `ImportError` where TensorFlow for TPUs would abort the process."""
-    found = {}
+    found: dict[str, str | None] = {}
     for package in ("tensorflow-tpu", "libtpu"):
         try:
             found[package] = importlib.metadata.version(package)
