@@ -78,7 +78,7 @@ MUTANTS = (
     ),
     Mutant(
         "gshard_tf/sharding/rules.py",
-        "        if len(found) > 1:\n",
+        "        if len(matches) > 1:\n",
         "        if False:\n",
         (f"{_RULES}::test_refuses_two_patterns_for_one_weight",),
         "of two patterns for one weight the first wins in silence",

@@ -9,7 +9,7 @@ how the first is made to read nothing, and the second to fail without harm.
 import contextlib
 import inspect
 from collections.abc import Iterator
-from types import TracebackType
+from types import CodeType, TracebackType
 from typing import Any
 
 import tensorflow as tf
@@ -27,10 +27,12 @@ _BUILD_FROM_SHAPES = TensorFlowTrainer._symbolic_build.__code__
 
 
 class _UnreadEpochIterator(TFEpochIterator):
-    """Of which Keras sees a batch's shapes without a batch being read."""
+    """An epoch iterator that gives Keras a batch's shapes without reading a batch."""
 
     def __iter__(self) -> Iterator:
-        if inspect.currentframe().f_back.f_code is not _BUILD:
+        frame = inspect.currentframe()
+        caller = None if frame is None else frame.f_back
+        if caller is None or caller.f_code is not _BUILD:
             return super().__iter__()
         batch = tf.nest.map_structure(
             # An Optional stands for None.
@@ -83,8 +85,8 @@ class BuildingMayFail(contextlib.AbstractContextManager):
         return isinstance(error, Exception) and _failed_to_build(trace)
 
 
-def _failed_to_build(trace: TracebackType) -> bool:
-    codes = []
+def _failed_to_build(trace: TracebackType | None) -> bool:
+    codes: list[CodeType] = []
     while trace is not None and len(codes) < 3:
         codes.append(trace.tb_frame.f_code)
         trace = trace.tb_next

@@ -47,7 +47,7 @@ def load_state(model: keras.Model, path: str | os.PathLike) -> dict[str, Any]:
         ValueError: when the file does not fit the model; nothing is changed then.
     """
     arrays, meta = program_file.read_state(path)
-    variables = training_state(model)
+    variables: dict[str, Any] = {**training_state(model)}
     matches = match(
         {name: (tuple(v.shape), _dtype(v)) for name, v in variables.items()},
         {name: Array(a.shape, a.dtype.name, "", ()) for name, a in arrays.items()},

@@ -1,1 +1,1 @@
-"""Where tensors go: meshes, axis rules, annotations and layouts."""
+"""Sharding of tensors: meshes, axis rules, annotations and layouts."""

@@ -45,10 +45,12 @@ def split(tensor: Any, split_dimension: int, num_partitions: int) -> Any:
         ("num_partitions", num_partitions),
     ):
         if isinstance(number, bool) or not isinstance(number, int | np.integer):
-            raise ValueError(f"{name} is a whole number. Received: {number!r}")
+            raise ValueError(
+                f"`{name}` must be a whole number. Received: {name}={number!r}"
+            )
     if rank is not None and not -rank <= split_dimension < rank:
         raise ValueError(
-            f"split_dimension must lie in [-{rank}, {rank}) for a tensor of rank "
+            f"split_dimension must be in [-{rank}, {rank}) for a tensor of rank "
             f"{rank}. Received: split_dimension={split_dimension}"
         )
     if num_partitions < 1:
@@ -130,26 +132,27 @@ def shard(tensor: Any, layout: dtensor.Layout | Sequence | np.ndarray) -> Any:
     assignment = np.asarray(layout)
     if assignment.dtype.kind not in "iu":
         raise ValueError(
-            "A device assignment is an array of whole numbers. "
+            "A device assignment must be an array of whole numbers. "
             f"Received: dtype={assignment.dtype}"
         )
     if rank is not None and assignment.ndim != rank:
         raise ValueError(
-            f"A device assignment has the tensor's rank, {rank}. "
+            f"A device assignment must have the tensor's rank, {rank}. "
             f"Received: shape={assignment.shape}"
         )
     if _is_dtensor(tensor):
         raise ValueError(
-            "A DTensor is laid out by a dtensor.Layout; its mesh says which device is "
-            f"where. Received: a device assignment of shape {assignment.shape}"
+            "`layout` must be a dtensor.Layout for a DTensor, whose mesh says which "
+            "device is where. Received: a device assignment of shape "
+            f"{assignment.shape}"
         )
     active = _partitioning(tensor)
     if active is None:
         return tensor
     if sorted(assignment.flatten().tolist()) != list(range(active.mesh.size)):
         raise ValueError(
-            f"A device assignment names each of the {active.mesh.size} devices of "
-            f"the mesh once. Received: {assignment.tolist()}"
+            f"A device assignment must name each of the {active.mesh.size} devices "
+            f"of the mesh once. Received: {assignment.tolist()}"
         )
     return op_sharding.constrain(
         tf.convert_to_tensor(tensor), op_sharding.tiled(assignment)
@@ -178,7 +181,7 @@ def annotate(tensor: Any, axes: Sequence[str | None]) -> Any:
     rank = _rank(tensor)
     if rank is not None and len(axes) != rank:
         raise ValueError(
-            f"annotate takes one name (or None) per dimension: {rank} of them. "
+            f"`axes` must have one name (or None) per dimension: {rank} of them. "
             f"Received: axes={tuple(axes)}"
         )
     if _is_dtensor(tensor):
@@ -206,7 +209,7 @@ def name_axes(weight: keras.Variable, axes: Sequence[str | None]) -> keras.Varia
     """
     if len(axes) != len(weight.shape):
         raise ValueError(
-            f"name_axes takes one name (or None) per dimension of {weight.path!r}, "
+            f"`axes` must have one name (or None) per dimension of {weight.path!r}, "
             f"whose shape is {tuple(weight.shape)}. Received: axes={tuple(axes)}"
         )
     weight.gshard_axes = tuple(axes)
@@ -214,7 +217,7 @@ def name_axes(weight: keras.Variable, axes: Sequence[str | None]) -> keras.Varia
 
 
 def logical_axes(weight: keras.Variable) -> tuple[str | None, ...] | None:
-    """What `name_axes` recorded for a weight, or None."""
+    """Returns the names that `name_axes` recorded for a weight, or None."""
     return getattr(weight, "gshard_axes", None)
 
 

@@ -1,8 +1,8 @@
 """Meshes: named grids of devices, and which one is active.
 
 The types are DTensor's own `Mesh` and `Layout`. A mesh needs no device to exist,
-so the same type describes virtual CPU devices, GPUs and a TPU slice that nobody
-has rented yet.
+so the same type describes virtual CPU devices, GPUs and a TPU slice that is not rented
+yet.
 """
 
 import contextlib
@@ -54,17 +54,18 @@ def create_mesh(
     for name, size in pairs:
         if not isinstance(name, str) or not name.isidentifier():
             raise ValueError(
-                f"A mesh axis is named like a Python variable. Received: {name!r}"
+                f"Mesh axis names must be valid identifiers. Received: {name!r}"
             )
         if isinstance(size, bool) or not isinstance(size, int | np.integer) or size < 1:
             raise ValueError(
-                "A mesh axis has a whole number of devices, at least 1. "
+                "The size of a mesh axis must be a whole number of at least 1. "
                 f"Received: {name}={size!r}"
             )
     kind = str(device_type).upper()
     if kind not in DEVICE_TYPES:
         raise ValueError(
-            f"device_type is one of {DEVICE_TYPES}. Received: {device_type!r}"
+            f"`device_type` must be one of {DEVICE_TYPES}. "
+            f"Received: device_type={device_type!r}"
         )
     sizes = [int(size) for _, size in pairs]
     count = int(np.prod(sizes))
@@ -117,7 +118,7 @@ def active_mesh() -> ActiveMesh | None:
 
 
 def without_mesh(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """`fn`, in which every annotation is the identity whatever mesh is active."""
+    """Returns `fn` with every annotation the identity, whatever mesh is active."""
 
     @functools.wraps(fn)
     def plain(*args: Any, **kwargs: Any) -> Any:

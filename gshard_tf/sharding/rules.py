@@ -19,7 +19,7 @@ LOGICAL_AXES = (
 
 
 class AxisRules:
-    """Which mesh axis each logical axis is split over.
+    """The mesh axis over which each logical axis is split.
 
     Layers say what a dimension *is* (`"expert"`, `"embed"`, ...); rules say where it
     goes, so that one model runs on any mesh. A logical axis without a rule is not
@@ -65,13 +65,13 @@ class AxisRules:
         for logical, axis in rules.items():
             if not isinstance(logical, str) or not isinstance(axis, str | None):
                 raise ValueError(
-                    "A rule is a logical axis name and a mesh axis name (or None), "
-                    f"such as 'expert': 'data'. Received: {logical!r}: {axis!r}"
+                    "A rule must be a logical axis name and a mesh axis name (or "
+                    f"None), such as 'expert': 'data'. Received: {logical!r}: {axis!r}"
                 )
         if fsdp is not None and zero is not None:
             raise ValueError(
-                "fsdp splits the slots as well, so zero has nothing left to split: "
-                f"give one of them. Received: fsdp={fsdp!r}, zero={zero!r}"
+                "`fsdp` already shards optimizer slots; you must set `fsdp` or `zero`, "
+                f"not both. Received: fsdp={fsdp!r}, zero={zero!r}"
             )
         self.rules = dict(rules)
         self.fsdp = fsdp
@@ -85,7 +85,8 @@ class AxisRules:
                 compiled = re.compile(pattern)
             except re.error as error:
                 raise ValueError(
-                    f"Not a regular expression: {pattern!r} ({error})"
+                    "A path pattern must be a regular expression. "
+                    f"Received: {pattern!r} ({error})"
                 ) from error
             self.paths.append((compiled, tuple(axes)))
 
@@ -102,23 +103,23 @@ class AxisRules:
         )
         if others:
             rules |= dict.fromkeys(("mlp", "heads", "vocab"), others[0])
-        made = cls(rules)
-        made._is_default = True
-        return made
+        default = cls(rules)
+        default._is_default = True
+        return default
 
     def check(self, mesh: dtensor.Mesh) -> None:
         """Raises `ValueError` for a rule whose mesh axis `mesh` does not have."""
         for name, axis in (("fsdp", self.fsdp), ("zero", self.zero)):
             if axis is not None and axis not in mesh.dim_names:
                 raise ValueError(
-                    f"{name} names an axis of the mesh, which has "
+                    f"`{name}` must be an axis of the mesh, which has "
                     f"{list(mesh.dim_names)}. Received: {name}={axis!r}"
                 )
         for logical, axis in self.rules.items():
             if axis is not None and axis not in mesh.dim_names:
                 raise ValueError(
-                    f"The rule {logical!r}: {axis!r} names no axis of the mesh, which "
-                    f"has {list(mesh.dim_names)}. Received: rules={self.rules}"
+                    f"The rule {logical!r}: {axis!r} must name an axis of the mesh, "
+                    f"which has {list(mesh.dim_names)}. Received: rules={self.rules}"
                 )
 
     def layout(
@@ -135,9 +136,9 @@ class AxisRules:
             if axis is not None and axis in specs:
                 other = axes[specs.index(axis)]
                 raise ValueError(
-                    f"The rules split two dimensions of {what} over the mesh axis "
-                    f"{axis!r}: {other!r} and {logical!r}. Name one of them None, or "
-                    f"give it another mesh axis. Received: axes={tuple(axes)}, "
+                    f"The rules cannot split two dimensions of {what} over the mesh "
+                    f"axis {axis!r}: {other!r} and {logical!r}. Name one of them None, "
+                    f"or give it another mesh axis. Received: axes={tuple(axes)}, "
                     f"rules={self.rules}"
                 )
             specs.append(dtensor.UNSHARDED if axis is None else axis)
@@ -146,16 +147,16 @@ class AxisRules:
 
     def path_axes(self, path: str) -> tuple[str, tuple[str | None, ...]] | None:
         """The pattern that matches a weight's path, and its axes, or None."""
-        found = [(p.pattern, axes) for p, axes in self.paths if p.fullmatch(path)]
-        if len(found) > 1:
+        matches = [(p.pattern, axes) for p, axes in self.paths if p.fullmatch(path)]
+        if len(matches) > 1:
             raise ValueError(
-                f"Two path patterns match the weight {path!r}: {found[0][0]!r} and "
-                f"{found[1][0]!r}. Make them exclude each other."
+                "Path patterns must exclude each other. Received: two that match the "
+                f"weight {path!r}, {matches[0][0]!r} and {matches[1][0]!r}"
             )
-        return found[0] if found else None
+        return matches[0] if matches else None
 
     def unused(self) -> list[tuple[str, str]]:
-        """The rules that somebody wrote down and nothing has asked for yet."""
+        """The rules of the user that nothing has used yet."""
         if self._is_default:
             return []
         return [

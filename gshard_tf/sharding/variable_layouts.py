@@ -22,7 +22,7 @@ NO_RULE = "no rule: replicated"
 
 @dataclasses.dataclass(frozen=True)
 class LayoutDecision:
-    """How a variable is stored, and the reason for it.
+    """The layout of a variable, and the reason for it.
 
     Attributes:
         storage: The layout in which it is stored.
@@ -126,7 +126,7 @@ class VariableLayouts:
         return dtensor.Layout(specs, self.mesh)
 
     def _computes_as_stored(self, variable: MeshVariableBase) -> bool:
-        """Whether a step computes with the shards as stored, gathering nothing."""
+        """Returns whether a step computes with the shards as stored."""
         owner = variable.owner
         axes = None if owner is None else logical_axes(owner)
         # What a loop over layers uses one by one must not be gathered as a whole.
@@ -271,7 +271,7 @@ def _names(axes: tuple[str | None, ...]) -> str:
 def _of_one_optimizer(
     factor: MeshVariableBase, slot: MeshVariableBase, reference: MeshVariableBase
 ) -> bool:
-    """Whether `factor` may be of the same weight as `slot`, by its name alone."""
+    """Returns whether `factor` may be of the weight of `slot`, by its name alone."""
     if factor.keras_variable is None:
         # Keras 2: Adafactor/r/dense/kernel and Adafactor/v/dense/kernel.
         return factor.path.endswith(f"/{reference.path}")

@@ -64,9 +64,9 @@ class AbstractVariable(ResourceVariableLike, MeshVariableBase, tf.Variable):
             return self._tensor
         if tf.executing_eagerly():
             raise ValueError(
-                f"The variable {self.path!r} has no value: the model was built for a "
-                "plan, which allocates nothing. Only its train_step, test_step or "
-                "predict_step can be traced."
+                "A model that was built for a plan cannot compute: it allocates "
+                "nothing, and only its train_step, test_step or predict_step can be "
+                f"traced. Received: a read of the variable {self.path!r}"
             )
         # Keras infers shapes in a graph that never runs.
         return tf.compat.v1.placeholder(self._dtype, self._shape)
@@ -93,16 +93,16 @@ class AbstractVariable(ResourceVariableLike, MeshVariableBase, tf.Variable):
             return self  # a first value, say, which a plan does not need
         if tf.compat.v1.get_default_graph() is not self._graph:
             raise ValueError(
-                f"The step assigns the variable {self.path!r} inside tf.cond or "
-                "tf.while_loop, which a plan cannot follow: without memory, a "
-                "variable's new value must be known where the step ends. Gradient "
-                "accumulation, loss scaling and moving averages of weights do this; "
-                "plan without them (they add the bytes of their variables)."
+                "A plan cannot follow an assignment inside tf.cond or tf.while_loop: "
+                "without memory, a variable's new value must be known where the step "
+                "ends. Gradient accumulation, loss scaling and moving averages of "
+                "weights do this; plan without them (they add the bytes of their "
+                f"variables). Received: an assignment of {self.path!r}"
             )
         value = tf.cast(tf.convert_to_tensor(value), self._dtype)
         if not self._shape.is_compatible_with(value.shape):
             raise ValueError(
-                f"The variable {self.path!r} has the shape {self._shape}. "
+                f"A value of {self.path!r} must have the shape {self._shape}. "
                 f"Received: a value of shape {value.shape}"
             )
         self._tensor = tf.ensure_shape(value, self._shape)
@@ -181,7 +181,7 @@ class AbstractStrategy(MeshStrategy, tf.distribute.Strategy):
 
 
 class AbstractExtended(MeshExtended):
-    """What `tf.distribute` asks of `AbstractStrategy`; knows all its variables."""
+    """`StrategyExtended` of `AbstractStrategy`; it has a list of all its variables."""
 
     def __init__(
         self,
@@ -251,7 +251,7 @@ def standing_for(
 
 
 def is_abstract(model: keras.Model) -> bool:
-    """Whether a model was built in the scope of an `AbstractStrategy`."""
+    """Returns whether a model was built in the scope of an `AbstractStrategy`."""
     return any(isinstance(v.value, AbstractVariable) for v in model.variables)
 
 
@@ -288,9 +288,10 @@ def lower_abstract(
     created = len(extended.variables) - len(variables)
     if created:
         raise ValueError(
-            f"The step makes {created} variables when it is traced, such as "
-            f"{extended.variables[-1].path!r}. Build the model, its optimizer and its "
-            "metrics completely in the function that makes it."
+            "All variables must exist before the step is traced. Build the model, its "
+            "optimizer and its metrics completely in the function that makes it. "
+            f"Received: a step that creates {created} variables, such as "
+            f"{extended.variables[-1].path!r}"
         )
     lowered = lowering.lower(function, structure)
     return dataclasses.replace(

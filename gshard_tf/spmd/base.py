@@ -47,7 +47,7 @@ class MeshStrategy:
         return self.extended.layouts.layout_for(owned(variable, self)).storage
 
     def describe(self, model: keras.Model) -> LayoutReport:
-        """How each weight and optimizer slot of a built model is stored, and why.
+        """Returns the layout of each weight and slot of a built model, with its reason.
 
         Returns:
             A `LayoutReport`; `print` it for a table.
@@ -67,10 +67,10 @@ def owned(variable: tf.Variable | keras.Variable, strategy: MeshStrategy) -> Any
     if not strategy.extended.owns(value):
         name = getattr(variable, "path", getattr(variable, "name", variable))
         raise ValueError(
-            f"The variable {name!r} was not made inside this "
-            f"{type(strategy).__name__}'s scope, so it does not live on its mesh. Make "
-            "the model, and compile it, inside `with strategy.scope():`."
-            f"{strategy.unowned_hint}"
+            "A variable must be made inside the strategy's scope to be on its mesh. "
+            "Make the model, and compile it, inside `with strategy.scope():`."
+            f"{strategy.unowned_hint} Received: the variable {name!r}, which was not "
+            f"made inside this {type(strategy).__name__}'s scope"
         )
     return value
 
@@ -98,7 +98,7 @@ class MeshExtended(OneDeviceExtended):
     ):
         rules = AxisRules.default(mesh) if rules is None else rules
         if not isinstance(rules, AxisRules):
-            raise ValueError(f"rules is an AxisRules. Received: {rules!r}")
+            raise ValueError(f"`rules` must be an AxisRules. Received: rules={rules!r}")
         rules.check(mesh)
         super().__init__(container, "/cpu:0")
         self.mesh = mesh
@@ -115,7 +115,7 @@ class MeshExtended(OneDeviceExtended):
         raise NotImplementedError
 
     def owns(self, value: Any) -> bool:
-        """Whether `create_variable` made it."""
+        """Returns whether `create_variable` made a variable."""
         raise NotImplementedError
 
     def _create_variable(self, next_creator: Callable, **kwargs: Any) -> Any:
@@ -138,7 +138,7 @@ class MeshExtended(OneDeviceExtended):
 
     @property
     def is_tracing(self) -> bool:
-        """Whether this thread is tracing a step."""
+        """True while this thread is tracing a step."""
         return self._tracing.depth > 0
 
     def run_step(self, fn: Callable, args: tuple, kwargs: dict) -> Any:
@@ -152,6 +152,6 @@ class MeshExtended(OneDeviceExtended):
 
 
 class _Tracing(threading.local):
-    """How many steps this thread is tracing, one inside the other."""
+    """The number of steps that this thread is tracing, one inside the other."""
 
     depth = 0

@@ -1,7 +1,7 @@
-"""A variable that a step uses although it does not live on the step's mesh.
+"""A variable that a step uses although it is not on the step's mesh.
 
 Keras has one seed generator for all unseeded random numbers of a process, so its state
-belongs to no model and no strategy: it lives where it was made, in plain Keras or in
+belongs to no model and no strategy: it stays where it was made, in plain Keras or in
 another strategy's scope. A step that draws from it takes the state along, and brings
 it back when it is done.
 """
@@ -14,10 +14,10 @@ import tensorflow as tf
 
 
 class BorrowedVariable:
-    """In the place of a `MeshVariable` among what a step captures.
+    """Takes the place of a `MeshVariable` among the captures of a step.
 
     Args:
-        variable: The variable itself, wherever it lives; small.
+        variable: The variable itself, which is small.
         to_host: From a value on the devices to an array.
 
     Attributes:
@@ -45,6 +45,6 @@ class BorrowedVariable:
         return upload(self.numpy())
 
     def set_device_copy(self, value: Any) -> None:
-        """Gives the variable what a step made of it, at once."""
+        """Assigns a step's result to the variable, at once."""
         with tf.init_scope():
             self.variable.assign(self._to_host(value))

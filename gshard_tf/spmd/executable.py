@@ -126,9 +126,10 @@ class Executable:
             if not is_finite(value):
                 shape = tuple(value.shape)
                 raise NonFiniteError(
-                    f"Found NaN or infinity in {name(i)} (shape {shape}) of step "
-                    f"{self.extended.steps_run[self.name]} of {self.name}. The model "
-                    "and its optimizer are as they were before that step."
+                    "A step must be finite (check_numerics=True). The model and its "
+                    "optimizer are as they were before that step. Received: NaN or "
+                    f"infinity in {name(i)} (shape {shape}) of step "
+                    f"{self.extended.steps_run[self.name]} of {self.name}"
                 )
 
     def _compile(self) -> SpmdProgram:
@@ -172,7 +173,7 @@ def compile_step(
 
 
 def check_processes_agree(step: LoweredStep, name: str) -> None:
-    """Compares what the processes of a run are about to run, and on which values.
+    """Compares the steps that the processes are about to run, and their values.
 
     Raises:
         ValueError: in all of them, when it is not the same.

@@ -1,4 +1,4 @@
-"""Which arguments of a traced step are indices, and of what.
+"""Arguments of a traced step that are indices, and the tables they index.
 
 An argument is one where an operation that takes indices (a look-up, a cross-entropy of
 labels) gets nothing but what some cheap operations make of arguments and constants.
@@ -47,7 +47,7 @@ _DEEPEST = 100
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Computed:
-    """What an operation makes; nothing of the graph that it was found in.
+    """The computation of an operation, without a reference to its graph.
 
     Attributes:
         run: Returns the results, given the inputs.
@@ -137,7 +137,7 @@ class _Frame:
         self._places = {tensor.name: i for i, tensor in enumerate(graph.inputs)}
 
     def outside(self, tensor: tf.Tensor) -> "tuple[tf.Tensor, _Frame] | int | None":
-        """What the caller gives for an input, or its place among the step's own.
+        """The caller's tensor for an input, or the input's place among the step's own.
 
         None for what is no input.
         """
@@ -218,10 +218,10 @@ class _Reader:
     """Reads out of graphs how tensors are computed from the arguments of the step."""
 
     def __init__(self):
-        self._made: dict[tuple, _Computed | None] = {}
+        self._computed: dict[tuple, _Computed | None] = {}
 
     def read(self, tensor: tf.Tensor, frame: _Frame, depth: int = 0) -> _Source | None:
-        """How a tensor is computed; None: not for us to compute."""
+        """Returns the computation of a tensor; None: not one for the host."""
         outside = frame.outside(tensor)
         if isinstance(outside, int):
             return outside
@@ -240,12 +240,12 @@ class _Reader:
         if operation.type not in _COMPUTED:
             return None
         key = (*frame.scopes, operation.name)
-        if key not in self._made:
-            self._made[key] = self._make(operation, frame, depth)
-        made = self._made[key]
-        return None if made is None else (made, result)
+        if key not in self._computed:
+            self._computed[key] = self._compute(operation, frame, depth)
+        computed = self._computed[key]
+        return None if computed is None else (computed, result)
 
-    def _make(
+    def _compute(
         self, operation: tf.Operation, frame: _Frame, depth: int
     ) -> _Computed | None:
         inputs = []

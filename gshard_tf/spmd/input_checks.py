@@ -1,4 +1,4 @@
-"""Ids and labels of a batch that are out of range are found before the step."""
+"""Checks of the ids and labels of a batch, on the host and before the step."""
 
 import weakref
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ import numpy as np
 from gshard_tf.spmd.index_uses import IndexUse
 from gshard_tf.spmd.lowering import LEAF
 
-# What Keras's own steps are called with.
+# Keras's own steps, and the parts of their batch.
 _KERAS_STEPS = ("train_step", "test_step", "predict_step", "one_step_on_data")
 _PARTS_OF_A_BATCH = ("x", "y", "sample_weight")
 
@@ -20,11 +20,11 @@ class InputRangeError(IndexError, ValueError):
 
 
 class InputChecks:
-    """How often the arguments of steps are looked at, and how often they were.
+    """Counts the steps whose arguments are checked.
 
     Args:
-        steps: Of how many steps, counted from the last `restart`, of each function;
-            True: of every one. False or 0: of none.
+        steps: How many steps of each function are checked, counted from the last
+            `restart`; True: every one. False or 0: none.
 
     Raises:
         ValueError: when it is neither.
@@ -33,8 +33,8 @@ class InputChecks:
     def __init__(self, steps: bool | int):
         if not isinstance(steps, int) or steps < 0:
             raise ValueError(
-                "check_inputs is True, False, or the number of first steps whose "
-                f"inputs are checked. Received: check_inputs={steps!r}"
+                "`check_inputs` must be True, False, or the number of first steps "
+                f"whose inputs are checked. Received: check_inputs={steps!r}"
             )
         self.steps = steps
         self._done: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
@@ -44,7 +44,7 @@ class InputChecks:
         self._done.clear()
 
     def is_due(self, step: Any) -> bool:
-        """Whether to look at the arguments of this call of `step`; counts it."""
+        """Returns whether to check this call of `step`, and counts it."""
         if self.steps is True:
             return True
         done = self._done[step] = self._done.get(step, 0) + 1
@@ -57,12 +57,12 @@ def check_indices(
     names: Sequence[str],
     copies: int = 1,
 ) -> None:
-    """Looks at every index that a step would take.
+    """Checks every index that a step would take.
 
     Args:
-        uses: What takes them.
+        uses: The operations that take them.
         arrays: The arguments of the step.
-        names: What they are called.
+        names: The names of the arguments.
         copies: How many times as many rows the step has; each row stands for that
             many, where other processes feed theirs.
 
@@ -82,11 +82,11 @@ def check_indices(
         if bad.any():
             row, component = np.argwhere(bad)[0]
             raise InputRangeError(
-                f"{use.where} takes indices from 0 to {use.sizes[component] - 1}. "
+                f"{use.where} needs indices from 0 to {use.sizes[component] - 1}. "
                 f"Received: {indices[row, component]}, made of "
                 + ", ".join(_described(names[i], arrays[i]) for i in use.places)
-                + ". The step did not run. (SpmdStrategy(check_inputs=False) looks at "
-                "no inputs.)"
+                + ". The step did not run. (SpmdStrategy(check_inputs=False) checks no "
+                "inputs.)"
             )
 
 
@@ -96,7 +96,7 @@ def _described(name: str, array: np.ndarray) -> str:
 
 
 def argument_names(step_name: str, arguments: Any) -> list[str]:
-    """What the tensors among the arguments of a step are called.
+    """Returns the names of the tensors among the arguments of a step.
 
     Args:
         step_name: The name of its function.

@@ -1,4 +1,4 @@
-"""Keras's steps by name, what they are called with, and whose variables they touch."""
+"""Keras's steps by name, the specs of their batch, and the roles of variables."""
 
 from typing import Any
 
@@ -13,7 +13,9 @@ MODES = {"train": "train_step", "evaluate": "test_step", "predict": "predict_ste
 def check_mode(mode: str) -> None:
     """Raises `ValueError` unless `mode` is one of `MODES`."""
     if mode not in MODES:
-        raise ValueError(f"mode is one of {tuple(MODES)}. Received: mode={mode!r}")
+        raise ValueError(
+            f"`mode` must be one of {tuple(MODES)}. Received: mode={mode!r}"
+        )
 
 
 def batch_specs(batch: Any) -> Any:
@@ -29,7 +31,7 @@ def batch_specs(batch: Any) -> Any:
             return None
         if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
             raise ValueError(
-                "The batch is a nest of tf.TensorSpec, keras.KerasTensor or arrays. "
+                "`batch` must be a nest of tf.TensorSpec, keras.KerasTensor or arrays. "
                 f"Received: {leaf!r}"
             )
         shape = tf.TensorShape(leaf.shape)
@@ -57,7 +59,7 @@ def complete(model: keras.Model, specs: Any, mode: str) -> None:
     if mode != "predict" and not model.compiled:
         raise ValueError(
             f"mode={mode!r} needs a compiled model: call model.compile in the function "
-            "that makes it."
+            f"that makes it. Received: {model.name!r}, not compiled"
         )
     symbolic = tf.nest.map_structure(
         lambda spec: spec and keras.KerasTensor(spec.shape, spec.dtype.name), specs

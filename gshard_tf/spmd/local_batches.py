@@ -32,7 +32,7 @@ def process_local_rows(batch: Any) -> Any:
         rows = tensor.shape[0]
         if rows is not None and rows % count:
             raise ValueError(
-                f"The rows of a batch are shared by the processes equally; batch with "
+                "The rows of a batch must divide by the processes; batch with "
                 f"drop_remainder=True. Received: {rows} rows for {count} processes"
             )
         rows = tf.shape(tensor)[0]

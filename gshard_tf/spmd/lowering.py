@@ -1,4 +1,4 @@
-"""A TensorFlow step -> one HLO module, and what of it is state.
+"""A TensorFlow step -> one HLO module, with its state among the parameters.
 
 The step is traced as it is, with the variables that it captures. XLA's own aliasing
 table then says which result is the new value of which variable, so nothing has to
@@ -28,15 +28,15 @@ class LoweredStep:
     """One step as HLO.
 
     Attributes:
-        hlo: Serialised `HloModuleProto`. Parameters: `inputs`, then `captures`.
+        hlo: Serialized `HloModuleProto`. Parameters: `inputs`, then `captures`.
             Results: `num_outputs` outputs, then one new value per item of `updates`.
         inputs: The specs of the arguments.
         captures: For each captured parameter, the variable or the constant tensor.
         results: The specs of the results.
         num_outputs: How many of them are outputs.
         updates: Index into `captures` of each new value, in order.
-        structure: What the step returns, with each output replaced by `LEAF`; what is
-            no tensor is there as it was returned.
+        structure: The result of the step, with each output replaced by `LEAF`;
+            anything but a tensor is kept as it was returned.
     """
 
     hlo: bytes
@@ -83,8 +83,8 @@ def trace(
                 leaf, tf.Variable
             ):
                 raise TypeError(
-                    "A step on a mesh returns dense tensors; ragged and sparse ones "
-                    f"have no static shape. Received: {leaf}"
+                    "A step on a mesh must return dense tensors; ragged and sparse "
+                    f"ones have no static shape. Received: {leaf}"
                 )
         structure = tf.nest.pack_sequence_as(
             outputs, [LEAF if _is_result(leaf) else leaf for leaf in flat]
@@ -108,7 +108,7 @@ def _is_result(leaf: Any) -> bool:
 def as_results(outputs: Any) -> Any:
     """A nest in which variables, Python's and numpy's numbers are tensors.
 
-    For a program that runs where the function that returned them is not there.
+    For a program that runs without the function that returned them.
     """
     kinds = tf.Variable | keras.Variable | numbers.Number | np.generic | np.ndarray
     return tf.nest.map_structure(
@@ -136,8 +136,8 @@ def captured(function: Any) -> list[Any]:
         if tensor.dtype != tf.resource:
             if not isinstance(tensor, tf.__internal__.EagerTensor):
                 raise ValueError(
-                    "The step uses a tensor of the function around it, which is not "
-                    "part of its program. Pass it as an argument of `strategy.run`. "
+                    "The step cannot use a tensor of the function around it, which is "
+                    "not in its program. Pass it as an argument of `strategy.run`. "
                     f"Received: {tensor}"
                 )
             values.append(tensor)
@@ -167,7 +167,7 @@ def lower(function: Any, structure: Any) -> LoweredStep:
         raise ValueError(
             "The step uses an operation that XLA cannot compile, on strings or a "
             "Python function, say. Move it into the input pipeline or a callback. "
-            f"XLA says: {error}"
+            f"Received: {error}"
         ) from error
     proto = hlo_pb2.HloModuleProto.FromString(hlo)
     _check_static(proto)
@@ -197,10 +197,10 @@ def lower(function: Any, structure: Any) -> LoweredStep:
         not 0 <= i < len(captures) for i in updates
     ):
         raise RuntimeError(
-            "This TensorFlow orders a module's results in a way that gshard_tf does "
-            "not know: outputs first, then the new values of captured variables. "
+            "A module's results must be the outputs, then the new values of captured "
+            "variables. Install the tested TensorFlow (see setup.py). "
             f"Received: {num_results} results for {len(function.outputs)} outputs, "
-            f"aliases {result_of}. Install the tested version (see setup.py)."
+            f"aliases {result_of}"
         )
     dtypes = [output.dtype for output in function.outputs]
     dtypes += [captures[i].dtype for i in updates]
@@ -231,8 +231,8 @@ def _check_static(proto: hlo_pb2.HloModuleProto) -> None:
         for instruction in computation.instructions:
             if any(instruction.shape.is_dynamic_dimension):
                 raise ValueError(
-                    "The step has a tensor whose shape depends on values, as "
-                    "tf.boolean_mask, tf.where(condition) or tf.unique make it, and a "
+                    "The step cannot have a tensor whose shape depends on values, as "
+                    "tf.boolean_mask, tf.where(condition) or tf.unique make it: a "
                     "partitioned program has none. Multiply by the mask instead, or "
                     "do it in the input pipeline. Received: "
                     f"{instruction.metadata.op_type or instruction.opcode} "

@@ -31,12 +31,12 @@ class SkippedStep:
     broken: list[MeshVariable]
 
     def call_arguments(self) -> tuple[tuple, dict]:
-        """What the step was called with, `(args, kwargs)`."""
+        """The arguments of the call, `(args, kwargs)`."""
         return lowering.pack(self.arguments, self.arrays)
 
 
 def is_finite(values: Any) -> bool:
-    """Whether a nest of arrays and tensors holds neither NaN nor infinity."""
+    """Returns whether a nest of arrays and tensors has neither NaN nor infinity."""
     return all(
         _is_finite_array(value)
         for value in tf.nest.flatten(values, expand_composites=True)

@@ -183,7 +183,7 @@ def _raise_with_operation(error: RuntimeError, mesh_shape: dict[str, int]) -> No
     operation = operation_that_failed(str(error))
     if operation is not None:
         raise ValueError(
-            "XLA's partitioner could not split an operation of this model over the "
+            "XLA's partitioner cannot split an operation of this model over the "
             f"mesh: an error of the compiler, not of the model. Hold the arguments of "
             "that operation whole with `gshard_tf.replicate`, or lay them out over "
             f"other mesh axes. Received: {operation} on the mesh {mesh_shape}; the "

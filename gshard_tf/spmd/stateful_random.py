@@ -30,13 +30,13 @@ def find_stateful_random(module: Any) -> list[tuple[str, str]]:
     Args:
         module: A `HloModuleProto`.
     """
-    found = {
+    operations = {
         (instruction.metadata.op_type, instruction.metadata.op_name): None
         for computation in module.computations
         for instruction in computation.instructions
         if instruction.opcode in OPCODES
     }
-    return list(found)
+    return list(operations)
 
 
 def warn_of_stateful_random(module: Any) -> None:

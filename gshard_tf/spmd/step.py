@@ -203,6 +203,6 @@ def _check_dense_number(leaf: Any) -> None:
         dtype.is_bool or dtype.is_integer or dtype.is_floating or dtype.is_complex
     ):
         raise ValueError(
-            "A mesh computes with numbers. Turn strings to numbers in the input "
-            f"pipeline. Received: {leaf} of dtype {dtype.name}"
+            "A mesh computes with numbers, and cannot hold others. Turn strings to "
+            f"numbers in the input pipeline. Received: {leaf} of dtype {dtype.name}"
         )

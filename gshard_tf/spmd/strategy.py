@@ -30,8 +30,8 @@ class SpmdStrategy(MeshStrategy, tf.distribute.Strategy):
 
     Keras sees one replica and one global batch. Each step that it runs is lowered
     with the variables it captures, partitioned by XLA as the layers' annotations
-    say, and run on the mesh. The state stays there, split, and is handed on from
-    step to step; whoever reads a variable gets its fresh value.
+    say, and run on the mesh. The state stays there, split, and is passed from step to
+    step; every reader of a variable gets its current value.
 
     ```python
     gshard_tf.request_cpu_devices(8)  # CPU only
@@ -55,16 +55,16 @@ class SpmdStrategy(MeshStrategy, tf.distribute.Strategy):
             of them feeds its own rows of every batch, in their order, rather than all
             rows. Defaults to False: the same input pipeline everywhere, of which each
             process keeps its part.
-        check_inputs: Of how many steps the ids and labels are looked at on the host,
-            before the step: of the first so many after `fit`, `evaluate` or `predict`
-            begins; True: of all; False: of none. Defaults to 100. One that is out of
-            range raises `tf.errors.InvalidArgumentError`, as in plain Keras on a CPU,
-            with the layer or the loss, the value and the range. Without it, XLA reads
-            the row of another id, and gives NaN for a label.
+        check_inputs: The number of steps whose ids and labels are checked on the host,
+            counted from where `fit`, `evaluate` or `predict` begins; True: all; False:
+            none. Defaults to 100. One that is out of range raises
+            `tf.errors.InvalidArgumentError`, as in plain Keras on a CPU, with the layer
+            or the loss, the value and the range. Without it, XLA reads the row of
+            another id, and gives NaN for a label.
 
     Raises:
         ValueError: when the mesh does not fit the devices, a rule does not fit the
-            mesh, or `check_inputs` is no such number.
+            mesh, or `check_inputs` is invalid.
     """
 
     extended: "SpmdExtended"
@@ -79,13 +79,13 @@ class SpmdStrategy(MeshStrategy, tf.distribute.Strategy):
     ):
         if not isinstance(mesh, dtensor.Mesh):
             raise ValueError(
-                "mesh is a tf.experimental.dtensor.Mesh, as gshard_tf.create_mesh "
-                f"makes one. Received: {mesh!r}"
+                "`mesh` must be a tf.experimental.dtensor.Mesh, as "
+                f"gshard_tf.create_mesh makes one. Received: mesh={mesh!r}"
             )
         if mesh.device_type() == "TPU":
             raise ValueError(
-                "SpmdStrategy runs on CPU and GPU devices; on TPUs, TensorFlow's own "
-                "TPUStrategy partitions. Received: mesh of TPU devices"
+                "The mesh of an SpmdStrategy must be over CPU or GPU devices; for TPUs "
+                "use gshard_tf.tpu_strategy. Received: a mesh of TPU devices"
             )
         super().__init__(
             SpmdExtended(
@@ -113,11 +113,11 @@ class SpmdStrategy(MeshStrategy, tf.distribute.Strategy):
         return [p for p in (ref() for ref in self.extended.programs) if p is not None]
 
     def describe(self, model: keras.Model) -> LayoutReport:
-        """How each weight and optimizer slot of a built model is stored, and why.
+        """Returns the layout of each weight and slot of a built model, with its reason.
 
         Returns:
             A `LayoutReport`; `print` it for a table. Once a program is compiled, it
-            also says what the latest one does for the partitioner's sake.
+            also lists what was rewritten in it for the partitioner.
         """
         described = super().describe(model)
         rewrites = self.programs[-1].rewrites if self.programs else ()
@@ -125,7 +125,7 @@ class SpmdStrategy(MeshStrategy, tf.distribute.Strategy):
 
 
 class SpmdExtended(MeshExtended):
-    """What `tf.distribute` asks of `SpmdStrategy` behind its public face."""
+    """`StrategyExtended` of `SpmdStrategy`: its variables, programs and checks."""
 
     def __init__(
         self,
@@ -158,14 +158,14 @@ class SpmdExtended(MeshExtended):
 
     @property
     def row_share(self) -> int:
-        """How many times as many rows a step has as this process feeds."""
+        """The rows of a step for each row that this process feeds."""
         return group().count if self._process_local_batches else 1
 
     def global_specs(self, values: Sequence[Any]) -> list[tf.TensorSpec]:
         """The specs of the arguments of a step over all processes.
 
         Args:
-            values: What this process feeds.
+            values: The arguments that this process feeds.
         """
         share = self.row_share
         specs = []

@@ -127,7 +127,8 @@ class MeshVariable(ShardedVariable, ResourceVariable):
         if self._is_lost():
             raise RuntimeError(
                 f"The value of {self.name!r} was lost in a step that failed half-way. "
-                "Assign the variables anew, from a checkpoint, say."
+                "It must be assigned anew, from a checkpoint, say. Received: a read of "
+                "the lost value"
             )
 
     def set_device_copy(self, value: Any) -> None:

@@ -37,7 +37,7 @@ class StepToCheck:
         step: The step as it was lowered for the mesh.
         trace: Traces it again, without a mesh, for compiling or not.
         arrays: Its arguments.
-        roles: What each variable is for, by its `id`; see `keras_step.roles_of`.
+        roles: What each variable is for, by its `id`; see `keras_step.variable_roles`.
         layers: Finds the layers of the model in the names of operations.
         title: What to call it.
         trains: Whether weights are meant to move.
@@ -229,7 +229,7 @@ def _names(given: StepToCheck) -> list[tuple[str, str]]:
     for i in given.step.updates:
         variable = given.step.captures[i]
         kind = given.roles.get(id(variable), "other")
-        if kind == "other":
+        if kind in ("other", "frozen"):
             # A slot of an optimizer that the model does not know of, say.
             kind = "state" if variable.reference is None else "optimizer"
         found.append((kind, variable.path))

@@ -16,7 +16,7 @@ from gshard_tf.spmd.keras_step import (
     batch_specs,
     check_mode,
     complete,
-    roles_of,
+    variable_roles,
 )
 from gshard_tf.spmd.strategy import SpmdStrategy
 from gshard_tf.verification.checking import StepToCheck, check_step
@@ -132,7 +132,7 @@ def check_lowered(
                 step,
                 trace,
                 arrays,
-                roles_of(model),
+                variable_roles(model),
                 LayerNames(layer_tree(model)),
                 f"{mode} step of {model.name!r} on mesh {sizes}",
                 trains=mode == "train",

@@ -39,17 +39,19 @@ def test_mesh_of_other_devices():
 
 @pytest.mark.parametrize("mesh", [None, 8, {"expert": 8}])
 def test_what_is_no_mesh(mesh):
-    with raises("mesh is a tf.experimental.dtensor.Mesh.*Received: "):
+    with raises("`mesh` must be a tf.experimental.dtensor.Mesh.*Received: "):
         gshard_tf.SpmdStrategy(mesh)
 
 
 def test_what_are_no_rules():
-    with raises("rules is an AxisRules. Received: {'batch': 'expert'}"):
+    with raises("`rules` must be an AxisRules. Received: rules={'batch': 'expert'}"):
         gshard_tf.SpmdStrategy(MESH, {"batch": "expert"})
 
 
 def test_rule_for_an_axis_that_the_mesh_lacks():
-    with raises(r"'batch': 'data' names no axis of the mesh, which has \['expert'\]"):
+    with raises(
+        r"'batch': 'data' must name an axis of the mesh, which has \['expert'\]"
+    ):
         gshard_tf.SpmdStrategy(MESH, gshard_tf.AxisRules({"batch": "data"}))
 
 
@@ -73,7 +75,9 @@ def test_weights_made_outside_the_scope():
     with gshard_tf.SpmdStrategy(MESH).scope():
         model = keras.Sequential([layer, keras.layers.Flatten(), keras.layers.Dense(3)])
         model.compile("sgd", "sparse_categorical_crossentropy")
-    with raises("variable 'experts.*' was not made inside this SpmdStrategy's scope"):
+    with raises(
+        "variable 'experts.*', which was not made inside this SpmdStrategy's scope"
+    ):
         model.predict(X, verbose=0)
 
 
@@ -96,9 +100,9 @@ def test_model_of_another_strategy():
 
 def test_layout_of_a_foreign_variable():
     strategy = gshard_tf.SpmdStrategy(MESH)
-    with raises("'Variable:0' was not made inside this SpmdStrategy's scope"):
+    with raises("'Variable:0', which was not made inside this SpmdStrategy's scope"):
         strategy.layout(tf.Variable(1.0))
-    with raises("'w' was not made inside this SpmdStrategy's scope"):
+    with raises("'w', which was not made inside this SpmdStrategy's scope"):
         strategy.layout(keras.Variable(1.0, name="w"))
     with parity.strategy_of(8).scope():
         other = tf.Variable(1.0)
@@ -183,7 +187,10 @@ def test_strings_in_fit():
         )
         model.add(keras.layers.Dense(1))
         model.compile("sgd", "mse")
-    with raises("computes with numbers. Turn strings to numbers in the input pipeline"):
+    with raises(
+        "computes with numbers, and cannot hold others. Turn strings to numbers in the "
+        "input pipeline"
+    ):
         model.fit(tf.constant([["a"]] * 8), np.zeros([8, 1]), verbose=0)
 
 
@@ -249,7 +256,7 @@ def test_nan_in_the_input(checked):
     x[3, 2, 1] = np.nan
     with pytest.raises(
         tf.errors.InvalidArgumentError,
-        match=r"Found NaN or infinity in argument 0 \(shape \(16, 8, 4\)\) of step "
+        match=r"Received: NaN or infinity in argument 0 \(shape \(16, 8, 4\)\) of step "
         rf"{steps + 1} of train_step\. The model and its optimizer are as they were",
     ):
         model.train_on_batch(x, Y[:16])
@@ -278,7 +285,7 @@ def test_nan_made_by_the_step_in_the_middle_of_fit(checked, scale, found):
     x[20] = np.sign(x[20]) * scale
     with pytest.raises(tf.errors.InvalidArgumentError) as error:
         model.fit(x, Y, **FIT)
-    assert re.search(f"Found NaN or infinity in {found} ", str(error.value))
+    assert re.search(f"Received: NaN or infinity in {found} ", str(error.value))
     parity.assert_same_state(model, twin)
     # To the bit: the same again changes nothing.
     before = parity.state(model)

@@ -111,7 +111,7 @@ def test_tf_train_checkpoint_in_scope(trained, tmp_path):
         path = checkpoint.save(str(tmp_path / "ckpt"))
         checkpoint.restore(path).assert_existing_objects_matched()
     assert path.endswith("ckpt-1")
-    assert trained.strategy.extended.is_ours(checkpoint.save_counter)
+    assert trained.strategy.extended.owns(checkpoint.save_counter)
 
 
 def test_clone(trained):

@@ -344,7 +344,7 @@ def test_what_the_runner_refuses(saved, tmp_path, capsys):
 @on_eight
 def test_what_cannot_be_saved_or_put_back(saved):
     batch = (saved.x[:BATCH], saved.y[:BATCH], saved.weight[:BATCH])
-    with pytest.raises(ValueError, match="mode is one of"):
+    with pytest.raises(ValueError, match="`mode` must be one of"):
         export.step_program(saved.model, "learn", batch)
     with pytest.raises(ValueError, match="needs the batch"):
         export.step_program(saved.model, "train")

@@ -114,7 +114,7 @@ def test_help_is_quick_and_documents_the_statuses():
         (["FILE:build", "--topology", "cpu:2", "--mesh", "a=1,a=2"], "name of its own"),
         (["FILE:build", "--topology", "cpu:2", "--rule", "batch"], "Received: 'batch'"),
         (["FILE:build", "--topology", "cpu:2", "--mesh", "a=2", "--rule", "batch=b"],
-         "names no axis of the mesh, which has a"),
+         "must name an axis of the mesh, which has a"),
         (["FILE:build", "--topology", "cpu:2", "--rule", "x=a", "--rule", "x=b"],
          "two rules for 'x'"),
         (["FILE:build", "--topology", "cpu:2", "--batch", "int32[8"], "does not parse"),

@@ -270,7 +270,7 @@ def test_bad_arguments_say_what_would_be_right():
             build, topology, **{"batch": (x, y), "cache": False, **arguments}
         )
 
-    with pytest.raises(ValueError, match="mode is one of"):
+    with pytest.raises(ValueError, match="`mode` must be one of"):
         planned(mode="fit")
     with pytest.raises(ValueError, match="needs the batch"):
         planned(batch=None)

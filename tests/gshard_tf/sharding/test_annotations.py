@@ -267,11 +267,17 @@ def test_name_axes_records_the_names():
     [
         (lambda x: gshard_tf.split(x, 2, 4), r"\[-2, 2\).*split_dimension=2"),
         (lambda x: gshard_tf.split(x, -3, 4), r"\[-2, 2\).*split_dimension=-3"),
-        (lambda x: gshard_tf.split(x, 0.0, 4), r"split_dimension is a whole.*0\.0"),
+        (
+            lambda x: gshard_tf.split(x, 0.0, 4),
+            r"split_dimension` must be a whole.*0\.0",
+        ),
         (lambda x: gshard_tf.split(x, 0, 3), r"divide the 8 devices.*partitions=3"),
         (lambda x: gshard_tf.split(x, 0, 16), r"divide the 8 devices.*partitions=16"),
         (lambda x: gshard_tf.split(x, 0, 0), r"at least 1. Received: 0"),
-        (lambda x: gshard_tf.split(x, 0, 2.0), r"num_partitions is a whole.*2\.0"),
+        (
+            lambda x: gshard_tf.split(x, 0, 2.0),
+            r"num_partitions` must be a whole.*2\.0",
+        ),
         (lambda x: gshard_tf.annotate(x, ("batch",)), r"2 of them.*\('batch',\)"),
         (
             lambda x: gshard_tf.annotate(x, ("batch", None, "mlp")),

@@ -36,8 +36,8 @@ def test_takes_numpy_integers():
         ({"a": 2.0}, r"whole number.*a=2\.0"),
         ({"a": True}, "whole number.*a=True"),
         ({"a": "2"}, "whole number.*a='2'"),
-        ({"a b": 2}, "named like a Python variable. Received: 'a b'"),
-        ({3: 2}, "named like a Python variable. Received: 3"),
+        ({"a b": 2}, "must be valid identifiers. Received: 'a b'"),
+        ({3: 2}, "must be valid identifiers. Received: 3"),
     ],
 )
 def test_refuses(axes, message):

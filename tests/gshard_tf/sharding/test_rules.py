@@ -53,7 +53,7 @@ def test_refuses_one_mesh_axis_for_two_dimensions():
 def test_check_refuses_an_axis_that_the_mesh_lacks():
     rules = gshard_tf.AxisRules({"batch": "data", "mlp": "modle"})
     with pytest.raises(
-        ValueError, match=r"'mlp': 'modle' names no axis.*\['data', 'model'\]"
+        ValueError, match=r"'mlp': 'modle' must name an axis.*\['data', 'model'\]"
     ):
         rules.check(GRID)
 
@@ -62,7 +62,7 @@ def test_check_refuses_an_axis_that_the_mesh_lacks():
     "rules", [{"batch": 0}, {0: "data"}, {"batch": ("data", "model")}]
 )
 def test_refuses_rules_of_other_types(rules):
-    with pytest.raises(ValueError, match="A rule is a logical axis name"):
+    with pytest.raises(ValueError, match="A rule must be a logical axis name"):
         gshard_tf.AxisRules(rules)
 
 
@@ -85,7 +85,9 @@ def test_refuses_two_patterns_for_one_weight():
 
 
 def test_refuses_what_is_no_regular_expression():
-    with pytest.raises(ValueError, match=r"Not a regular expression: '\*\.kernel'"):
+    with pytest.raises(
+        ValueError, match=r"must be a regular expression. Received: '\*\.kernel'"
+    ):
         gshard_tf.AxisRules({}, paths=[("*.kernel", (None,))])
 
 

@@ -155,7 +155,9 @@ def test_two_patterns_for_one_weight_are_an_error():
         paths=[(r".*/kernel", ("vocab", None)), (r".*dense.*", (None, None))],
     )
     strategy, model = optimized("sgd", rules=rules)
-    with pytest.raises(ValueError, match="Two path patterns match.*dense/kernel"):
+    with pytest.raises(
+        ValueError, match="must exclude each other.*two that match.*dense/kernel"
+    ):
         strategy.describe(model)
 
 

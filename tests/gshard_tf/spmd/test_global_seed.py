@@ -135,7 +135,9 @@ def test_set_random_seed_between_two_models():
 def test_a_variable_that_is_no_generator_is_refused():
     stray = tf.Variable(1.0, name="stray")
     strategy = parity.strategy_of({"data": 2})
-    with pytest.raises(ValueError, match="'stray:0' was not made inside this Spmd"):
+    with pytest.raises(
+        ValueError, match="'stray:0', which was not made inside this Spmd"
+    ):
         strategy.run(tf.function(lambda x: x * stray), args=(tf.constant(X),))
 
 

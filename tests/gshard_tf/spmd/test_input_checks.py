@@ -93,7 +93,7 @@ def test_the_message_names_layer_input_value_and_range():
     ids[17, 2] = 99
     said = message(classifier, lambda m: m.fit({"tokens": ids}, labels, **FIT), 2)
     assert (
-        "The look-up of 'words/embeddings' in 'functional_1/words_1' takes indices "
+        "The look-up of 'words/embeddings' in 'functional_1/words_1' needs indices "
         "from 0 to 9. Received: 99, made of x['tokens'] (shape (16, 4), values from 0 "
         "to 99)"
     ) in said
@@ -101,7 +101,7 @@ def test_the_message_names_layer_input_value_and_range():
     labels[3] = 6
     said = message(classifier, lambda m: m.fit({"tokens": ids}, labels, **FIT), 2)
     assert "The cross-entropy 'compile_loss/" in said
-    assert "takes indices from 0 to 4. Received: 6, made of y (shape (16,)" in said
+    assert "needs indices from 0 to 4. Received: 6, made of y (shape (16,)" in said
 
 
 def test_nothing_has_changed_and_the_original_is_kept():
@@ -152,7 +152,8 @@ def test_how_many_steps_are_checked():
 
 @pytest.mark.parametrize("wrong", [-1, 1.5, "always", None])
 def test_what_is_no_number_of_steps(wrong):
-    with pytest.raises(ValueError, match=f"check_inputs is True.*Received.*{wrong}"):
+    message = f"`check_inputs` must be True.*Received.*{wrong}"
+    with pytest.raises(ValueError, match=message):
         parity.strategy_of(2, check_inputs=wrong)
 
 

@@ -191,7 +191,7 @@ def test_one_of_the_steps_of_an_execution_is_verified():
 
 def test_what_is_refused(monkeypatch):
     model = on_mesh(three_layers)
-    with pytest.raises(ValueError, match="mode is one of"):
+    with pytest.raises(ValueError, match="`mode` must be one of"):
         gshard_tf.verify(model, (X, Y), "fit")
     with pytest.raises(ValueError, match="tolerance is a number.*-1"):
         gshard_tf.verify(model, (X, Y), tolerance=-1)
