@@ -11,7 +11,8 @@ import numpy as np
 
 from gshard_tf.runtime.devices import cpu_devices
 from gshard_tf.sharding import op_sharding
-from gshard_tf.testing.tpu.bridge import Argument, CoreModule
+from gshard_tf.testing.tpu.bridge import CoreModule
+from gshard_tf.testing.tpu.host_function import Argument
 
 
 class CoreProgram:

@@ -7,6 +7,7 @@ from cores import core_variables
 from tensorflow.compiler.xla import xla_data_pb2
 
 from gshard_tf.testing.tpu import bridge
+from gshard_tf.testing.tpu.host_function import unescaped
 
 
 def traced(strategy, model):
@@ -87,7 +88,7 @@ def arguments(function, owners):
         text = annotated.get(str(i))
         results[name] = {
             "inputs": [[[r, core] for _, r, core in each] for each in given],
-            "read as": None if text is None else sharding(bridge.unescaped(text)),
+            "read as": None if text is None else sharding(unescaped(text)),
         }
     return results
 
