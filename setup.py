@@ -61,8 +61,6 @@ TEST = [
     # Keras 2, whose models train under the strategy too.
     f"tf_keras{TENSORFLOW}",
 ]
-# The wheel, as CI checks it.
-RELEASE = ["build>=1.3,<2", "twine>=6.1,<7"]
 
 setup(
     name="gshard-tf",
@@ -105,7 +103,6 @@ setup(
         "benchmarks": BENCHMARKS,
         "aot": AOT,
         "test": TRANSLATION + SERVE + AOT + TEST,
-        "release": RELEASE,
     },
     entry_points={
         "console_scripts": [

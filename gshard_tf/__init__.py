@@ -8,7 +8,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gshard_tf import export, random
+    from gshard_tf import export, optimizers, random
     from gshard_tf.callbacks.checkpoint import CheckpointCallback
     from gshard_tf.callbacks.nonfinite_guard import NonFiniteGuard
     from gshard_tf.callbacks.verify_first_step import VerifyFirstStep
@@ -57,6 +57,7 @@ __all__ = [
     "create_mesh",
     "initialize",
     "name_axes",
+    "optimizers",
     "logical_axes",
     "plan",
     "process_local_rows",
@@ -87,6 +88,7 @@ _HOME = {
     "accumulated_batches": "compat.keras_calls",
     "active_mesh": "sharding.mesh",
     "annotate": "sharding.annotations",
+    "optimizers": None,
     "random": None,
     "create_mesh": "sharding.mesh",
     "initialize": "runtime.initialize",

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import gshard_tf
 from gshard_tf.checkpoints import step_folders
 from gshard_tf.checkpoints.errors import CorruptCheckpointError
 from gshard_tf.checkpoints.manifest import Manifest
@@ -15,6 +16,9 @@ from gshard_tf.io.paths import path_option
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns 0, or 1 when a checkpoint is damaged."""
     parser = argparse.ArgumentParser(prog="gshard-checkpoints", description=__doc__)
+    parser.add_argument(
+        "--version", action="version", version=f"%(prog)s {gshard_tf.__version__}"
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     listing = commands.add_parser("list", help="a line for each checkpoint")
     showing = commands.add_parser("show", help="the arrays of one checkpoint")

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+import gshard_tf
 from gshard_tf.export import program_file, state_file
 from gshard_tf.export.array_dataset import ArrayBatches, write_data
 from gshard_tf.export.manifest import PLATFORMS, Manifest
@@ -36,6 +37,7 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m gshard_tf.export.runner", description=__doc__.split("\n", 1)[0]
     )
     add = result.add_argument
+    add("--version", action="version", version=f"%(prog)s {gshard_tf.__version__}")
     add("program", type=path_option, help="file of the step: train, evaluate, predict")
     add("--data", type=path_option, required=True, help="folder of its arrays")
     add("--out", type=path_option, help="folder for log, state and predictions")

@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
+import gshard_tf
 from gshard_tf.io.paths import path_option
 
 MODES = ("train", "evaluate", "predict")
@@ -79,6 +80,9 @@ def parser() -> argparse.ArgumentParser:
         description=DESCRIPTION,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    result.add_argument(
+        "--version", action="version", version=f"%(prog)s {gshard_tf.__version__}"
     )
     result.add_argument(
         "target",

@@ -26,6 +26,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def make_parser() -> argparse.ArgumentParser:
+    import gshard_tf
     from gshard_examples.serving.requests import Limits
 
     parser = Parser(
@@ -34,6 +35,9 @@ def make_parser() -> argparse.ArgumentParser:
         "Exit status: 0 after SIGTERM or Ctrl-C; 1 without the packages; 2 for an "
         "option, a model or an address that cannot be used.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument(
+        "--version", action="version", version=f"%(prog)s {gshard_tf.__version__}"
     )
     parser.add_argument("saved_model", help="folder of the SavedModel")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")

@@ -12,6 +12,7 @@ from pathlib import Path
 # Before TensorFlow loads: its C++ half logs a page of advice otherwise.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
+import gshard_tf
 from gshard_examples.translation.settings import Settings  # noqa: E402
 from gshard_tf.io.locks import AlreadyRunningError  # noqa: E402
 from gshard_tf.io.paths import path_option  # noqa: E402
@@ -32,6 +33,9 @@ def make_parser() -> argparse.ArgumentParser:
         description="Trains a Mixture-of-Experts Transformer to translate into English "
         "on a partitioned mesh, with the texts of installed packages.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    main.add_argument(
+        "--version", action="version", version=f"%(prog)s {gshard_tf.__version__}"
     )
     commands = main.add_subparsers(dest="command", metavar="command")
     parsers = {}
@@ -135,7 +139,8 @@ def _settings(options: argparse.Namespace) -> Settings:
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    if not arguments or (arguments[0].startswith("--") and arguments[0] != "--help"):
+    alone = ("--help", "--version")
+    if not arguments or (arguments[0][:2] == "--" and arguments[0] not in alone):
         arguments = ["run", *arguments]
     options = make_parser().parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
