@@ -131,7 +131,7 @@ def test_what_is_counted_in_an_inner_function_is_missed_aloud():
 
     model = Inner()
     model.compile(loss="mse", jit_compile=False)
-    with pytest.warns(UserWarning, match="'inner/moe' leave out what was counted"):
+    with pytest.warns(UserWarning, match="'inner/moe' leave out counts"):
         model.evaluate(X, X, verbose=0)
     model.run_eagerly = True
     with warnings.catch_warnings():

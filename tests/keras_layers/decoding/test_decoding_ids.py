@@ -54,7 +54,7 @@ def test_ids_of_a_model():
         Transformer(*sizes, pad_id=9)
     with pytest.raises(ValueError, match="0 to 10. Received: bos_id=11"):
         Transformer(*sizes, bos_id=11)
-    with pytest.raises(ValueError, match="begin with bos_id=3. Received: bos_id=1"):
+    with pytest.raises(ValueError, match="that of the model, 3. Received: bos_id=1"):
         greedy_decode(Transformer(*sizes, bos_id=3), sources(), LENGTH, 1, 2)
 
 
