@@ -42,7 +42,7 @@ def run_script(name, *arguments):
 
 
 def test_limit():
-    result = run_script("moe_limit")
+    result = run_script("moe.limit")
     for key in ("over_gemm", "over_gemm_program", "over_gemm_ops", "over_best_gemm"):
         assert result[key] > 0
     assert set(result["rest_ms"]) == {"router", "dispatch", "combine", "metrics"}
@@ -52,7 +52,7 @@ def test_limit():
 
 def test_scaling(tmp_path):
     picture = tmp_path / "scaling.png"
-    result = run_script("moe_scaling", "--plot", str(picture))
+    result = run_script("moe.scaling", "--plot", str(picture))
     assert result["growth"] > 0
     assert [row["experts"] for row in result["rows"]] == [4, 8]
     for row in result["rows"]:
@@ -62,7 +62,7 @@ def test_scaling(tmp_path):
 
 @pytest.mark.slow
 def test_peers():
-    result = run_script("moe_peers", "--peers", "our one-hot einsum")
+    result = run_script("moe.peers", "--peers", "our one-hot einsum")
     peer = result["peers"]["our one-hot einsum"]
     assert peer["time_ratio"] > 0
     assert peer["memory_ratio"] > 0
