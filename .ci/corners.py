@@ -45,12 +45,14 @@ CORNERS = {
 }
 
 
-def environment(corner: Corner, folder: Path) -> Path:
-    """The interpreter of the corner's environment, made when it is not there."""
+def environment(corner: Corner, folder: Path, here: bool) -> Path:
+    """Returns the interpreter of the corner's environment; makes the environment."""
     python = folder / "bin" / "python"
     if python.is_file():
         return python
     interpreter = shutil.which(f"python{corner.python}")
+    if here:
+        interpreter = sys.executable
     if interpreter is None:
         raise SystemExit(
             f"`python{corner.python}` must be on PATH for this corner. Received: none"
@@ -66,7 +68,7 @@ def run(command: list) -> None:
 
 
 def installed(python: Path) -> dict[str, str]:
-    """The versions in an environment."""
+    """Returns the versions in an environment."""
     code = (
         "import importlib.metadata as m, json, platform\n"
         f"versions = {{name: m.version(name) for name in {PACKAGES!r}}}\n"
@@ -79,7 +81,7 @@ def installed(python: Path) -> dict[str, str]:
 
 
 def tests(python: Path, arguments: list[str]) -> tuple[bool, str]:
-    """Whether pytest passed, and its last line."""
+    """Returns whether pytest passed, and its last line."""
     process = subprocess.Popen(
         [python, "-m", "pytest", "-q", *arguments],
         cwd=ROOT,
@@ -98,12 +100,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--corner", choices=CORNERS, action="append")
     parser.add_argument("--folder", type=Path, default=ROOT / ".corners")
+    parser.add_argument(
+        "--here", action="store_true", help="use this interpreter at each corner"
+    )
     parser.add_argument("pytest", nargs="*", help="arguments of pytest, after --")
     options = parser.parse_args()
     rows, passed = [], True
     for name in options.corner or CORNERS:
         start = time.monotonic()
-        python = environment(CORNERS[name], options.folder / name.replace(" ", "-"))
+        python = environment(
+            CORNERS[name], options.folder / name.replace(" ", "-"), options.here
+        )
         print(f"+ {name}", flush=True)
         right, line = tests(python, options.pytest)
         passed &= right
