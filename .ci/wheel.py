@@ -33,7 +33,7 @@ for name in gshard_tf.__all__:
     getattr(gshard_tf, name)
 for module in (gshard_tf, keras_layers, gshard_examples):
     if "site-packages" not in module.__file__:
-        raise SystemExit(f"{module.__name__} must come from the wheel: {module.__file__}")
+        raise SystemExit(f"must come from the wheel. Received: {module.__file__}")
 for absent in ("examples", "benchmarks", "tests"):
     try:
         __import__(absent)
