@@ -1,61 +1,68 @@
-"""Packaging. Versions are pinned to what the tests ran with."""
+"""Packaging. Ranges are tested at both ends: see docs/versions.md."""
 
 import pathlib
 
 from setuptools import find_packages, setup
 
+TENSORFLOW = ">=2.20,<2.22"
 CORE = [
-    "tensorflow==2.20.0",
-    "keras==3.15.1",
-    "jax==0.10.2",
-    "jaxlib==0.10.2",
+    f"tensorflow{TENSORFLOW}",
+    "keras>=3.13,<4",
+    "jax>=0.9,<0.13",
+    "jaxlib>=0.9,<0.13",
     "numpy>=2.0,<3",
 ]
 TRANSLATION = [
-    "tensorflow-text==2.20.1",
-    "sentencepiece==0.2.3",
-    "sacrebleu==2.6.0",
-    "scikit-learn==1.9.1",
+    f"tensorflow-text{TENSORFLOW}",
+    "sentencepiece>=0.2.1,<0.3",
+    "sacrebleu>=2.6,<3",
+    "scikit-learn>=1.7,<2",
     "matplotlib>=3.10,<4",
-    "tensorboard==2.20.0",
+    f"tensorboard{TENSORFLOW}",
     "polib>=1.2,<2",
     "fluent.syntax>=0.19,<1",
     "javaproperties>=0.8.2,<1",
-    # The default corpus is read from the message catalogues of these four.
-    "django==5.2.19",
-    "plone.app.locales==7.0.4",
-    "gramps==6.0.8",
-    "pycountry==26.2.16",
+    # The default corpus is read from the message catalogs of these four. A corpus
+    # records the versions that it was read from.
+    "django~=5.2.19",
+    "plone.app.locales~=7.0.4",
+    "gramps~=6.0.8",
+    "pycountry>=26.2.16,<27",
 ]
 # The server, and the messages of TensorFlow Serving.
 SERVE = [
-    "tensorflow-text==2.20.1",
-    "starlette==1.10.0",
-    "uvicorn==0.54.0",
-    "prometheus-client==0.26.0",
-    "tensorflow-serving-api==2.20.0",
+    f"tensorflow-text{TENSORFLOW}",
+    "starlette>=1.10,<2",
+    "uvicorn>=0.54,<1",
+    "prometheus-client>=0.26,<1",
+    f"tensorflow-serving-api{TENSORFLOW}",
 ]
 # What benchmarks.moe.peers measures beside our layer.
 BENCHMARKS = [
-    "torch==2.13.0",
-    "transformers==5.23.0",
-    "keras-hub==0.32.0",
-    "tf-models-official==2.20.0",
-    "st-moe-pytorch==0.1.8",
-    "mixture-of-experts==0.2.3",
-    "mesh-tensorflow==0.1.21",
+    "torch>=2.13,<3",
+    "transformers>=5.23,<6",
+    "keras-hub>=0.32,<1",
+    "tf-models-official~=2.20.0",
+    "st-moe-pytorch>=0.1.8,<0.2",
+    "mixture-of-experts>=0.2.3,<0.3",
+    "mesh-tensorflow>=0.1.21,<0.2",
     "matplotlib>=3.10,<4",
 ]
-# The TPU compiler, for planning; no TPU is needed.
-AOT = ["libtpu==0.0.52"]
+# The TPU compiler, for planning; no TPU is needed. It exists for Linux on x86-64.
+AOT = ["libtpu>=0.0.52,<0.1; platform_system=='Linux' and platform_machine=='x86_64'"]
 TEST = [
     "pytest>=9,<10",
     "pytest-xdist>=3.8,<4",
     "hypothesis>=6,<7",
+    # Formatting and findings change with these.
     "ruff==0.17.*",
+    "mypy==2.4.*",
+    "import-linter>=2.5,<3",
     # Keras 2, whose models train under the strategy too.
-    "tf_keras==2.20.1",
+    f"tf_keras{TENSORFLOW}",
 ]
+# The wheel, as CI checks it.
+RELEASE = ["build>=1.3,<2", "twine>=6.1,<7"]
 
 setup(
     name="gshard-tf",
@@ -65,7 +72,21 @@ setup(
     long_description=pathlib.Path(__file__).with_name("README.md").read_text("utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    python_requires=">=3.11,<3.12",
+    license_files=["LICENSE"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+    keywords="gshard keras tensorflow mixture-of-experts spmd sharding tpu",
+    python_requires=">=3.11,<3.14",
     # The translator and its server are a package of their own name; benchmarks run
     # from a checkout.
     packages=find_packages(include=["gshard_tf*", "keras_layers*"])
@@ -73,7 +94,7 @@ setup(
     package_dir={"gshard_examples": "examples/gshard_examples"},
     package_data={
         "gshard_tf": ["py.typed"],
-        "gshard_tf.planning.html": ["page.css", "page.js"],
+        "gshard_tf.planning.html": ["*.css", "*.js", "*.j2"],
         "gshard_examples.serving": ["page/*"],
         "keras_layers": ["py.typed"],
     },
@@ -84,12 +105,14 @@ setup(
         "benchmarks": BENCHMARKS,
         "aot": AOT,
         "test": TRANSLATION + SERVE + AOT + TEST,
+        "release": RELEASE,
     },
     entry_points={
         "console_scripts": [
             "gshard-translate=gshard_examples.translation.cli:main",
             "gshard-plan=gshard_tf.planning.arguments:main",
             "gshard-checkpoints=gshard_tf.checkpoints.cli:main",
+            "gshard-run=gshard_tf.export.runner:main",
         ]
     },
 )

@@ -18,7 +18,7 @@ from benchmarks.fuzz import case
 from benchmarks.fuzz.crew import Crew
 from benchmarks.harness.command_line import (
     circumstances,
-    options_of,
+    make_parser,
     say,
     show,
 )
@@ -52,28 +52,28 @@ def fuzz(
     counts: collections.Counter[str] = collections.Counter()
     refusals: collections.Counter[str] = collections.Counter()
     failures = []
-    begun = said = time.monotonic()
+    start = reported = time.monotonic()
     try:
         for number, name in jobs(seed, only):
             now = time.monotonic()
-            if now - begun > 60 * minutes or sum(counts.values()) == cases:
+            if now - start > 60 * minutes or sum(counts.values()) == cases:
                 break
-            if now - said > 15:
-                say(f"{(now - begun) / 60:.1f} min, seed {number}: {dict(counts)}")
-                said = now
-            found = crew.run(number, name, shrink)
-            counts[found["verdict"]] += 1
-            if found["verdict"] == "refused":
-                refusals[found["said"].split(". ")[0][:200]] += 1
-            if found["verdict"] in (*BAD, "one_device"):
-                say(f"{found['verdict'].upper()} {number} {name}: {found['said']}")
-            if found["verdict"] in BAD:
-                say(found["script"])
-                failures.append({k: found[k] for k in ("seed", "name", "verdict")})
-            if scripts is not None and found["verdict"] in (*BAD, "one_device"):
+            if now - reported > 15:
+                say(f"{(now - start) / 60:.1f} min, seed {number}: {dict(counts)}")
+                reported = now
+            outcome = crew.run(number, name, shrink)
+            counts[outcome["verdict"]] += 1
+            if outcome["verdict"] == "refused":
+                refusals[outcome["said"].split(". ")[0][:200]] += 1
+            if outcome["verdict"] in (*BAD, "one_device"):
+                say(f"{outcome['verdict'].upper()} {number} {name}: {outcome['said']}")
+            if outcome["verdict"] in BAD:
+                say(outcome["script"])
+                failures.append({k: outcome[k] for k in ("seed", "name", "verdict")})
+            if scripts is not None and outcome["verdict"] in (*BAD, "one_device"):
                 scripts.mkdir(parents=True, exist_ok=True)
-                path = scripts / f"{found['verdict']}_{number}.py"
-                path.write_text(found["script"], encoding="utf-8")
+                path = scripts / f"{outcome['verdict']}_{number}.py"
+                path.write_text(outcome["script"], encoding="utf-8")
     finally:
         crew.close()
     total = sum(counts.values()) - counts["unusable"]
@@ -87,14 +87,14 @@ def fuzz(
         "one_device": counts["one_device"],
         "unusable": counts["unusable"],
         "seed": seed,
-        "minutes": round((time.monotonic() - begun) / 60, 2),
+        "minutes": round((time.monotonic() - start) / 60, 2),
         "failures": failures,
         "refusals": dict(refusals),
     }
 
 
 def main() -> None:
-    parser = options_of(__doc__)
+    parser = make_parser(__doc__)
     add = parser.add_argument
     add("--minutes", type=float, default=10.0, help="how long (10)")
     add("--seed", type=int, default=0, help="decides all cases (0)")
@@ -103,7 +103,7 @@ def main() -> None:
     add("--no-shrink", action="store_true", help="print failing cases as drawn")
     add("--scripts", type=Path, help="folder for the scripts of what fails")
     options = parser.parse_args()
-    begun = time.perf_counter()
+    start = time.perf_counter()
     result = fuzz(
         options.minutes,
         options.seed,
@@ -112,7 +112,7 @@ def main() -> None:
         not options.no_shrink,
         options.scripts,
     )
-    show(result | circumstances(begun, options.minutes < 5), options.json)
+    show(result | circumstances(start, options.minutes < 5), options.json)
     sys.exit(bool(result["wrong"] or result["crashed"]))
 
 

@@ -33,7 +33,7 @@ import numpy as np
 
 from benchmarks.harness.command_line import (
     circumstances,
-    options_of,
+    make_parser,
     say,
     show,
 )
@@ -49,9 +49,9 @@ Texts = list[tuple[str, str, str]]  # tag, source, the trained model's translati
 def export(run: Path, data: Path, folder: Path) -> Texts:
     """Writes the SavedModel, and says what the trained model makes of some texts."""
     from gshard_examples.translation.corpus import load_corpus
-    from gshard_examples.translation.exporting import export
-    from gshard_examples.translation.training import load_model, sample_pairs
-    from gshard_examples.translation.translating import Translator
+    from gshard_examples.translation.export import export
+    from gshard_examples.translation.train import load_model, sample_pairs
+    from gshard_examples.translation.translator import Translator
 
     _, vocabulary, model = load_model(run)
     translator = Translator(model, vocabulary)
@@ -105,8 +105,8 @@ def connect(port: int) -> http.client.HTTPConnection:
 def resident(port: int) -> float:
     """MiB of the server's process."""
     text = ask(connect(port), "/metrics").decode()
-    found = re.search(r"^process_resident_memory_bytes (\S+)", text, re.MULTILINE)
-    return float(found.group(1)) / 2**20
+    size = re.search(r"^process_resident_memory_bytes (\S+)", text, re.MULTILINE)
+    return float(size.group(1)) / 2**20
 
 
 class Clients:
@@ -137,31 +137,31 @@ class Clients:
         choose, connection = random.Random(seed), connect(self.port)  # noqa: S311
         while time.monotonic() < self.end:
             some = choose.sample(self.texts, choose.choice([1, 1, 1, 2, 4]))
-            tags, sources, wanted = zip(*some, strict=True)
-            begun = time.perf_counter()
+            tags, sources, expected = zip(*some, strict=True)
+            start = time.perf_counter()
             try:
                 body = {"texts": sources, "languages": tags}
-                found = json.loads(ask(connection, "/translate", body))["translations"]
+                output = json.loads(ask(connection, "/translate", body))["translations"]
             except (OSError, RuntimeError, http.client.HTTPException) as error:
                 with self._lock:
                     self.errors[str(error)] += 1
                 connection = connect(self.port)
                 continue
             with self._lock:
-                self.latencies.append(time.perf_counter() - begun)
-                self.translations += len(found)
-                pairs = zip(found, wanted, strict=True)
+                self.latencies.append(time.perf_counter() - start)
+                self.translations += len(output)
+                pairs = zip(output, expected, strict=True)
                 self.wrong += sum(one["text"] != other for one, other in pairs)
 
 
 def main() -> None:
-    parser = options_of(__doc__)
+    parser = make_parser(__doc__)
     parser.add_argument("run", type=Path, help="folder of a training run")
     parser.add_argument("data", type=Path, help="folder of its corpus")
     parser.add_argument("--minutes", type=float, default=5.0)
     parser.add_argument("--clients", type=int, default=16)
     options = parser.parse_args()
-    begun = time.perf_counter()
+    start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         texts = export(options.run, options.data, Path(folder, "saved_model"))
         say("exported")
@@ -184,7 +184,7 @@ def main() -> None:
         "resident MiB after a fifth": memory[fifth],
         "resident MiB at the end": memory[-1],
         "resident MiB": [round(size) for size in memory],
-        **circumstances(begun, quick=False),
+        **circumstances(start, quick=False),
     }
     show(result, options.json)
 

@@ -1,4 +1,4 @@
-"""What SpmdStrategy is worth: its numbers, its program, its cost.
+"""SpmdStrategy measured: its numbers, its program, its cost.
 
     python -m benchmarks.strategy [--json]
 
@@ -35,8 +35,7 @@ import tensorflow as tf
 
 import gshard_tf
 from benchmarks.harness import machine
-from benchmarks.harness.command_line import say
-from gshard_tf.hlo import collectives
+from benchmarks.harness.command_line import make_parser, say
 from keras_layers import Dropout, MoELayer, Transformer
 
 OPTIMIZERS: dict[str, Callable[[], keras.optimizers.Optimizer]] = {
@@ -75,10 +74,10 @@ def _parity_run(partitions: int, optimizer: str, rate: float) -> dict[str, np.nd
         model = keras.Model(inputs, keras.layers.Dense(4, name="outer")(hidden))
         model.compile(OPTIMIZERS[optimizer](), "mse", metrics=["mae"])
     history = model.fit(x, y, batch_size=rows, epochs=5, shuffle=False, verbose=0)
-    found = {f"log {k}": np.array(v) for k, v in history.history.items()}
+    arrays = {f"log {k}": np.array(v) for k, v in history.history.items()}
     for i, variable in enumerate(model.variables + model.optimizer.variables):
-        found[f"{i} {variable.path}"] = keras.ops.convert_to_numpy(variable)
-    return found
+        arrays[f"{i} {variable.path}"] = keras.ops.convert_to_numpy(variable)
+    return arrays
 
 
 def relative_difference(a: np.ndarray, b: np.ndarray) -> float:
@@ -124,11 +123,11 @@ def program() -> dict[str, Any]:
     train, evaluate = strategy.programs[0], strategy.programs[-1]
     counts = {}
     for name, compiled in (("train", train), ("forward", evaluate)):
-        kinds = [collective.kind for collective in collectives.collectives(compiled)]
+        kinds = [collective.kind for collective in compiled.collectives()]
         counts[name] = {kind: kinds.count(kind) for kind in sorted(set(kinds))}
     fractions = {
         path: local / whole
-        for path, whole, local in collectives.argument_bytes(train)
+        for path, whole, local in train.argument_bytes()
         if "experts" in path
     }
     moe_layers = 2 * (LAYERS // 2)
@@ -157,11 +156,11 @@ class _StepTimes(keras.callbacks.Callback):
 
     def on_train_batch_begin(self, batch: int, logs: dict | None = None) -> None:
         if not self.batches:
-            self.begun = time.perf_counter()
+            self.start = time.perf_counter()
         self.batches += 1
 
     def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
-        self.seconds = (time.perf_counter() - self.begun) / self.batches
+        self.seconds = (time.perf_counter() - self.start) / self.batches
 
 
 #: A step takes about as long as one of the translation example by default.
@@ -203,13 +202,13 @@ def cost(rounds: int = 7, steps: int = 5) -> dict[str, Any]:
     ]
 
     def bare_step() -> float:
-        begun = time.perf_counter()
+        start = time.perf_counter()
         for _ in range(steps):
             outputs, updated = compiled(compiled.put_inputs([x, x]), captures)
             for i, value in zip(compiled.step.updates, updated, strict=True):
                 captures[i] = value
             [np.asarray(output) for output in outputs]
-        return (time.perf_counter() - begun) / steps
+        return (time.perf_counter() - start) / steps
 
     bare_step()
     rows = []
@@ -238,8 +237,7 @@ def parity_apart() -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser = make_parser(__doc__)
     parser.add_argument("--parity-only", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     gshard_tf.request_cpu_devices(8)
@@ -247,9 +245,9 @@ def main() -> None:
     if options.parity_only:
         print(json.dumps(parity()))
         return
-    begun = time.perf_counter()
+    start = time.perf_counter()
     result = cost() | program() | parity_apart()
-    result["seconds"] = round(time.perf_counter() - begun)
+    result["seconds"] = round(time.perf_counter() - start)
     result["machine"] = machine.describe()
     if options.json:
         print(json.dumps(result))

@@ -1,4 +1,4 @@
-"""What a TPU core holds and what is gathered: TensorFlow's TPUStrategy, and ours.
+"""Memory of a TPU core and gathers of a step: TensorFlow's TPUStrategy and ours.
 
     python -m benchmarks.tpu_storage [--experts 8] [--steps 3] [--json]
 
@@ -29,6 +29,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import numpy as np
+
+from benchmarks.harness.command_line import make_parser
 
 SIDES = ("default", "ours")
 SLICE = (2, 4, 1, 1)
@@ -66,7 +68,7 @@ def run_side(side: str, experts: int, steps: int, weights_file: str) -> dict[str
     gshard_tf.request_cpu_devices(int(np.prod(SLICE)))
     from gshard_examples.translation.model import make_model
     from gshard_examples.translation.settings import Settings
-    from gshard_tf.hlo import collectives, parser
+    from gshard_tf.hlo.collectives import collectives
     from gshard_tf.testing.tpu.simulated_fit import SimulatedStep, core_variables
     from gshard_tf.testing.tpu.synthetic_slice import SyntheticTPU
 
@@ -99,11 +101,7 @@ def run_side(side: str, experts: int, steps: int, weights_file: str) -> dict[str
     state = [v.value for v in model.variables + model.optimizer.variables]
     variables = state + [v.value for v in model.metrics_variables]
     step = SimulatedStep(strategy, train_step, batch, variables)
-    gathers = [
-        c
-        for c in collectives.collectives_of(parser.parse(step.program.as_text()))
-        if c.kind == "all-gather"
-    ]
+    gathers = [c for c in collectives(step.program.as_text()) if c.kind == "all-gather"]
 
     def weights_now() -> list[np.ndarray]:
         with strategy.scope():  # without it TensorFlow's own cannot be read
@@ -138,7 +136,7 @@ def largest_difference(some: list[np.ndarray], others: list[np.ndarray]) -> floa
 
 def measure(experts: int, steps: int) -> dict[str, Any]:
     """Both sides, each in its own process."""
-    found: dict[str, Any] = {"experts": experts, "cores": int(np.prod(SLICE))}
+    report: dict[str, Any] = {"experts": experts, "cores": int(np.prod(SLICE))}
     with tempfile.TemporaryDirectory() as folder:
         weights = {}
         for side in SIDES:
@@ -150,44 +148,41 @@ def measure(experts: int, steps: int) -> dict[str, Any]:
             if done.returncode:
                 raise RuntimeError(f"The side {side!r} failed; see above.")
             result = json.loads(done.stdout.strip().splitlines()[-1])
-            found |= {f"{name}_{side}": value for name, value in result.items()}
+            report |= {f"{name}_{side}": value for name, value in result.items()}
             with np.load(file) as saved:
                 weights[side] = [saved[name] for name in saved.files]
-    found["max_abs_weight_diff"] = largest_difference(*weights.values())
-    return found
+    report["max_abs_weight_diff"] = largest_difference(*weights.values())
+    return report
 
 
-def table(found: dict[str, Any]) -> str:
+def table(result: dict[str, Any]) -> str:
     lines = [
-        f"{found['experts']} experts on {found['cores']} cores",
+        f"{result['experts']} experts on {result['cores']} cores",
         f"{'':28}{'TensorFlow':>14}{'ours':>14}",
     ]
     for name in ("bytes_per_core", "all_gathers", "all_gather_bytes"):
-        values = "".join(f"{found[f'{name}_{side}']:>14,}" for side in SIDES)
+        values = "".join(f"{result[f'{name}_{side}']:>14,}" for side in SIDES)
         lines.append(f"{name.replace('_', ' '):28}{values}")
     lines.append(
-        f"largest difference of weights: {found['max_abs_weight_diff']:.1e}, "
-        f"moved by up to {found['max_abs_weight_move_ours']:.1e}"
+        f"largest difference of weights: {result['max_abs_weight_diff']:.1e}, "
+        f"moved by up to {result['max_abs_weight_move_ours']:.1e}"
     )
     return "\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--experts", type=int, default=8)
     parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--json", action="store_true")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--weights", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.side:
-        found = run_side(options.side, options.experts, options.steps, options.weights)
-        print(json.dumps(found))
+        result = run_side(options.side, options.experts, options.steps, options.weights)
+        print(json.dumps(result))
         return
-    found = measure(options.experts, options.steps)
-    print(json.dumps(found) if options.json else table(found))
+    result = measure(options.experts, options.steps)
+    print(json.dumps(result) if options.json else table(result))
 
 
 if __name__ == "__main__":

@@ -12,24 +12,29 @@ from keras_layers.decoding import (
 from keras_layers.dropout import Dropout
 from keras_layers.embedding import TokenEmbedding, VocabularyProjection
 from keras_layers.feed_forward import FeedForward
-from keras_layers.moe.dispatch import EinsumDispatcher, IndexDispatcher
-from keras_layers.moe.expert_load import LoadPicture
-from keras_layers.moe.layer import Experts, MoELayer
-from keras_layers.moe.metrics import RouterHealth
+from keras_layers.moe import (
+    EinsumDispatcher,
+    ExpertLoadImages,
+    Experts,
+    IndexDispatcher,
+    MoELayer,
+    RouterMetrics,
+)
 from keras_layers.routing import (
     ExpertChoiceRouter,
+    ExpertChoiceRouting,
     HashRouter,
     Router,
-    RouterReport,
+    RouterStats,
     Routing,
-    SlotRouting,
+    TokenChoiceRouting,
     Top2Router,
     TopKRouter,
     expert_capacity,
     record_routing,
     replay_routing,
 )
-from keras_layers.stacked import stack_weights, unstack_weights
+from keras_layers.stacked_weights import stack_weights, unstack_weights
 from keras_layers.transformer import Transformer
 from keras_layers.upcycling import upcycle
 
@@ -39,19 +44,20 @@ __all__ = [
     "EinsumDispatcher",
     "EncoderBlock",
     "ExpertChoiceRouter",
+    "ExpertChoiceRouting",
     "Experts",
     "FeedForward",
     "HashRouter",
     "Hypotheses",
     "IndexDispatcher",
-    "LoadPicture",
+    "ExpertLoadImages",
     "MoELayer",
     "MultiHeadAttention",
     "Router",
-    "RouterHealth",
-    "RouterReport",
+    "RouterMetrics",
+    "RouterStats",
     "Routing",
-    "SlotRouting",
+    "TokenChoiceRouting",
     "TokenEmbedding",
     "Top2Router",
     "TopKRouter",

@@ -1,7 +1,7 @@
 """Argument checks that the layers share: each raises before any work is done.
 
-Each returns the value as a number of Python's: sizes often come out of NumPy, whose
-numbers fit neither into a config nor into every place where TensorFlow wants one.
+Each returns the value as a Python number: sizes often come from NumPy, whose numbers
+are valid neither in a config nor everywhere in TensorFlow.
 """
 
 import numbers
@@ -50,11 +50,11 @@ def check_coefficient(name: str, value: Any) -> int | float:
 def check_rate(name: str, value: Any) -> int | float:
     """Raises ValueError unless `value` is a number in [0, 1)."""
     if not _is_number(value) or not 0 <= value < 1:
-        raise ValueError(f"{name} must lie in [0, 1). Received: {name}={value!r}")
+        raise ValueError(f"{name} must be in [0, 1). Received: {name}={value!r}")
     return _number(value)
 
 
-def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+def check_choice(name: str, value: Any, choices: Sequence[Any]) -> None:
     """Raises ValueError unless `value` is one of `choices`."""
     if value not in choices:
         raise ValueError(

@@ -1,9 +1,8 @@
-"""One seed for many: each part of a model gets a seed of its own from it.
+"""Seeds of the parts of a model, derived from one seed.
 
-Two generators of one seed give the same numbers. So a layer that is given a seed never
-hands it on as it is to several parts: it names each of them, and the name and the seed
-together are the part's seed. Nothing else goes into it, so the same arguments give the
-same seeds in any process, whatever was made there before.
+Two generators of one seed give the same numbers. So a layer never passes its seed to
+several parts unchanged: a part's seed is a hash of the seed and the part's name. It
+depends on nothing else, so the same arguments give the same seeds in any process.
 """
 
 import hashlib
@@ -18,12 +17,12 @@ _SEEDS = 2**31 - 2
 
 
 def child_seed(seed: int | None, *path: str | int) -> int | None:
-    """The seed of one part of what `seed` is for.
+    """Returns the seed of one part of a layer or model with the seed `seed`.
 
     Args:
         seed: The seed of the whole. None: each part takes its own from Keras's global
             seed (`keras.utils.set_random_seed`), and so does this one.
-        *path: The part's name, and the names of parts within it. Nothing: the seed
+        *path: The part's name, and the names of parts within it. Empty: the seed
             itself.
 
     Returns:
@@ -38,23 +37,23 @@ def child_seed(seed: int | None, *path: str | int) -> int | None:
         raise ValueError(f"seed must be an int or None. Received: seed={seed!r}")
     if not path:
         return seed
-    named = "/".join([str(seed), *(str(part) for part in path)])
-    digest = hashlib.blake2b(named.encode(), digest_size=8).digest()
+    key = "/".join([str(seed), *(str(part) for part in path)])
+    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") % _SEEDS
 
 
 def child_initializer(
     initializer: str | Mapping[str, Any] | Callable | None, *path: str | int
 ) -> Any:
-    """A copy of an initializer for one weight, or for one part of a model.
+    """Returns a copy of an initializer for one weight, or one part of a model.
 
     Keras's initializers return the same values whenever they are called, so weights of
     one shape that share an initializer would start equal. Copies of one without a seed
-    do not; copies of one with a seed get that of their `path`. What holds a
-    `keras.random.SeedGenerator` gives new values at each call, and is not copied.
+    do not; copies of one with a seed get that of their `path`. An initializer
+    with a `keras.random.SeedGenerator` gives new values at each call and is not copied.
 
     Args:
-        initializer: What `keras.initializers.get` takes.
+        initializer: Argument of `keras.initializers.get`.
         *path: As for `child_seed`.
     """
     initializer = keras.initializers.get(initializer)

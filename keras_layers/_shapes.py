@@ -1,21 +1,21 @@
-"""Shapes that are partly known."""
+"""Shapes that are partly known, and the axes of positions."""
 
 from typing import Any
 
 import tensorflow as tf
 
 
-def sizes(x: tf.Tensor) -> list:
-    """The dimensions of `x`, as ints where they are known."""
+def static_shape(x: tf.Tensor) -> list[Any]:
+    """Returns the dimensions of `x`, as ints where they are known."""
     dynamic = tf.shape(x)
     return [dynamic[i] if n is None else n for i, n in enumerate(x.shape)]
 
 
-def positions(rank: int) -> list[str | None]:
-    """Names of all dimensions but the last, which layers transform one by one.
+def position_axes(rank: int) -> list[str | None]:
+    """Logical axes of all dimensions but the last, for layers that act on the last.
 
-    The first is the batch, the second of `[B, L, M]` the length. Others have none, as
-    the height and width of `[B, H, W, M]`: no rule of a mesh is for them.
+    The first is the batch, the second of `[B, L, M]` the length. Others have none, such
+    as height and width of `[B, H, W, M]`: no rule of a mesh is for them.
     """
     return ["batch", *(["length"] if rank == 3 else [None] * (rank - 2))]
 
@@ -31,13 +31,13 @@ def check_positions(layer: Any, input_shape: Any, least: int, form: str) -> None
     """Raises ValueError unless inputs have `least` dimensions and a known width.
 
     Args:
-        layer: Whose inputs they are.
-        input_shape: Of the inputs.
-        least: How many dimensions there are at least.
-        form: What inputs look like.
+        layer: The layer, for the message.
+        input_shape: Shape of its inputs.
+        least: The fewest dimensions.
+        form: Form of valid inputs, for the message.
     """
     if len(input_shape) < least or input_shape[-1] is None:
         raise ValueError(
-            f"Inputs of {type(layer).__name__} are {form}, of known width. "
+            f"Inputs of {type(layer).__name__} must be {form}, of known width. "
             f"Received: input_shape={tuple(input_shape)}"
         )

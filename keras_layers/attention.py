@@ -9,13 +9,13 @@ import tensorflow as tf
 from gshard_tf import annotate, name_axes
 from keras_layers._arguments import check_int
 from keras_layers._padding import zero_padding
-from keras_layers._shapes import sizes
+from keras_layers._shapes import static_shape
 from keras_layers.dropout import Dropout
-from keras_layers.initializers import as_matrix
+from keras_layers.initializers import matrix_fan
 from keras_layers.remat import rematerialize
 
 KeysAndValues = dict[str, tf.Tensor]
-Matrices = dict[str, tf.Tensor]
+DecodeKernels = dict[str, tf.Tensor]
 
 
 @keras.saving.register_keras_serializable(package="gshard_tf")
@@ -35,7 +35,7 @@ class MultiHeadAttention(keras.layers.Layer):
         remat: Whether training keeps queries, keys and values only, and computes the
             attention weights `[B, N, T, L]` again for the gradient (as in arXiv
             2205.05198, section 5): the largest tensors of a Transformer without
-            remat, for one product of attention more.
+            remat, for one more matmul.
 
     Raises:
         ValueError: for an argument out of its range.
@@ -75,14 +75,14 @@ class MultiHeadAttention(keras.layers.Layer):
             weight = self.add_weight(
                 name=name,
                 shape=(rows, self.num_heads, self.key_dim),
-                initializer=as_matrix(self.kernel_initializer, rows, inner, name),
+                initializer=matrix_fan(self.kernel_initializer, rows, inner, name),
             )
             name_axes(weight, ("embed", "heads", "kv"))
             setattr(self, f"{name}_kernel", weight)
         self.output_kernel = self.add_weight(
             name="output",
             shape=(self.num_heads, self.key_dim, model_dim),
-            initializer=as_matrix(self.kernel_initializer, inner, model_dim, "output"),
+            initializer=matrix_fan(self.kernel_initializer, inner, model_dim, "output"),
         )
         name_axes(self.output_kernel, ("heads", "kv", "embed"))
 
@@ -98,10 +98,10 @@ class MultiHeadAttention(keras.layers.Layer):
         """Attends from `inputs` `[B, T, M]` to `memory` `[B, L, M]` or to itself.
 
         Args:
-            inputs: Where the queries come from.
-            memory: Where keys and values come from. None: `inputs`.
+            inputs: Source of the queries.
+            memory: Source of keys and values. None: `inputs`.
             mask: `[B, T]` bool, False for padding of `inputs`: hides keys in
-                self-attention. What it holds, NaN too, reaches nothing.
+                self-attention. Its values, NaN too, affect nothing.
             memory_mask: `[B, L]` bool, False for padding of `memory`; likewise.
             causal: Whether position t sees only positions up to t.
             training: Whether to drop out.
@@ -111,7 +111,10 @@ class MultiHeadAttention(keras.layers.Layer):
         """
         self._check_shapes(inputs.shape, None if memory is None else memory.shape)
         if causal and memory is not None:
-            raise ValueError("causal is for self-attention. Received: memory as well")
+            raise ValueError(
+                "causal must be False with memory. Received: "
+                f"causal={causal}, memory of shape {memory.shape}"
+            )
         inputs = zero_padding(inputs, mask)
         if memory is None:
             memory, memory_mask = inputs, mask
@@ -131,36 +134,36 @@ class MultiHeadAttention(keras.layers.Layer):
         shapes = [s for s in (inputs_shape, memory_shape) if s is not None]
         if any(len(shape) != 3 or shape[-1] is None for shape in shapes):
             raise ValueError(
-                "Attention is along a sequence: inputs and memory are [batch, length, "
+                "Inputs and memory of attention must be [batch, length, "
                 "width], of known width. Reshape others, such as images to "
                 "[batch, height * width, channels]. "
                 f"Received: shapes {[tuple(shape) for shape in shapes]}"
             )
 
     def project(
-        self, memory: tf.Tensor, matrices: Matrices | None = None
+        self, memory: tf.Tensor, kernels: DecodeKernels | None = None
     ) -> KeysAndValues:
-        """Keys and values `[B, L, N, D]` of `memory` `[B, L, M]`, computed once."""
+        """Keys and values `[B, L, N, D]` of `memory` `[B, L, M]`."""
         memory = tf.cast(memory, self.compute_dtype)
         return {
-            name: self._to_heads(name, memory, matrices) for name in ("key", "value")
+            name: self._to_heads(name, memory, kernels) for name in ("key", "value")
         }
 
-    def project_once(
-        self, memory: tf.Tensor, matrices: Matrices | None = None
+    def project_memory(
+        self, memory: tf.Tensor, kernels: DecodeKernels | None = None
     ) -> KeysAndValues:
-        """Keys and values of `memory` as `attend` reads them, `[B, N, L, D]`."""
-        projected = self.project(memory, matrices)
+        """Keys and values of `memory` for `cross_attend`, `[B, N, L, D]`."""
+        projected = self.project(memory, kernels)
         return {name: _heads_first(x) for name, x in projected.items()}
 
-    def matrices(
+    def decode_kernels(
         self, names: Iterable[str] = ("query", "key", "value", "output")
-    ) -> Matrices:
-        """The weights `[M, N * D]` and `[N * D, M]`, for a loop that decodes.
+    ) -> DecodeKernels:
+        """Weights as matrices `[M, N * D]` and `[N * D, M]`, for a decoding loop.
 
-        Made before the loop: inside of it XLA's CPU compiler fuses the reshaping into
-        the products of a single row, and then runs down the columns, one multiplication
-        at a time. (Greedy decoding at batch 1 took twice as long.)
+        Made before the loop: inside it XLA's CPU compiler fuses the reshape into the
+        matmuls of a single row, and then runs down the columns, one multiplication at a
+        time. (Greedy decoding at batch 1 took twice as long.)
         """
         inner = self.num_heads * self.key_dim
         return {
@@ -170,20 +173,20 @@ class MultiHeadAttention(keras.layers.Layer):
             for name in names
         }
 
-    def attend(
+    def cross_attend(
         self,
         inputs: tf.Tensor,
         projected: KeysAndValues,
         memory_mask: tf.Tensor | None = None,
-        matrices: Matrices | None = None,
+        kernels: DecodeKernels | None = None,
     ) -> tf.Tensor:
-        """Attends to what `project_once` returned, without dropout: for decoding.
+        """Attends to the result of `project_memory`, without dropout: for decoding.
 
         Args:
             inputs: `[B, T, M]`.
             projected: Keys and values, `[B, N, L, D]`.
             memory_mask: `[B, L]` bool, False for padding.
-            matrices: From `matrices`, where this is done more than once.
+            kernels: From `decode_kernels`, for more than one call.
 
         Returns:
             `[B, T, M]`.
@@ -191,14 +194,14 @@ class MultiHeadAttention(keras.layers.Layer):
         visible = None
         if memory_mask is not None:
             visible = tf.cast(memory_mask, tf.bool)[:, None, None, :]
-        return self._attend(inputs, projected, visible, False, "BNLD", matrices)
+        return self._attend(inputs, projected, visible, False, "BNLD", kernels)
 
     def init_cache(
         self, batch_size: int | tf.Tensor, max_length: int, rows: int = 1
     ) -> KeysAndValues:
-        """An empty cache of static length, `[B, N, max_length * rows, D]` twice.
+        """Empty cache of static length, `[B, N, max_length * rows, D]` twice.
 
-        Just as the products want it, heads before positions and the rows of a position
+        In the order of the matmuls, heads before positions and the rows of a position
         one after another: else each step would copy all of it, or write it twice.
 
         Args:
@@ -217,17 +220,17 @@ class MultiHeadAttention(keras.layers.Layer):
         cache: KeysAndValues,
         index: int | tf.Tensor,
         visible: tf.Tensor | None = None,
-        matrices: Matrices | None = None,
+        kernels: DecodeKernels | None = None,
     ) -> tuple[tf.Tensor, KeysAndValues]:
-        """One position of causal self-attention.
+        """Runs one position of causal self-attention.
 
         Args:
             inputs: `[B, rows, M]`, the tokens at position `index`.
             cache: Keys and values of the positions before it.
             index: Int or scalar int32 tensor in `[0, max_length)`.
-            visible: `[B, rows, max_length * rows]` bool, which of the cached tokens
+            visible: `[B, rows, max_length * rows]` bool, the cached tokens that
                 each token sees, itself included. None, for one row: all so far.
-            matrices: From `matrices`, where this is done more than once.
+            kernels: From `decode_kernels`, for more than one call.
 
         Returns:
             `[B, rows, M]`, and the cache with position `index` written.
@@ -235,10 +238,10 @@ class MultiHeadAttention(keras.layers.Layer):
         rows = inputs.shape[1]
         length = cache["key"].shape[2] // rows
         position = tf.repeat(tf.range(length), rows)  # [T * rows]
-        # Written by selection, not by a slice update: it stays elementwise over
-        # whatever dimension is split, and attention reads the whole cache anyway.
+        # Written by selection, not by a slice update: it is elementwise over any split
+        # dimension, and attention reads the whole cache anyway.
         here = (position == index)[None, None, :, None]  # [1, 1, T * rows, 1]
-        new = self.project_once(inputs, matrices)  # [B, N, rows, D]
+        new = self.project_memory(inputs, kernels)  # [B, N, rows, D]
         cache = {
             name: tf.where(here, _for_each_position(new[name], length), cache[name])
             for name in new
@@ -246,7 +249,7 @@ class MultiHeadAttention(keras.layers.Layer):
         if visible is None:
             visible = (position <= index)[None, None, :]
         visible = visible[:, None]
-        attended = self._attend(inputs, cache, visible, False, "BNLD", matrices)
+        attended = self._attend(inputs, cache, visible, False, "BNLD", kernels)
         return attended, cache
 
     def _attend(
@@ -255,47 +258,47 @@ class MultiHeadAttention(keras.layers.Layer):
         projected: KeysAndValues,
         visible: tf.Tensor | None,
         training: bool | None,
-        layout: str = "BLND",
-        matrices: Matrices | None = None,
+        dims: str = "BLND",
+        kernels: DecodeKernels | None = None,
     ) -> tf.Tensor:
-        """`layout` is that of `projected`."""
+        """Attends with the scores in `projected`, of dimensions `dims`."""
         inputs = tf.cast(inputs, self.compute_dtype)
-        query = self._to_heads("query", inputs, matrices)  # [B, T, N, D]
+        query = self._to_heads("query", inputs, kernels)  # [B, T, N, D]
         query = query * tf.cast(self.key_dim**-0.5, query.dtype)
 
-        def look_up(query, key, value, visible):
-            scores = tf.einsum(f"BTND,{layout}->BNTL", query, key)
+        def weighted_values(query, key, value, visible):
+            scores = tf.einsum(f"BTND,{dims}->BNTL", query, key)
             scores = tf.cast(scores, tf.float32)
             if visible is not None:
                 # Finite, so that a row without any visible position gives no NaN.
                 scores = tf.where(visible, scores, -1e30)
             weights = tf.cast(tf.nn.softmax(scores, axis=-1), query.dtype)
             weights = self.dropout(weights, training=training)
-            return tf.einsum(f"BNTL,{layout}->BTND", weights, value)
+            return tf.einsum(f"BNTL,{dims}->BTND", weights, value)
 
         tensors = (query, projected["key"], projected["value"], visible)
         if self.remat and training:
-            heads = rematerialize(self.dropout, look_up, *tensors)
+            heads = rematerialize(self.dropout, weighted_values, *tensors)
         else:
-            heads = look_up(*tensors)
+            heads = weighted_values(*tensors)
         heads = annotate(heads, ("batch", "length", "heads", "kv"))
-        if matrices is None:
+        if kernels is None:
             outputs = tf.einsum("BTND,NDM->BTM", heads, self._weight("output"))
         else:
-            batch, length, count, size = sizes(heads)
+            batch, length, count, size = static_shape(heads)
             heads = tf.reshape(heads, [batch, length, count * size])
-            outputs = tf.einsum("BTF,FM->BTM", heads, matrices["output"])
+            outputs = tf.einsum("BTF,FM->BTM", heads, kernels["output"])
         return annotate(outputs, ("batch", "length", "embed"))
 
     def _to_heads(
-        self, name: str, x: tf.Tensor, matrices: Matrices | None
+        self, name: str, x: tf.Tensor, kernels: DecodeKernels | None
     ) -> tf.Tensor:
         """`[B, L, M]` -> `[B, L, N, D]`: the queries, keys or values of `x`."""
-        if matrices is None:
+        if kernels is None:
             heads = tf.einsum("BLM,MND->BLND", x, self._weight(name))
         else:
-            batch, length, _ = sizes(x)
-            heads = tf.einsum("BLM,MF->BLF", x, matrices[name])
+            batch, length, _ = static_shape(x)
+            heads = tf.einsum("BLM,MF->BLF", x, kernels[name])
             heads = tf.reshape(heads, [batch, length, self.num_heads, self.key_dim])
         return annotate(heads, ("batch", "length", "heads", "kv"))
 
@@ -324,7 +327,7 @@ class MultiHeadAttention(keras.layers.Layer):
 
 
 def _for_each_position(new: tf.Tensor, length: int) -> tf.Tensor:
-    """`[B, N, rows, D]` -> `[B, N, T * rows, D]`, or what is as good in a selection."""
+    """`[B, N, rows, D]` -> `[B, N, T * rows, D]`, or to `[B, N, 1, D]` to broadcast."""
     return new if new.shape[2] == 1 else tf.tile(new, [1, 1, length, 1])
 
 

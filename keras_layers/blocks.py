@@ -10,19 +10,19 @@ from gshard_tf import annotate
 from keras_layers._arguments import check_choice, check_int, check_rate
 from keras_layers._padding import zero_padding
 from keras_layers._seeds import child_seed
-from keras_layers._shapes import sizes
+from keras_layers._shapes import static_shape
 from keras_layers.attention import MultiHeadAttention
 from keras_layers.dropout import Dropout
 from keras_layers.feed_forward import FeedForward
 from keras_layers.moe.layer import MoELayer
-from keras_layers.moe.options import moe_options_of
+from keras_layers.moe.options import block_moe_options
 from keras_layers.remat import rematerialize
 
 REMAT = (False, "attention", True)
 
 
 class _Block(keras.layers.Layer):
-    """What encoder and decoder blocks share: pre-norm sublayers with residuals.
+    """Base of encoder and decoder blocks: pre-norm sublayers with residuals.
 
     Args:
         num_heads: N.
@@ -33,12 +33,12 @@ class _Block(keras.layers.Layer):
         dropout: Rate on attention weights, on the hidden layer of a dense
             feed-forward, and on each sublayer's output before the residual.
         moe_options: Further arguments of `MoELayer`.
-        seed: What the seeds of the block's layers follow from, each another one. None:
-            from the global seed. Two blocks of one seed draw the same numbers.
-        remat: What training computes again for the gradient instead of keeping it.
-            False: nothing. "attention": the attention weights, the largest tensors of
-            a long sequence, for a few percent more computation. True: everything but
-            the block's inputs, so memory of one block instead of all, for about a
+        seed: Source of the seeds of the block's layers, one for each. None: the global
+            seed. Two blocks of one seed draw the same numbers.
+        remat: Activations that training computes again for the gradient instead of
+            keeping them. False: none. "attention": the attention weights, the largest
+            tensors of a long sequence, for a few percent more computation. True: all
+            but the block's inputs, so memory of one block instead of all, for about a
             third more computation and, with experts, the forward pass's all-to-alls
             once more.
     """
@@ -64,7 +64,7 @@ class _Block(keras.layers.Layer):
         check_choice("remat", remat, REMAT)
         if moe_options and not num_experts:
             raise ValueError(
-                "moe_options are for a block with experts. Received: "
+                "moe_options must be empty for a block without experts. Received: "
                 f"moe_options={dict(moe_options)} and num_experts={num_experts}"
             )
         super().__init__(**kwargs)
@@ -81,7 +81,7 @@ class _Block(keras.layers.Layer):
             options = {
                 "seed": child_seed(seed, "feed_forward"),
                 "name": f"{self.name}_moe",
-                **moe_options_of(self.moe_options, seed),
+                **block_moe_options(self.moe_options, seed),
             }
             self.feed_forward = MoELayer(
                 num_experts, hidden_dim, dtype=self.dtype_policy, **options
@@ -117,7 +117,7 @@ class _Block(keras.layers.Layer):
             epsilon=1e-6, dtype=self.dtype_policy, name=name
         )
 
-    def _feed(
+    def _apply_feed_forward(
         self,
         x: tf.Tensor,
         mask: tf.Tensor | None,
@@ -175,11 +175,15 @@ class _Block(keras.layers.Layer):
         return cls(**config)
 
 
+def _with_arguments(summary: str) -> str:
+    """Docstring of a block: its summary, and the arguments of all blocks."""
+    return summary + "\n" + (_Block.__doc__ or "").partition("\n")[2]
+
+
 @keras.saving.register_keras_serializable(package="gshard_tf")
 class EncoderBlock(_Block):
-    __doc__ = (
-        "Self-attention, then a feed-forward or mixture-of-experts layer.\n"
-        + (_Block.__doc__.split("\n", 1)[1])
+    __doc__ = _with_arguments(
+        "Self-attention, then a feed-forward or mixture-of-experts layer."
     )
 
     def build(self, input_shape: Any) -> None:
@@ -208,7 +212,7 @@ class EncoderBlock(_Block):
                 self.attention_norm(inputs), mask=mask, training=training
             )
             x = self._residual(inputs, attended, training)
-            return self._feed(x, mask, training, decoding, token_ids)
+            return self._apply_feed_forward(x, mask, training, decoding, token_ids)
 
         return self._run(block, training, inputs, mask, token_ids)
 
@@ -218,16 +222,15 @@ class EncoderBlock(_Block):
 
 @keras.saving.register_keras_serializable(package="gshard_tf")
 class DecoderBlock(_Block):
-    __doc__ = (
-        "Causal self-attention, attention to the encoder, then feed-forward or MoE.\n"
-        + _Block.__doc__.split("\n", 1)[1]
+    __doc__ = _with_arguments(
+        "Causal self-attention, attention to the encoder, then feed-forward or MoE."
     )
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         router = self.feed_forward.router if self.num_experts else None
-        ahead = getattr(router, "looks_ahead", False)
-        if ahead and not getattr(router, "allow_causal", False):
+        causal = getattr(router, "is_causal", True)
+        if not causal and not getattr(router, "allow_causal", False):
             raise ValueError(
                 "In a causal decoder a token's experts must not depend on the tokens "
                 "after it: training would see the future, and generation would route "
@@ -280,14 +283,14 @@ class DecoderBlock(_Block):
                 self.cross_norm(x), memory, memory_mask=memory_mask, training=training
             )
             x = self._residual(x, attended, training)
-            return self._feed(x, mask, training, decoding, token_ids)
+            return self._apply_feed_forward(x, mask, training, decoding, token_ids)
 
         return self._run(block, training, inputs, memory, mask, memory_mask, token_ids)
 
     def init_cache(
         self, memory: tf.Tensor, max_length: int, hypotheses: int = 1, flat: bool = True
     ) -> dict[str, Any]:
-        """An empty cache of its own positions, and the memory's keys and values.
+        """Returns an empty cache of positions, and the memory's keys and values.
 
         Args:
             memory: `[B, L, M]`.
@@ -296,18 +299,18 @@ class DecoderBlock(_Block):
             flat: Whether the hypotheses of a row share one cache (see `decode`), or
                 each has its own.
         """
-        batch = sizes(memory)[0]
+        batch = static_shape(memory)[0]
         rows, batch = (hypotheses, batch) if flat else (1, batch * hypotheses)
         return {
             "self": self.self_attention.init_cache(batch, max_length, rows),
-            "cross": self.cross_attention.project_once(memory),
+            "cross": self.cross_attention.project_memory(memory),
         }
 
-    def matrices(self) -> dict[str, Any]:
-        """Attention's weights as a loop of `decode` reads them."""
+    def decode_kernels(self) -> dict[str, Any]:
+        """Attention's weights for a loop of `decode`."""
         return {
-            "self": self.self_attention.matrices(),
-            "cross": self.cross_attention.matrices(("query", "output")),
+            "self": self.self_attention.decode_kernels(),
+            "cross": self.cross_attention.decode_kernels(("query", "output")),
         }
 
     def decode(
@@ -318,9 +321,9 @@ class DecoderBlock(_Block):
         memory_mask: tf.Tensor | None = None,
         token_ids: tf.Tensor | None = None,
         visible: tf.Tensor | None = None,
-        matrices: dict[str, Any] | None = None,
+        kernels: dict[str, Any] | None = None,
     ) -> tuple[tf.Tensor, dict[str, Any]]:
-        """One position: `inputs` `[B, K, M]` -> `[B, K, M]` and the updated cache.
+        """Runs one position: `inputs` `[B, K, M]` -> `[B, K, M]` and the updated cache.
 
         The K hypotheses of a row are positions to the attention to the encoder, whose
         keys and values they share.
@@ -332,10 +335,10 @@ class DecoderBlock(_Block):
             memory_mask: `[B, L]` bool, False for padding.
             token_ids: `[B, K]`, for the experts.
             visible: See `MultiHeadAttention.decode`; for a shared cache.
-            matrices: From `matrices`, where there are more positions to come.
+            kernels: From `decode_kernels`, for more than one position.
         """
         normed = self.attention_norm(inputs)
-        shape, matrices = sizes(inputs), matrices or {}
+        shape, kernels = static_shape(inputs), kernels or {}
         # Without a shared cache each hypothesis is a row of its own.
         rows = 1 if visible is None else shape[1]
         attended, own = self.self_attention.decode(
@@ -343,13 +346,15 @@ class DecoderBlock(_Block):
             cache["self"],
             index,
             visible,
-            matrices.get("self"),
+            kernels.get("self"),
         )
         x = inputs + tf.reshape(attended, shape)
-        x = x + self.cross_attention.attend(
-            self.cross_norm(x), cache["cross"], memory_mask, matrices.get("cross")
+        x = x + self.cross_attention.cross_attend(
+            self.cross_norm(x), cache["cross"], memory_mask, kernels.get("cross")
         )
-        x = self._feed(x, None, training=False, decoding=True, token_ids=token_ids)
+        x = self._apply_feed_forward(
+            x, None, training=False, decoding=True, token_ids=token_ids
+        )
         return x, {**cache, "self": own}
 
     def compute_output_shape(self, inputs_shape: Any, memory_shape: Any = None) -> Any:

@@ -1,4 +1,4 @@
-"""Dropout whose mask is made where the activations are."""
+"""Dropout with a mask that partitions as the activations do."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -24,8 +24,8 @@ class Dropout(keras.layers.Layer):
         noise_shape: Shape of the mask, broadcast to the inputs; None in it stands for
             the inputs' own dimension. None: the inputs' shape.
         seed: Seed of the layer's generator.
-        batch_dim: The dimension along which examples lie: several replicas of
-            `tf.distribute` drop out what one device would with all their examples.
+        batch_dim: The dimension of examples: several replicas of `tf.distribute` use
+            the mask that one device would for all their examples.
 
     Raises:
         ValueError: for a rate outside [0, 1).

@@ -8,7 +8,7 @@ import tensorflow as tf
 
 from gshard_tf import annotate, name_axes
 from keras_layers._arguments import check_int
-from keras_layers._shapes import at_each_position, check_positions, positions
+from keras_layers._shapes import at_each_position, check_positions, position_axes
 
 
 @keras.saving.register_keras_serializable(package="gshard_tf")
@@ -45,12 +45,14 @@ class TokenEmbedding(keras.layers.Layer):
             # Corpora are kept in small types.
             inputs = tf.cast(inputs, tf.int32)
         table = tf.cast(self.table, self.compute_dtype)
-        embedded = _look_up(table, inputs) * tf.cast(self.model_dim**0.5, table.dtype)
-        return annotate(embedded, (*positions(len(embedded.shape)), "embed"))
+        embedded = _dense_lookup(table, inputs) * tf.cast(
+            self.model_dim**0.5, table.dtype
+        )
+        return annotate(embedded, (*position_axes(len(embedded.shape)), "embed"))
 
     @property
     def input_dtype(self) -> str:
-        """Ids are whole numbers, also where Keras makes floats of them.
+        """The dtype of ids, also where Keras would make them floats.
 
         It does when it builds a model under a strategy of several replicas (the mean of
         their ids) and in the signature of an exported model. A low precision would
@@ -64,8 +66,8 @@ class TokenEmbedding(keras.layers.Layer):
         """`[B, L, M]` -> logits `[B, L, V]` in float32.
 
         Args:
-            inputs: What comes out of the decoder.
-            transposed: From `transposed_table`, where it is used more than once.
+            inputs: Outputs of the decoder.
+            transposed: From `transposed_table`, for more than one call.
         """
         if transposed is None:
             table = tf.cast(self.table, self.compute_dtype)
@@ -78,8 +80,8 @@ class TokenEmbedding(keras.layers.Layer):
     def transposed_table(self) -> tf.Tensor:
         """`[M, V]`, for many projections of few tokens.
 
-        On CPUs a product of 4 to 64 rows with it is 1.5 to 10 times as fast as with
-        the table, which is packed anew for each product.
+        On CPUs a matmul of 4 to 64 rows with it is 1.5 to 10 times as fast as with the
+        table, which is packed again for each matmul.
         """
         transposed = tf.transpose(tf.cast(self.table, self.compute_dtype))
         return annotate(transposed, ("embed", "vocab"))
@@ -120,7 +122,7 @@ class VocabularyProjection(keras.layers.Layer):
         """`[..., M]` -> logits `[..., V]` in float32."""
         inputs = tf.cast(inputs, self.compute_dtype)
         logits = at_each_position(inputs, self.kernel)
-        names = positions(len(logits.shape))
+        names = position_axes(len(logits.shape))
         return annotate(tf.cast(logits, tf.float32), (*names, "vocab"))
 
     def compute_output_shape(self, input_shape: Any) -> Any:
@@ -152,7 +154,7 @@ def sinusoids(
 
 
 @tf.custom_gradient
-def _look_up(table: tf.Tensor, ids: tf.Tensor) -> tuple[tf.Tensor, Any]:
+def _dense_lookup(table: tf.Tensor, ids: tf.Tensor) -> tuple[tf.Tensor, Any]:
     """Rows of `table` with a dense gradient.
 
     `tf.gather` alone gives `IndexedSlices`. Optimizers that keep a slot per weight

@@ -5,15 +5,14 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from gshard_tf import annotate, name_axes
-from keras_layers._arguments import check_int
+from gshard_tf import annotate
+from keras_layers._mlp import MLP
 from keras_layers._seeds import child_initializer
-from keras_layers._shapes import at_each_position, check_positions, positions
-from keras_layers.dropout import Dropout
+from keras_layers._shapes import at_each_position, check_positions, position_axes
 
 
 @keras.saving.register_keras_serializable(package="gshard_tf")
-class FeedForward(keras.layers.Layer):
+class FeedForward(MLP):
     """`wo . activation(wi . x)` at each position, without biases as in the paper.
 
     Inputs are `[..., M]`: `[B, M]`, `[B, L, M]`, `[B, H, W, M]`; any dtype, which is
@@ -45,62 +44,22 @@ class FeedForward(keras.layers.Layer):
         seed: int | None = None,
         **kwargs: Any,
     ):
-        hidden_dim = check_int("hidden_dim", hidden_dim, 1)
-        super().__init__(**kwargs)
-        self.hidden_dim = hidden_dim
-        self.activation = keras.activations.get(activation)
-        self.kernel_initializer = keras.initializers.get(kernel_initializer)
-        self.gated = bool(gated)
-        self.seed = seed
-        self.dropout = Dropout(dropout, seed=seed, dtype=self.dtype_policy)
+        super().__init__(
+            hidden_dim, activation, dropout, kernel_initializer, gated, seed, **kwargs
+        )
         self.supports_masking = True
 
     def build(self, input_shape: Any) -> None:
         check_positions(self, input_shape, 2, "[..., width]")
-        model_dim = input_shape[-1]
-        inward = ["wi", "wi_gate"] if self.gated else ["wi"]
-        for name in inward:
-            weight = self.add_weight(
-                name=name,
-                shape=(model_dim, self.hidden_dim),
-                initializer=child_initializer(self.kernel_initializer, name),
-            )
-            setattr(self, name, name_axes(weight, ("embed", "mlp")))
-        self.wo = name_axes(
-            self.add_weight(
-                name="wo",
-                shape=(self.hidden_dim, model_dim),
-                initializer=child_initializer(self.kernel_initializer, "wo"),
-            ),
-            ("mlp", "embed"),
-        )
+        self.add_weights(input_shape[-1], child_initializer)
 
     def call(self, inputs: tf.Tensor, training: bool | None = None) -> tf.Tensor:
         """`inputs` `[..., M]` -> `[..., M]`."""
         inputs = tf.cast(inputs, self.compute_dtype)
-        names = positions(len(inputs.shape))
-        hidden = at_each_position(inputs, self.wi)  # [..., H]
-        if self.gated:
-            gate = at_each_position(inputs, self.wi_gate)
-            hidden = self.activation(gate) * hidden
-        else:
-            hidden = self.activation(hidden)
+        names = position_axes(len(inputs.shape))
+        # [..., H]
+        hidden = self.hidden(lambda weight: at_each_position(inputs, weight))
         hidden = annotate(hidden, (*names, "mlp"))
         hidden = self.dropout(hidden, training=training)
         outputs = at_each_position(hidden, self.wo)  # [..., M]
         return annotate(outputs, (*names, "embed"))
-
-    def compute_output_shape(self, input_shape: Any) -> Any:
-        return input_shape
-
-    def get_config(self) -> dict[str, Any]:
-        config = super().get_config()
-        config.update(
-            hidden_dim=self.hidden_dim,
-            activation=keras.activations.serialize(self.activation),
-            dropout=self.dropout.rate,
-            kernel_initializer=keras.initializers.serialize(self.kernel_initializer),
-            gated=self.gated,
-            seed=self.seed,
-        )
-        return config

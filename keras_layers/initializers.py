@@ -1,7 +1,7 @@
-"""Initial values for weights that have more dimensions than a matrix.
+"""Initializers of weights that have more dimensions than a matrix.
 
-Keras scales by the fan of a matrix or a convolution kernel. It would take the experts
-of `[E, M, H]` for a convolution's window and make the variance E times too small, and
+Keras scales by the fan of a matrix or a convolution kernel. It would treat the experts
+of `[E, M, H]` as a convolution's window and make the variance E times too small, and
 the heads of `[M, N, D]` likewise.
 """
 
@@ -14,16 +14,16 @@ import tensorflow as tf
 from keras_layers._seeds import child_initializer
 
 
-def per_expert(initializer: keras.initializers.Initializer, name: str) -> Callable:
-    """`initializer` with its fan counted within one expert, for `[E, ...]` weights.
+def per_expert_fan(initializer: keras.initializers.Initializer, name: str) -> Callable:
+    """Returns `initializer` with its fan counted within one expert of `[E, ...]`.
 
     The dimension of experts multiplies every fan (in, out and their mean) of a
     `VarianceScaling` by E, so the values are scaled back by the square root of E.
     Initializers that do not scale by a fan are only copied.
 
     Args:
-        initializer: Of all weights of a layer.
-        name: Of the weight, to tell its seed from the others'.
+        initializer: The initializer of all weights of a layer.
+        name: Name of the weight, from which its seed follows.
     """
     initializer = child_initializer(initializer, name)
     if not isinstance(initializer, keras.initializers.VarianceScaling):
@@ -35,16 +35,16 @@ def per_expert(initializer: keras.initializers.Initializer, name: str) -> Callab
     return scaled
 
 
-def as_matrix(
+def matrix_fan(
     initializer: keras.initializers.Initializer, rows: int, columns: int, name: str
 ) -> Callable:
-    """`initializer` of a `[rows, columns]` matrix, reshaped to the weight's shape.
+    """Returns `initializer` of a `[rows, columns]` matrix, reshaped to the weight.
 
     Args:
         initializer: Of all weights of a layer.
         rows: Of the matrix.
         columns: Of the matrix.
-        name: Of the weight, to tell its seed from the others'.
+        name: Name of the weight, from which its seed follows.
     """
     initializer = child_initializer(initializer, name)
 

@@ -1,9 +1,9 @@
-"""Rematerialisation: activations computed again for the gradient, not kept for it.
+"""Rematerialization: activations computed again for the gradient, not kept for it.
 
 Keras's layers have side effects, which must happen once: losses that they add,
-metrics that they count, seeds that they use up. So a call is made a function of
-everything that it reads and returning everything that it changes (`pure_call`), and
-that function is what is computed twice (`recompute`).
+metrics that they count, seeds that they use up. So a call becomes a pure function from
+everything that it reads to everything that it changes (`pure_call`), and that function
+is computed twice (`recompute`).
 """
 
 from collections.abc import Callable, Sequence
@@ -12,29 +12,20 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-# Private API: the dtype that variables are cast to when a layer reads them. On an
-# upgrade, check that `Layer.__call__` still enters an `AutocastScope`.
-from keras.src.backend import AutocastScope, get_autocast_scope
-
-# Public in XLA, not in TensorFlow, where Keras's backend takes it from, too.
-from tensorflow.compiler.tf2xla.python.xla import optimization_barrier
-
-# Private API: keeps operations off all tapes, as in `tf.recompute_grad`.
-from tensorflow.python.eager import record
-
-# Private API: whether a graph is going to be compiled by XLA.
-from tensorflow.python.ops import control_flow_util
-
+from gshard_tf.compat.keras_calls import current_autocast, no_autocast
+from gshard_tf.compat.tf_gradients import stop_recording
+from gshard_tf.compat.tf_graphs import is_compiled_by_tensorflow
+from gshard_tf.compat.tf_xla import optimization_barrier
 from keras_layers.routing.recording import routing_is_watched
-from keras_layers.step_metrics import counting_at_once
+from keras_layers.step_metrics import immediate_counts
 
 
 class Effects(NamedTuple):
-    """What a call did.
+    """Outputs and side effects of a call.
 
     Attributes:
-        outputs: What it returned.
-        losses: What `add_loss` was called with.
+        outputs: The returned value.
+        losses: Arguments of `add_loss`.
         updates: Index into `variables` -> the new value of each that was assigned.
     """
 
@@ -43,14 +34,14 @@ class Effects(NamedTuple):
     updates: dict[int, tf.Tensor]
 
 
-def state_of(layer: keras.layers.Layer) -> list[keras.Variable]:
-    """All variables that a call of `layer` may read or assign."""
+def call_variables(layer: keras.layers.Layer) -> list[keras.Variable]:
+    """Returns all variables that a call of `layer` may read or assign."""
     return [*layer.variables, *layer.metrics_variables]
 
 
-def read(variables: Sequence[keras.Variable]) -> list[tf.Tensor]:
-    """Their values, in the dtype in which they are stored."""
-    with AutocastScope(None):
+def stored_values(variables: Sequence[keras.Variable]) -> list[tf.Tensor]:
+    """Returns the variables' values, in the dtype in which they are stored."""
+    with no_autocast():
         return [tf.convert_to_tensor(variable) for variable in variables]
 
 
@@ -59,13 +50,13 @@ def pure_call(
     values: Sequence[tf.Tensor],
     function: Callable[[], Any],
 ) -> Effects:
-    """Calls `function` with `values` in the place of `variables`; changes nothing."""
-    with AutocastScope(None):  # or master weights would be rounded here
+    """Calls `function` with `values` in place of `variables`, without side effects."""
+    with no_autocast():  # or master weights would be rounded here
         scope = keras.StatelessScope(
             list(zip(variables, values, strict=True)), collect_losses=True
         )
     before = [scope.get_current_value(variable) for variable in variables]
-    with scope, counting_at_once():
+    with scope, immediate_counts():
         outputs = function()
     after = [scope.get_current_value(variable) for variable in variables]
     updates = {
@@ -80,42 +71,41 @@ def recompute(
     function: Callable[..., tuple[list[tf.Tensor], list[tf.Tensor]]],
     tensors: Sequence[tf.Tensor],
 ) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
-    """`function(*tensors)`, for whose gradient only `tensors` are kept.
+    """Returns `function(*tensors)`, keeping only `tensors` for its gradient.
 
     Args:
         function: Reads no variable, and changes none. Returns tensors that have a
             gradient, and tensors that have none.
-        tensors: Of any dtype. Those of floats have a gradient.
+        tensors: Tensors of any dtype. Those of floats have a gradient.
 
     Returns:
-        What `function` returns.
+        The results of `function`.
     """
-    # tf.recompute_grad does nearly this. It makes the recomputation wait for the
-    # gradient by adding 0, made of the gradient's first element, to every argument: a
-    # broadcast from one device to all on a mesh, a pass over all weights, impossible
-    # for bools, and XLA may see that it is 0.
-    autocast = get_autocast_scope()
+    # Not tf.recompute_grad. It delays the recomputation by adding 0, computed from the
+    # gradient's first element, to every argument: a broadcast from one device to all
+    # on a mesh, a pass over all weights, impossible for bools, and XLA may see the 0.
+    autocast = current_autocast()
     count = 0
-    # `custom_gradient` hands over copies. In the body of a loop a copy of what no turn
-    # changes, all layers' weights say, is kept once per turn; the thing itself is not.
+    # `custom_gradient` passes copies. In the body of a loop a copy of a constant, such
+    # as all layers' weights, is kept once per turn; the constant itself is not.
     kept = list(tensors)
 
     @tf.custom_gradient
     def forward(*tensors):
-        with record.stop_recording():
+        with stop_recording():
             outputs, others = function(*tensors)
         nonlocal count
         count = len(outputs)
 
         def gradient(*d_results):
-            later, d_outputs = _after(kept, d_results[:count])
+            later, d_outputs = _behind_barrier(kept, d_results[:count])
             floats = [x for x in later if x.dtype.is_floating]
             with tf.GradientTape() as tape:
                 tape.watch(floats)
-                with AutocastScope(autocast and autocast.dtype):
+                with autocast():
                     again, _ = function(*later)
-            found = iter(tape.gradient(again, floats, d_outputs))
-            return [next(found) if x.dtype.is_floating else None for x in later]
+            gradients = iter(tape.gradient(again, floats, d_outputs))
+            return [next(gradients) if x.dtype.is_floating else None for x in later]
 
         return [*outputs, *others], gradient
 
@@ -131,54 +121,53 @@ def recompute_units(
     stacked: Sequence[tf.Tensor],
     trained: Sequence[int],
 ) -> tuple[tf.Tensor, tf.Tensor, list[tf.Tensor]]:
-    """A loop of like units, for whose gradient only each unit's input is kept.
+    """Runs a loop of equal units, keeping only each unit's input for its gradient.
 
-    The gradient is a loop of its own, from the last unit to the first, rather than
-    what TensorFlow makes of a loop. That one would add each unit's gradient of its
-    slice, with zeros around it, to the gradient of all slices: a pass over all weights
-    in every turn. And TensorFlow looks for constants among what goes into a loop and
-    does not change there, so zeros of the size of all weights would have to fit into
-    the memory of the machine that only lowers the program.
+    The gradient is a loop of its own, from the last unit to the first, not the one that
+    TensorFlow derives. That would add each unit's gradient of its slice, with zeros
+    around it, to the gradient of all slices: a pass over all weights in every turn. And
+    TensorFlow folds constants that go into a loop, so zeros of the size of all weights
+    would have to fit into the memory of the machine that only lowers the program.
 
     Args:
         forward: The loop, `(inputs, shared, stacked) -> (inputs of all units
             [count, ...], outputs, loss, state)`. It reads no variable.
-        unit: What a turn of it does, `(inputs, shared, slices) -> (outputs, loss)`.
+        unit: One turn of it, `(inputs, shared, slices) -> (outputs, loss)`.
             Outputs are of the shape of inputs, and the sum of all losses is `loss`.
-        inputs: Of the first unit.
+        inputs: Inputs of the first unit.
         shared: Tensors that all units read. Those of floats have a gradient.
         stacked: Tensors `[count, ...]`; each unit reads its own slices.
-        trained: Places in `stacked` of those that have a gradient.
+        trained: Indices into `stacked` of those that have a gradient.
 
     Returns:
         Outputs, loss and state. State has no gradient.
     """
-    autocast = get_autocast_scope()
+    autocast = current_autocast()
     first = 1 + len(shared)
-    # In what a unit reads: its input, what is shared, its slices.
+    # A unit reads its input, the shared tensors, its slices.
     floats = [i for i, x in enumerate(shared, 1) if x.dtype.is_floating]
-    places = [0, *floats, *(first + i for i in trained)]
+    differentiable = [0, *floats, *(first + i for i in trained)]
 
     @tf.custom_gradient
     def whole(inputs, *tensors):
         shared, stacked = tensors[: first - 1], tensors[first - 1 :]
-        with record.stop_recording():
+        with stop_recording():
             kept, outputs, loss, state = forward(inputs, shared, stacked)
         count = kept.shape[0]
 
         def gradient(d_outputs, d_loss, *_):
             def body(turn, d_x, d_shared, d_slices):
                 number = count - 1 - turn
-                slices = [slice_of(w, number) for w in stacked]
+                slices = [weight_slice(w, number) for w in stacked]
                 values = [kept[number], *shared, *slices]
-                # Both loops in one, that is a single turn each, are found to be so.
-                values, d_results = _after(values, [d_x, tf.identity(d_loss)])
-                sources = [values[i] for i in places]
+                # XLA would merge the two loops if each is a single turn.
+                values, d_results = _behind_barrier(values, [d_x, tf.identity(d_loss)])
+                sources = [values[i] for i in differentiable]
                 with tf.GradientTape() as tape:
                     tape.watch(sources)
-                    with AutocastScope(autocast and autocast.dtype):
+                    with autocast():
                         results = unit(values[0], values[1:first], values[first:])
-                d_x, *found = (
+                d_x, *gradients = (
                     tf.convert_to_tensor(d)
                     for d in tape.gradient(
                         results,
@@ -188,10 +177,10 @@ def recompute_units(
                     )
                 )
                 d_x.set_shape(inputs.shape)
-                sums = [a + b for a, b in zip(d_shared, found, strict=False)]
+                sums = [a + b for a, b in zip(d_shared, gradients, strict=False)]
                 arrays = [
                     array.write(number, d)
-                    for array, d in zip(d_slices, found[len(floats) :], strict=True)
+                    for array, d in zip(d_slices, gradients[len(floats) :], strict=True)
                 ]
                 return turn + 1, d_x, sums, arrays
 
@@ -203,10 +192,10 @@ def recompute_units(
                 body,
                 (tf.constant(0), d_outputs, zeros, arrays),
             )
-            found = {i - 1: d for i, d in zip(floats, sums, strict=True)}
+            gradients = {i - 1: d for i, d in zip(floats, sums, strict=True)}
             for i, array in zip(trained, arrays, strict=True):
-                found[first - 1 + i] = array.stack()
-            return [d_inputs, *(found.get(i) for i in range(len(tensors)))]
+                gradients[first - 1 + i] = array.stack()
+            return [d_inputs, *(gradients.get(i) for i in range(len(tensors)))]
 
         return [outputs, loss, *state], gradient
 
@@ -214,16 +203,16 @@ def recompute_units(
     return outputs, loss, state
 
 
-def slice_of(stacked: tf.Tensor, number: tf.Tensor) -> tf.Tensor:
-    """`stacked[number]`, of weights that a loop only reads."""
-    found = stacked[number]
-    if found.dtype != tf.float32:
-        return found
-    # The TPU compiler sees that products round their operands to bfloat16, and would
+def weight_slice(stacked: tf.Tensor, number: tf.Tensor) -> tf.Tensor:
+    """Returns `stacked[number]`, of weights that a loop only reads."""
+    weight = stacked[number]
+    if weight.dtype != tf.float32:
+        return weight
+    # The TPU compiler sees that matmuls round their operands to bfloat16, and would
     # carry a bfloat16 copy of all weights through the loops, half of their memory
-    # again. It does not for what is looked at in float32 as well.
+    # again. It does not for values that are compared in float32 as well.
     nan = tf.constant(float("nan"))
-    return tf.where(tf.math.is_nan(found), nan, found)
+    return tf.where(tf.math.is_nan(weight), nan, weight)
 
 
 def _array_like(stacked: tf.Tensor) -> tf.TensorArray:
@@ -232,43 +221,41 @@ def _array_like(stacked: tf.Tensor) -> tf.TensorArray:
     )
 
 
-def _after(
+def _behind_barrier(
     tensors: Sequence[tf.Tensor], gradients: Sequence[tf.Tensor]
 ) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
-    """The same, but not before all `gradients` are there.
+    """Returns both lists, available only after all `gradients` are computed.
 
-    Or a compiler would find the same operations on the same tensors twice, compute
-    them once, and keep the results all the while; or do all of it early.
+    Else a compiler would find the same operations on the same tensors twice, compute
+    them once, and keep the results; or run all of it early.
     """
     if tf.executing_eagerly():
         return [tf.identity(x) for x in tensors], list(gradients)
-    together = [*tensors, *gradients]
-    if control_flow_util.GraphOrParentsInXlaContext(tf.compat.v1.get_default_graph()):
-        # XLA does not look at control dependencies.
-        held = list(optimization_barrier(*together))
-        for x, y in zip(together, held, strict=True):
-            y.set_shape(x.shape)
-        # Its CPU compiler keeps barriers for a while only, then schedules what it can
-        # as early as it can. There a value has to be needed: each element's gradient,
-        # so that nothing crosses devices. It is only looked at for being NaN, which
-        # would spread anyway.
-        x, gradient = held[0], held[len(tensors)]
+    values = [*tensors, *gradients]
+    if is_compiled_by_tensorflow(tf.compat.v1.get_default_graph()):
+        # XLA ignores control dependencies.
+        delayed = optimization_barrier(values)
+        # Its CPU compiler drops barriers at some point, then schedules all operations
+        # as early as it can. There a value must depend on the gradient, element by
+        # element, so that nothing crosses devices. Only its NaNs count, which would
+        # spread anyway.
+        x, gradient = delayed[0], delayed[len(tensors)]
         if x.shape == gradient.shape and x.dtype == gradient.dtype:
             nan = tf.constant(float("nan"), x.dtype)
-            held[0] = tf.where(tf.math.is_nan(gradient), nan, x)
+            delayed[0] = tf.where(tf.math.is_nan(gradient), nan, x)
     else:
         with tf.control_dependencies(gradients):
-            held = [tf.identity(x) for x in together]
-    return held[: len(tensors)], held[len(tensors) :]
+            delayed = [tf.identity(x) for x in values]
+    return delayed[: len(tensors)], delayed[len(tensors) :]
 
 
 def rematerialize(
     layer: keras.layers.Layer, function: Callable[..., tf.Tensor], *tensors: Any
 ) -> tf.Tensor:
-    """`function(*tensors)`, part of a call of `layer`, without keeping activations.
+    """Runs `function(*tensors)`, part of a call of `layer`, keeping no activations.
 
-    What `function` does to variables, losses and metrics of `layer` happens once. Its
-    random numbers are the same both times.
+    Side effects on variables, losses and metrics of `layer` happen once. Random numbers
+    are the same both times.
 
     Args:
         layer: Built; everything that `function` reads is among its variables.
@@ -276,10 +263,9 @@ def rematerialize(
         *tensors: Tensors or None.
     """
     if routing_is_watched():
-        # Plans are recorded, or used up, by each call; and whoever looks at them
-        # does not look at memory.
+        # Each call records a routing, or uses one up; memory does not matter then.
         return function(*tensors)
-    variables = state_of(layer)
+    variables = call_variables(layer)
     given = [i for i, x in enumerate(tensors) if x is not None]
     updated: list[int] = []
 
@@ -294,7 +280,7 @@ def rematerialize(
         return [effects.outputs, *effects.losses], list(effects.updates.values())
 
     (outputs, *losses), new = recompute(
-        whole, [*(tensors[i] for i in given), *read(variables)]
+        whole, [*(tensors[i] for i in given), *stored_values(variables)]
     )
     for loss in losses:
         layer.add_loss(loss)

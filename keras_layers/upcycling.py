@@ -1,4 +1,4 @@
-"""Starting a mixture of experts from a trained dense model."""
+"""Upcycling: initializes a mixture of experts from a trained dense model."""
 
 from collections.abc import Sequence
 
@@ -19,21 +19,21 @@ def upcycle(
     """Copies a dense layer's weights into every expert (arXiv 2212.05055).
 
     With weights that sum to 1 (`Top2Router`, `TopKRouter` with k of 2 and more) and no
-    token dropped, the mixture then computes what the dense layer did, and training
-    goes on from there; the router starts as it was made. Weights of both keep their
+    token dropped, the mixture then computes the same as the dense layer, and training
+    resumes from there; the router keeps its initial values. Weights of both keep their
     layouts.
 
     Args:
-        dense: What was trained: a `FeedForward` or two `Dense` layers without bias, for
-            a `MoELayer`; a `Transformer` without experts for one with. Built.
-        sparse: What is to start from it. Built, of the same sizes.
+        dense: The trained model: a `FeedForward` or two `Dense` layers without bias,
+            for a `MoELayer`; a `Transformer` without experts for one with. Built.
+        sparse: The mixture to initialize. Built, of the same sizes.
         noise: Standard deviation of normal noise on the copies, as a share of that of
             the weight, so that experts differ from the start; 0.01 to 0.1. With 0 the
             router alone makes them differ.
-        seed: Of the noise.
+        seed: Seed of the noise.
 
     Raises:
-        ValueError: if the two do not fit each other.
+        ValueError: if the two do not match.
     """
     rng = np.random.default_rng(seed)
     if isinstance(sparse, Transformer) and isinstance(dense, Transformer):
@@ -42,8 +42,8 @@ def upcycle(
         _upcycle_layer(dense, sparse, noise, rng)
     else:
         raise ValueError(
-            "A dense layer goes into a MoELayer, a dense Transformer into a "
-            f"Transformer. Received: {type(dense).__name__} and "
+            "The target must be a MoELayer for a dense layer, and a Transformer for a "
+            f"dense Transformer. Received: {type(dense).__name__} and "
             f"{type(sparse).__name__}"
         )
 
@@ -61,16 +61,16 @@ def _upcycle_layer(
         first, second = dense
         if first.use_bias or second.use_bias:
             raise ValueError(
-                "Experts have no biases: give Dense layers with use_bias=False. "
+                "Dense layers must have use_bias=False: experts have no biases. "
                 f"Received: use_bias={first.use_bias}, {second.use_bias}"
             )
         weights = {"wi": first.kernel, "wo": second.kernel}
-    wanted = {w.name: tuple(w.shape[1:]) for w in sparse.experts.trainable_weights}
-    found = {name: tuple(weight.shape) for name, weight in weights.items()}
-    if wanted != found:
+    expected = {w.name: tuple(w.shape[1:]) for w in sparse.experts.trainable_weights}
+    received = {name: tuple(weight.shape) for name, weight in weights.items()}
+    if expected != received:
         raise ValueError(
             f"The dense weights must be those of one expert of {sparse.name!r}, "
-            f"{wanted}. Received: {found}"
+            f"{expected}. Received: {received}"
         )
     for name, weight in weights.items():
         value = keras.ops.convert_to_numpy(weight).astype("float32")
@@ -83,13 +83,13 @@ def _upcycle_layer(
 def _upcycle_transformer(
     dense: Transformer, sparse: Transformer, noise: float, rng: np.random.Generator
 ) -> None:
-    ours, theirs = _parts(sparse), _parts(dense)
-    if ours.keys() != theirs.keys():
+    targets, sources = _sublayers(sparse), _sublayers(dense)
+    if targets.keys() != sources.keys():
         raise ValueError(
-            "The two must have the same parts. Received: only in one of them "
-            f"{sorted(ours.keys() ^ theirs.keys())}"
+            "The two models must have the same layers. Received: only in one of them "
+            f"{sorted(targets.keys() ^ sources.keys())}"
         )
-    pairs = [(name, theirs[name], layer) for name, layer in ours.items()]
+    pairs = [(name, sources[name], layer) for name, layer in targets.items()]
     for name, source, target in pairs:
         if isinstance(source, MoELayer):
             raise ValueError(
@@ -100,8 +100,8 @@ def _upcycle_transformer(
         shapes = [[tuple(w.shape) for w in x.get_weights()] for x in (source, target)]
         if shapes[0] != shapes[1]:
             raise ValueError(
-                f"{name} has other weights in the two models. Received: {shapes[0]} "
-                f"and {shapes[1]}"
+                f"{name} must have the same weights in both models. "
+                f"Received: {shapes[0]} and {shapes[1]}"
             )
     for _, source, target in pairs:
         if isinstance(target, MoELayer):
@@ -110,19 +110,19 @@ def _upcycle_transformer(
             target.set_weights(source.get_weights())
 
 
-def _parts(model: Transformer) -> dict[str, keras.layers.Layer]:
-    """The layers of a model that have weights, blocks taken apart."""
+def _sublayers(model: Transformer) -> dict[str, keras.layers.Layer]:
+    """Returns the layers of a model that have weights, those of blocks one by one."""
     names = ["source_embedding", "encoder_norm", "decoder_norm"]
     if not model.share_embeddings:
         names.append("target_embedding")
     if model.projection is not None:
         names.append("projection")
-    parts = {name: getattr(model, name) for name in names}
-    block_parts = ["attention_norm", "self_attention", "feed_forward_norm"]
-    block_parts += ["feed_forward", "cross_attention", "cross_norm"]
+    layers = {name: getattr(model, name) for name in names}
+    block_layers = ["attention_norm", "self_attention", "feed_forward_norm"]
+    block_layers += ["feed_forward", "cross_attention", "cross_norm"]
     for side in ("encoder_blocks", "decoder_blocks"):
         for i, block in enumerate(getattr(model, side)):
-            for name in block_parts:
+            for name in block_layers:
                 if hasattr(block, name):
-                    parts[f"{side}[{i}].{name}"] = getattr(block, name)
-    return parts
+                    layers[f"{side}[{i}].{name}"] = getattr(block, name)
+    return layers

@@ -2,12 +2,12 @@
 
 import dataclasses
 
-from gshard_tf.planning.plan import (
+from gshard_tf.planning.plan import Plan
+from gshard_tf.planning.records import (
     Buffer,
     Communication,
     Memory,
     OutOfMemory,
-    Plan,
     Reshard,
     StepTime,
     Weight,

@@ -1,4 +1,4 @@
-"""What it costs to save and restore a model of two gigabytes.
+"""Cost of saving and restoring a model of two gigabytes.
 
     python -m benchmarks.checkpoint.cost [--gigabytes 2.1] [--json]
 
@@ -39,7 +39,7 @@ import gshard_tf
 from benchmarks.harness import memory
 from benchmarks.harness.command_line import (
     circumstances,
-    options_of,
+    make_parser,
     say,
     show,
 )
@@ -70,7 +70,7 @@ def batch() -> tuple[np.ndarray, np.ndarray]:
 
 
 def writer(name: str, model: keras.Model, folder: Path) -> Callable[[], Any]:
-    """What saves a model in a format, flushed to the disk."""
+    """Returns a function that saves a model in a format, flushed to the disk."""
     if name == "gshard_tf":
         checkpoints = gshard_tf.CheckpointManager(
             folder / name, max_to_keep=1, asynchronous=False
@@ -94,7 +94,7 @@ def writer(name: str, model: keras.Model, folder: Path) -> Callable[[], Any]:
 
 
 def reader(name: str, model: keras.Model, folder: Path) -> Callable[[], Any]:
-    """What restores it."""
+    """Returns a function that restores what `writer` saved."""
     if name == "gshard_tf":
         checkpoints = gshard_tf.CheckpointManager(folder / name)
         return lambda: checkpoints.restore(gshard_tf.training_state(model))
@@ -114,15 +114,15 @@ def measured(call: Callable[[], Any]) -> tuple[float, int]:
     """Seconds of a call, and the most memory over that before it."""
     before = memory.resident()
     memory.reset_peak()
-    begun = time.perf_counter()
+    start = time.perf_counter()
     call()
-    return time.perf_counter() - begun, memory.peak() - before
+    return time.perf_counter() - start, memory.peak() - before
 
 
 def while_saving(
     model: keras.Model, folder: Path, size: int, rounds: int, steps: int
 ) -> dict[str, Any]:
-    """Steps with a save under way beside steps without."""
+    """Compares steps during a save with steps without one."""
     checkpoints = gshard_tf.CheckpointManager(folder / "beside", max_to_keep=1)
     state = gshard_tf.training_state(model)
     data = tf.data.Dataset.from_tensors(batch()).repeat()
@@ -136,13 +136,13 @@ def while_saving(
         peaks_alone.append(memory.peak())
         plain += alone.seconds
         memory.reset_peak()
-        begun = time.perf_counter()
+        start = time.perf_counter()
         checkpoints.save(state, step=i + 1)
-        held_up.append(time.perf_counter() - begun)
+        held_up.append(time.perf_counter() - start)
         beside = _Times(checkpoints)
         model.fit(data, steps_per_epoch=steps, verbose=0, callbacks=[beside])
         checkpoints.wait()
-        published.append((beside.published or time.perf_counter()) - begun)
+        published.append((beside.published or time.perf_counter()) - start)
         peaks.append(memory.peak())
         busy += beside.while_writing
         stretches.append((held_up[-1] + sum(beside.seconds)) / sum(alone.seconds))
@@ -152,9 +152,9 @@ def while_saving(
     # Into memory that this process has never had, and into what it has just let go.
     copying = []
     for _ in range(4):
-        begun = time.perf_counter()
+        start = time.perf_counter()
         snapshot(state, is_chief=True)
-        copying.append(time.perf_counter() - begun)
+        copying.append(time.perf_counter() - start)
     return {
         "step_s": statistics.median(plain),
         "step_while_writing_s": statistics.median(busy),
@@ -182,13 +182,13 @@ class _Times(keras.callbacks.Callback):
         self.published: float | None = None
 
     def on_train_batch_begin(self, batch: int, logs: dict | None = None) -> None:
-        self.begun = time.perf_counter()
+        self.start = time.perf_counter()
 
     def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
         now = time.perf_counter()
-        self.seconds.append(now - self.begun)
+        self.seconds.append(now - self.start)
         if self.checkpoints.is_writing:
-            self.while_writing.append(now - self.begun)
+            self.while_writing.append(now - self.start)
         elif self.published is None:
             self.published = now
 
@@ -222,9 +222,9 @@ def compare(gigabytes: float, rounds: int, steps: int) -> dict[str, Any]:
         del model, state
         keras.backend.clear_session()
         for name in FORMATS:
-            found = restore_apart(name, folder, gigabytes)
-            saved[name]["restore_s_per_gb"] = found["seconds"] / size * 1e9
-            saved[name]["restore_peak_over_shard_set"] = found["peak"] / size
+            restored = restore_apart(name, folder, gigabytes)
+            saved[name]["restore_s_per_gb"] = restored["seconds"] / size * 1e9
+            saved[name]["restore_peak_over_shard_set"] = restored["peak"] / size
             say(f"{name}: {saved[name]}")
         return result | {"formats": saved}
     finally:
@@ -232,7 +232,7 @@ def compare(gigabytes: float, rounds: int, steps: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = options_of(__doc__)
+    parser = make_parser(__doc__)
     parser.add_argument("--gigabytes", type=float, default=2.1, help="of state (2.1)")
     parser.add_argument("--rounds", type=int, default=3, help="saves in training (3)")
     parser.add_argument("--steps", type=int, default=10, help="between saves (10)")
@@ -246,9 +246,9 @@ def main() -> None:
         seconds, peak = measured(reader(name, model, Path(folder)))
         print(json.dumps({"seconds": seconds, "peak": peak}))
         return
-    begun = time.perf_counter()
+    start = time.perf_counter()
     result = compare(options.gigabytes, options.rounds, options.steps)
-    show(result | circumstances(begun, options.gigabytes < 2), options.json)
+    show(result | circumstances(start, options.gigabytes < 2), options.json)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a run says to a full disk, damaged files, another model, and so on."""
+"""Faults of disk, files and model, and the error that a run raises for each."""
 
 import contextlib
 import json
@@ -73,29 +73,29 @@ def restore(place: Path, model: Any) -> tuple[int | None, str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            found = gshard_tf.CheckpointManager(place / "checkpoints").restore(
+            restored = gshard_tf.CheckpointManager(place / "checkpoints").restore(
                 gshard_tf.training_state(model), dataset=faulty_run.data()
             )
         except (ValueError, OSError) as error:
             return None, f"{type(error).__name__}: {error}"
-    said = [str(w.message) for w in caught if "Falling back" in str(w.message)]
-    return found.manifest.step, " ".join(said)
+    warned = [str(w.message) for w in caught if "Falling back" in str(w.message)]
+    return restored.manifest.step, " ".join(warned)
 
 
 def _damaged(place: Path, damage: Callable[[Path], None]) -> tuple[bool, str]:
     """Damages the newest checkpoint: the one before it must be restored."""
     run(place)
     newest, previous = sorted((place / "checkpoints").glob("step-*"))[::-1][:2]
-    wanted = state_of(int(previous.name[5:]), place)
+    expected = state_of(int(previous.name[5:]), place)
     damage(newest)
     model = faulty_run.model()
-    step, said = restore(place, model)
+    step, message = restore(place, model)
     right = (
         step == int(previous.name[5:])
-        and faulty_run.digest(model) == wanted
-        and bool(said)
+        and faulty_run.digest(model) == expected
+        and bool(message)
     )
-    return right, said
+    return right, message
 
 
 def _flip(path: Path, at: int, bit: int) -> None:
@@ -118,14 +118,14 @@ def flipped_bytes(place: Path) -> tuple[bool, str]:
         at, bit = rng.randrange(path.stat().st_size), rng.randrange(8)
         _flip(path, at, bit)
         model = faulty_run.model()
-        step, said = restore(place, model)
+        step, message = restore(place, model)
         _flip(path, at, bit)
         if step == steps[1] and faulty_run.digest(model) == digests[1]:
             fell_back += 1
         elif step == steps[0] and faulty_run.digest(model) == digests[0]:
             harmless += 1
         else:
-            return False, f"bit {bit} of byte {at} of {path.name}: {step} {said}"
+            return False, f"bit {bit} of byte {at} of {path.name}: {step} {message}"
     return True, (
         f"{FLIPS} single bits in {len(files)} files: {fell_back} fell back to the "
         f"checkpoint before, {harmless} changed nothing that is read"
@@ -155,8 +155,8 @@ def all_damaged(place: Path) -> tuple[bool, str]:
         _flip(data, data.stat().st_size // 2, 0)
     model = faulty_run.model()
     before = faulty_run.digest(model)
-    step, said = restore(place, model)
-    return step is None and faulty_run.digest(model) == before, said
+    step, message = restore(place, model)
+    return step is None and faulty_run.digest(model) == before, message
 
 
 def another_model(place: Path) -> tuple[bool, str]:
@@ -164,13 +164,15 @@ def another_model(place: Path) -> tuple[bool, str]:
     run(place)
     model = faulty_run.model(width=12)
     before = faulty_run.digest(model)
-    step, said = restore(place, model)
-    right = step is None and faulty_run.digest(model) == before and "has shape" in said
-    return right, said
+    step, message = restore(place, model)
+    right = (
+        step is None and faulty_run.digest(model) == before and "has shape" in message
+    )
+    return right, message
 
 
 def two_runs_in_one_folder(place: Path) -> tuple[bool, str]:
-    """The second one is refused, and the first goes on."""
+    """The second one is refused, and the first continues."""
     pid = os.fork()
     if pid == 0:
         run(place, epochs=1000)
@@ -184,13 +186,13 @@ def two_runs_in_one_folder(place: Path) -> tuple[bool, str]:
         try:
             run(place)
         except Exception as error:  # which one is what the case is about
-            said = f"{type(error).__name__}: {error}"
+            message = f"{type(error).__name__}: {error}"
         else:
             return False, "the second run was not refused"
         seen = sorted(place.glob("checkpoints/step-*"))[-1]
         time.sleep(2)
         going_on = sorted(place.glob("checkpoints/step-*"))[-1] > seen
-        return "AlreadyRunning" in said and going_on, said
+        return "AlreadyRunning" in message and going_on, message
     finally:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
@@ -211,7 +213,7 @@ def _small_disk(place: Path, kilobytes: int) -> Iterator[Path]:
 
 
 def full_disk(place: Path) -> tuple[bool, str]:
-    """An error; the checkpoint before is whole, and the run goes on with more room."""
+    """An error; the checkpoint before is whole, and the run resumes with more room."""
     with _small_disk(place, 700) as disk:
         run(disk)
         with contextlib.suppress(OSError), open(disk / "filler", "wb") as file:
@@ -221,7 +223,7 @@ def full_disk(place: Path) -> tuple[bool, str]:
         try:
             run(disk, epochs=2)
         except OSError as error:
-            said = f"{type(error).__name__}: {error}"
+            message = f"{type(error).__name__}: {error}"
         else:
             return False, "nothing was said of the full disk"
         step, _ = restore(disk, faulty_run.model())
@@ -229,7 +231,7 @@ def full_disk(place: Path) -> tuple[bool, str]:
         (disk / "filler").unlink()
         whole = run(place / "whole", epochs=2)
         right = step == faulty_run.STEPS_PER_EPOCH and not hidden
-        return right and run(disk, epochs=2) == whole, said
+        return right and run(disk, epochs=2) == whole, message
 
 
 def read_only_folder(place: Path) -> tuple[bool, str]:

@@ -36,7 +36,7 @@ def sigterm(folder: Path, seed: int) -> dict[str, dict[str, Any]]:
         that differ from a run that nobody stopped.
     """
     rng = random.Random(seed)  # noqa: S311
-    found, truths = {}, {}
+    results, truths = {}, {}
     for count, every in KINDS:
         if count not in truths:
             whole = _Run(folder / f"whole-{count}", count)
@@ -44,24 +44,24 @@ def sigterm(folder: Path, seed: int) -> dict[str, dict[str, Any]]:
                 raise RuntimeError(f"A run failed by itself: {whole.errors()}")
             truths[count] = whole.losses()
         name = f"{count} processes, SIGTERM to {'all' if every else 'one'}"
-        found[name] = _stop_one(folder / f"{count}-{every}", count, every, rng)
-        found[name] |= _compare(folder / f"{count}-{every}", truths[count])
-    return found
+        results[name] = _stop_one(folder / f"{count}-{every}", count, every, rng)
+        results[name] |= _compare(folder / f"{count}-{every}", truths[count])
+    return results
 
 
 def _stop_one(
     folder: Path, count: int, every: bool, rng: random.Random
 ) -> dict[str, Any]:
     run = _Run(folder, count)
-    told = range(count) if every else [rng.randrange(count)]
+    stopped = range(count) if every else [rng.randrange(count)]
     while len(run.losses()) < FIRST_STEPS and not run.has_ended():
         time.sleep(0.02)
     time.sleep(rng.uniform(0, 0.3))
-    begun = time.monotonic()
-    for index in told:
+    start = time.monotonic()
+    for index in stopped:
         run.processes[index].send_signal(signal.SIGTERM)
     codes = run.wait()
-    seconds = time.monotonic() - begun
+    seconds = time.monotonic() - start
     stopped_at = len(run.losses())
     again = _Run(folder, count)
     return {
@@ -142,7 +142,7 @@ class _Run:
 
 
 def train(folder: Path) -> None:
-    """Begins the run in `folder`, or goes on with it: one process of it."""
+    """Begins or resumes the run in `folder`: one process of it."""
     import keras
     import numpy as np
     import tensorflow as tf

@@ -1,4 +1,4 @@
-"""What a run survives: `kill -9` at random moments, and damaged checkpoints.
+"""Runs under `kill -9` at random moments, and with damaged checkpoints.
 
     python -m benchmarks.checkpoint.faults [--kills N] [--seed S] [--processes] [--json]
 
@@ -45,7 +45,7 @@ from benchmarks.checkpoint import (
 )
 from benchmarks.harness.command_line import (
     circumstances,
-    options_of,
+    make_parser,
     say,
     show,
 )
@@ -71,7 +71,7 @@ class Life:
             os._exit(code)
         os.close(writing)
         self.pipe = reading
-        self.begun = time.monotonic()
+        self.start = time.monotonic()
         self._rest = b""
         self.lines: list[str] = []
 
@@ -121,17 +121,17 @@ def kill_one(folder: Path, epochs: int, rng: random.Random, pace: float) -> Life
     where = rng.choice(["anywhere", "training", "saving", "saving"])
     # `anywhere`: from the fork on. Else from a first step, or the beginning of a save.
     limit = rng.uniform(0, 4.0) if where == "anywhere" else 600.0
-    wanted, delay = None, 0.0
+    event, delay = None, 0.0
     if where == "training":
-        wanted, delay = "step", rng.uniform(0, 2 * pace)
+        event, delay = "step", rng.uniform(0, 2 * pace)
     elif where == "saving":
-        wanted, delay = "saving", rng.uniform(0, 0.03)
+        event, delay = "saving", rng.uniform(0, 0.03)
         for _ in range(rng.randrange(3)):
             if _await(life, "saved", limit) is None:
                 break
-    if wanted is not None and _await(life, wanted, limit) is not None:
-        limit = time.monotonic() + delay - life.begun
-    while life.listen(life.begun + limit) is not None:
+    if event is not None and _await(life, event, limit) is not None:
+        limit = time.monotonic() + delay - life.start
+    while life.listen(life.start + limit) is not None:
         if life.lines[-1].startswith(("done", "error")):
             break
     if life.lines and life.lines[-1].startswith(("done", "error")):
@@ -144,7 +144,7 @@ def kill_one(folder: Path, epochs: int, rng: random.Random, pace: float) -> Life
 
 
 def _await(life: Life, event: str, limit: float) -> str | None:
-    while (line := life.listen(life.begun + limit)) is not None:
+    while (line := life.listen(life.start + limit)) is not None:
         if line.startswith(event):
             return line
         if line.startswith(("done", "error")):
@@ -153,7 +153,7 @@ def _await(life: Life, event: str, limit: float) -> str | None:
 
 
 def phase(life: Life) -> str:
-    """What a life was doing when it ended."""
+    """Returns the phase in which a life ended."""
     if not life.lines:
         return "starting"
     events = [line.split()[0] for line in life.lines]
@@ -164,8 +164,8 @@ def phase(life: Life) -> str:
 
 
 def newest(lines: list[str], event: str) -> int:
-    found = [int(x.split()[1]) for x in lines if x.split()[0] == event]
-    return max(found, default=0)
+    steps = [int(x.split()[1]) for x in lines if x.split()[0] == event]
+    return max(steps, default=0)
 
 
 def losses(folder: Path) -> list[list[str]]:
@@ -179,16 +179,16 @@ def kills(count: int, seed: int, folder: Path) -> dict[str, Any]:
     rng = random.Random(seed)  # noqa: S311
     # More steps than so many lives come to.
     epochs = max(2, count)
-    begun = time.monotonic()
+    start = time.monotonic()
     whole = live(folder / "whole", epochs)
     end = whole.lines[-1].split()[1]
     truth = dict(
         x.split() for x in (folder / "whole/losses.txt").read_text().split("\n") if x
     )
-    say(f"a run of {len(truth)} steps: {time.monotonic() - begun:.0f} s")
+    say(f"a run of {len(truth)} steps: {time.monotonic() - start:.0f} s")
     run = folder / "killed"
     phases: Counter[str] = Counter()
-    redone, written, last_step, begun = [], 0, 0, time.monotonic()
+    redone, written, last_step, start = [], 0, 0, time.monotonic()
     for i in range(count):
         life = kill_one(run, epochs, rng, pace=0.15)
         if life is None:
@@ -205,7 +205,7 @@ def kills(count: int, seed: int, folder: Path) -> dict[str, Any]:
         last_step = max(newest(life.lines, "step"), newest(life.lines, "restored"))
         written = max(written, newest(life.lines, "saved"))
         if i % 20 == 19:
-            say(f"{i + 1} kills, step {last_step}, {time.monotonic() - begun:.0f} s")
+            say(f"{i + 1} kills, step {last_step}, {time.monotonic() - start:.0f} s")
     last = live(run, epochs)
     lines = losses(run)
     wrong = [step for step, loss in lines if truth.get(step) != loss]
@@ -222,19 +222,19 @@ def kills(count: int, seed: int, folder: Path) -> dict[str, Any]:
             for path in (run / "checkpoints").iterdir()
             if path.name.startswith(".") and path.name != ".lock"
         ),
-        "seconds_per_life": (time.monotonic() - begun) / (sum(phases.values()) + 1),
+        "seconds_per_life": (time.monotonic() - start) / (sum(phases.values()) + 1),
     }
 
 
 def main() -> None:
-    parser = options_of(__doc__)
+    parser = make_parser(__doc__)
     parser.add_argument("--kills", type=int, default=20, help="how often (20)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (0)")
     parser.add_argument(
         "--processes", action="store_true", help="SIGTERM to one process and to several"
     )
     options = parser.parse_args()
-    begun = time.perf_counter()
+    start = time.perf_counter()
     folder = Path(tempfile.mkdtemp(prefix="faults-"))
     try:
         result: dict[str, Any] = {"kills": kills(options.kills, options.seed, folder)}
@@ -250,7 +250,7 @@ def main() -> None:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
-    show(result | circumstances(begun, options.kills < 200), options.json)
+    show(result | circumstances(start, options.kills < 200), options.json)
 
 
 if __name__ == "__main__":

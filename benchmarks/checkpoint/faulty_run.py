@@ -59,18 +59,18 @@ def model(
         x = inputs = keras.Input((8, width))
         x = x + experts()(x)
         x = Dropout(0.1)(x)
-        made = keras.Model(inputs, keras.layers.Dense(1)(x))
-        made.compile("adam", "mse")
-    return made
+        keras_model = keras.Model(inputs, keras.layers.Dense(1)(x))
+        keras_model.compile("adam", "mse")
+    return keras_model
 
 
-def digest(made: keras.Model) -> str:
-    """Of every bit of a run's state."""
-    found = hashlib.sha256()
-    for name, variable in sorted(gshard_tf.training_state(made).items()):
-        found.update(name.encode())
-        found.update(variable.numpy().tobytes())
-    return found.hexdigest()
+def digest(keras_model: keras.Model) -> str:
+    """Returns a digest of every bit of a run's state."""
+    sha256 = hashlib.sha256()
+    for name, variable in sorted(gshard_tf.training_state(keras_model).items()):
+        sha256.update(name.encode())
+        sha256.update(variable.numpy().tobytes())
+    return sha256.hexdigest()
 
 
 class Trace(keras.callbacks.Callback):
@@ -105,20 +105,20 @@ class _Reporting(gshard_tf.CheckpointManager):
 
 
 def run(folder: Path, epochs: int, report: Callable[[str], None]) -> str:
-    """Begins the run in `folder`, or goes on with it; returns its digest."""
+    """Begins or resumes the run in `folder`; returns its digest."""
     warnings.filterwarnings("ignore", message=".*shuffle=True.*")
     folder.mkdir(parents=True, exist_ok=True)
     gshard_tf.request_cpu_devices(4)
     checkpoints = _Reporting(folder / "checkpoints", max_to_keep=3)
     checkpoints.report = report
     feed = data()
-    made = model()
+    keras_model = model()
     saver = gshard_tf.CheckpointCallback(checkpoints, save_every=EVERY, dataset=feed)
-    made.fit(
+    keras_model.fit(
         feed.dataset,
         epochs=epochs,
         steps_per_epoch=STEPS_PER_EPOCH,
         verbose=0,
         callbacks=[saver, Trace(folder / "losses.txt", saver, report)],
     )
-    return digest(made)
+    return digest(keras_model)

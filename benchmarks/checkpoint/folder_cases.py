@@ -1,4 +1,4 @@
-"""What becomes of a run when its folder or its disk is disturbed."""
+"""Runs whose folder or disk is disturbed."""
 
 import os
 import shutil
@@ -48,13 +48,13 @@ def child_of_a_killed_run(place: Path) -> tuple[bool, str]:
     try:
         os.kill(child, 0)
         newest = int(sorted(place.glob("checkpoints/step-*"))[-1].name[5:])
-        begun: list[str] = []
+        events: list[str] = []
         epochs = newest // faulty_run.STEPS_PER_EPOCH + 1
-        faulty_run.run(place, epochs, begun.append)
+        faulty_run.run(place, epochs, events.append)
         os.kill(child, 0)  # it lives still
     finally:
         os.kill(child, signal.SIGKILL)
-    return begun[0] == f"restored {newest}", f"with the child alive, it {begun[0]}"
+    return events[0] == f"restored {newest}", f"with the child alive, it {events[0]}"
 
 
 def remote_folder(place: Path) -> tuple[bool, str]:
@@ -82,19 +82,19 @@ def folder_removed(place: Path) -> tuple[bool, str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         end = faulty_run.run(place / "run", 2, report)
-    said = [str(w.message) for w in caught if "was removed" in str(w.message)]
+    warned = [str(w.message) for w in caught if "was removed" in str(w.message)]
     right = (
         end == whole
-        and len(said) == 1
+        and len(warned) == 1
         and refused[0].startswith("AlreadyRunningError")
         and restore(place / "run", faulty_run.model())[0]
         == 2 * faulty_run.STEPS_PER_EPOCH
     )
-    return right, f"{said} A second run: {refused}"
+    return right, f"{warned} A second run: {refused}"
 
 
 def _second_run(folder: Path) -> str:
-    """What another process is told that claims a folder; nothing when it gets it."""
+    """Returns the error of another process that claims a folder; "" for none."""
     code = (
         "import sys, gshard_tf\n"
         "try: gshard_tf.CheckpointManager(sys.argv[1]).claim()\n"
@@ -108,12 +108,12 @@ def another_steps_manifest(place: Path) -> tuple[bool, str]:
     """The newest has the name of one step and the contents of another."""
     run(place)
     newest, previous = sorted((place / "checkpoints").glob("step-*"))[::-1][:2]
-    wanted = state_of(int(previous.name[5:]), place)
+    expected = state_of(int(previous.name[5:]), place)
     os.rename(newest, newest.with_name("step-0000000999"))
     model = faulty_run.model()
-    step, said = restore(place, model)
-    right = step == int(previous.name[5:]) and faulty_run.digest(model) == wanted
-    return right and f"that of step {int(newest.name[5:])}" in said, said
+    step, message = restore(place, model)
+    right = step == int(previous.name[5:]) and faulty_run.digest(model) == expected
+    return right and f"that of step {int(newest.name[5:])}" in message, message
 
 
 def missing_permission(place: Path) -> tuple[bool, str]:
@@ -124,18 +124,18 @@ def missing_permission(place: Path) -> tuple[bool, str]:
     newest, previous = sorted((place / "checkpoints").glob("step-*"))[::-1][:2]
     model = faulty_run.model()
     restore(place, model)  # as root: loads the modules that nobody cannot read
-    wanted = state_of(int(previous.name[5:]), place)
+    expected = state_of(int(previous.name[5:]), place)
     [data] = newest.glob("state.data*")
     data.chmod(0)
     for path in (place, place.parent):
         path.chmod(0o755)
     os.seteuid(65534)
     try:
-        step, said = restore(place, model)
+        step, message = restore(place, model)
     finally:
         os.seteuid(0)
-    right = step == int(previous.name[5:]) and faulty_run.digest(model) == wanted
-    return right and "Permission denied" in said, said
+    right = step == int(previous.name[5:]) and faulty_run.digest(model) == expected
+    return right and "Permission denied" in message, message
 
 
 def broken_disk(place: Path) -> tuple[bool, str]:
@@ -148,7 +148,7 @@ def broken_disk(place: Path) -> tuple[bool, str]:
     library = place / "broken_disk.so"
     command = [compiler, "-shared", "-fPIC", "-o", library, _BROKEN_DISK, "-ldl"]
     subprocess.run(list(map(str, command)), check=True, capture_output=True)
-    said = []
+    messages = []
     for call in ("open", "read"):
         for path in sorted(newest.iterdir()):
             env = {
@@ -159,16 +159,16 @@ def broken_disk(place: Path) -> tuple[bool, str]:
             right, words = _in_a_new_process(
                 place, int(previous.name[5:]), "Input/output error", env
             )
-            said.append(f"{call} {path.name}: {words}")
+            messages.append(f"{call} {path.name}: {words}")
             if not right:
-                return False, said[-1]
-    return True, f"{len(said)} times, such as {said[-1]}"
+                return False, messages[-1]
+    return True, f"{len(messages)} times, such as {messages[-1]}"
 
 
 def _in_a_new_process(
-    place: Path, wanted: int, cause: str, env: dict[str, str]
+    place: Path, step: int, cause: str, env: dict[str, str]
 ) -> tuple[bool, str]:
-    """Restores there: that of step `wanted`, with one warning of the cause."""
+    """Checks that a restore there gives `step`, with one warning of the cause."""
     code = (
         "import sys; from pathlib import Path; import gshard_tf\n"
         "from benchmarks.checkpoint import fault_cases, faulty_run\n"
@@ -181,9 +181,9 @@ def _in_a_new_process(
         capture_output=True,
         text=True,
     )
-    said = (done.stdout.strip().splitlines() or [done.stderr[-300:]])[-1]
-    right = said.startswith(f"{wanted} ") and said.count("Falling back") == 1
-    return right and cause in said, said
+    line = (done.stdout.strip().splitlines() or [done.stderr[-300:]])[-1]
+    right = line.startswith(f"{step} ") and line.count("Falling back") == 1
+    return right and cause in line, line
 
 
 CASES: dict[str, Case] = {

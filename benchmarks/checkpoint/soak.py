@@ -1,4 +1,4 @@
-"""Whether anything grows: many steps of a small model, with checkpoints all along.
+"""Soak test: many steps of a small model with checkpoints, in which nothing may grow.
 
     python -m benchmarks.checkpoint.soak [--steps 21600] [--json]
 
@@ -25,7 +25,7 @@ from benchmarks.checkpoint import faulty_run
 from benchmarks.harness import memory
 from benchmarks.harness.command_line import (
     circumstances,
-    options_of,
+    make_parser,
     say,
     show,
 )
@@ -96,13 +96,13 @@ def soak(steps: int, every: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = options_of(__doc__)
+    parser = make_parser(__doc__)
     parser.add_argument("--steps", type=int, default=21600, help="how many (21600)")
     parser.add_argument("--every", type=int, default=100, help="steps per save (100)")
     options = parser.parse_args()
-    begun = time.perf_counter()
+    start = time.perf_counter()
     result = soak(options.steps, options.every)
-    show(result | circumstances(begun, options.steps < 21600), options.json)
+    show(result | circumstances(start, options.steps < 21600), options.json)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import numpy as np
 import gshard_tf
 from benchmarks.harness.command_line import (
     circumstances,
-    options_of,
+    make_parser,
     say,
     show,
 )
@@ -41,11 +41,11 @@ def batches(ids: np.ndarray) -> Iterator[tuple[np.ndarray, int]]:
 
 def decode(name: str, way: Callable[[Any], Any], ids: np.ndarray) -> list[np.ndarray]:
     """`[ids [rows, n, T], scores [rows, n]]` of all sources."""
-    begun = time.perf_counter()
+    start = time.perf_counter()
     parts = []
     for padded, rows in batches(ids):
         parts.append([np.asarray(part)[:rows] for part in way(padded)])
-    say(f"{name}: {time.perf_counter() - begun:.0f} s")
+    say(f"{name}: {time.perf_counter() - start:.0f} s")
     return [np.concatenate(part) for part in zip(*parts, strict=True)]
 
 
@@ -55,13 +55,13 @@ def compare(
     """By the name of the pair: how much of it is equal."""
     equal = np.all(one[0] == other[0], axis=-1)
     apart = np.abs(one[1] - other[1])
-    found = {
+    differences = {
         "equal": float(equal.mean()),
         "scores_apart": float(apart.max()),
         "scores_apart_where_equal": float(apart[equal].max()),
     }
-    say(f"{name}: {found}")
-    return {name: found}
+    say(f"{name}: {differences}")
+    return {name: differences}
 
 
 def ways_of(model: Any) -> dict[str, Callable[[Any], Any]]:
@@ -73,17 +73,17 @@ def ways_of(model: Any) -> dict[str, Callable[[Any], Any]]:
 
     def greedy(ids):
         limits = length_limits(ids, factor=2.0)
-        found, log_probs = greedy_decode(model, ids, LONGEST, BOS, EOS, limits)
-        return found[:, None], log_probs[:, None]
+        best, log_probs = greedy_decode(model, ids, LONGEST, BOS, EOS, limits)
+        return best[:, None], log_probs[:, None]
 
     def search(beam, flat=False):
         def run(ids):
             limits = length_limits(ids, factor=2.0)
-            found = beam_search(
+            hypotheses = beam_search(
                 *(model, ids, LONGEST, BOS, EOS, beam),
                 **{"num_results": beam, "limits": limits, "flat": flat},
             )
-            return found.ids, found.log_probs
+            return hypotheses.ids, hypotheses.log_probs
 
         return run
 
@@ -97,19 +97,23 @@ def ways_of(model: Any) -> dict[str, Callable[[Any], Any]]:
 
 
 def main() -> None:
-    parser = options_of(__doc__)
+    parser = make_parser(__doc__)
     parser.add_argument("--run", type=pathlib.Path, required=True)
     parser.add_argument("--data", type=pathlib.Path, required=True)
     parser.add_argument("--sentences", type=int, default=1000)
     parser.add_argument("--partitions", type=int, default=8)
     options = parser.parse_args()
-    begun = time.perf_counter()
+    start = time.perf_counter()
     gshard_tf.request_cpu_devices(options.partitions)
 
     from benchmarks.decoding.uncached import Uncached
     from gshard_examples.translation.corpus import load_corpus
     from gshard_examples.translation.model import make_model
-    from gshard_examples.translation.training import RunState, load_model, sample_pairs
+    from gshard_examples.translation.train import (
+        load_model,
+        restore_weights,
+        sample_pairs,
+    )
 
     settings, vocabulary, model = load_model(options.run)
     pairs = sample_pairs(load_corpus(options.data), "test", options.sentences)
@@ -119,23 +123,23 @@ def main() -> None:
         [pair.source for pair in pairs],
         max_length=WIDTHS[-1],
     ).to_tensor(0)
-    found = {
+    outputs = {
         name: decode(name, way, ids.numpy()) for name, way in ways_of(model).items()
     }
     uncached = ways_of(Uncached(model))
     pieces = {}
     for name in ("greedy", "beam"):
         other = decode(f"{name}, uncached", uncached[name], ids.numpy())
-        pieces |= compare(f"{name}: cached, uncached", found[name], other)
-    pieces |= compare("beam of 1, greedy", found["beam 1"], found["greedy"])
-    pieces |= compare("flat beam, beam", found["flat beam"], found["beam"])
+        pieces |= compare(f"{name}: cached, uncached", outputs[name], other)
+    pieces |= compare("beam of 1, greedy", outputs["beam 1"], outputs["greedy"])
+    pieces |= compare("flat beam, beam", outputs["flat beam"], outputs["beam"])
 
     strategy = gshard_tf.SpmdStrategy(
         gshard_tf.create_mesh({"expert": options.partitions})
     )
     with strategy.scope():
         spread = make_model(settings, vocabulary)
-        RunState(options.run, spread).restore()
+    restore_weights(options.run, spread)
     ways = ways_of(spread)
     for name in ("greedy", "beam"):
         other = decode(
@@ -144,14 +148,14 @@ def main() -> None:
             ids.numpy(),
         )
         pair = f"{name}: one device, {options.partitions} partitions"
-        pieces |= compare(pair, found[name], other)
-    best = {tuple(row) for row in found["beam"][0][:, 0].tolist()}
+        pieces |= compare(pair, outputs[name], other)
+    best = {tuple(row) for row in outputs["beam"][0][:, 0].tolist()}
     show(
         {
             "sentences": len(pairs),
             "different_translations": len(best),
             **pieces,
-            "circumstances": circumstances(begun, quick=False),
+            "circumstances": circumstances(start, quick=False),
         },
         options.json,
     )

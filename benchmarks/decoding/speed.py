@@ -1,13 +1,13 @@
-"""Cached decoding beside uncached, compiled beside op by op, ours beside others'.
+"""Speed of decoding: cached or not, compiled or not, compared with other libraries.
 
     python -m benchmarks.decoding.speed [--json] [--quick] [--seconds S] [--only SIDE]
         [--batches N N N]
 
 An encoder-decoder with random weights generates 64 tokens for sources of 32, at
 batches of 1, 8 and 64; no sequence ends early, so every side makes as many tokens.
-Beside Hugging Face transformers' `generate` of models of the same sizes: NLLB-MoE
-(every other layer experts, top-2) and M2M100 (dense; the same code without experts);
-and beside tf-models-official's `sequence_beam_search` over our model, compiled.
+Compared with Hugging Face transformers' `generate` of models of the same sizes,
+NLLB-MoE (every other layer experts, top-2) and M2M100 (dense; the same code without
+experts), and with tf-models-official's `sequence_beam_search` over our model, compiled.
 Each side lives in a process of its own, one after the other, on all cores. Float32.
 
 * first: seconds from the first call to its answer (tracing and compiling included);
@@ -36,14 +36,14 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import numpy as np
 
-from benchmarks.harness.command_line import circumstances, say
+from benchmarks.harness.command_line import circumstances, make_parser, say
 
 INSTALL = "pip install 'gshard-tf[benchmarks]'"
 
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """What is measured; letters as in the paper."""
+    """Sizes of the model and of its batches; letters as in the paper."""
 
     layers: int = 2  # of encoder and of decoder
     model_dim: int = 256
@@ -228,7 +228,7 @@ def tf_models_search(size: Size) -> Iterator[tuple[str, int, Call]]:
             logits = tf.where(tf.range(size.vocabulary) == model.pad_id, -1e6, logits)
             return logits, {**cache, "memory_mask": seen}
 
-        found, scores = sequence_beam_search(
+        beams, scores = sequence_beam_search(
             logits_of,
             tf.fill([ids.shape[0]], 2),
             state,
@@ -239,16 +239,18 @@ def tf_models_search(size: Size) -> Iterator[tuple[str, int, Call]]:
             end,
             padded_decode=True,
         )
-        return found[:, 0, 1:], scores[:, 0]
+        return beams[:, 0, 1:], scores[:, 0]
 
     def mine(ids):
-        found = beam_search(
+        hypotheses = beam_search(
             model, ids, length, 2, end, size.beam, 0.8, early_stop=False
         )
-        best = found.ids[:, 0]
+        best = hypotheses.ids[:, 0]
         # Theirs has no length penalty where no hypothesis of a row has ended.
         ended = tf.reduce_any(best == end, axis=-1)
-        return best, tf.where(ended, found.scores[:, 0], found.log_probs[:, 0])
+        return best, tf.where(
+            ended, hypotheses.scores[:, 0], hypotheses.log_probs[:, 0]
+        )
 
     both = {
         name: tf.function(search, jit_compile=True)
@@ -316,7 +318,7 @@ def transformers_model(size: Size, experts: int) -> Iterator[tuple[str, int, Cal
 
     def generate(ids, beams):
         with torch.inference_mode():
-            found = model.generate(
+            generated = model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
                 min_new_tokens=size.target,
@@ -324,7 +326,7 @@ def transformers_model(size: Size, experts: int) -> Iterator[tuple[str, int, Cal
                 num_beams=beams,
                 do_sample=False,
             )
-        return found.numpy()
+        return generated.numpy()
 
     for batch in size.batches:
         ids = torch.tensor(sources(size, batch))
@@ -346,15 +348,15 @@ SIDES = {
 
 def measure(call: Call, tokens: int, seconds: float) -> dict[str, float]:
     """First answer, latencies and tokens per second of one way to decode."""
-    begun = time.perf_counter()
+    start = time.perf_counter()
     shape = call().shape
-    first = time.perf_counter() - begun
+    first = time.perf_counter() - start
     times: list[float] = []
     end = time.perf_counter() + seconds
     while sum(times) < LONG and (len(times) < 3 or time.perf_counter() < end):
-        begun = time.perf_counter()
+        start = time.perf_counter()
         call()
-        times.append(time.perf_counter() - begun)
+        times.append(time.perf_counter() - start)
     p50, p99 = np.percentile(times, [50, 99])
     return {
         "first": first,
@@ -369,9 +371,9 @@ def side(name: str, size: Size, seconds: float) -> list[dict[str, Any]]:
     """All of one side, in this process."""
     rows = []
     for way, batch, call in SIDES[name](size):
-        found = measure(call, size.target, seconds)
-        rows.append({"side": name, "way": way, "batch": batch, **found})
-        say(f"{name:22} {way:20} batch {batch:3}  p50 {found['p50']:.3f} s")
+        timing = measure(call, size.target, seconds)
+        rows.append({"side": name, "way": way, "batch": batch, **timing})
+        say(f"{name:22} {way:20} batch {batch:3}  p50 {timing['p50']:.3f} s")
     return rows
 
 
@@ -399,13 +401,13 @@ def run(
 def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
     """Seconds of the first over seconds of the second, at the p50."""
     p50 = {(r["side"], r["way"], r["batch"]): r["p50"] for r in rows}
-    found = {}
+    quotients = {}
     for batch in sorted({r["batch"] for r in rows}):
 
         def ratio(name, one, other, batch=batch):
             if (*one, batch) in p50 and (*other, batch) in p50:
                 quotient = p50[(*one, batch)] / p50[(*other, batch)]
-                found[f"{name}, batch {batch}"] = quotient
+                quotients[f"{name}, batch {batch}"] = quotient
 
         mine = "ours, experts"
         compiled = (mine, "greedy, compiled")
@@ -436,22 +438,17 @@ def ratios(rows: list[dict[str, Any]]) -> dict[str, float]:
                 )
                 theirs = (f"transformers, {kind}", way)
                 ratio(f"transformers / ours, {kind}, {way}", theirs, best[:2])
-    return found
+    return quotients
 
 
 def main() -> None:
-    arguments = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    arguments.add_argument("--json", action="store_true", help="print one JSON object")
-    arguments.add_argument("--quick", action="store_true", help="tiny sizes")
-    arguments.add_argument("--seconds", type=float, default=2.0, help="of each figure")
-    arguments.add_argument(
+    parser = make_parser(__doc__, quick="tiny sizes", seconds=2.0)
+    parser.add_argument(
         "--only", choices=SIDES, action="append", help="this side; can be repeated"
     )
-    arguments.add_argument("--batches", type=int, nargs="+", help="these batches")
-    arguments.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
-    options = arguments.parse_args()
+    parser.add_argument("--batches", type=int, nargs="+", help="these batches")
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    options = parser.parse_args()
     size = TINY if options.quick else Size()
     if options.batches:
         size = dataclasses.replace(size, batches=tuple(options.batches))
@@ -463,13 +460,13 @@ def main() -> None:
             sys.exit(3)
         print(json.dumps(rows))
         return
-    begun = time.perf_counter()
+    start = time.perf_counter()
     rows = run(options.only or list(SIDES), size, seconds, options.quick)
     result = {
         "size": dataclasses.asdict(size),
         "rows": rows,
         "ratios": ratios(rows),
-        **circumstances(begun, options.quick),
+        **circumstances(start, options.quick),
     }
     if options.json:
         print(json.dumps(result, indent=1))

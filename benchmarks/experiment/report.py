@@ -1,4 +1,4 @@
-"""What `benchmarks.experiment.run` found: the table for the docs, and the plot."""
+"""Results of `benchmarks.experiment.run`: the table for the docs, and the plot."""
 
 import pathlib
 import statistics

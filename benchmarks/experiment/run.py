@@ -42,10 +42,10 @@ LANGUAGES = 100
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """How large the experiment is.
+    """Sizes of the experiment.
 
     Attributes:
-        settings: Of the translation example, besides experts and seed.
+        settings: Settings of the translation example, besides experts and seed.
         save_every: Steps between validations.
         per_language: Test pairs of each language that are translated.
     """
@@ -191,7 +191,7 @@ def _pack(corpus: Any, vocabulary: Any, settings: Any, out: pathlib.Path) -> Non
         tokenize_pairs,
         tokenize_split,
     )
-    from gshard_examples.translation.training import sample_pairs
+    from gshard_examples.translation.train import sample_pairs
 
     common = {
         "batch_tokens": settings.batch_tokens,
@@ -219,7 +219,7 @@ def _write(folder: pathlib.Path, batches: Any) -> None:
 
     parts: dict[str, list[np.ndarray]] = {}
     for batch in batches:
-        for name, array in export.named_batch(batch).items():
+        for name, array in export.batch_arrays(batch).items():
             small = np.uint8 if array.dtype == np.float32 else np.uint16
             parts.setdefault(name, []).append(array.astype(small))
     export.write_data(folder, {name: np.concatenate(p) for name, p in parts.items()})
@@ -255,7 +255,7 @@ def _save_programs(folder: pathlib.Path, settings: Any, vocabulary: Any) -> None
 
 
 def train(out: pathlib.Path) -> None:
-    """Trains each run to its end, or goes on with it."""
+    """Trains each run to its end, from where it is."""
     about = json.loads((out / "experiment.json").read_text())
     size = SIZES[about["size"]]
     # Seed by seed, so that one whole comparison is there first.
@@ -303,24 +303,24 @@ def measure(out: pathlib.Path, rounds: int = 20) -> None:
         folder = out / run_name(experts, SEEDS[0])
         program = export.load(folder / "train.gshard")
         arrays, _ = export.read_state(folder / "start.npz")
-        batches = export.Batches(out / f"data-{SEEDS[0]}", program.manifest.inputs)
+        batches = export.ArrayBatches(out / f"data-{SEEDS[0]}", program.manifest.inputs)
         sides[run_name(experts, SEEDS[0])] = _step_of(program, arrays, batches)
     times = timing.alternate(sides, rounds, warm_up=2)
-    found = {name: timing.median(times, name) for name in sides}
-    (out / "times.json").write_text(json.dumps(found, indent=1) + "\n")
-    say(str(found))
+    medians = {name: timing.median(times, name) for name in sides}
+    (out / "times.json").write_text(json.dumps(medians, indent=1) + "\n")
+    say(str(medians))
 
 
 def _step_of(program: Any, arrays: Any, batches: Any) -> Callable[[], object]:
     import jax
 
-    held = {"state": program.put_state(arrays), "number": 0}
+    current = {"state": program.put_state(arrays), "number": 0}
 
     def step() -> None:
-        batch = batches.batch(held["number"])
-        _, held["state"] = program(batch, held["state"])
-        held["number"] = (held["number"] + 1) % len(batches)
-        jax.block_until_ready(held["state"])
+        batch = batches.batch(current["number"])
+        _, current["state"] = program(batch, current["state"])
+        current["number"] = (current["number"] + 1) % len(batches)
+        jax.block_until_ready(current["state"])
 
     return step
 
@@ -333,7 +333,7 @@ def score(data: pathlib.Path, out: pathlib.Path, udhr: pathlib.Path | None) -> N
     if not (out / "times.json").exists():
         raise SystemExit(f"Measure the steps first: `time --out {out}`")
     from gshard_examples.translation.corpus import load_corpus
-    from gshard_examples.translation.evaluating import choose
+    from gshard_examples.translation.evaluate import choose
     from gshard_examples.translation.udhr import load_udhr
 
     about = json.loads((out / "experiment.json").read_text())
@@ -357,8 +357,8 @@ def _score_set(name: str, pairs: Sequence[Any], corpus: Any, out: pathlib.Path) 
         copy_source,
         translate_with_apertium,
     )
-    from gshard_examples.translation.scoring import format_table, write_scores
-    from gshard_examples.translation.scoring import score as score_of
+    from gshard_examples.translation.score import format_table, write_scores
+    from gshard_examples.translation.score import score as score_of
 
     counts = corpus.languages("train")
     systems = {"copy": copy_source(pairs)}
@@ -372,15 +372,15 @@ def _score_set(name: str, pairs: Sequence[Any], corpus: Any, out: pathlib.Path) 
             folder / f"{name}.json",
             lambda folder=folder: _translate(folder, out, pairs),
         )
-    scores = {key: score_of(pairs, said, counts) for key, said in systems.items()}
+    scores = {key: score_of(pairs, texts, counts) for key, texts in systems.items()}
     write_scores(out / f"scores-{name}.json", scores)
     text = format_table(scores, ("resources", "domain"))
     apertium = translate_with_apertium(pairs)
     if apertium.positions:
         some = [pairs[i] for i in apertium.positions]
         beside = {"apertium": score_of(some, apertium.translations, counts)} | {
-            key: score_of(some, [said[i] for i in apertium.positions], counts)
-            for key, said in systems.items()
+            key: score_of(some, [texts[i] for i in apertium.positions], counts)
+            for key, texts in systems.items()
         }
         text += "\n\nIn Apertium's languages\n\n" + format_table(beside, ())
     (out / f"scores-{name}.txt").write_text(text + "\n")
@@ -402,7 +402,7 @@ def _translate(
 
     from gshard_examples.translation.model import make_model
     from gshard_examples.translation.settings import Settings
-    from gshard_examples.translation.translating import Translator
+    from gshard_examples.translation.translator import Translator
     from gshard_examples.translation.vocabulary import Vocabulary
     from gshard_tf import export
 
@@ -444,16 +444,16 @@ def main() -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    made = {
+    parsers = {
         name: commands.add_parser(name)
         for name in ("prepare", "train", "time", "score")
     }
-    for command in made.values():
+    for command in parsers.values():
         command.add_argument("--out", type=pathlib.Path, required=True)
     for name in ("prepare", "score"):
-        made[name].add_argument("--data", type=pathlib.Path, required=True)
-    made["prepare"].add_argument("--size", choices=SIZES, default="gpu")
-    made["score"].add_argument("--udhr", type=pathlib.Path)
+        parsers[name].add_argument("--data", type=pathlib.Path, required=True)
+    parsers["prepare"].add_argument("--size", choices=SIZES, default="gpu")
+    parsers["score"].add_argument("--udhr", type=pathlib.Path)
     options = parser.parse_args()
     if options.command == "prepare":
         prepare(options.data, options.out, options.size)

@@ -1,4 +1,4 @@
-"""What moves elements: slices, pads, gathers, scatters, sorts, scans."""
+"""Operations that move elements: slices, pads, gathers, scatters, sorts, scans."""
 
 import math
 
@@ -118,7 +118,7 @@ def _dynamic_slice(draw: Draw) -> str:
 
 
 def _begin(draw: Draw, dimension: int, start: str) -> str:
-    """Where a slice begins: at 0, but for one dimension. Of 32 or 64 bits."""
+    """Returns the begin of a slice, 0 but for one dimension, of 32 or 64 bits."""
     begin = ["0"] * len(draw.shape)
     begin[dimension] = start
     text = f"tf.stack([{', '.join(begin)}])"
@@ -238,10 +238,12 @@ for name in ("sum", "max", "min", "prod", "mean", "sqrt_n"):
     def _unsorted(draw: Draw, name: str = name) -> str:
         count = draw.number(1, 12)
         ids = draw.ids(draw.shape[: draw.number(1, min(2, len(draw.shape)))], count)
-        found = f"tf.math.unsorted_segment_{name}(h, {ids}, {count})"
+        reduced = f"tf.math.unsorted_segment_{name}(h, {ids}, {count})"
         # Empty segments have the largest number there is.
         return (
-            f"tf.clip_by_value({found}, -3.0, 3.0)" if name in ("max", "min") else found
+            f"tf.clip_by_value({reduced}, -3.0, 3.0)"
+            if name in ("max", "min")
+            else reduced
         )
 
 

@@ -91,8 +91,8 @@ def tables() -> dict[str, dict]:
 
 def names(only: str = "") -> list[str]:
     """`kind: operation` of all operations whose name has one of the texts `a|b|c`."""
-    found = [f"{kind}: {name}" for kind, table in tables().items() for name in table]
-    return [name for name in found if any(text in name for text in only.split("|"))]
+    names = [f"{kind}: {name}" for kind, table in tables().items() for name in table]
+    return [name for name in names if any(text in name for text in only.split("|"))]
 
 
 def _evaluate(expression: str, variables: dict[str, Any]) -> Any:
@@ -109,7 +109,7 @@ def _evaluate(expression: str, variables: dict[str, Any]) -> Any:
 
 
 class _Unfit(Exception):
-    """What was drawn is no program: a shape that does not fit, a NaN."""
+    """A drawn program that cannot run: a shape does not fit, or it gives NaN."""
 
 
 def make_case(seed: int, name: str) -> Case:
@@ -196,7 +196,7 @@ class _Builder:
         if len(self.draw.shape) not in ranks:
             return False
         kept = dict(self.draw.inputs), list(self.draw.layers)
-        made = list(self.variables["layers"])
+        layers = list(self.variables["layers"])
         try:
             self.apply(make)
         except _Unfit:
@@ -206,7 +206,7 @@ class _Builder:
                 for k, v in self.variables.items()
                 if k == "h" or k in self.draw.inputs
             }
-            self.variables["layers"] = made
+            self.variables["layers"] = layers
             return False
         self.annotate(0.4)
         return True

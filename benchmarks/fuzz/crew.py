@@ -38,7 +38,7 @@ class Crew:
             self._start()
         self._cases += 1
         job = {"seed": seed, "name": name, "shrink": shrink}
-        found: dict[str, Any] = {"seed": seed, "name": name, "script": None}
+        outcome: dict[str, Any] = {"seed": seed, "name": name, "script": None}
         try:
             print(json.dumps(job), file=self._worker.stdin, flush=True)
         except BrokenPipeError:
@@ -48,19 +48,21 @@ class Crew:
                 event = self._events.get(timeout=self.patience)
             except queue.Empty:
                 self.close()
-                return found | self._gone(found, f"no answer in {self.patience:.0f} s")
+                return outcome | self._gone(
+                    outcome, f"no answer in {self.patience:.0f} s"
+                )
             if event is None:
                 status = self._worker.wait()
                 self.close()
-                return found | self._gone(found, f"the process ended with {status}")
-            found |= event
+                return outcome | self._gone(outcome, f"the process ended with {status}")
+            outcome |= event
             if event["event"] == "end":
-                return found
+                return outcome
 
-    def _gone(self, found: dict[str, Any], said: str) -> dict[str, str]:
-        if "verdict" in found:
+    def _gone(self, outcome: dict[str, Any], said: str) -> dict[str, str]:
+        if "verdict" in outcome:
             return {}  # a smaller form of it ended the process: the case itself did not
-        if found["script"] is None:
+        if outcome["script"] is None:
             # TensorFlow alone did not survive it.
             return {"verdict": "unusable", "said": said}
         return {"verdict": "crashed", "said": said}

@@ -77,7 +77,7 @@ def step_of(function, layers):
 
 
 def arrays_of(results, layers):
-    """What came out, and the layers' state after it: two lists of arrays."""
+    """Returns the results, and the layers' state after them: two lists of arrays."""
     outputs, gradients = tf.nest.map_structure(np.asarray, results)
     state = [
         w.numpy()
@@ -133,26 +133,26 @@ def differences(ours, theirs):
 
     Gradients that are nothing but the rounding of larger ones are compared with those.
     """
-    found = []
+    relative = []
     for group, wanted in zip(ours, theirs, strict=True):
         largest = [float(np.max(np.abs(b), initial=0.0)) for b in wanted]
         for a, b, own in zip(group, wanted, largest, strict=True):
             if a.shape != b.shape or a.dtype != b.dtype:
-                found.append(float("inf"))
+                relative.append(float("inf"))
             elif a.dtype.kind not in "fc":
-                found.append(0.0 if np.array_equal(a, b) else float("inf"))
+                relative.append(0.0 if np.array_equal(a, b) else float("inf"))
             elif np.array_equal(a, b, equal_nan=True):
-                found.append(0.0)
+                relative.append(0.0)
             else:
                 a, b = a.astype("float64"), b.astype("float64")
                 scale = max(own, 1e-2 * max(largest), 1e-12)
                 worst = float(np.max(np.abs(a - b)) / scale)
-                found.append(worst if np.isfinite(worst) else float("inf"))
-    return found
+                relative.append(worst if np.isfinite(worst) else float("inf"))
+    return relative
 
 
 def is_refusal(error):
-    """Whether it is a sentence of the package's own, raised by it."""
+    """Returns whether an error is one that the package itself raised."""
     frames = traceback.extract_tb(error.__traceback__)
     home = os.path.dirname(gshard_tf.__file__)
     return isinstance(error, ValueError) and any(
@@ -161,7 +161,7 @@ def is_refusal(error):
 
 
 def is_traceable(function, make_layers, inputs):
-    """Whether TensorFlow itself makes a graph of it."""
+    """Returns whether TensorFlow itself traces a function."""
     layers = make_layers()
     inputs = [tf.constant(x) for x in inputs]
     try:

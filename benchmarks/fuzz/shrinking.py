@@ -7,7 +7,7 @@ from benchmarks.fuzz.case import Case
 
 
 def verdict(program: dict[str, Any], want: Any = None) -> dict[str, str]:
-    """What comes of the program of a case."""
+    """Returns the verdict on the program of a case."""
     return program["check"](
         program["function"],
         program["make_layers"],
@@ -34,7 +34,7 @@ def shrink(case: Case, bad: str) -> Case:
 def _kept(case: Case, smaller: Case, bad: str) -> Case:
     """`smaller`, if it is as bad."""
     try:
-        found = verdict(smaller.program())["verdict"]
+        outcome = verdict(smaller.program())["verdict"]
     except Exception:
         return case  # no program
-    return smaller if found == bad else case
+    return smaller if outcome == bad else case

@@ -29,11 +29,11 @@ def run(job: dict[str, Any], tell: Any) -> None:
         tell(event="end", verdict="unusable", said=f"{error!r}"[:300])
         return
     tell(event="case", script=case.script())
-    found = shrinking.verdict(program, want)
-    tell(event="found", **found)
-    if job["shrink"] and found["verdict"] in ("wrong", "error"):
-        case = shrinking.shrink(case, found["verdict"])
-    tell(event="end", **found, script=case.script())
+    outcome = shrinking.verdict(program, want)
+    tell(event="found", **outcome)
+    if job["shrink"] and outcome["verdict"] in ("wrong", "error"):
+        case = shrinking.shrink(case, outcome["verdict"])
+    tell(event="end", **outcome, script=case.script())
 
 
 def main() -> None:

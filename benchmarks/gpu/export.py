@@ -125,8 +125,8 @@ def main() -> None:
             "matmul_flops": shape.matmul_flops,
         }
         index.append({"shape": fields, "files": files})
-    made = {"grid": options.grid, "policy": policy, "rows": index}
-    (options.folder / "index.json").write_text(json.dumps(made, indent=1) + "\n")
+    index_file = {"grid": options.grid, "policy": policy, "rows": index}
+    (options.folder / "index.json").write_text(json.dumps(index_file, indent=1) + "\n")
 
 
 if __name__ == "__main__":

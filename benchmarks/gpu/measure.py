@@ -14,7 +14,6 @@ and of the peers that are installed here (`benchmarks.gpu.peers`), one by one:
 It imports neither TensorFlow nor Keras, and runs on CPUs too.
 """
 
-import argparse
 import json
 import os
 import pathlib
@@ -28,9 +27,9 @@ import numpy as np
 
 from benchmarks.gpu.peers import PEERS
 from benchmarks.harness import timing
-from benchmarks.harness.command_line import circumstances, say
+from benchmarks.harness.command_line import circumstances, make_parser, say
 from gshard_tf import export
-from gshard_tf.export import PortableProgram, Tensor
+from gshard_tf.export import LoadedProgram, Tensor
 
 # Before jax starts: the torch peers need memory of the same GPU.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -40,15 +39,14 @@ SECONDS = 20.0  # of timing, for each side of a row
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser = make_parser(__doc__)
     parser.add_argument("folder", type=pathlib.Path, help="of the saved programs")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--rows", help="numbers of the shapes to measure: 0,2,5")
     parser.add_argument(
         "--rounds", type=int, default=10, help="timings of each side, at most"
     )
     options = parser.parse_args()
-    begun = time.perf_counter()
+    start = time.perf_counter()
     index = json.loads((options.folder / "index.json").read_text())
     chosen = range(len(index["rows"]))
     if options.rows:
@@ -69,7 +67,7 @@ def main() -> None:
         "matmul_tflops": rate / 1e12,
         "goal": GOAL,
         "rows": rows,
-        **circumstances(begun, index["grid"] == "quick"),
+        **circumstances(start, index["grid"] == "quick"),
     }
     print(json.dumps(result) if options.json else table(result))
 
@@ -87,9 +85,9 @@ def matmul_rate(policy: str, size: int) -> float:
     multiply(a, b).block_until_ready()
     times = []
     for _ in range(10):
-        begun = time.perf_counter()
+        start = time.perf_counter()
         multiply(a, b).block_until_ready()
-        times.append(time.perf_counter() - begun)
+        times.append(time.perf_counter() - start)
     return 2 * size**3 / statistics.median(times)
 
 
@@ -103,26 +101,26 @@ def row(
     """One shape: one side after the other, each gone before the next is made."""
     entry = index["rows"][number]
     shape = entry["shape"]
-    found: dict[str, dict[str, Any]] = {}
+    sides: dict[str, dict[str, Any]] = {}
     for name, file in entry["files"].items():
-        found[name] = _or_out_of_memory(partial(_program, folder / file, rounds))
-        if "seconds" in found[name]:
-            flops_per_second = shape["matmul_flops"] / found[name]["seconds"]
-            found[name]["share"] = flops_per_second / rate
+        sides[name] = _or_out_of_memory(partial(_program, folder / file, rounds))
+        if "seconds" in sides[name]:
+            flops_per_second = shape["matmul_flops"] / sides[name]["seconds"]
+            sides[name]["share"] = flops_per_second / rate
     for name, peer in PEERS.items():
         missing = peer.missing()
         if missing:
-            found[name] = {"missing": missing}
+            sides[name] = {"missing": missing}
         else:
-            found[name] = _or_out_of_memory(
+            sides[name] = _or_out_of_memory(
                 lambda make=peer.make: _time(make(shape, index["policy"]), rounds)
             )
-    for name, side in found.items():
+    for name, side in sides.items():
         if "seconds" in side:
             side["tokens_per_second"] = shape["tokens"] / side["seconds"]
-        if name != "index" and "seconds" in side and "seconds" in found["index"]:
-            side["over_index"] = side["seconds"] / found["index"]["seconds"]
-    return {"shape": shape, "sides": found}
+        if name != "index" and "seconds" in side and "seconds" in sides["index"]:
+            side["over_index"] = side["seconds"] / sides["index"]["seconds"]
+    return {"shape": shape, "sides": sides}
 
 
 def _program(path: pathlib.Path, rounds: int) -> dict[str, Any]:
@@ -131,7 +129,7 @@ def _program(path: pathlib.Path, rounds: int) -> dict[str, Any]:
 
 
 def _or_out_of_memory(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What does not fit is a finding too."""
+    """Measures, or reports that memory was exhausted, which is a result too."""
     try:
         return measure()
     except RuntimeError as error:  # jaxlib's and torch's
@@ -143,15 +141,15 @@ def _or_out_of_memory(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 def _time(run: Callable[[], object], rounds: int) -> dict[str, Any]:
     run()  # compiles
-    begun = time.perf_counter()
+    start = time.perf_counter()
     run()
     # Peers that were not made for this device may be a hundred times slower.
-    rounds = max(1, min(rounds, int(SECONDS / (time.perf_counter() - begun))))
+    rounds = max(1, min(rounds, int(SECONDS / (time.perf_counter() - start))))
     times = timing.alternate({"it": run}, rounds, warm_up=0)
     return {"seconds": timing.median(times, "it"), "rounds": rounds}
 
 
-def side(program: PortableProgram) -> Callable[[], object]:
+def side(program: LoadedProgram) -> Callable[[], object]:
     """A call of the program with its state and arguments on the device."""
     import jax
 
@@ -159,10 +157,10 @@ def side(program: PortableProgram) -> Callable[[], object]:
     rng = np.random.default_rng(0)
     state = program.put_state({t.name: _values(t, rng) for t in manifest.state})
     batch = [_values(t, rng) for t in manifest.inputs]
-    held = {"batch": program.put_batch(batch), "state": state}
+    current = {"batch": program.put_batch(batch), "state": state}
 
     def run() -> object:
-        outputs, held["state"] = program(held["batch"], held["state"])
+        outputs, current["state"] = program(current["batch"], current["state"])
         return jax.block_until_ready(outputs)
 
     return run
@@ -178,24 +176,24 @@ def _values(tensor: Tensor, rng: np.random.Generator) -> np.ndarray:
     return np.resize(block.astype(tensor.dtype), tensor.shape)
 
 
-def memory(program: PortableProgram) -> dict[str, int]:
+def memory(program: LoadedProgram) -> dict[str, int]:
     """Bytes of a compiled program, and the peak of the device if it tells."""
     import jax
 
     stats = program.compiled.memory_analysis()
-    found = {
+    sizes = {
         "arguments": stats.argument_size_in_bytes,
         "results": stats.output_size_in_bytes,
         "shared": stats.alias_size_in_bytes,
         "temporaries": stats.temp_size_in_bytes,
     }
-    found["program"] = (
-        found["arguments"] + found["results"] + found["temporaries"] - found["shared"]
+    sizes["program"] = (
+        sizes["arguments"] + sizes["results"] + sizes["temporaries"] - sizes["shared"]
     )
     allocated = jax.devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in allocated:
-        found["peak_so_far"] = allocated["peak_bytes_in_use"]
-    return found
+        sizes["peak_so_far"] = allocated["peak_bytes_in_use"]
+    return sizes
 
 
 def table(result: Mapping[str, Any]) -> str:

@@ -28,14 +28,14 @@ class Peer:
     work: str
 
     def missing(self) -> list[str]:
-        """What is not installed here."""
-        found = []
+        """Returns the packages that are not installed."""
+        absent = []
         for name in self.packages:
             try:
                 importlib.metadata.version(name)
             except importlib.metadata.PackageNotFoundError:
-                found.append(name)
-        return found
+                absent.append(name)
+        return absent
 
 
 def jax_ragged(shape: Mapping[str, Any], dtype: str) -> Side:

@@ -1,1 +1,1 @@
-"""What the benchmarks share: command lines, timing, memory, the machine's name."""
+"""Helpers of the benchmarks: command lines, timing, memory, the machine's name."""

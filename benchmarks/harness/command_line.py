@@ -1,4 +1,4 @@
-"""What the benchmark scripts say besides their figures."""
+"""Command lines and output of the benchmark scripts."""
 
 import argparse
 import json
@@ -11,24 +11,44 @@ from benchmarks.harness import machine
 
 
 def say(text: str) -> None:
-    """Progress, beside the one JSON object on standard output."""
+    """Prints progress to standard error; standard output is for the result."""
     print(text, file=sys.stderr, flush=True)
 
 
-def circumstances(begun: float, quick: bool) -> dict[str, Any]:
-    """Where and how a run went that began at `begun`, of `time.perf_counter`."""
+def circumstances(start: float, quick: bool) -> dict[str, Any]:
+    """Returns the circumstances of a run.
+
+    Args:
+        start: When it began, by `time.perf_counter`.
+        quick: Whether it was a quick one, whose figures mean little.
+    """
     return {
         "quick": quick,
         "load_average": os.getloadavg()[0],
-        "seconds_in_all": round(time.perf_counter() - begun),
+        "seconds_in_all": round(time.perf_counter() - start),
         "machine": machine.describe(),
     }
 
 
-def options_of(doc: str) -> argparse.ArgumentParser:
-    """A parser for a script: its first sentence, and `--json`."""
+def make_parser(
+    doc: str, quick: str | None = None, seconds: float | None = None
+) -> argparse.ArgumentParser:
+    """Returns the parser of a script, with the flags that all scripts share.
+
+    Args:
+        doc: The script's docstring, whose first line is the description.
+        quick: What `--quick` measures; None: the script has no such flag.
+        seconds: The default of `--seconds`, for which each figure is measured; None:
+            the script has no such flag.
+    """
     parser = argparse.ArgumentParser(description=doc.split("\n", 1)[0])
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    if quick is not None:
+        parser.add_argument("--quick", action="store_true", help=quick)
+    if seconds is not None:
+        parser.add_argument(
+            "--seconds", type=float, default=seconds, help="time for each figure"
+        )
     return parser
 
 

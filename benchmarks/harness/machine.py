@@ -1,4 +1,4 @@
-"""What a figure was measured on."""
+"""Description of the machine that a figure was measured on."""
 
 import contextlib
 import importlib.metadata

@@ -14,7 +14,7 @@ def alternate(
     Args:
         sides: What to time. Each call returns when its work is done.
         rounds: How often each side runs. Every other round goes through the sides
-            backwards, so that none always follows the same neighbour.
+            backwards, so that none always follows the same neighbor.
         warm_up: Calls of each side that are not timed: the first one compiles.
     """
     if rounds < 1:
@@ -27,9 +27,9 @@ def alternate(
     for i in range(rounds):
         names = list(sides)
         for name in reversed(names) if i % 2 else names:
-            begun = time.perf_counter()
+            start = time.perf_counter()
             sides[name]()
-            times[name].append(time.perf_counter() - begun)
+            times[name].append(time.perf_counter() - start)
     return times
 
 

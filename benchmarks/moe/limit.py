@@ -1,4 +1,4 @@
-"""How near the MoE layer comes to the matmuls of its experts.
+"""Speed of the MoE layer compared with the bare matmuls of its experts.
 
     python -m benchmarks.moe.limit [--json] [--quick]
 
@@ -17,7 +17,6 @@ About ten minutes on two cores. `--quick` runs tiny sizes, whose figures say not
 but that the script runs.
 """
 
-import argparse
 import dataclasses
 import json
 import os
@@ -29,7 +28,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import gshard_tf
 from benchmarks.harness import timing
-from benchmarks.harness.command_line import circumstances, say
+from benchmarks.harness.command_line import circumstances, make_parser, say
 from benchmarks.moe.steps import (
     Shape,
     in_tensorflow,
@@ -124,12 +123,10 @@ def rest(shape: Shape, rounds: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, a few rounds")
+    parser = make_parser(__doc__, quick="tiny sizes, a few rounds")
     options = parser.parse_args()
     gshard_tf.request_cpu_devices(1)
-    begun = time.perf_counter()
+    start = time.perf_counter()
     quick = options.quick
     result = limit(TINY if quick else LIMIT, rounds=2 if quick else 7)
     result["rest_ms"] = rest(TINY if quick else LIMIT, rounds=2 if quick else 15)
@@ -137,7 +134,7 @@ def main() -> None:
         TINY if quick else CENTER, TINY_SWEEP if quick else SWEEP, 2 if quick else 5
     )
     result["sweep_median"] = statistics.median(r["over_gemm"] for r in result["sweep"])
-    result |= circumstances(begun, quick)
+    result |= circumstances(start, quick)
     if options.json:
         print(json.dumps(result))
         return

@@ -44,14 +44,14 @@ class Peer:
     work: str
 
     def missing(self) -> list[str]:
-        """What is to be installed."""
-        found = []
+        """Returns the packages to install, with their versions."""
+        absent = []
         for name, version in self.packages.items():
             try:
                 importlib.metadata.version(name)
             except importlib.metadata.PackageNotFoundError:
-                found.append(f"{name}=={version}")
-        return found
+                absent.append(f"{name}=={version}")
+        return absent
 
 
 def gated_width(shape: Shape) -> int:
@@ -185,12 +185,13 @@ def mesh_tensorflow_top2(shape: Shape, way: str) -> Side:
             mtf.Dimension("d_model", shape.model_dim),
         ]
         # Variables, so that they are not fed anew at each step.
-        held = [
+        variables = [
             tf.compat.v1.get_variable(f"held_{i}", initializer=a)
             for i, a in enumerate((x, dy))
         ]
         tokens, back = (
-            mtf.import_tf_tensor(mesh, a.read_value(), mtf.Shape(dims)) for a in held
+            mtf.import_tf_tensor(mesh, a.read_value(), mtf.Shape(dims))
+            for a in variables
         )
         outputs, aux = moe.transformer_moe_layer_v1(
             tokens,

@@ -11,7 +11,7 @@ in several ways (TensorFlow's jit or op by op; kinds of expert loops) the fastes
 taken, of theirs and of ours. The two processes then take turns. Ratios are theirs over
 ours: above 1 we are ahead.
 
-* time: median of the ratios of neighbouring steps;
+* time: median of the ratios of neighboring steps;
 * memory: growth of the resident set during a step, from between steps, where weights
   and inputs exist and compiling is over, to the peak; gradients of weights are part
   of it;
@@ -39,7 +39,7 @@ from typing import Any
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 from benchmarks.harness import memory
-from benchmarks.harness.command_line import circumstances, say
+from benchmarks.harness.command_line import circumstances, make_parser, say
 from benchmarks.moe.peer_blocks import (
     OUR_WAYS,
     OURS,
@@ -70,9 +70,9 @@ def serve(block: str, way: str, shape: Shape) -> None:
     _answer({"served": served})
     for command in sys.stdin:
         if command.strip() == "step":
-            begun = time.perf_counter()
+            start = time.perf_counter()
             side()
-            _answer(time.perf_counter() - begun)
+            _answer(time.perf_counter() - start)
         elif command.strip() == "memory":
             memory.reset_peak()
             before = memory.resident()
@@ -180,7 +180,7 @@ def compare(theirs: Block, ours: Block, shape: Shape, rounds: int) -> dict[str, 
 
 
 def run(names: list[str], shape: Shape, rounds: int) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    rows: dict[str, Any] = {}
     missing: dict[str, str] = {}
     failed: dict[str, str] = {}
     for name in names:
@@ -188,28 +188,26 @@ def run(names: list[str], shape: Shape, rounds: int) -> dict[str, Any]:
         if packages:
             missing[name] = "pip install " + " ".join(packages)
     for ours_name in OURS:
-        wanted = [n for n in names if n not in missing and PEERS[n].ours == ours_name]
-        if not wanted:
+        selected = [n for n in names if n not in missing and PEERS[n].ours == ours_name]
+        if not selected:
             continue
         with fastest(ours_name, OUR_WAYS, shape) as ours:
-            for name in wanted:
+            for name in selected:
                 peer = PEERS[name]
                 try:
                     with fastest(name, peer.ways, shape) as theirs:
-                        found[name] = compare(theirs, ours, shape, rounds)
+                        rows[name] = compare(theirs, ours, shape, rounds)
                 except BlockError as error:
                     failed[name] = str(error)
                     say(f"{name} failed: {error}")
                     continue
-                found[name] |= {"beside": ours_name, "work": peer.work}
-                say(f"{name}: {found[name]}")
-    return {"peers": found, "not_installed": missing, "failed": failed}
+                rows[name] |= {"beside": ours_name, "work": peer.work}
+                say(f"{name}: {rows[name]}")
+    return {"peers": rows, "not_installed": missing, "failed": failed}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, a few rounds")
+    parser = make_parser(__doc__, quick="tiny sizes, a few rounds")
     parser.add_argument("--peers", nargs="+", choices=list(PEERS), default=list(PEERS))
     parser.add_argument("--serve", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -217,11 +215,11 @@ def main() -> None:
         block, way, shape = options.serve
         serve(block, way, Shape(**json.loads(shape)))
         return
-    begun = time.perf_counter()
+    start = time.perf_counter()
     shape = TINY if options.quick else SHAPE
     result = run(options.peers, shape, rounds=2 if options.quick else 5)
     result["shape"] = dataclasses.asdict(shape)
-    result |= circumstances(begun, options.quick)
+    result |= circumstances(start, options.quick)
     if options.json:
         print(json.dumps(result))
         return

@@ -14,7 +14,6 @@ About ten minutes on two cores. `--quick` runs tiny sizes, whose figures say not
 but that the script runs.
 """
 
-import argparse
 import dataclasses
 import json
 import os
@@ -26,7 +25,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import gshard_tf
 from benchmarks.harness import timing
-from benchmarks.harness.command_line import circumstances, say
+from benchmarks.harness.command_line import circumstances, make_parser, say
 from benchmarks.moe.steps import (
     Shape,
     layer_side,
@@ -60,7 +59,7 @@ def routing_bytes(shape: Shape) -> dict[str, int]:
 
 
 def temporary_bytes(shape: Shape, dispatcher: str) -> int:
-    """Of the compiled step: what it needs besides arguments and results."""
+    """Returns the temporary memory of the compiled step, besides its arguments."""
     strategy = one_partition()
     with strategy.scope():
         _, step = layer_step(shape, dispatcher=dispatcher)
@@ -159,22 +158,20 @@ def draw(result: dict[str, Any], path: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, a few rounds")
+    parser = make_parser(__doc__, quick="tiny sizes, a few rounds")
     parser.add_argument(
         "--groups", type=int, default=SHAPE.groups, help="G, default 64"
     )
     parser.add_argument("--plot", metavar="PATH", help="where to draw the picture")
     options = parser.parse_args()
     gshard_tf.request_cpu_devices(1)
-    begun = time.perf_counter()
+    start = time.perf_counter()
     if options.quick:
         result = measure(TINY, TINY_EXPERTS, rounds=2)
     else:
         shape = dataclasses.replace(SHAPE, groups=options.groups)
         result = measure(shape, EXPERTS, rounds=3)
-    result |= circumstances(begun, options.quick)
+    result |= circumstances(start, options.quick)
     if options.plot:
         draw(result, options.plot)
     if options.json:

@@ -16,14 +16,14 @@ import tensorflow as tf
 
 import gshard_tf
 from gshard_tf.spmd.program import SpmdProgram
-from keras_layers import IndexDispatcher, MoELayer, Routing, expert_capacity
+from keras_layers import IndexDispatcher, MoELayer, TokenChoiceRouting, expert_capacity
 
 Side = Callable[[], object]
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """What is computed; letters as everywhere (E, M, H, G, S)."""
+    """Sizes of an MoE step; letters as everywhere (E, M, H, G, S)."""
 
     experts: int = 32
     model_dim: int = 512
@@ -47,7 +47,7 @@ class Shape:
 
     @property
     def matmul_flops(self) -> int:
-        """Of the experts' six products: two forward, four backward."""
+        """FLOPs of the experts' six matmuls: two forward, four backward."""
         return 12 * self.experts * self.rows * self.model_dim * self.hidden_dim
 
 
@@ -118,20 +118,20 @@ def part_steps(shape: Shape) -> dict[str, tuple[Callable, list[Any]]]:
             for i in range(2)
         ],
     )
-    decision = [routing.expert_index, routing.slot, routing.weight, routing.kept]
+    decision = [routing.expert_index, routing.slot, routing.weight, routing.dispatched]
 
-    def given(tensors: Sequence[tf.Tensor]) -> Routing:
-        return Routing(*tensors, routing.num_experts, routing.capacity)
+    def given(tensors: Sequence[tf.Tensor]) -> TokenChoiceRouting:
+        return TokenChoiceRouting(*tensors, routing.num_experts, routing.capacity)
 
     def router(x: tf.Tensor) -> list[tf.Tensor]:
         kernel = layer.router.kernel.value
         with tf.GradientTape() as tape:
             tape.watch(x)
-            found, said = layer.router(x, training=True)
+            routing, report = layer.router(x, training=True)
         # Something comes back through every weight.
-        flow = [tf.ones_like(found.weight), tf.ones([])]
-        gradients = tape.gradient([found.weight, said.aux_loss], [x, kernel], flow)
-        return [*found[:4], said.aux_loss, *gradients]
+        flow = [tf.ones_like(routing.weight), tf.ones([])]
+        gradients = tape.gradient([routing.weight, report.aux_loss], [x, kernel], flow)
+        return [*routing[:4], report.aux_loss, *gradients]
 
     def dispatch(x: tf.Tensor, flow: tf.Tensor, *decision: tf.Tensor) -> list:
         with tf.GradientTape() as tape:

@@ -1,4 +1,4 @@
-"""What the TPU compiler makes of the layer: its FLOPs over the experts' own.
+"""FLOPs of the layer in the TPU compiler's program, over those of the experts.
 
     python -m benchmarks.moe.tpu [--json] [--topology NAME ...]
 
@@ -8,7 +8,6 @@ weights; at the paper's width (M = 1024, H = 8192) by default. Needs libtpu
 (`pip install 'gshard-tf[aot]'`), no TPU; nothing is run.
 """
 
-import argparse
 import collections
 import json
 import os
@@ -22,7 +21,7 @@ import tensorflow as tf
 
 import gshard_tf
 from benchmarks.harness import machine
-from gshard_tf.hlo import collectives
+from benchmarks.harness.command_line import make_parser
 from gshard_tf.runtime.device_arrays import Placement
 from gshard_tf.runtime.devices import topology_devices
 from gshard_tf.spmd import lowering
@@ -55,7 +54,7 @@ def compile_layer(topology: str, model_dim: int, hidden_dim: int) -> dict:
         return d_x
 
     spec = tf.TensorSpec((cores, GROUP_SIZE, model_dim), tf.float32)
-    begun = time.perf_counter()
+    start = time.perf_counter()
     placeholders = [tf.zeros([1]), tf.zeros([1])]  # what is a tensor; shapes follow
     step = Step(strategy.extended, forward_and_backward, (tuple(placeholders), {}))
     lowered = lowering.lower(*step.trace([spec, spec]))
@@ -68,7 +67,7 @@ def compile_layer(topology: str, model_dim: int, hidden_dim: int) -> dict:
     capacity = 2 * GROUP_SIZE // cores
     analytic = 3 * 2 * 2 * cores * capacity * model_dim * hidden_dim
     memory = program.compiled.memory_analysis()
-    kinds = collections.Counter(c.kind for c in collectives.collectives(program))
+    kinds = collections.Counter(c.kind for c in program.collectives())
     return {
         "topology": topology,
         "cores": cores,
@@ -78,14 +77,13 @@ def compile_layer(topology: str, model_dim: int, hidden_dim: int) -> dict:
         "collectives": dict(kinds),
         "argument_mb": memory.argument_size_in_bytes / 1e6,
         "temporary_mb": memory.temp_size_in_bytes / 1e6,
-        "trace_s": traced - begun,
+        "trace_s": traced - start,
         "compile_s": compiled - traced,
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser = make_parser(__doc__)
     parser.add_argument("--topology", nargs="+", default=["v5e:2x4", "v3:4x4"])
     parser.add_argument("--model-dim", type=int, default=1024)
     parser.add_argument("--hidden-dim", type=int, default=8192)

@@ -16,7 +16,7 @@ from typing import Any
 
 from benchmarks.harness.command_line import (
     circumstances,
-    options_of,
+    make_parser,
     say,
     show,
 )
@@ -114,7 +114,7 @@ def summary(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = options_of(__doc__)
+    parser = make_parser(__doc__)
     parser.add_argument("--only", default="", help="a pattern for subject, file, fault")
     options = parser.parse_args()
     begun = time.perf_counter()

@@ -98,7 +98,7 @@ class Copy:
         return Ending(code, time.monotonic() - begun, printed)
 
     def _test(self, tests: Sequence[str], log: Path) -> int:
-        """What the fork does: the tests, as `pytest` in the copy would run them."""
+        """Runs the tests in the fork, as `pytest` in the copy would."""
         os.setsid()
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
@@ -129,7 +129,7 @@ class Copy:
 
 
 class Ending:
-    """How a run of tests ended.
+    """The end of a run of tests.
 
     Args:
         code: The exit code, negative for a signal; None where the time was over.

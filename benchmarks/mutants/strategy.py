@@ -307,7 +307,7 @@ MUTANTS = (
     ),
     Mutant(
         "gshard_tf/hlo/rewrites/grouped_convolutions.py",
-        "axes = mesh.that_divide(images.shape.dimensions[batch])",
+        "axes = mesh.dividing(images.shape.dimensions[batch])",
         "axes = [axis for axis, size in mesh.sizes.items() if size > 1]",
         (f"{_REWRITES}::test_grouped_convolutions_of_any_batch",),
         "a batch that does not divide is cut all the same",

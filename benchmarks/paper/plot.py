@@ -25,12 +25,12 @@ PANELS = (
 
 def lines_of(rows: list[dict[str, Any]]) -> dict[str, dict[int, dict[str, Any]]]:
     """Kind of model, such as "36L:bf16", -> experts -> row."""
-    found: dict[str, dict[int, dict[str, Any]]] = defaultdict(dict)
+    series: dict[str, dict[int, dict[str, Any]]] = defaultdict(dict)
     for row in rows:
         parts = re.fullmatch(r"(\d+)E(\d+L.*)", row["model"])
         if parts is not None:  # a dense model has no number of experts
-            found[parts[2]][int(parts[1])] = row
-    return found
+            series[parts[2]][int(parts[1])] = row
+    return series
 
 
 def draw(rows: list[dict[str, Any]], path: str) -> None:

@@ -36,6 +36,8 @@ from typing import Any
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+from benchmarks.harness.command_line import make_parser
+
 M, H, N, D = 1024, 8192, 16, 128
 SOURCE_VOCABULARY, TARGET_VOCABULARY = 64_000, 32_000
 LENGTH = 1024  # of source and target each
@@ -58,13 +60,18 @@ DEFAULT = ["128E12L", "512E12L", "2048E12L"]
 
 def parse(name: str) -> tuple[int, int, bool, bool]:
     """Experts, layers, whether in bfloat16, and whether dense weights are spread."""
-    found = re.fullmatch(r"(?:(\d+)E(\d+)L|T(\d+)L)(:bf16)?(:fsdp)?", name)
-    if found is None or ((int(found[1] or 0), int(found[2] or found[3])) not in PAPER):
+    parts = re.fullmatch(r"(?:(\d+)E(\d+)L|T(\d+)L)(:bf16)?(:fsdp)?", name)
+    if parts is None or ((int(parts[1] or 0), int(parts[2] or parts[3])) not in PAPER):
         names = ", ".join(f"{e}E{n}L" if e else f"T{n}L" for e, n in PAPER)
         raise SystemExit(
             f"Models are {names}, or one with :bf16, :fsdp. Received: {name!r}"
         )
-    return int(found[1] or 0), int(found[2] or found[3]), bool(found[4]), bool(found[5])
+    return (
+        int(parts[1] or 0),
+        int(parts[2] or parts[3]),
+        bool(parts[4]),
+        bool(parts[5]),
+    )
 
 
 def analytic_flops(experts: int, blocks: int, remat: bool) -> float:
@@ -140,14 +147,14 @@ def run(name: str, quick: bool) -> dict[str, Any]:
         "recomputed": "blocks" if deep else "attention",
         "weights": plan.parameters,
         "fits": plan.fits,
-        "hbm_gb": plan.needed / 1e9,
+        "hbm_gb": plan.bytes_needed / 1e9,
         "paper_hbm_gb": None if quick else paper_hbm,
         "state_gb": plan.state_bytes(per_core=True) / 1e9,
         "temporaries_gb": plan.memory.temporaries / 1e9 if plan.fits else None,
         "code_gb": plan.memory.code / 1e9 if plan.fits else None,
         "tflops": plan.flops and plan.flops / 1e12,
         "flops_over_analytic": plan.flops and plan.flops / analytic,
-        "flops_over_written": plan.flops_over_written,
+        "flops_over_written": plan.flops_ratio,
         "expert_all_gathers": sum(
             c.count
             for c in plan.communication
@@ -181,9 +188,7 @@ def run(name: str, quick: bool) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--json", action="store_true", help="one JSON object per row")
-    parser.add_argument("--quick", action="store_true", help="two blocks of each kind")
+    parser = make_parser(__doc__, quick="two blocks of each kind")
     parser.add_argument("--models", default=",".join(DEFAULT), help="comma-separated")
     parser.add_argument("--row", help=argparse.SUPPRESS)
     options = parser.parse_args()

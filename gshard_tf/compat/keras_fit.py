@@ -1,4 +1,4 @@
-"""What the package uses of Keras that is not public.
+"""Shapes of the batch that Keras builds a model with, under a strategy.
 
 Under a strategy, `fit` and `evaluate` build a model before they trace a step: they
 read a batch, and call the model with the shapes of what `(x, y, sample_weight)` would

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator, Sequence
 
+import keras
 import numpy as np
 import tensorflow as tf
 
@@ -25,7 +26,7 @@ def global_seed_state() -> tf.Variable | None:
 
 @contextlib.contextmanager
 def own_global_seed_generator() -> Iterator[None]:
-    """Inside it Keras has no global seed generator but one that is made inside it."""
+    """Context in which Keras has only a global seed generator that is created there."""
     before = global_state.get_global_attribute(GLOBAL_SEED_GENERATOR)
     global_state.set_global_attribute(GLOBAL_SEED_GENERATOR, None)
     try:
@@ -37,3 +38,20 @@ def own_global_seed_generator() -> Iterator[None]:
 def give_global_seed_generator(state: Sequence[int]) -> None:
     """Gives Keras's global seed generator a state; makes it if there is none yet."""
     global_seed_generator().state.assign(np.array(state))
+
+
+class SeedGeneratorOfState(keras.random.SeedGenerator):
+    """A `SeedGenerator` around a state that exists, of any shape.
+
+    For a layer to own the state as a seed, not as a weight; `next` is for a subclass.
+
+    Relies on: Keras tracks a generator by its class and reads `name`, `state` and
+    `_initial_seed`. On an upgrade, watch: the base class's constructor sets no other
+    attribute that a layer reads.
+    """
+
+    def __init__(self, state: keras.Variable, name: str):
+        # Not that of the base class, which makes a state of its own.
+        self.name = name
+        self._initial_seed = None
+        self.state = state

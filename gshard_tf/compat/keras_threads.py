@@ -20,13 +20,13 @@ def _trackers() -> tuple[Any, Any]:
 
 
 def keras_state() -> list[dict[str, Any]]:
-    """What Keras keeps for this thread."""
+    """Returns what Keras keeps for this thread."""
     return [dict(tracker.__dict__) for tracker in _trackers()]
 
 
 @contextlib.contextmanager
 def use_keras_state(state: list[dict[str, Any]]) -> Iterator[None]:
-    """Inside it, this thread has the state of the thread that `state` is from."""
+    """Context in which this thread has the state of the thread that `state` is from."""
     before = keras_state()
     _replace(state)
     try:

@@ -1,4 +1,4 @@
-"""What the package uses of TensorFlow that is not public."""
+"""Eager execution from within any graph."""
 
 import contextlib
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from tensorflow.python.eager import context
 
 @contextlib.contextmanager
 def out_of_graphs() -> Iterator[None]:
-    """Inside it, operations run at once, whatever graph is being built around it.
+    """Context in which operations run at once, whatever graph is being built.
 
     `tf.init_scope` alone leaves functions, and stays in a plain `tf.Graph`: the one
     that `tf.saved_model.save` builds, say.

@@ -8,6 +8,7 @@ reaches the variable, whatever operation made slices of it.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import tensorflow as tf
 
@@ -70,3 +71,12 @@ def with_dense_gradient(
         forward_function=lambda tangent: [tangent],
     )
     return value
+
+
+def stop_recording() -> AbstractContextManager[None]:
+    """Context whose operations are on no gradient tape, as in `tf.recompute_grad`.
+
+    Relies on: `record.stop_recording`. On an upgrade, watch: it still pauses all tapes
+    of the thread, not only the innermost.
+    """
+    return record.stop_recording()

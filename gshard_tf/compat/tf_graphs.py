@@ -70,7 +70,7 @@ def with_called(
 
 
 def is_compiled_by_tensorflow(graph: Any) -> bool:
-    """Whether a graph, or one around it, will be compiled by TensorFlow itself.
+    """Returns whether TensorFlow itself will compile a graph, or one around it.
 
     Relies on: `control_flow_util.GraphOrParentsInXlaContext`. On an upgrade, watch:
     that a function with `jit_compile=True` still has that context.

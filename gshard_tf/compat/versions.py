@@ -1,11 +1,19 @@
-"""The versions that this package was tested with, checked when it is first used."""
+"""The versions of what this package stands on, checked when it is first used."""
 
 import functools
 import importlib.metadata
+import re
+import warnings
 
-# Minor versions: each brings changes to private APIs that `spmd/lowering.py`,
-# `spmd/program.py` and `spmd/variable.py` use. Watch those three on an upgrade.
-TESTED = {"tensorflow": "2.20", "keras": "3.15", "jax": "0.10", "jaxlib": "0.10"}
+# From the oldest to the newest release that all tests ran with, ends included. Older
+# ones are known to be wrong or lack what is called; newer ones are not known. Private
+# APIs, which is what changes, stand in this folder alone.
+TESTED = {
+    "tensorflow": ("2.20", "2.21"),
+    "keras": ("3.13", "3.15"),
+    "jax": ("0.9", "0.12"),
+    "jaxlib": ("0.9", "0.12"),
+}
 
 # On a TPU: Google's wheel with the libtpu that it was built with. pip takes a newer
 # libtpu, whose interface to TensorFlow is gone.
@@ -22,27 +30,48 @@ def _version(package: str) -> str:
             return importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
+    oldest, newest = TESTED[package]
     raise ImportError(
-        f"gshard_tf needs {package} {TESTED[package]}.*, which is not installed. "
-        "`pip install gshard-tf` brings the tested versions."
+        f"gshard_tf needs {package} {oldest} to {newest}, which is not installed. "
+        f"Install it: pip install '{package}=={newest}.*'"
     )
 
 
+def _minor(version: str) -> tuple[int, ...]:
+    """(2, 21) of 2.21.0rc1."""
+    return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
+
+
 def check_versions() -> None:
-    """Raises `ImportError` with a sentence when a version is not a tested one."""
-    for package, tested in TESTED.items():
-        found = _version(package)
-        if found.split(".")[:2] != tested.split("."):
+    """Compares what is installed with the tested range.
+
+    Warns:
+        UserWarning: a release is newer than the tested ones.
+
+    Raises:
+        ImportError: a release is missing or older than the tested ones.
+    """
+    for package, (oldest, newest) in TESTED.items():
+        installed = _version(package)
+        if _minor(installed) < _minor(oldest):
             raise ImportError(
-                f"gshard_tf was tested with {package} {tested}.* and uses parts of "
-                f"it that change between releases. Received: {package} {found}. "
-                f"Install the tested one: pip install '{package}=={tested}.*'"
+                f"gshard_tf needs {package} {oldest} or newer. Received: {package} "
+                f"{installed}. Install one: pip install '{package}=={newest}.*'"
+            )
+        if _minor(installed) > _minor(newest):
+            warnings.warn(
+                f"gshard_tf was tested with {package} {oldest} to {newest} and uses "
+                f"parts of it that change between releases. Received: {package} "
+                f"{installed}. Compare a step with one device before a long run "
+                "(gshard_tf.verify), or install a tested release: pip install "
+                f"'{package}=={newest}.*'",
+                stacklevel=2,
             )
 
 
 def check_tpu_versions() -> None:
     """Raises `ImportError` where TensorFlow for TPUs would abort the process."""
-    found = {}
+    found: dict[str, str | None] = {}
     for package in ("tensorflow-tpu", "libtpu"):
         try:
             found[package] = importlib.metadata.version(package)
@@ -75,8 +104,11 @@ def check_backend(backend: str) -> None:
 def check() -> None:
     """Checks the versions and Keras's backend, once.
 
+    Warns:
+        UserWarning: a release is newer than the tested ones.
+
     Raises:
-        ImportError: something is missing, of another version, or set otherwise.
+        ImportError: something is missing, too old, or set otherwise.
     """
     check_versions()
     check_tpu_versions()

@@ -1,9 +1,9 @@
-"""XLA's protocol buffers as TensorFlow carries them: HLO modules, shapes, shardings.
+"""XLA's protocol buffers as TensorFlow ships them: HLO modules, shapes, shardings.
 
-Relies on: `tensorflow.compiler.xla.xla_data_pb2` and `.service.hlo_pb2`, the messages
-that TensorFlow's own compiler writes and jaxlib's compiler reads. On an upgrade, watch:
-the modules move between packages, a field that the rewrites set may be renamed, and so
-may `input_output_alias`, `host_program_shape` and `metadata.op_name`.
+Relies on: `tensorflow.compiler.xla`, whose messages have no public name. jaxlib's
+compiler reads the same messages. On an upgrade, watch: that these modules still exist,
+and the fields that the rewrites set, such as `input_output_alias`, `host_program_shape`
+and `metadata.op_name`.
 """
 
 from tensorflow.compiler.xla import xla_data_pb2

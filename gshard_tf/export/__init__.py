@@ -8,30 +8,26 @@ everything else needs numpy and jax alone.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from gshard_tf.export.array_dataset import Batches
-from gshard_tf.export.loader import PortableProgram, load
+from gshard_tf.export.array_dataset import ArrayBatches, write_data
+from gshard_tf.export.loader import LoadedProgram, load
 from gshard_tf.export.manifest import Manifest, Tensor, Variant
-from gshard_tf.export.naming import named_batch
-from gshard_tf.export.program_file import (
-    read_manifest,
-    read_state,
-    write_data,
-    write_state,
-)
+from gshard_tf.export.program_file import read_manifest
+from gshard_tf.export.state_file import read_state, write_state
+from gshard_tf.spmd.leaf_names import batch_arrays
 
 if TYPE_CHECKING:
     from gshard_tf.export.exporter import step_program
     from gshard_tf.export.keras_state import load_state, save_state
 
 __all__ = [
-    "Batches",
+    "ArrayBatches",
     "Manifest",
-    "PortableProgram",
+    "LoadedProgram",
     "Tensor",
     "Variant",
     "load",
     "load_state",
-    "named_batch",
+    "batch_arrays",
     "read_manifest",
     "read_state",
     "save_state",

@@ -1,6 +1,6 @@
-"""A Keras step as a file: traced for each mesh, exported by jax, described by name.
+"""Exports a Keras step to a file: traced for each mesh, serialized by jax.
 
-This is the side that has TensorFlow; `loader.py` is the one that has not.
+This side needs TensorFlow; `loader.py` does not.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from gshard_tf.compat.keras_seeds import global_seed_state
 from gshard_tf.compat.keras_variables import backend_variable
 from gshard_tf.export import program_file
 from gshard_tf.export.manifest import (
+    PLATFORMS,
     Layout,
     Manifest,
     Tensor,
     Variant,
     fit_layout,
 )
-from gshard_tf.export.naming import named_batch, named_leaves
 from gshard_tf.io.paths import local_path
 from gshard_tf.sharding.mesh import axis_sizes, create_mesh, use_mesh
 from gshard_tf.sharding.partition_spec import layout_of, spec_of
@@ -42,10 +42,9 @@ from gshard_tf.spmd.keras_step import (
     complete,
     variable_roles,
 )
+from gshard_tf.spmd.leaf_names import batch_arrays, named_leaves
 from gshard_tf.spmd.program import jit_step
 from gshard_tf.spmd.step_layouts import StepLayouts, step_layouts
-
-PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
 
 def step_program(
@@ -127,7 +126,7 @@ class StepProgram:
                 halving its axes leads to, down to one device.
             initial_state: The name of a state file (`save_state`) in the same folder,
                 from which the runner starts.
-            platforms: What it can be loaded on, as jax calls it.
+            platforms: The platforms that it can be loaded on, of `PLATFORMS`.
 
         Returns:
             The manifest of the file.
@@ -142,25 +141,26 @@ class StepProgram:
         axes = [_axes(own, mesh) for mesh in meshes or halvings(own)]
         if axis_sizes(own) not in axes:
             axes = [axis_sizes(own), *axes]
-        found: Manifest | None = None
-        programs, variants, constants = [], [], {}
+        manifests: list[Manifest] = []
+        programs: list[bytes] = []
+        variants: list[Variant] = []
+        constants: dict[str, np.ndarray] = {}
         for sizes in axes:
             step = self._lower(create_mesh(sizes, own.device_type()))
-            described = self._describe(step)
-            if found is None:
-                found, constants = described, _constants(step)
-            elif (found.state, found.updates) != (described.state, described.updates):
+            manifests.append(self._describe(step))
+            first, last = manifests[0], manifests[-1]
+            if len(manifests) == 1:
+                constants = _constants(step)
+            elif (first.state, first.updates) != (last.state, last.updates):
                 raise RuntimeError(
                     "The step uses other variables on another mesh, so one file "
                     f"cannot hold both. Save one by one. Received: mesh={sizes}"
                 )
-            programs.append(
-                _export(step, described, sizes, platforms, self._used(step))
-            )
+            programs.append(_export(step, last, sizes, platforms, self._used(step)))
             start = sum(variant.size for variant in variants)
             variants.append(Variant(sizes, start, len(programs[-1])))
         manifest = dataclasses.replace(
-            found,
+            manifests[0],
             variants=variants,
             platforms=list(platforms),
             initial_state=initial_state,
@@ -173,14 +173,14 @@ class StepProgram:
         fn = getattr(self.model, MODES[self.mode])
 
         def on_mesh(data):
-            # Inside the strategy's own mesh, which this one stands for.
+            # Replaces the strategy's own mesh within its scope.
             with use_mesh(mesh, extended.layouts.rules):
                 return fn(data)
 
         with self.strategy.scope():
             if is_abstract(self.model):
                 return lower_abstract(extended, on_mesh, (self.specs,))
-            given = [spec for spec in tf.nest.flatten(self.specs) if spec is not None]
+            specs = [spec for spec in tf.nest.flatten(self.specs) if spec is not None]
 
             def step(*tensors):
                 values = iter(tensors)
@@ -190,35 +190,37 @@ class StepProgram:
                 outputs = extended.run_step(on_mesh, (data,), {})
                 return lowering.as_results(outputs)
 
-            return lowering.lower(*lowering.trace(step, given))
+            return lowering.lower(*lowering.trace(step, specs))
 
     def _describe(self, step: lowering.LoweredStep) -> Manifest:
-        names = {
+        names: dict[int, tuple[str, Any]] = {
             id(backend_variable(variable)): (name, variable)
             for name, variable in training_state(self.model).items()
         }
         roles = variable_roles(self.model)
         layouts = step_layouts(self.strategy.extended.layouts, step)
         state = []
+        seed: Any = global_seed_state()
         for i, value in enumerate(step.captures):
             if not isinstance(value, tf.Variable):
                 state.append(
                     _tensor(f"constant/{i}", value, layouts.captures[i], "constant")
                 )
                 continue
-            if value is global_seed_state():
+            if value is seed:
                 raise ValueError(
-                    "The step draws from Keras's global seed generator, which is "
-                    "neither the model's nor its optimizer's, so nobody could put its "
-                    "state back. Make a keras.random.SeedGenerator an attribute of a "
-                    "layer, and pass it as seed= to the functions of keras.random. "
+                    "A saved step must not draw from Keras's global seed generator, "
+                    "which is neither the model's nor its optimizer's, so its state "
+                    "could not be restored. Make a keras.random.SeedGenerator an "
+                    "attribute of a layer, and pass it as seed= to the functions of "
+                    "keras.random. "
                     f"Received: {value.name!r}"
                 )
             if id(value) not in names:
                 raise ValueError(
-                    f"The step uses the variable {value.name!r}, which is neither the "
-                    "model's nor its optimizer's, so nobody could put its value back. "
-                    "Make it an attribute of a layer."
+                    "Variables of a saved step must be the model's or its optimizer's, "
+                    "or their values could not be restored. Make it an attribute of a "
+                    f"layer. Received: the variable {value.name!r}"
                 )
             name, variable = names[id(value)]
             role = roles.get(id(value), "other")
@@ -226,7 +228,7 @@ class StepProgram:
             role = "other" if role == "frozen" else role
             tensor = _tensor(name, value, layouts.captures[i], role)
             state.append(dataclasses.replace(tensor, path=variable.path))
-        inputs = list(named_batch(self.specs))
+        inputs = list(batch_arrays(self.specs))
         outputs = [
             name for name, leaf in named_leaves(step.structure) if leaf is lowering.LEAF
         ]
@@ -261,21 +263,21 @@ def _check_metrics(model: keras.Model) -> None:
         variable.assign(value)
     if other:
         raise ValueError(
-            "Where there is no Keras, metrics are reset by setting them to zero, and "
-            f"some of this model begin at something else. Received: {other}"
+            "Metrics must begin at zero, because without Keras they are reset to "
+            f"zero. Received: {other}, which begin at other values"
         )
 
 
 def halvings(mesh: dtensor.Mesh) -> list[dict[str, int]]:
-    """A mesh, and what halving its axes, the first one first, leads to; then one."""
+    """Returns a mesh and its halvings, axis by axis, down to one device."""
     sizes = axis_sizes(mesh)
-    found = [dict(sizes)]
+    meshes = [dict(sizes)]
     for axis in sizes:
         while sizes[axis] > 1:
             half = sizes[axis] % 2 == 0
             sizes[axis] = sizes[axis] // 2 if half else 1
-            found.append(dict(sizes))
-    return found
+            meshes.append(dict(sizes))
+    return meshes
 
 
 def _export(
@@ -321,7 +323,7 @@ def _tensors(
     specs: Sequence[tf.TensorSpec],
     layouts: Sequence[dtensor.Layout],
 ) -> list[Tensor]:
-    # (There are more results than outputs: new values of state follow.)
+    # There are more results than outputs: new values of state follow.
     return [
         _tensor(name, spec, layout, role)
         for name, spec, layout in zip(names, specs, layouts, strict=False)
@@ -343,7 +345,7 @@ def _axes(own: dtensor.Mesh, mesh: int | Mapping[str, int]) -> dict[str, int]:
     if isinstance(mesh, int) and not isinstance(mesh, bool) and len(names) == 1:
         return {names[0]: mesh}
     raise ValueError(
-        f"A mesh has the axes of the strategy's, {names}, in that order, such as "
-        f"{axis_sizes(own)}; or it is a number of devices, if there is one axis. "
+        f"A mesh must have the axes of the strategy's, {names}, in that order, such "
+        f"as {axis_sizes(own)}; or be a number of devices, if there is one axis. "
         f"Received: {mesh!r}"
     )

@@ -1,6 +1,7 @@
 """The state of a Keras model as a file that jax alone reads, and back."""
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import keras
@@ -10,7 +11,7 @@ from gshard_tf.checkpoints.manifest import Array
 from gshard_tf.checkpoints.matching import match
 from gshard_tf.checkpoints.training_state import training_state
 from gshard_tf.compat.keras_variables import backend_variable
-from gshard_tf.export import program_file
+from gshard_tf.export.state_file import read_state, write_state
 from gshard_tf.io.paths import local_path
 
 
@@ -30,7 +31,7 @@ def save_state(model: keras.Model, path: str | os.PathLike, step: int = 0) -> No
         name: backend_variable(variable).numpy()
         for name, variable in training_state(model).items()
     }
-    program_file.write_state(path, arrays, step=step)
+    write_state(path, arrays, step=step)
 
 
 def load_state(model: keras.Model, path: str | os.PathLike) -> dict[str, Any]:
@@ -46,8 +47,8 @@ def load_state(model: keras.Model, path: str | os.PathLike) -> dict[str, Any]:
     Raises:
         ValueError: when the file does not fit the model; nothing is changed then.
     """
-    arrays, meta = program_file.read_state(path)
-    variables = training_state(model)
+    arrays, meta = read_state(path)
+    variables: Mapping[str, Any] = training_state(model)
     matches = match(
         {name: (tuple(v.shape), _dtype(v)) for name, v in variables.items()},
         {name: Array(a.shape, a.dtype.name, "", ()) for name, a in arrays.items()},

@@ -1,4 +1,4 @@
-"""A saved program, loaded and run by jax alone: no TensorFlow, no Keras."""
+"""Loads and runs a saved program by jax alone, without TensorFlow or Keras."""
 
 from __future__ import annotations
 
@@ -26,14 +26,15 @@ def load(
     path: str | os.PathLike,
     mesh: int | Mapping[str, int] | None = None,
     devices: Sequence[Any] | None = None,
-) -> PortableProgram:
+) -> LoadedProgram:
     """Loads and compiles a program file.
 
     Args:
         path: The file.
-        mesh: How many devices to use, or axes and sizes. None: as many as the file has
-            a program for and the machine has.
-        devices: jax devices, of a compile-only topology say. None: `jax.devices()`.
+        mesh: The number of devices to use, or axes and sizes. None: as many as the file
+            has a program for and the machine has.
+        devices: jax devices, such as those of a compile-only topology. None:
+            `jax.devices()`.
 
     Raises:
         ValueError: when the file is broken, or has no program for such a mesh.
@@ -46,7 +47,7 @@ def load(
         raise ImportError(
             "Programs are in the format of jax.export, which needs flatbuffers: pip "
             "install flatbuffers, or without a network put its wheel (30 KB of Python) "
-            "on PYTHONPATH."
+            "on PYTHONPATH. Received: no module flatbuffers"
         )
 
     manifest = program_file.read_manifest(path)
@@ -54,11 +55,11 @@ def load(
     variant = manifest.choose(len(devices), mesh)
     programs, constants = program_file.read_programs(path)
     program = programs[variant.start : variant.start + variant.size]
-    return PortableProgram(manifest, variant, program, constants, devices)
+    return LoadedProgram(manifest, variant, program, constants, devices)
 
 
-class PortableProgram:
-    """A step on the devices of this machine; made by `load`.
+class LoadedProgram:
+    """A step on the devices of this machine; created by `load`.
 
     ```python
     program = export.load("train.gshard")
@@ -69,9 +70,9 @@ class PortableProgram:
     ```
 
     Attributes:
-        manifest: What the file says of itself.
-        mesh: Axis -> size, of the devices in use.
-        device_kind: What jax calls one of them.
+        manifest: The manifest of the file.
+        mesh: Axis -> size of the devices in use.
+        device_kind: The name that jax has for such a device.
         compiled: jax's compiled program: `as_text()`, `memory_analysis()` ...
     """
 
@@ -108,7 +109,7 @@ class PortableProgram:
         }
         outputs = shardings(manifest.outputs) + [captures[i] for i in manifest.updates]
         with _x64(), warnings.catch_warnings():
-            # The annotations are GSPMD's; jax says so on each compilation.
+            # The annotations are GSPMD's; jax warns of them on each compilation.
             warnings.filterwarnings("ignore", message=".*GSPMD.*")
             jitted = jax.jit(
                 export.deserialize(bytearray(program)).call,
@@ -127,13 +128,13 @@ class PortableProgram:
         self._constants = self._put(constants) if constants else {}
 
     def put_state(self, arrays: Mapping[str, Any]) -> State:
-        """The state on the devices, laid out as the program takes it.
+        """Returns the state on the devices, in the layouts of the program.
 
         Args:
-            arrays: By name. Those that the program does not use stay as they are.
+            arrays: Arrays by name. Those that the program does not use are unchanged.
 
         Raises:
-            ValueError: when one is missing or does not fit.
+            ValueError: when an array is missing or does not fit.
         """
         for tensor in self.manifest.state:
             if tensor.role == "constant":
@@ -144,16 +145,16 @@ class PortableProgram:
                 np.dtype(tensor.dtype),
             )
             if not fits:
-                found = "nothing" if array is None else f"{array.dtype}{array.shape}"
+                received = "nothing" if array is None else f"{array.dtype}{array.shape}"
                 raise ValueError(
-                    f"The program's state has {tensor.name!r}: {tensor.dtype}"
-                    f"{tensor.shape}. Received: {found}"
+                    f"The program's state has {tensor.name!r}, which must be "
+                    f"{tensor.dtype}{tensor.shape}. Received: {received}"
                 )
         used = {name: arrays[name] for name in self._state if name in arrays}
         return {**arrays, **self._put(used)}
 
     def reset_metrics(self, state: State) -> State:
-        """The state with its metrics at zero, as Keras has them at each epoch."""
+        """Returns the state with metrics at zero, as at the begin of an epoch."""
         zeros = {
             tensor.name: np.zeros(tensor.shape, tensor.dtype)
             for tensor in self.manifest.state
@@ -166,7 +167,7 @@ class PortableProgram:
 
         names = list(arrays)
         with _x64():
-            # Never an alias: the memory is reused for new values.
+            # No alias, because the memory is reused for new values.
             values = jax.device_put(
                 [arrays[name] for name in names],
                 [self._state[name] for name in names],
@@ -175,7 +176,7 @@ class PortableProgram:
         return dict(zip(names, values, strict=True))
 
     def put_batch(self, batch: Sequence[Any]) -> list[Any]:
-        """A batch on the devices; `__call__` does it by itself where it is not."""
+        """Returns a batch on the devices; `__call__` also does this."""
         import jax
 
         with _x64():
@@ -188,11 +189,11 @@ class PortableProgram:
 
         Args:
             batch: The arrays of a batch in the order of `manifest.inputs`.
-            state: From `put_state` or an earlier call. The parts of it that the step
-                changes are used up.
+            state: From `put_state` or an earlier call. The entries that the step
+                updates are invalid afterwards.
 
         Returns:
-            Outputs by name, and the new state; both may still be being computed.
+            Outputs by name, and the new state; both may still be computed.
         """
         manifest = self.manifest
         inputs = self.put_batch(batch)
@@ -213,14 +214,15 @@ class PortableProgram:
 
 @contextlib.contextmanager
 def _x64() -> Iterator[None]:
-    """64-bit types, which Keras's counters have."""
+    """Enables 64-bit types, which Keras's counters have."""
     import jax
 
     if hasattr(jax, "enable_x64"):
         with jax.enable_x64(True):
             yield
     else:
-        from jax.experimental import enable_x64
+        # The name in earlier versions of jax than the one that types are checked with.
+        from jax.experimental import enable_x64  # type: ignore[attr-defined]
 
         with enable_x64():
             yield

@@ -1,4 +1,4 @@
-"""What a saved program says of itself: tensors, layouts and meshes, by name."""
+"""Manifest of a saved program: its tensors, layouts and meshes by name."""
 
 from __future__ import annotations
 
@@ -8,21 +8,23 @@ from collections.abc import Mapping
 from typing import Any
 
 FORMAT = 1
+#: Platforms that a program can be exported for, as jax names them.
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 Layout = tuple[str | None, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """An argument, a result, or a part of the state.
+    """Description of an argument, a result, or an entry of the state.
 
     Attributes:
         name: `x`, `loss`, or for state `model/dense/kernel`: the same in every process.
-        shape: The whole shape, whatever number of devices holds it.
-        dtype: As numpy (and ml_dtypes) call it.
+        shape: The global shape.
+        dtype: The name that numpy (and ml_dtypes) uses.
         layout: For each dimension, the mesh axis that it is split over, or None.
-        role: Of state: "weight", "optimizer", "metric", "other" (statistics, seeds) or
-            "constant"; else "input" or "output".
-        path: Keras's path of a variable where it was saved, for people to read.
+        role: "weight", "optimizer", "metric", "other" (statistics, seeds) or "constant"
+            for state; else "input" or "output".
+        path: The Keras path of a variable where it was saved, for information.
     """
 
     name: str
@@ -39,8 +41,8 @@ class Variant:
 
     Attributes:
         mesh: Axis -> size.
-        start: Where it begins among the bytes of all programs of the file.
-        size: How many bytes it has.
+        start: Its offset in the joined bytes of all programs of the file.
+        size: Its number of bytes.
     """
 
     mesh: dict[str, int]
@@ -57,21 +59,22 @@ class Variant:
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """Everything about a saved program but the program.
+    """Description of a saved program.
 
     Attributes:
         model: The name of the Keras model.
         mode: "train", "evaluate" or "predict".
         inputs: The tensors of a batch, in the order of the program's arguments.
-        outputs: What a step says, in the order of its results.
-        state: What it reads, in the order of the arguments after the inputs. A
-            part that it changes is changed in place of the old one.
+        outputs: The outputs of a step, in the order of its results.
+        state: The state of a step, in the order of the arguments after the inputs. The
+            memory of updated entries is reused.
         updates: Indices into `state` of the new values that follow the outputs.
         variants: The meshes that the file has programs for, the model's own first.
-        platforms: Which jax calls "cpu", "cuda", "rocm" and "tpu".
-        versions: Of what made the file.
-        initial_state: The state to start from: a file beside the program's, or None.
-        format: Of this file.
+        platforms: The platforms that it can be loaded on, of `PLATFORMS`.
+        versions: The versions of the packages that made the file.
+        initial_state: The name of a state file in the same folder to start from, or
+            None.
+        format: The format of this manifest.
     """
 
     model: str
@@ -94,13 +97,13 @@ class Manifest:
         """Reads what `to_json` wrote.
 
         Raises:
-            ValueError: when it is of a later format.
+            ValueError: when it is of another format.
         """
         fields = json.loads(text)
         if fields.get("format") != FORMAT:
             raise ValueError(
-                f"This program is of format {fields.get('format')}, and this version "
-                f"of gshard_tf reads format {FORMAT}."
+                f"The program must be of format {FORMAT}, the one that this version of "
+                f"gshard_tf reads. Received: format={fields.get('format')}"
             )
         for key in ("inputs", "outputs", "state"):
             fields[key] = [_tensor(tensor) for tensor in fields[key]]
@@ -110,12 +113,12 @@ class Manifest:
     def choose(
         self, devices: int, mesh: int | Mapping[str, int] | None = None
     ) -> Variant:
-        """The variant to load on a machine.
+        """Returns the variant to load on a machine.
 
         Args:
-            devices: How many it has.
-            mesh: How many to use, or the axes and their sizes. None: as many as can
-                be.
+            devices: The number of devices of the machine.
+            mesh: The number to use, or the axes and their sizes. None: as many as
+                possible.
 
         Raises:
             ValueError: when the file has no such program, or there are too few
@@ -124,23 +127,24 @@ class Manifest:
         known = ", ".join(str(v.mesh) for v in self.variants)
         fitting = [v for v in self.variants if v.devices <= devices]
         if isinstance(mesh, Mapping):
-            found = [v for v in self.variants if v.mesh == dict(mesh)]
+            choices = [v for v in self.variants if v.mesh == dict(mesh)]
         elif mesh is not None:
-            found = [v for v in self.variants if v.devices == mesh]
+            choices = [v for v in self.variants if v.devices == mesh]
         else:
-            found = sorted(fitting, key=lambda v: -v.devices)
-        if not found:
+            choices = sorted(fitting, key=lambda v: -v.devices)
+        if not choices:
             raise ValueError(
-                f"The file has programs for the meshes {known}. Save it again with "
+                f"The mesh must be one that the file has a program for. It has "
+                f"programs for the meshes {known}. Save it again with "
                 f"meshes=[...]. Received: mesh={mesh}, {devices} device(s)"
             )
-        if found[0] not in fitting:
+        if choices[0] not in fitting:
             raise ValueError(
-                f"The mesh {found[0].mesh} needs {found[0].devices} devices. Smaller "
-                f"ones in this file: {[v.mesh for v in fitting]}. "
+                f"The mesh {choices[0].mesh} needs {choices[0].devices} devices. "
+                f"Smaller ones in this file: {[v.mesh for v in fitting]}. "
                 f"Received: {devices} device(s)"
             )
-        return found[0]
+        return choices[0]
 
 
 def _tensor(fields: Mapping[str, Any]) -> Tensor:
@@ -149,7 +153,7 @@ def _tensor(fields: Mapping[str, Any]) -> Tensor:
 
 
 def fit_layout(tensor: Tensor, mesh: Mapping[str, int]) -> Layout:
-    """The layout of a tensor on a mesh: whole along what does not divide."""
+    """Returns a tensor's layout on a mesh, whole where the axis does not divide."""
     return tuple(
         axis if axis is not None and size % mesh[axis] == 0 else None
         for axis, size in zip(tensor.layout, tensor.shape, strict=True)

@@ -12,40 +12,37 @@ OUT/log.jsonl, is one JSON object.
 from __future__ import annotations
 
 import argparse
-import json
-import math
 import os
 import pathlib
 import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 
-from gshard_tf.export import program_file
-from gshard_tf.export.array_dataset import Batches
-from gshard_tf.export.manifest import Manifest
-from gshard_tf.io.paths import make_folder, path_option
+from gshard_tf.export import program_file, state_file
+from gshard_tf.export.array_dataset import ArrayBatches, write_data
+from gshard_tf.export.manifest import PLATFORMS, Manifest
+from gshard_tf.export.run_log import Log, scalars
+from gshard_tf.io.paths import path_option
 from gshard_tf.runtime.termination import Termination
-
-PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    made = argparse.ArgumentParser(
+    """Returns the parser of the command line."""
+    result = argparse.ArgumentParser(
         prog="python -m gshard_tf.export.runner", description=__doc__.split("\n", 1)[0]
     )
-    add = made.add_argument
+    add = result.add_argument
     add("program", type=path_option, help="file of the step: train, evaluate, predict")
     add("--data", type=path_option, required=True, help="folder of its arrays")
     add("--out", type=path_option, help="folder for log, state and predictions")
     add(
         "--state",
         type=path_option,
-        help="state to begin with, where OUT/state.npz is not there yet; by default "
+        help="state to begin with, unless OUT/state.npz exists; by default "
         "the one that the program file names",
     )
     add("--steps", type=int, help="train up to this step, counted from the first")
@@ -69,49 +66,32 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--devices", type=int, help="how many to use; by default as many as can be")
     add("--platform", choices=PLATFORMS, help="their kind; by default what jax finds")
-    return made
+    return result
 
 
-class Log:
-    """JSON lines to standard output and, if there is one, to a file."""
-
-    def __init__(self, folder: pathlib.Path | None):
-        self._file: TextIO | None = None
-        if folder is not None:
-            make_folder(folder)
-            self._file = open(folder / "log.jsonl", "a", encoding="utf-8")
-
-    def __call__(self, event: str, **fields: Any) -> None:
-        """Writes one line, at once."""
-        line = json.dumps({"event": event, **fields})
-        print(line, flush=True)
-        if self._file is not None:
-            print(line, file=self._file, flush=True)
-
-
-class Stop:
-    """Inside it, Ctrl-C lets the step that runs end, and its state be saved.
+class Interruption:
+    """Context in which Ctrl-C lets the current step end and its state be saved.
 
     A second one ends the process as usual.
 
     Attributes:
-        reason: Which signal came, or None.
+        reason: The name of the signal that was received, or None.
     """
 
     def __init__(self) -> None:
         self.reason: str | None = None
-        self._before: Any = None
+        self._previous: Any = None
 
-    def __enter__(self) -> Stop:
-        self._before = signal.signal(signal.SIGINT, self._heard)
+    def __enter__(self) -> Interruption:
+        self._previous = signal.signal(signal.SIGINT, self._on_signal)
         return self
 
     def __exit__(self, *error: Any) -> None:
-        signal.signal(signal.SIGINT, self._before)
+        signal.signal(signal.SIGINT, self._previous)
 
-    def _heard(self, number: int, frame: Any) -> None:
+    def _on_signal(self, number: int, frame: Any) -> None:
         self.reason = signal.Signals(number).name
-        signal.signal(number, self._before)
+        signal.signal(number, self._previous)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -135,39 +115,40 @@ def _start_jax(options: argparse.Namespace, manifest: Manifest) -> None:
         os.environ["JAX_PLATFORMS"] = options.platform
     from gshard_tf.runtime.devices import request_cpu_devices
 
-    # (Where jax finds other devices, nobody uses these.)
+    # Where jax finds other devices, these are not used.
     request_cpu_devices(options.devices or manifest.variants[0].devices)
     import jax
 
     try:
         jax.devices()
     except (RuntimeError, AssertionError) as error:
-        # (It only asserts where it lacks the plugin of a platform.)
-        wanted = options.platform or os.environ.get("JAX_PLATFORMS") or "any platform"
+        # It only asserts where it lacks the plugin of a platform.
+        platform = options.platform or os.environ.get("JAX_PLATFORMS") or "any platform"
         raise ValueError(
-            f"jax finds no devices of {wanted} here. Take another --platform, or "
-            f"install what this one needs. jax says: {error!r}"
+            f"jax finds no devices of {platform} here. Take another --platform, or "
+            f"install the packages that this one needs. Received: {error!r}"
         ) from error
 
 
 def _state(options: argparse.Namespace) -> tuple[dict[str, np.ndarray], int]:
-    """The state to go on with, and the steps it has seen."""
-    path = _begin_with(options)
-    arrays, meta = program_file.read_state(path)
+    """Returns the state to start with, and its number of steps."""
+    path = _initial_state(options)
+    arrays, meta = state_file.read_state(path)
     return arrays, int(meta.get("step", 0))
 
 
-def _begin_with(options: argparse.Namespace) -> pathlib.Path:
+def _initial_state(options: argparse.Namespace) -> pathlib.Path:
     if options.out is not None and (options.out / "state.npz").is_file():
         return options.out / "state.npz"
     if options.state is not None:
         return options.state
-    named = program_file.read_manifest(options.program).initial_state
-    if named is None:
+    name = program_file.read_manifest(options.program).initial_state
+    if name is None:
         raise ValueError(
-            f"{options.program} names no state to begin with: give one with --state."
+            "The initial state must be named by the program, or by --state. "
+            f"Received: --state {options.state}, and {options.program} names none"
         )
-    return options.program.parent / named
+    return options.program.parent / name
 
 
 # ------------------------------------------------------------------------ training
@@ -175,14 +156,18 @@ def _begin_with(options: argparse.Namespace) -> pathlib.Path:
 
 def _train(options: argparse.Namespace, log: Log) -> int:
     if options.steps is None and options.time_limit is None:
-        raise ValueError("Training needs an end: --steps, --time-limit or both.")
+        raise ValueError(
+            "Training needs an end: --steps, --time-limit or both. Received: neither"
+        )
     if options.out is None:
-        raise ValueError("Training needs a folder for its state: --out.")
+        raise ValueError("Training needs a folder for its state: --out. Received: none")
     if not options.grace > 0:
-        raise ValueError(f"--grace is more than 0 s. Received: {options.grace}")
-    begun = time.perf_counter()
+        raise ValueError(f"--grace must be more than 0 s. Received: {options.grace}")
+    start = time.perf_counter()
     arrays, step = _state(options)
-    if _begin_with(options) == options.out / "state.npz" and _end(options, step, 0.0):
+    if _initial_state(options) == options.out / "state.npz" and _end(
+        options, step, 0.0
+    ):
         log("end", reason="steps", step=step, seconds=0.0)
         return 0
     program, batches = _load(options.program, options.data, options, log)
@@ -191,8 +176,9 @@ def _train(options: argparse.Namespace, log: Log) -> int:
         options.grace, lambda frame: True, lambda: f"Step {saved} was saved last."
     )
     if options.evaluate:
+        path, data = options.evaluate
         evaluation = Evaluation(
-            *options.evaluate, options, log, lambda: termination.is_requested
+            path, data, options, log, lambda: termination.is_requested
         )
     state = program.put_state(arrays)
     since, last = time.perf_counter(), step
@@ -201,25 +187,27 @@ def _train(options: argparse.Namespace, log: Log) -> int:
     def save() -> None:
         _save(options.out, state, step, log)
 
-    with Stop() as stop, termination:
+    with Interruption() as interruption, termination:
         while True:
-            reason = stop.reason or _end(options, step, time.perf_counter() - begun)
+            reason = interruption.reason or _end(
+                options, step, time.perf_counter() - start
+            )
             if not reason and not termination.may_begin():
                 reason = "SIGTERM"
             if reason:
                 break
             outputs, state = program(batches.batch(step), state)
             step += 1
-            # One step runs while the next one is prepared, and no more: the clock
-            # would not see them.
+            # One step runs while the next one is prepared, and no more: the time limit
+            # would not count them.
             _wait(previous)
             previous = outputs
             if step % options.log_every == 0:
-                said, now = numbers(outputs), time.perf_counter()
+                metrics, now = scalars(outputs), time.perf_counter()
                 pace = (now - since) / (step - last)
-                log("train", step=step, **said, seconds_per_step=pace)
+                log("train", step=step, **metrics, seconds_per_step=pace)
                 since, last = now, step
-                # As Keras does at each epoch: what is logged is the mean since then.
+                # As Keras does at each epoch: a logged value is the mean since then.
                 state = program.reset_metrics(state)
             if options.save_every and step % options.save_every == 0:
                 save()
@@ -232,14 +220,14 @@ def _train(options: argparse.Namespace, log: Log) -> int:
             saved = step
             if evaluation is not None and reason == "steps":
                 evaluation(state, step)
-        log("end", reason=reason, step=step, seconds=time.perf_counter() - begun)
+        log("end", reason=reason, step=step, seconds=time.perf_counter() - start)
         if reason == "SIGTERM":
             termination.leave(f"the run is saved at step {step}.")
     return 0
 
 
 def _end(options: argparse.Namespace, step: int, seconds: float) -> str | None:
-    """Why to stop here, if there is a reason."""
+    """Returns the reason to stop, or None."""
     if options.steps is not None and step >= options.steps:
         return "steps"
     if options.time_limit is not None and seconds >= options.time_limit:
@@ -249,13 +237,13 @@ def _end(options: argparse.Namespace, step: int, seconds: float) -> str | None:
 
 def _load(
     path: pathlib.Path, data: pathlib.Path, options: argparse.Namespace, log: Log
-) -> tuple[Any, Batches]:
+) -> tuple[Any, ArrayBatches]:
     from gshard_tf.export.loader import load
 
-    begun = time.perf_counter()
+    start = time.perf_counter()
     program = load(path, options.devices)
     training = program.manifest.mode == "train"
-    batches = Batches(
+    batches = ArrayBatches(
         data,
         program.manifest.inputs,
         options.shuffle if training else None,
@@ -268,16 +256,16 @@ def _load(
         mesh=program.mesh,
         device=program.device_kind,
         batches=len(batches),
-        seconds=time.perf_counter() - begun,
+        seconds=time.perf_counter() - start,
     )
     return program, batches
 
 
 def _save(out: pathlib.Path, state: dict[str, Any], step: int, log: Log) -> None:
-    begun = time.perf_counter()
+    start = time.perf_counter()
     arrays = {name: np.asarray(value) for name, value in state.items()}
-    program_file.write_state(out / "state.npz", arrays, step=step)
-    log("save", step=step, seconds=time.perf_counter() - begun)
+    state_file.write_state(out / "state.npz", arrays, step=step)
+    log("save", step=step, seconds=time.perf_counter() - start)
 
 
 def _wait(outputs: Any) -> None:
@@ -286,21 +274,11 @@ def _wait(outputs: Any) -> None:
     jax.block_until_ready(outputs)
 
 
-def numbers(outputs: dict[str, Any]) -> dict[str, Any]:
-    """The scalars among the outputs as JSON has them: NaN is null."""
-    found = {}
-    for name, value in outputs.items():
-        if value.ndim == 0:
-            number = float(value)
-            found[name] = number if math.isfinite(number) else None
-    return found
-
-
 # ----------------------------------------------------------- evaluating, predicting
 
 
 class Evaluation:
-    """One pass over held-out data, as `validation_data` of `fit`."""
+    """One pass over held-out data, as with `validation_data` of `fit`."""
 
     def __init__(
         self,
@@ -308,21 +286,22 @@ class Evaluation:
         data: pathlib.Path,
         options: argparse.Namespace,
         log: Log,
-        leaves: Callable[[], bool] = lambda: False,
+        must_stop: Callable[[], bool] = lambda: False,
     ):
-        """`leaves` says whether there is no time left to go on."""
+        """`must_stop` returns whether the process must end now."""
         self.log = log
-        self._leaves = leaves
+        self._must_stop = must_stop
         self.program, self.batches = _load(path, data, options, log)
         if self.program.manifest.mode != "evaluate":
             raise ValueError(
-                f"--evaluate needs a program that evaluates. Received: {path} of mode "
+                "--evaluate needs a program of mode 'evaluate'. "
+                f"Received: {path} of mode "
                 f"{self.program.manifest.mode!r}"
             )
 
     def __call__(self, state: dict[str, Any], step: int) -> dict[str, Any]:
-        """Logs the metrics; returns the state without what they counted."""
-        begun = time.perf_counter()
+        """Logs the metrics of a pass; returns the state with its metrics as before."""
+        start = time.perf_counter()
         before = {
             tensor.name: state[tensor.name]
             for tensor in self.program.manifest.state
@@ -331,11 +310,11 @@ class Evaluation:
         state = self.program.reset_metrics(state)
         outputs: dict[str, Any] = {}
         for number in range(len(self.batches)):
-            if self._leaves():
+            if self._must_stop():
                 return {**state, **before}
             outputs, state = self.program(self.batches.batch(number), state)
-        seconds = time.perf_counter() - begun
-        self.log("evaluate", step=step, **numbers(outputs), seconds=seconds)
+        seconds = time.perf_counter() - start
+        self.log("evaluate", step=step, **scalars(outputs), seconds=seconds)
         return {**state, **before}
 
 
@@ -346,16 +325,19 @@ def _pass(options: argparse.Namespace, log: Log) -> int:
         evaluation(evaluation.program.put_state(arrays), step)
         return 0
     if options.out is None:
-        raise ValueError("Predicting needs a folder for what it says: --out.")
+        raise ValueError(
+            "Predicting needs a folder for its outputs: --out. Received: none"
+        )
     program, batches = _load(options.program, options.data, options, log)
     state = program.put_state(arrays)
-    said: dict[str, list[np.ndarray]] = {}
+    predictions: dict[str, list[np.ndarray]] = {}
     for number in range(len(batches)):
         outputs, state = program(batches.batch(number), state)
         for name, value in outputs.items():
-            said.setdefault(name, []).append(np.asarray(value))
-    program_file.write_data(
-        options.out, {name: np.concatenate(parts) for name, parts in said.items()}
+            predictions.setdefault(name, []).append(np.asarray(value))
+    write_data(
+        options.out,
+        {name: np.concatenate(parts) for name, parts in predictions.items()},
     )
     log("predict", step=step, rows=len(batches) * batches.size)
     return 0

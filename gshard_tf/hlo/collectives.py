@@ -1,4 +1,4 @@
-"""What a compiled program does, read off the program itself."""
+"""The communication of a compiled program, read off its HLO."""
 
 import dataclasses
 import math
@@ -7,9 +7,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from gshard_tf.compat.jax_hlo import hlo_as_text
 from gshard_tf.hlo import parser
-from gshard_tf.spmd.program import SpmdProgram
 
 KINDS = (
     "all-to-all",
@@ -19,8 +17,8 @@ KINDS = (
     "collective-permute",
 )
 
-# What the piece of an asynchronous collective that starts it is passed to, on a TPU.
-_STARTS = 'custom_call_target="AsyncCollectiveStart"'
+# On a TPU, the fusion that starts an asynchronous collective passes it to this call.
+_ASYNC_START = 'custom_call_target="AsyncCollectiveStart"'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,13 +29,13 @@ class Collective:
         kind: Such as `"all-to-all"`.
         shapes: The arrays that each device receives, `(dtype, dimensions)` each.
         bytes: Their size in bytes, per device.
-        op_name: The operation that it stems from, if the program says.
-        times: How often it runs: more than once in a loop; None in a loop of which
-            nobody knows how often it turns, because that depends on values.
+        op_name: The operation that it stems from, or "".
+        times: How often it runs: more than once in a loop; None in a loop whose number
+            of iterations depends on values.
         groups: The devices that communicate with each other, one row per group;
             None for a permutation.
-        pairs: Of a permutation, `[number, 2]` sources and targets; else None.
-        dimension: The dimension that an all-gather puts together, else None.
+        pairs: `[number, 2]` sources and targets of a permutation; else None.
+        dimension: The dimension that an all-gather concatenates; else None.
     """
 
     kind: str
@@ -49,38 +47,46 @@ class Collective:
     pairs: np.ndarray | None = dataclasses.field(default=None, compare=False)
     dimension: int | None = None
 
+    @property
+    def runs(self) -> int:
+        """The number of runs that count: 1 where `times` is not known."""
+        return 1 if self.times is None else self.times
 
-def collectives(program: SpmdProgram) -> list[Collective]:
-    """The communication of a compiled program, in program order."""
-    written = parser.parse(hlo_as_text(program.step.hlo))
-    return collectives_of(parser.parse(program.compiled.as_text()), written.loops())
 
-
-def collectives_of(
-    module: parser.Module, loops: Mapping[str, int | None] | None = None
+def collectives(
+    module: parser.Module | str, loops: Mapping[str, int | None] | None = None
 ) -> list[Collective]:
-    """The same, of a module that has been read; `loops`: see `Module.executed`."""
-    found = []
-    begun = _begun_in_pieces(module)
+    """Returns the communication of a compiled module, in program order.
+
+    Args:
+        module: The module, or its text as `compiled.as_text()` prints it.
+        loops: How often its loops turn; see `Module.executed`.
+    """
+    if isinstance(module, str):
+        module = parser.parse(module)
+    communication = []
+    async_channels = _async_fusion_channels(module)
     fused = _fused(module)
     for instruction, computation, times in module.executed(loops):
         # Of an asynchronous pair the start counts, not the end.
         kind = instruction.opcode.removesuffix("-start")
         if kind not in KINDS:
             continue
-        if _channel(instruction) in begun and not _begins(instruction, computation):
+        if _channel(instruction) in async_channels and not _starts_async(
+            instruction, computation
+        ):
             continue
         arrays = instruction.arrays
         if kind == "all-reduce" and id(computation) in fused:
-            parts = _scattered(instruction, computation)
-            if parts:
-                kind, arrays = "reduce-scatter", parts
+            shards = _reduce_scatter_shards(instruction, computation)
+            if shards:
+                kind, arrays = "reduce-scatter", shards
         elif instruction.opcode != kind and len(arrays) > 1:
             # (operands, results, what else the pair needs)
             count = len(instruction.operands)
             arrays = arrays[count : 2 * count]
         dimension = re.search(r"dimensions=\{(\d+)\}", instruction.attributes)
-        found.append(
+        communication.append(
             Collective(
                 kind=kind,
                 shapes=tuple((a.dtype, a.dims) for a in arrays),
@@ -92,7 +98,7 @@ def collectives_of(
                 dimension=int(dimension[1]) if dimension else None,
             )
         )
-    return found
+    return communication
 
 
 def _channel(instruction: parser.Instruction) -> str:
@@ -100,32 +106,32 @@ def _channel(instruction: parser.Instruction) -> str:
     return channel[1] if channel else ""
 
 
-def _begins(
+def _starts_async(
     instruction: parser.Instruction, computation: Mapping[str, parser.Instruction]
 ) -> bool:
-    """Whether this is the piece of a collective that starts it."""
+    """Returns whether this instruction starts an asynchronous collective."""
     return any(
-        instruction.name in user.operands and _STARTS in user.attributes
+        instruction.name in user.operands and _ASYNC_START in user.attributes
         for user in computation.values()
     )
 
 
-def _begun_in_pieces(module: parser.Module) -> set[str]:
-    """The channels of collectives that the TPU compiler splits over fusions.
+def _async_fusion_channels(module: parser.Module) -> set[str]:
+    """Returns the channels of collectives that the TPU compiler splits over fusions.
 
-    It writes such a collective once into the fusion that starts it, where it says so,
-    and again into each that computes while it goes on ("async collective fusion").
+    It writes such a collective once into the fusion that starts it, marked as such, and
+    again into each fusion that computes meanwhile ("async collective fusion").
     """
     return {
         _channel(instruction)
         for computation in module.computations.values()
         for instruction in computation.values()
-        if _channel(instruction) and _begins(instruction, computation)
+        if _channel(instruction) and _starts_async(instruction, computation)
     }
 
 
 def _fused(module: parser.Module) -> set[int]:
-    """The identities of the computations that are called by a fusion."""
+    """Returns the identities of the computations that fusions call."""
     return {
         id(module.computations[called])
         for computation in module.computations.values()
@@ -135,26 +141,26 @@ def _fused(module: parser.Module) -> set[int]:
     }
 
 
-def _scattered(
+def _reduce_scatter_shards(
     instruction: parser.Instruction, computation: Mapping[str, parser.Instruction]
 ) -> tuple[parser.Array, ...]:
-    """The parts that are kept of a fused all-reduce, or () where some is kept whole.
+    """Returns the shards kept of a fused all-reduce, or () if any result stays whole.
 
     The TPU compiler has no other form of a reduce-scatter: an all-reduce of which each
-    device slices its own part, in one fusion, which never makes the whole sum.
+    device slices its own shard, in one fusion, which never makes the whole sum.
     """
-    parts = []
+    shards: list[parser.Array] = []
     whole = [instruction.name]
     for name in whole:  # grows on the way
         users = [i for i in computation.values() if name in i.operands]
         for user in users:
             if user.opcode == "dynamic-slice":
-                parts += user.arrays
+                shards += user.arrays
             elif user.opcode in ("get-tuple-element", "bitcast"):
                 whole.append(user.name)
             else:
                 return ()
-    return tuple(parts)
+    return tuple(shards)
 
 
 def _groups(attributes: str) -> np.ndarray | None:
@@ -166,20 +172,20 @@ def _groups(attributes: str) -> np.ndarray | None:
     if listed:
         rows = re.findall(r"\{([\d, ]*)\}", listed[1])
         return np.array([[int(i) for i in row.split(",") if i] for row in rows])
-    made = re.search(
+    iota = re.search(
         r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes
     )
-    if made is None:
+    if iota is None:
         return None
-    shape, source = (tuple(map(int, made[i].split(","))) for i in (1, 2))
+    shape, source = (tuple(map(int, iota[i].split(","))) for i in (1, 2))
     devices = np.arange(math.prod(source)).reshape(source)
-    if made[3]:
-        devices = devices.transpose([int(d) for d in made[3].split(",")])
+    if iota[3]:
+        devices = devices.transpose([int(d) for d in iota[3].split(",")])
     return devices.reshape(shape)
 
 
 def _groups_of_axes(mesh: str, axes: str) -> np.ndarray:
-    """The groups along some axes of XLA's own mesh, or parts `'a':(2)4` of axes."""
+    """Returns the groups along axes of XLA's own mesh, or sub-axes `'a':(2)4`."""
     sizes = {name: int(n) for name, n in re.findall(r"'(\w+)'=(\d+)", mesh)}
     devices = np.arange(math.prod(sizes.values())).reshape(list(sizes.values()))
     names = list(sizes)
@@ -205,20 +211,3 @@ def _pairs(attributes: str) -> np.ndarray | None:
         return None
     rows = re.findall(r"\{(\d+),(\d+)\}", listed[1])
     return np.array(rows, np.int64).reshape(-1, 2)
-
-
-def argument_bytes(program: SpmdProgram) -> list[tuple[str, int, int]]:
-    """For each variable of a program: its path, all its bytes, those per device.
-
-    Read off the shardings that XLA compiled the program with, not off the layouts
-    that were asked for.
-    """
-    shardings = program.compiled.input_shardings[0][len(program.step.inputs) :]
-    found = []
-    for value, sharding in zip(program.step.captures, shardings, strict=True):
-        shape = tuple(value.shape)
-        local = sharding.shard_shape(shape)
-        size = value.dtype.size
-        name = getattr(value, "path", "constant")
-        found.append((name, math.prod(shape) * size, math.prod(local) * size))
-    return found

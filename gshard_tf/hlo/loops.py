@@ -1,8 +1,9 @@
-"""How often the loops of an HLO module turn, where that follows from its constants.
+"""Trip counts of the loops of an HLO module, where they follow from its constants.
 
-A loop's condition looks at a few scalars of its state, counters and bounds, and its
-body makes their next values of a few more. So only these are followed, turn by turn, as
-the program itself would: whatever the condition compares, however the counters move.
+A loop's condition reads a few scalars of its state, counters and bounds, and its body
+computes their next values from a few more. Only these are evaluated, iteration by
+iteration, as the program itself would: whatever the condition compares, however the
+counters move.
 """
 
 import dataclasses
@@ -13,11 +14,11 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from gshard_tf.hlo.parser import Instruction
 
-# Where in a nest of tuples a value stands; () is the value itself.
+# The place of a value in a nest of tuples; () is the value itself.
 Path = tuple[int, ...]
 
-#: Turns after which a loop counts as one that nobody knows.
-LONGEST = 100_000
+#: Iterations after which the trip count of a loop counts as unknown.
+MAX_ITERATIONS = 100_000
 
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _INTEGER = re.compile(r"pred|[su]\d+")
@@ -30,13 +31,13 @@ _COMPARE = {
     "GT": lambda a, b: a > b,
     "GE": lambda a, b: a >= b,
 }
-_BINARY = {
+_BINARY: dict[str, Callable[[int, int], int]] = {
     "add": lambda a, b: a + b,
     "subtract": lambda a, b: a - b,
     "multiply": lambda a, b: a * b,
     "minimum": min,
     "maximum": max,
-    # Only of what is true or false: see `Frame._scalar`.
+    # For truth values and integers alike.
     "and": lambda a, b: a & b,
     "or": lambda a, b: a | b,
 }
@@ -44,19 +45,20 @@ _BINARY = {
 
 @dataclasses.dataclass(frozen=True)
 class Slot:
-    """A value that the caller alone knows: that of its argument at `path`."""
+    """A value that only the caller knows: its argument at `path`."""
 
     path: Path
 
 
 class Frame:
-    """One call of a computation, whose scalars are worked out when they are asked for.
+    """One call of a computation, whose scalars are evaluated on demand.
 
     Args:
-        computations: Those of the module, each a dict of its instructions by name.
+        computations: The computations of the module, each a dict of its instructions
+            by name.
         name: The computation that is called.
-        argument: Its arguments: `argument(number, path)` -> an integer, or None where
-            that is not known. None: nothing is known of them.
+        argument: Its arguments: `argument(number, path)` returns an integer, or None
+            where it is not known. None: none are known.
     """
 
     def __init__(
@@ -71,12 +73,12 @@ class Frame:
         self._known: dict[tuple[str, Path], int | Slot | None] = {}
 
     def result(self, path: Path = ()) -> int | Slot | None:
-        """What the computation results in, if that is known."""
+        """Returns the result of the computation, or None where it is not known."""
         root = next((i for i in self.instructions.values() if i.root), None)
         return None if root is None else self.value(root.name, path)
 
     def value(self, name: str, path: Path = ()) -> int | Slot | None:
-        """An integer of the computation (1 for true), or None where it is not known."""
+        """Returns an integer of the computation (1 for true), or None if not known."""
         key = (name, path)
         if key not in self._known:
             instruction = self.instructions.get(name)
@@ -91,15 +93,13 @@ class Frame:
         if opcode == "tuple":
             return self.value(operands[path[0]], path[1:]) if path else None
         if opcode == "get-tuple-element":
-            index = int(re.search(r"index=(\d+)", instruction.attributes)[1])
+            index = int(_attribute(r"index=(\d+)", instruction))
             return self.value(operands[0], (index, *path))
         if opcode in _SAME or 'custom_call_target="Sharding"' in instruction.attributes:
             return self.value(operands[0], path)
         if opcode in ("call", "fusion"):
-            called = re.search(
-                r"(?:calls|to_apply)=%?([\w.\-]+)", instruction.attributes
-            )
-            return self.calls(instruction, called[1]).result(path)
+            called = _attribute(r"(?:calls|to_apply)=%?([\w.\-]+)", instruction)
+            return self.calls(instruction, called).result(path)
         if opcode == "while":
             return _final(self, instruction, path)
         return None if path else self._scalar(instruction)
@@ -114,26 +114,27 @@ class Frame:
             if text in ("true", "false"):
                 return int(text == "true")
             return int(text) if re.fullmatch(r"-?\d+", text) else None
-        values = [self.value(operand) for operand in instruction.operands]
-        if not values or not all(isinstance(value, int) for value in values):
+        operands = [self.value(operand) for operand in instruction.operands]
+        values = [value for value in operands if isinstance(value, int)]
+        if not values or len(values) < len(operands):
             return None
         if opcode == "compare":
-            direction = re.search(r"direction=(\w+)", instruction.attributes)[1]
+            direction = _attribute(r"direction=(\w+)", instruction)
             return int(_COMPARE[direction](*values))
         if opcode == "not":
             return 1 - values[0] if array.dtype == "pred" else None
         if opcode == "select":
             return values[1] if values[0] else values[2]
-        known = _BINARY.get(opcode)
-        return known(*values) if known else None
+        function = _BINARY.get(opcode)
+        return function(*values) if function else None
 
     def calls(self, instruction: "Instruction", name: str, first: int = 0) -> "Frame":
-        """The frame of a computation that gets the operands of `instruction`.
+        """Returns the frame of a computation called with the operands of `instruction`.
 
         Args:
-            instruction: What calls it.
+            instruction: The calling instruction.
             name: The computation.
-            first: Which operand is its first: of a conditional, each branch has one.
+            first: The operand that is its first: each branch of a conditional has one.
         """
         return Frame(
             self.computations,
@@ -142,71 +143,82 @@ class Frame:
         )
 
     def body(self, loop: "Instruction") -> "Frame":
-        """The frame of any turn of a loop: known is what no turn changes."""
-        name = _part(loop, "body")
-        turn = Frame(self.computations, name, lambda number, path: Slot(path))
+        """Returns the frame of any iteration: known values are those none changes."""
+        name = _computation_of(loop, "body")
+        iteration = Frame(self.computations, name, lambda number, path: Slot(path))
 
         def argument(number: int, path: Path) -> int | Slot | None:
-            if turn.result(path) == Slot(path):
+            if iteration.result(path) == Slot(path):
                 return self.value(loop.operands[0], path)
             return None
 
         return Frame(self.computations, name, argument)
 
-    def turns(self, loop: "Instruction") -> int | None:
-        """How often a loop turns, or None where that is not known."""
-        known = _TRIPS.search(loop.attributes)
-        if known:
-            return int(known[1])
+    def trip_count(self, loop: "Instruction") -> int | None:
+        """Returns the number of iterations of a loop, or None if it is not known."""
+        stated = _TRIPS.search(loop.attributes)
+        if stated:
+            return int(stated[1])
         return _run(self, loop, set())[0]
 
 
-def _part(loop: "Instruction", which: str) -> str:
-    return re.search(rf"{which}=%?([\w.\-]+)", loop.attributes)[1]
+def _attribute(pattern: str, instruction: "Instruction") -> str:
+    """Returns the group of a pattern that the attributes must contain."""
+    match = re.search(pattern, instruction.attributes)
+    if match is None:
+        raise ValueError(
+            f"{instruction.opcode} must have an attribute {pattern!r}. "
+            f"Received: {instruction.attributes!r}"
+        )
+    return match[1]
+
+
+def _computation_of(loop: "Instruction", role: str) -> str:
+    return _attribute(rf"{role}=%?([\w.\-]+)", loop)
 
 
 def _final(frame: Frame, loop: "Instruction", path: Path) -> int | Slot | None:
-    """What stands at `path` of a loop's state when it ends."""
-    turns, state = _run(frame, loop, {path})
-    return None if turns is None else state.get(path)
+    """Returns the value at `path` of a loop's state when it ends."""
+    trip_count, state = _run(frame, loop, {path})
+    return None if trip_count is None else state.get(path)
 
 
 def _run(
-    frame: Frame, loop: "Instruction", wanted: set[Path]
+    frame: Frame, loop: "Instruction", paths: set[Path]
 ) -> tuple[int | None, dict[Path, int | Slot | None]]:
     """Runs the counters of a loop.
 
     Returns:
-        How often it turns, or None; and then the values at `wanted` and at all places
-        of the state that they and the condition depend on.
+        The trip count, or None; and the final values at `paths` and at all places of
+        the state that they and the condition depend on.
     """
     state: dict[Path, int | Slot | None] = {}
-    touched: list[Path] = []
+    accessed: list[Path] = []
 
     def argument(number: int, path: Path) -> int | Slot | None:
         if path not in state:
             state[path] = frame.value(loop.operands[0], path)
-            touched.append(path)
+            accessed.append(path)
         return state[path]
 
-    condition, body = _part(loop, "condition"), _part(loop, "body")
-    for path in wanted:
+    condition, body = (_computation_of(loop, r) for r in ("condition", "body"))
+    for path in paths:
         argument(0, path)
-    # All that the next values depend on, before the first turn changes any.
+    # Everything that the next values depend on, before the first iteration.
     Frame(frame.computations, condition, argument).result()
     first = Frame(frame.computations, body, argument)
-    for path in touched:  # grows on the way
+    for path in accessed:  # grows on the way
         first.result(path)
     places = len(state)
-    for turn in range(LONGEST):
-        goes_on = Frame(frame.computations, condition, argument).result()
-        if not isinstance(goes_on, int):
+    for iteration in range(MAX_ITERATIONS):
+        continues = Frame(frame.computations, condition, argument).result()
+        if not isinstance(continues, int):
             break
-        if not goes_on:
-            return turn, state
+        if not continues:
+            return iteration, state
         after = Frame(frame.computations, body, argument)
         values = {path: after.result(path) for path in list(state)}
-        if len(state) > places:  # it looks where the first turn did not
+        if len(state) > places:  # it reads what the first iteration did not
             break
         state.update(values)
     return None, {}

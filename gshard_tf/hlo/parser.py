@@ -1,7 +1,7 @@
-"""Reads the text of a compiled HLO module: what runs, and how often.
+"""Parses the text of an HLO module: its instructions, and how often each runs.
 
-The text is the form that every version of jaxlib gives and that does not depend on the
-protocol buffers of this TensorFlow.
+Every version of jaxlib prints this text, and it does not depend on the protocol buffers
+of the installed TensorFlow.
 """
 
 import dataclasses
@@ -9,8 +9,6 @@ import functools
 import math
 import re
 from collections.abc import Iterator, Mapping
-
-import numpy as np
 
 from gshard_tf.hlo.loops import Frame
 
@@ -32,8 +30,8 @@ _CALLED = re.compile(
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 
-# The `to_apply` of most is what combines two numbers, not a part of the program. What
-# an asynchronous pair calls runs once, and its start names it.
+# The `to_apply` of most combines two numbers and is not a part of the program. The
+# computation of an asynchronous pair runs once, and the start names it.
 _NOT_CALLING = frozenset(
     "all-reduce all-reduce-start map reduce reduce-scatter reduce-window scatter "
     "select-and-scatter sort async-update async-done".split()
@@ -42,7 +40,7 @@ _NOT_CALLING = frozenset(
 
 @dataclasses.dataclass(frozen=True)
 class Array:
-    """One array of a shape."""
+    """Dtype and dimensions of one array of a shape."""
 
     dtype: str
     dims: tuple[int, ...]
@@ -63,11 +61,11 @@ class Instruction:
     Attributes:
         name: Its own name.
         opcode: Such as `"dot"`.
-        arrays: What it results in, one array or those of a tuple.
-        operands: The names of what it is applied to.
+        arrays: Its result, one array or those of a tuple.
+        operands: The names of its operands.
         attributes: The rest of its line.
         op_name: The TensorFlow operation that it stems from, or "".
-        root: Whether its computation results in it.
+        root: Whether it is the result of its computation.
     """
 
     name: str
@@ -89,15 +87,15 @@ class Module:
     def executed(
         self, loops: Mapping[str, int | None] | None = None
     ) -> Iterator[tuple[Instruction, dict[str, Instruction], int | None]]:
-        """Each instruction that runs, its computation, and how often it runs.
+        """Yields each instruction that runs, its computation, and how often it runs.
 
-        One without a name of its own is given that of what it is applied to, or else
-        its caller's: the compiler names little of what it makes itself.
+        An instruction without an `op_name` gets that of its operands, or else its
+        caller's: the compiler names few instructions of its own.
 
-        Of the branches of a conditional, all count. How often a loop turns is what
-        the module says, or what follows from its constants; else what `loops` says,
-        from `Module.loops` of the module that this one was compiled from. Where
-        nobody knows, what is in the loop runs None times.
+        All branches of a conditional count. The trip count of a loop is what the
+        module states, or what follows from its constants; else that of `loops`, from
+        `Module.loops` of the module that this one was compiled from. If none is known,
+        the instructions of the loop run None times.
         """
         yield from self._run(self.entry, Frame(self.computations, self.entry), 1, "",
                              loops or {})  # fmt: skip
@@ -113,40 +111,40 @@ class Module:
         computation = self.computations[name]
         for instruction in computation.values():
             if not instruction.op_name:
-                name_ = _nearest_name(instruction, computation, 3) or caller
-                instruction = dataclasses.replace(instruction, op_name=name_)
+                op_name = _nearest_name(instruction, computation, 3) or caller
+                instruction = dataclasses.replace(instruction, op_name=op_name)
             yield instruction, computation, times
             if instruction.opcode in _NOT_CALLING:
                 continue
             inner = times
             if instruction.opcode == "while":
-                turns = _turns(instruction, frame, loops)
-                inner = None if None in (turns, times) else times * turns
+                trips = _trip_count(instruction, frame, loops)
+                inner = None if trips is None or times is None else times * trips
             for each, within in _frames(instruction, frame):
                 yield from self._run(each, within, inner, instruction.op_name, loops)
 
     def loops(self) -> dict[str, int | None]:
-        """How often each loop turns, by `op_name`; None where that is not known.
+        """Returns the trip count of each loop by `op_name`; None if it is not known.
 
-        Nor is it where loops of one name differ.
+        Loops of one name with different trip counts have None.
         """
-        found: dict[str, set[int | None]] = {}
+        counts: dict[str, set[int | None]] = {}
         entry = Frame(self.computations, self.entry)
-        for name, turns in self._loops(self.entry, entry, {}):
-            found.setdefault(name, set()).add(turns)
+        for name, trips in self._loops(self.entry, entry, {}):
+            counts.setdefault(name, set()).add(trips)
         return {
-            name: turns.pop() if len(turns) == 1 else None
-            for name, turns in found.items()
+            name: each.pop() if len(each) == 1 else None
+            for name, each in counts.items()
         }
 
     def unknown_loops(self, loops: Mapping[str, int | None] | None = None) -> list[str]:
-        """The `op_name` of each loop of which nobody knows how often it turns.
+        """Returns the `op_name` of each loop whose trip count is not known.
 
         `loops` as for `executed`.
         """
         entry = Frame(self.computations, self.entry)
-        found = self._loops(self.entry, entry, loops or {})
-        return [name for name, turns in found if turns is None]
+        counts = self._loops(self.entry, entry, loops or {})
+        return [name for name, trips in counts if trips is None]
 
     def _loops(
         self, name: str, frame: Frame, loops: Mapping[str, int | None]
@@ -155,13 +153,13 @@ class Module:
             if instruction.opcode in _NOT_CALLING:
                 continue
             if instruction.opcode == "while":
-                yield instruction.op_name, _turns(instruction, frame, loops)
+                yield instruction.op_name, _trip_count(instruction, frame, loops)
             for each, within in _frames(instruction, frame):
                 yield from self._loops(each, within, loops)
 
 
 def _frames(instruction: Instruction, frame: Frame) -> Iterator[tuple[str, Frame]]:
-    """The computations that an instruction calls, and what they know."""
+    """Yields the computations that an instruction calls, and their frames."""
     branch = 0
     for name in called(instruction):
         if name not in frame.computations:
@@ -175,37 +173,37 @@ def _frames(instruction: Instruction, frame: Frame) -> Iterator[tuple[str, Frame
             yield name, frame.calls(instruction, name)
 
 
-def _turns(
+def _trip_count(
     loop: Instruction, frame: Frame, loops: Mapping[str, int | None]
 ) -> int | None:
-    """How often a loop turns: as its module says, or else the one it is made of.
+    """Returns the trip count of a loop by its module, or else by its origin.
 
     Names are longer after compilation, by the calls around them.
     """
-    turns = frame.turns(loop)
-    if turns is None:
+    trips = frame.trip_count(loop)
+    if trips is None:
         name = f"/{loop.op_name}"
-        known = [each for each in loops if each and name.endswith(f"/{each}")]
-        turns = loops[max(known, key=len)] if known else None
-    return turns
+        origins = [each for each in loops if each and name.endswith(f"/{each}")]
+        trips = loops[max(origins, key=len)] if origins else None
+    return trips
 
 
 def _nearest_name(
     instruction: Instruction, computation: dict[str, Instruction], depth: int
 ) -> str:
-    """The first `op_name` among an instruction and what it is applied to."""
+    """Returns the first `op_name` among an instruction and its operands."""
     if instruction.op_name or not depth:
         return instruction.op_name
     for operand in instruction.operands:
         if operand in computation:
-            found = _nearest_name(computation[operand], computation, depth - 1)
-            if found:
-                return found
+            op_name = _nearest_name(computation[operand], computation, depth - 1)
+            if op_name:
+                return op_name
     return ""
 
 
 def called(instruction: Instruction) -> list[str]:
-    """The names of the computations that an instruction calls or applies."""
+    """Returns the names of the computations that an instruction calls or applies."""
     if "=" not in instruction.attributes:
         return []
     names = _CALLED.findall(instruction.attributes)
@@ -215,7 +213,7 @@ def called(instruction: Instruction) -> list[str]:
 
 
 def parse(text: str) -> Module:
-    """The module that `compiled.as_text()` prints."""
+    """Parses the text of a module, as `compiled.as_text()` prints it."""
     computations: dict[str, dict[str, Instruction]] = {}
     entry = ""
     current: dict[str, Instruction] = {}
@@ -227,107 +225,39 @@ def parse(text: str) -> Module:
                 if head["entry"]:
                     entry = head["name"]
             continue
-        found = _INSTRUCTION.match(line)
-        if found is None:
+        match = _INSTRUCTION.match(line)
+        if match is None:
             continue
-        operands, _, attributes = found["rest"].partition(")")
+        operands, _, attributes = match["rest"].partition(")")
         op_name = _OP_NAME.search(attributes)
-        current[found["name"]] = Instruction(
-            name=found["name"],
-            opcode=found["opcode"],
-            arrays=arrays(found["shape"]),
+        current[match["name"]] = Instruction(
+            name=match["name"],
+            opcode=match["opcode"],
+            arrays=arrays(match["shape"]),
             operands=tuple(_OPERAND.findall(_COMMENT.sub("", operands))),
             attributes=attributes,
             op_name=op_name[1] if op_name else "",
-            root=bool(found["root"]),
+            root=bool(match["root"]),
         )
     if not entry:
         raise ValueError(
-            f"This is no text of an HLO module. Received: {text[:80]!r}..."
+            f"`text` must be that of an HLO module. Received: {text[:80]!r}..."
         )
     return Module(computations, entry)
 
 
 @functools.lru_cache(maxsize=4096)
 def arrays(shape: str) -> tuple[Array, ...]:
-    """The arrays of a shape's text, `f32[2,8]{1,0}` or a tuple of such."""
+    """Parses the text of a shape, `f32[2,8]{1,0}` or a tuple of such."""
     return tuple(
-        Array(found["dtype"], tuple(int(d) for d in found["dims"].split(",") if d))
-        for found in _ARRAY.finditer(_LAYOUT.sub("", shape))
+        Array(match["dtype"], tuple(int(d) for d in match["dims"].split(",") if d))
+        for match in _ARRAY.finditer(_LAYOUT.sub("", shape))
     )
 
 
 def dtype_bytes(dtype: str) -> int:
-    """Bytes of one element: f32 -> 4, bf16 -> 2, s64 -> 8, f8e4m3fn -> 1, pred -> 1."""
+    """Returns bytes per element: f32 -> 4, bf16 -> 2, f8e4m3fn -> 1, pred -> 1."""
     bits = re.search(r"\d+", dtype)
     if dtype == "pred":
         return 1
     return max(1, int(bits[0]) // 8) if bits else 0
-
-
-# -- products ------------------------------------------------------------------------
-
-
-def product_flops(instruction: Instruction, computation: dict[str, Instruction]) -> int:
-    """FLOPs of a dot or a convolution, two per multiplication; 0 for all else.
-
-    The TPU compiler turns dots into convolutions, with batch dimensions as spatial
-    ones that are mostly padding; only positions inside the operands count.
-    """
-    if instruction.opcode == "dot":
-        left = computation[instruction.operands[0]].arrays[0].dims
-        depth = math.prod(
-            left[d] for d in _dims(instruction.attributes, "lhs_contracting_dims")
-        )
-        return 2 * instruction.arrays[0].elements * depth
-    if instruction.opcode == "convolution":
-        left, right = (computation[name].arrays[0] for name in instruction.operands[:2])
-        return _convolution_flops(
-            left.dims, right.dims, instruction.arrays[0].dims, instruction.attributes
-        )
-    return 0
-
-
-def _dims(attributes: str, name: str) -> list[int]:
-    found = re.search(rf"{name}=\{{([\d,]*)\}}", attributes)
-    return [int(d) for d in found[1].split(",") if d] if found else []
-
-
-def _convolution_flops(
-    left: tuple[int, ...], right: tuple[int, ...], out: tuple[int, ...], attributes: str
-) -> int:
-    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", attributes)
-    of_left, of_right, of_out = labels[1], labels[2], labels[3]
-    window = re.search(r"window=\{([^}]*)\}", attributes)
-    fields = dict(f.split("=", 1) for f in window[1].split()) if window else {}
-    batch_groups = re.search(r"batch_group_count=(\d+)", attributes)
-    flops = 2 * right[of_right.index("i")] * out[of_out.index("f")]
-    flops *= left[of_left.index("b")] // (int(batch_groups[1]) if batch_groups else 1)
-    for d in range(len(right) - 2):
-        low = fields["pad"].split("x")[d].split("_")[0] if "pad" in fields else "0"
-        numbers = [
-            int(fields[name].split("x")[d]) if name in fields else 1
-            for name in ("stride", "lhs_dilate", "rhs_dilate")
-        ]
-        flops *= _valid_positions(
-            left[of_left.index(str(d))],
-            right[of_right.index(str(d))],
-            out[of_out.index(str(d))],
-            int(low),
-            *numbers,
-        )
-    return flops
-
-
-@functools.lru_cache(maxsize=4096)
-def _valid_positions(
-    left: int, right: int, out: int, low: int, stride: int, dilate: int, spread: int
-) -> int:
-    """How many pairs (output, kernel position) meet an element of the operand."""
-    total = 0
-    kernel = np.arange(right) * spread
-    for position in range(out):
-        at = position * stride - low + kernel
-        inside = (at >= 0) & (at % dilate == 0) & (at // dilate < left)
-        total += int(np.count_nonzero(inside))
-    return total

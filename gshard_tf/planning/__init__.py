@@ -1,1 +1,1 @@
-"""Planning: what a model would need and do on hardware that is not there."""
+"""Planning: compiles the step of a model for hardware you need not have."""

@@ -1,7 +1,7 @@
-"""`gshard-plan`: what a Keras step would need on hardware that is not there.
+"""Command line of `gshard-plan`: parses and checks the arguments, then runs `command`.
 
-Outside the package, because importing that starts TensorFlow, which takes seconds:
-here the arguments are checked first, and `--help` is quick.
+TensorFlow takes seconds to start, so it is imported after the checks: `--help` and
+errors are quick.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ DTYPES = frozenset(
 )
 DESCRIPTION = """\
 Builds a Keras model without allocating its weights, traces one step of it, partitions
-that over a mesh and compiles it for a TPU slice or for virtual CPU devices; then says
-how much memory a core needs, what it computes and communicates, and where every weight
-is. Nothing runs; times are estimates."""
+that over a mesh and compiles it for a TPU slice or for virtual CPU devices; then prints
+the memory, FLOPs and communication of a core and the layout of every weight. Nothing
+runs; times are estimates."""
 EPILOG = """\
 exit status:
   0  every step fits (a CPU has no limit), or plans were compared
@@ -44,7 +44,7 @@ examples:
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """A tensor of a batch, before TensorFlow is there to say so."""
+    """Shape and dtype of a tensor of the batch, without TensorFlow."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -52,7 +52,7 @@ class Spec:
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """The function that makes the model: of a module, or of a file."""
+    """The function that creates the model, of a module or of a file."""
 
     module: str
     function: str
@@ -67,20 +67,20 @@ class Target:
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one sentence, without all options before it."""
+    """An argument parser whose errors are one line, without the usage before it."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message} ({self.prog} --help tells more)\n")
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
 def parser() -> argparse.ArgumentParser:
-    made = Parser(
+    result = Parser(
         prog="gshard-plan",
         description=DESCRIPTION,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    made.add_argument(
+    result.add_argument(
         "target",
         nargs="?",
         type=target,
@@ -88,7 +88,7 @@ def parser() -> argparse.ArgumentParser:
         help="a dotted module or a .py file, and a function in it that takes no "
         "arguments, makes and compiles a model, and returns it or (model, batch)",
     )
-    made.add_argument(
+    result.add_argument(
         "--topology",
         action="append",
         type=topology,
@@ -97,13 +97,13 @@ def parser() -> argparse.ArgumentParser:
         help="a slice such as v5e:2x4 (8 chips) or v3:8x8 (64 chips, 128 cores), or "
         "cpu:N for N virtual devices; may be given several times",
     )
-    made.add_argument(
+    result.add_argument(
         "--mesh",
         type=mesh,
         metavar="AXIS=N,...",
         help="its axes, all cores together; by default expert=(number of cores)",
     )
-    made.add_argument(
+    result.add_argument(
         "--rule",
         action="append",
         type=rule,
@@ -113,151 +113,160 @@ def parser() -> argparse.ArgumentParser:
         "(NAME=none); may be repeated. With any, these are all rules there are; by "
         "default AxisRules.default",
     )
-    made.add_argument(
+    result.add_argument(
         "--batch",
         type=batch,
         metavar="SPEC",
         help="the global batch that fit passes to a step: (x, y) or x, of tensors such "
         "as int32[512,128], nested by (...) and {'name': ...}; by default what the "
-        "function returns beside the model",
+        "function returns with the model",
     )
-    made.add_argument("--mode", choices=MODES, default="train", help="default: train")
-    made.add_argument(
+    result.add_argument("--mode", choices=MODES, default="train", help="default: train")
+    result.add_argument(
         "--json",
         type=output,
         metavar="FILE",
         help="write the plan there; of several, FILE's name gets the topology's",
     )
-    made.add_argument(
+    result.add_argument(
         "--html", type=output, metavar="FILE", help="write one page of all plans there"
     )
-    made.add_argument(
+    result.add_argument(
         "--no-cache", action="store_true", help="compile even what is known already"
     )
-    made.add_argument(
+    result.add_argument(
         "--compare",
         nargs=2,
         type=path_option,
         metavar=("A.json", "B.json"),
         help="instead: show two plans that --json wrote, and the ratio B / A",
     )
-    return made
+    return result
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the command; returns the exit status."""
-    made = parser()
-    options = made.parse_args(arguments)
-    _check(made, options)
-    # Before TensorFlow and jax load. Nothing is computed: no accelerator is wanted, and
-    # TensorFlow's advice about this machine is not either.
+    command_line = parser()
+    options = command_line.parse_args(arguments)
+    _check(command_line, options)
+    # Set before TensorFlow and jax load. Nothing is computed, so neither an accelerator
+    # nor TensorFlow's advice about this machine is of use.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    from gshard_tf.planning.cli import run
+    from gshard_tf.planning.command import run
 
     return run(options)
 
 
-def _check(made: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """What one argument alone does not tell; `made.error` exits with status 2."""
+def _check(command_line: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Checks arguments against each other; `error` exits with status 2."""
     if options.compare:
         others = ("target", "topology", "mesh", "rule", "batch", "json", "no_cache")
-        given = [name for name in others if getattr(options, name)]
-        if given:
-            made.error(
+        extra = [name for name in others if getattr(options, name)]
+        if extra:
+            command_line.error(
                 f"--compare reads two files; it goes with --html only, not with "
-                f"{', '.join(given)}"
+                f"{', '.join(extra)}"
             )
         for path in options.compare:
             if not path.is_file():
-                made.error(f"argument --compare: there is no file {path}")
+                command_line.error(f"argument --compare: there is no file {path}")
         return
     if options.target is None:
-        made.error("MODULE:FUNCTION is missing: what makes the model?")
+        command_line.error("MODULE:FUNCTION is missing: what makes the model?")
     if not options.topology:
-        made.error("--topology is missing, such as --topology v5e:2x4")
+        command_line.error("--topology is missing, such as --topology v5e:2x4")
     twice = {n for n in options.topology if options.topology.count(n) > 1}
     if twice:
-        made.error(f"argument --topology: given twice: {', '.join(sorted(twice))}")
+        command_line.error(
+            f"argument --topology: given twice: {', '.join(sorted(twice))}"
+        )
     names = [name for name, _ in options.rule]
     for name in names:
         if names.count(name) > 1:
-            made.error(f"argument --rule: two rules for {name!r}")
+            command_line.error(f"argument --rule: two rules for {name!r}")
     for name, axis in options.rule:
         if options.mesh and axis is not None and axis not in options.mesh:
-            made.error(
+            command_line.error(
                 f"argument --rule: {name}={axis} names no axis of the mesh, which has "
                 f"{', '.join(options.mesh)}"
             )
 
 
-# -- one argument each: a value, or an error in a sentence -------------------------
+# -- the types of single arguments -------------------------------------------------
 
 
 def target(text: str) -> Target:
-    """`MODULE:FUNCTION`."""
+    """Parses `MODULE:FUNCTION`."""
     module, colon, function = text.rpartition(":")
     if not colon or not module or not function.isidentifier():
         raise argparse.ArgumentTypeError(
-            f"a module or a .py file, a colon and a function, such as model.py:build. "
-            f"Received: {text!r}"
+            "must be a module or a .py file, a colon and a function, such as "
+            f"model.py:build. Received: {text!r}"
         )
-    found = Target(module, function)
-    if found.file is not None:
-        if not found.file.is_file():
-            raise argparse.ArgumentTypeError(f"there is no file {module!r}")
-        return found
+    parsed = Target(module, function)
+    if parsed.file is not None:
+        if not parsed.file.is_file():
+            raise argparse.ArgumentTypeError(
+                f"must name a file that exists: there is no file {module!r}. "
+                f"Received: {text!r}"
+            )
+        return parsed
     first = module.partition(".")[0]
     if not all(part.isidentifier() for part in module.split(".")):
-        raise argparse.ArgumentTypeError(f"{module!r} is no name of a module")
-    # As `python -m` does: what stands in the current folder can be imported.
+        raise argparse.ArgumentTypeError(
+            f"must name a module or a .py file. Received: {module!r}"
+        )
+    # Modules in the current folder can be imported, as with `python -m`.
     if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     if importlib.util.find_spec(first) is None:
         raise argparse.ArgumentTypeError(
-            f"there is no module {first!r} here or among the installed ones"
+            "must name a module that is installed or in this folder: there is no "
+            f"module {first!r}. Received: {text!r}"
         )
-    return found
+    return parsed
 
 
 def topology(text: str) -> str:
-    """A name that could be one; the compiler knows whether it is."""
+    """Returns the name of a topology; the compiler checks later whether it exists."""
     if not re.fullmatch(r"cpu:[1-9]\d*|(?!cpu:)[a-z]\w*:\d+(x\d+)*", text):
         raise argparse.ArgumentTypeError(
-            f"a chip and its slice, such as v5e:2x4, or cpu:8. Received: {text!r}"
+            "must be a chip and its slice, such as v5e:2x4, or cpu:8. "
+            f"Received: {text!r}"
         )
     return text
 
 
 def mesh(text: str) -> dict[str, int]:
-    """`data=4,model=2`."""
-    found: dict[str, int] = {}
+    """Parses `data=4,model=2`."""
+    sizes: dict[str, int] = {}
     for part in text.split(","):
         match = re.fullmatch(r"\s*([A-Za-z_]\w*)=([1-9]\d*)\s*", part)
-        if match is None or match[1] in found:
+        if match is None or match[1] in sizes:
             raise argparse.ArgumentTypeError(
-                "axes, each with a name of its own, and their sizes, such as "
+                "must be axes, each with a name of its own, and their sizes, such as "
                 f"data=4,model=2. Received: {text!r}"
             )
-        found[match[1]] = int(match[2])
-    return found
+        sizes[match[1]] = int(match[2])
+    return sizes
 
 
 def rule(text: str) -> tuple[str, str | None]:
-    """`batch=data`, or `embed=none`."""
+    """Parses `batch=data`, or `embed=none`."""
     match = re.fullmatch(r"([A-Za-z_]\w*)=([A-Za-z_]\w*)", text)
     if match is None:
         raise argparse.ArgumentTypeError(
-            "a logical axis and a mesh axis, such as batch=data, or batch=none. "
-            f"Received: {text!r}"
+            "must be a logical axis and a mesh axis, such as batch=data, or "
+            f"batch=none. Received: {text!r}"
         )
     return match[1], None if match[2] == "none" else match[2]
 
 
 def batch(text: str) -> Any:
-    """Nested tuples and dicts of `Spec`."""
+    """Parses a batch to nested tuples and dicts of `Spec`."""
     try:
-        # `int32[]` is a scalar; Python wants something between the brackets.
+        # `int32[]` is a scalar; Python needs an expression between the brackets.
         tree = ast.parse(text.strip().replace("[]", "[()]"), mode="eval").body
     except SyntaxError as error:
         raise argparse.ArgumentTypeError(
@@ -275,7 +284,8 @@ def _nest(node: ast.expr, text: str) -> Any:
                 key.value if isinstance(key, ast.Constant) else getattr(key, "id", None)
                 for key in keys
             ]
-            if not all(isinstance(name, str) for name in names):
+            names = [name for name in names if isinstance(name, str)]
+            if len(names) < len(keys):
                 raise argparse.ArgumentTypeError(_no_batch(text, "a key is no name"))
             return {
                 name: _nest(value, text)
@@ -283,12 +293,13 @@ def _nest(node: ast.expr, text: str) -> Any:
             }
         case ast.Subscript(value=ast.Name(id=dtype), slice=inner):
             sizes = inner.elts if isinstance(inner, ast.Tuple) else [inner]
-            shape = tuple(getattr(size, "value", None) for size in sizes)
+            numbers = [getattr(size, "value", None) for size in sizes]
+            shape = tuple(n for n in numbers if type(n) is int and n > 0)
             if dtype not in DTYPES:
                 raise argparse.ArgumentTypeError(
                     _no_batch(text, f"{dtype!r} is none of the dtypes")
                 )
-            if not all(type(n) is int and n > 0 for n in shape):
+            if len(shape) < len(numbers):
                 raise argparse.ArgumentTypeError(
                     _no_batch(text, "every dimension is a whole number above 0")
                 )
@@ -300,17 +311,17 @@ def _nest(node: ast.expr, text: str) -> Any:
 
 def _no_batch(text: str, why: str) -> str:
     return (
-        f"{why}. A batch is a nest of tensors, such as "
+        f"{why}. A batch must be a nest of tensors, such as "
         f"'(int32[512,128], int32[512,128]), int32[512,128]'. Received: {text!r}"
     )
 
 
 def output(text: str) -> Path:
-    """A file that can be written when the work is done."""
+    """Parses the path of a file whose folder exists."""
     path = path_option(text)
     if path.is_dir() or not path.parent.is_dir():
         raise argparse.ArgumentTypeError(
-            f"a file in a folder that exists. Received: {text!r}"
+            f"must be a file in a folder that exists. Received: {text!r}"
         )
     return path
 

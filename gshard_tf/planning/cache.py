@@ -1,4 +1,4 @@
-"""Plans on disk, found by what they are made from."""
+"""Cache of plans on disk, keyed by the content that they depend on."""
 
 import hashlib
 import json
@@ -12,7 +12,8 @@ from tensorflow.experimental import dtensor
 
 from gshard_tf.io.atomic_files import write_file
 from gshard_tf.io.paths import local_path
-from gshard_tf.planning.plan import FORMAT, Plan, Weight
+from gshard_tf.planning.plan import FORMAT, Plan
+from gshard_tf.planning.records import Weight
 from gshard_tf.sharding.mesh import axis_sizes
 
 
@@ -24,8 +25,8 @@ def content_key(
     mode: str,
     versions: dict[str, str],
 ) -> str:
-    """A hash of everything that a plan depends on; `hlo` is the text of its module."""
-    # Neither where the model's source lies nor how many functions TensorFlow has
+    """Returns a hash of everything that a plan depends on; `hlo` is a module's text."""
+    # Neither the model's source file nor the number of functions that TensorFlow has
     # traced before matters to a plan.
     text = re.sub(
         r'source_file="[^"]*"|source_(end_)?(line|column)=\d+|stack_frame_id=\d+'
@@ -35,7 +36,7 @@ def content_key(
     )
     # The first lines list source files.
     text = text[text.find("\n%") :]
-    rest = {
+    other = {
         "format": FORMAT,
         "weights": [[w.path, w.role, w.rule, w.layout] for w in weights],
         "topology": topology,
@@ -44,19 +45,19 @@ def content_key(
         "versions": versions,
     }
     digest = hashlib.sha256(text.encode())
-    digest.update(json.dumps(rest, sort_keys=True).encode())
+    digest.update(json.dumps(other, sort_keys=True).encode())
     return digest.hexdigest()
 
 
-class Cache:
-    """A folder of plans, one file each; without a folder it holds nothing."""
+class PlanCache:
+    """A folder of plans, one file each; without a folder, nothing is cached."""
 
     def __init__(self, folder: pathlib.Path | None):
         self.folder = folder
 
     @classmethod
-    def of(cls, cache: bool | str | os.PathLike) -> "Cache":
-        """The cache that `plan` was asked to use.
+    def from_option(cls, cache: bool | str | os.PathLike) -> "PlanCache":
+        """Returns the cache that the `cache` argument of `plan` names.
 
         Raises:
             ValueError: for a remote folder, `gs://` say.
@@ -69,7 +70,7 @@ class Cache:
         return cls(local_path(cache, "cache"))
 
     def load(self, key: str) -> Plan | None:
-        """The plan of a key, or None."""
+        """Returns the plan of a key, or None."""
         if self.folder is None:
             return None
         path = self.folder / f"{key}.json"
@@ -78,11 +79,14 @@ class Cache:
         try:
             return Plan.from_json(path.read_text())
         except (ValueError, KeyError, TypeError) as error:
-            warnings.warn(f"Made anew, because {path} is broken: {error}", stacklevel=3)
+            warnings.warn(
+                f"The plan is made again, because {path} is broken: {error}",
+                stacklevel=3,
+            )
             return None
 
     def save(self, plan: Plan) -> None:
-        """Keeps a plan; a reader never sees half of one."""
+        """Stores a plan atomically."""
         if self.folder is None:
             return
         write_file(self.folder / f"{plan.key}.json", plan.to_json().encode())

@@ -1,4 +1,4 @@
-"""The chips that can be planned for, and what their makers say of them.
+"""Chips and topologies that can be planned for, with published figures.
 
 Figures per chip are Google's own (cloud.google.com/tpu/docs, the page of each
 version; bandwidths in decimal bytes). The interconnect of a link is the
@@ -20,20 +20,20 @@ from gshard_tf.runtime.devices import cpu_devices, request_cpu_devices, topology
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What one chip is, as its maker states it.
+    """Published figures of one chip.
 
     Attributes:
-        name: As the TPU compiler calls it.
-        devices: How many devices jax sees on it: 2 where the two cores are
-            programmed apart (v3), 1 where they act as one.
-        flops: Products in bfloat16 with float32 sums, per second.
-        hbm_bytes: Memory.
-        hbm_bandwidth: Bytes per second to and from it.
+        name: The name that the TPU compiler uses.
+        devices: The number of jax devices on it: 2 where the two cores are programmed
+            separately (v3), 1 where they act as one.
+        flops: FLOP/s of bfloat16 matmuls with float32 sums.
+        hbm_bytes: Bytes of memory.
+        hbm_bandwidth: Bytes per second to and from memory.
         link_bandwidth: Bytes per second of one link in one direction.
-        dimensions: Of the torus that the links make.
+        dimensions: The dimensions of the torus that the links form.
         wraps_at: A dimension of a slice is a ring if its size is a multiple of this,
             else a line.
-        slices: The slices that are tried when looking for a name's neighbours.
+        slices: The slices that an error suggests for an unknown name.
     """
 
     name: str
@@ -72,7 +72,7 @@ CHIPS = {
 
 
 def is_ring(size: int, wraps_at: int | None) -> bool:
-    """Whether the ends of a dimension of a slice are linked; see `Chip.wraps_at`."""
+    """Returns whether a dimension's ends are linked; see `Chip.wraps_at`."""
     return wraps_at is not None and size > 2 and size % wraps_at == 0
 
 
@@ -81,10 +81,10 @@ class Topology:
     """A slice of chips, or N virtual CPU devices (`chip` is None then).
 
     Attributes:
-        name: As it was asked for.
-        devices: jax devices in their order; for a CPU they exist.
-        chip: What each chip is.
-        shape: Chips along each dimension of the slice.
+        name: The requested name.
+        devices: jax devices in their order; those of a CPU exist.
+        chip: The figures of each chip.
+        shape: The number of chips along each dimension of the slice.
     """
 
     name: str
@@ -94,22 +94,22 @@ class Topology:
 
     @property
     def hbm_bytes(self) -> float | None:
-        """Memory that a device has; None where it is the host's."""
-        return self.chip and self.chip.hbm_bytes / self.chip.devices
+        """The memory of a device; None where it is the host's."""
+        return None if self.chip is None else self.chip.hbm_bytes / self.chip.devices
 
 
 def find_topology(name: str) -> Topology:
-    """The topology of a name, `"v3:8x8"` or `"cpu:8"`.
+    """Returns the topology of a name, `"v3:8x8"` or `"cpu:8"`.
 
     Raises:
-        ValueError: for a name that the compiler does not know; it says which ones
-            near it are known.
+        ValueError: for a name that the compiler does not know; the message suggests
+            similar ones.
         ImportError: when the TPU compiler is not installed.
         RuntimeError: when jax has already started with fewer CPU devices.
     """
-    found = re.fullmatch(r"cpu:(\d+)", name)
-    if found and int(found[1]) > 0:
-        count = int(found[1])
+    cpus = re.fullmatch(r"cpu:(\d+)", name)
+    if cpus and int(cpus[1]) > 0:
+        count = int(cpus[1])
         request_cpu_devices(count)
         return Topology(name, cpu_devices(count), None, (count,))
     kind, _, shape = name.partition(":")
@@ -124,20 +124,21 @@ def find_topology(name: str) -> Topology:
 
 def _unknown(name: str) -> str:
     kind, _, shape = name.partition(":")
-    said = (
-        f"Received: topology={name!r}. A topology is a chip and its slice, such as "
-        "'v3:8x8' (64 chips, 128 cores), or 'cpu:8'"
+    rule = (
+        "`topology` must be a chip and its slice, such as 'v3:8x8' (64 chips, 128 "
+        "cores), or 'cpu:8'"
     )
+    received = f"Received: topology={name!r}"
     if kind not in CHIPS:
         near = difflib.get_close_matches(kind, [*CHIPS, "cpu"], n=2, cutoff=0.4)
-        return f"{said}. Chips: {', '.join(near or [*CHIPS, 'cpu'])}."
-    wanted = math.prod(int(n) for n in re.findall(r"\d+", shape)) or 1
+        return f"{rule}. Chips: {', '.join(near or [*CHIPS, 'cpu'])}. {received}"
+    requested = math.prod(int(n) for n in re.findall(r"\d+", shape)) or 1
 
     def distance(candidate: str) -> float:
         size = math.prod(int(n) for n in candidate.split("x"))
-        return abs(math.log(size / wanted))
+        return abs(math.log(size / requested))
 
-    near = sorted(CHIPS[kind].slices, key=distance)[:4]
-    return f"{said}. The nearest that the compiler knows: " + ", ".join(
-        f"{kind}:{n}" for n in near
+    nearest = ", ".join(
+        f"{kind}:{n}" for n in sorted(CHIPS[kind].slices, key=distance)[:4]
     )
+    return f"{rule}. The nearest that the compiler knows: {nearest}. {received}"

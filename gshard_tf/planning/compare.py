@@ -1,5 +1,6 @@
-"""Two plans side by side."""
+"""Comparison of two plans: a table with the ratio of every figure."""
 
+import functools
 from collections.abc import Callable
 
 from gshard_tf.planning import summaries, units
@@ -10,14 +11,14 @@ Row = tuple[str, str, str, str]
 
 
 def compare(a: Plan, b: Plan) -> str:
-    """A table of both plans and the ratio of the second to the first.
+    """Returns a table of both plans and the ratio of the second to the first.
 
-    What is not known of one (a program that does not fit has no FLOPs, a CPU no
+    A figure that one of them lacks (a program that does not fit has no FLOPs, a CPU no
     estimate of time) is shown as `-`.
     """
     lines = [("", "A", "B", "B / A"), *rows(a, b)]
     widths = [max(len(line[i]) for line in lines) for i in range(4)]
-    shown = [
+    text = [
         "  ".join(
             [
                 name.ljust(widths[0]),
@@ -29,52 +30,57 @@ def compare(a: Plan, b: Plan) -> str:
         ).rstrip()
         for name, *cells in lines
     ]
-    shown.insert(1, "-" * max(map(len, shown)))
+    text.insert(1, "-" * max(map(len, text)))
     head = [
         f"A: {_title(a)}",
         f"B: {_title(b)}",
-        *(f"! {text}" for text in differences(a, b)),
+        *(f"! {note}" for note in differences(a, b)),
         "",
     ]
-    return "\n".join([*head, *shown, "", "Step times are estimates, not measurements."])
+    return "\n".join([*head, *text, "", "Step times are estimates, not measurements."])
 
 
 def rows(a: Plan, b: Plan) -> list[Row]:
-    """The lines of the comparison: name, first, second, ratio."""
-    found = [
-        _row("cores", a, b, lambda p: p.cores, units.number),
+    """Returns the lines of the comparison: name, first, second, ratio."""
+    lines = [
+        _row("cores", a, b, lambda p: p.num_devices, units.number),
         _row("parameters", a, b, lambda p: p.parameters, units.number),
-        _row("capacity of a core", a, b, lambda p: p.capacity, units.size),
-        _row("memory of a core", a, b, lambda p: p.needed, units.size),
+        _row("capacity of a core", a, b, lambda p: p.bytes_available, units.size),
+        _row("memory of a core", a, b, lambda p: p.bytes_needed, units.size),
     ]
     for role in summaries.ROLES:
         if any(p.state_bytes(role) for p in (a, b)):
-            found.append(
+            lines.append(
                 _row(
                     f"  {summaries.ROLE_NAMES[role]}",
                     a,
                     b,
-                    lambda p, role=role: p.state_bytes(role, per_core=True),
+                    functools.partial(_bytes_of_role, role=role),
                     units.size,
                 )
             )
-    found += [
-        _row("  temporaries", a, b, lambda p: p.memory and p.memory.temporaries,
-             units.size),
-        _row("  outputs", a, b, lambda p: p.memory and p.memory.outputs, units.size),
+    lines += [
+        _row("  temporaries", a, b,
+             lambda p: p.memory.temporaries if p.memory else None, units.size),
+        _row("  outputs", a, b,
+             lambda p: p.memory.outputs if p.memory else None, units.size),
         _row("FLOPs of a core", a, b, lambda p: p.flops, units.flops),
-        _row("  over those written", a, b, lambda p: p.flops_over_written,
+        _row("  over those written", a, b, lambda p: p.flops_ratio,
              lambda value: f"{value:.3f}"),
         _row("memory accesses of a core", a, b, lambda p: p.bytes_accessed, units.size),
     ]  # fmt: skip
-    found.append(_row("communication to a core", a, b, _received, units.size))
+    lines.append(_row("communication to a core", a, b, _received, units.size))
     kinds = sorted({part.kind for plan in (a, b) for part in plan.communication})
     for kind in kinds:
-        found += [
-            _row(f"  {kind}", a, b, lambda p, k=kind: _received(p, k), units.size),
-            _row("    number", a, b, lambda p, k=kind: _counted(p, k), units.number),
+        lines += [
+            _row(
+                f"  {kind}", a, b, functools.partial(_received, kind=kind), units.size
+            ),
+            _row(
+                "    number", a, b, functools.partial(_counted, kind=kind), units.number
+            ),
         ]
-    found.append(
+    lines.append(
         _row(
             "reshards not asked for",
             a,
@@ -83,35 +89,34 @@ def rows(a: Plan, b: Plan) -> list[Row]:
             units.number,
         )
     )
-    for name, value in (
-        ("step time, at least", lambda t: t.roofline),
-        ("  products", lambda t: t.compute),
-        ("  memory", lambda t: t.hbm),
-        ("  links", lambda t: t.interconnect),
-        ("step time, no overlap", lambda t: t.without_overlap),
-        ("step time, the compiler's", lambda t: t.compiler),
+    for name, attribute in (
+        ("step time, at least", "roofline"),
+        ("  products", "compute"),
+        ("  memory", "hbm"),
+        ("  links", "interconnect"),
+        ("step time, no overlap", "without_overlap"),
+        ("step time, the compiler's", "compiler"),
     ):
-        found.append(
-            _row(name, a, b, lambda p, v=value: p.time and v(p.time), units.seconds)
-        )
-    found.append(_row("compiled in", a, b, lambda p: p.compile_seconds, units.seconds))
-    return found
+        seconds = functools.partial(_seconds, attribute=attribute)
+        lines.append(_row(name, a, b, seconds, units.seconds))
+    lines.append(_row("compiled in", a, b, lambda p: p.compile_seconds, units.seconds))
+    return lines
 
 
 def differences(a: Plan, b: Plan) -> list[str]:
-    """What makes the two hard to compare, in sentences."""
-    found = []
+    """Returns the properties that make the two hard to compare, in sentences."""
+    notes = []
     if a.mode != b.mode:
-        found.append(f"They are of different modes: {a.mode} and {b.mode}.")
+        notes.append(f"They are of different modes: {a.mode} and {b.mode}.")
     if a.inputs != b.inputs:
-        found.append(
+        notes.append(
             f"Their batches differ: {', '.join(a.inputs)} and {', '.join(b.inputs)}."
         )
     if _model(a) != _model(b):
-        found.append("Their models differ: not the same weights, shapes and dtypes.")
+        notes.append("Their models differ: not the same weights, shapes and dtypes.")
     if a.versions != b.versions:
-        found.append("They were made with different versions of packages.")
-    return found
+        notes.append("They were made with different versions of packages.")
+    return notes
 
 
 def _model(plan: Plan) -> list[tuple]:
@@ -122,6 +127,14 @@ def _model(plan: Plan) -> list[tuple]:
 def _title(plan: Plan) -> str:
     mesh = ", ".join(f"{axis}={size}" for axis, size in plan.mesh.items())
     return f"{plan.model}, {plan.mode}, on {plan.topology} ({mesh}): {verdict(plan)}"
+
+
+def _bytes_of_role(plan: Plan, role: str) -> int:
+    return plan.state_bytes(role, per_core=True)
+
+
+def _seconds(plan: Plan, attribute: str) -> float | None:
+    return None if plan.time is None else getattr(plan.time, attribute)
 
 
 def _received(plan: Plan, kind: str | None = None) -> int | None:
@@ -139,12 +152,12 @@ def _row(
     a: Plan,
     b: Plan,
     value: Callable[[Plan], float | None],
-    shown: Callable[[float], str],
+    format_: Callable[[float], str],
 ) -> Row:
     old, new = value(a), value(b)
     return (
         name,
-        "-" if old is None else shown(old),
-        "-" if new is None else shown(new),
+        "-" if old is None else format_(old),
+        "-" if new is None else format_(new),
         units.ratio(new, old),
     )

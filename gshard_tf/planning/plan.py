@@ -1,202 +1,56 @@
-"""The report of a plan: plain data, as a table and as JSON."""
+"""`Plan`: the result of planning, as attributes, a table, and JSON."""
 
 import dataclasses
 import json
 from typing import Any
 
-#: Raised when the fields change or are counted otherwise, so that an old file is
-#: refused and not misread.
+from gshard_tf.planning.records import (
+    Buffer,
+    Communication,
+    Memory,
+    OutOfMemory,
+    Reshard,
+    StepTime,
+    Weight,
+)
+from gshard_tf.planning.text import table
+
+#: Increased when the fields or their definitions change, so that an old file is
+#: rejected and not misread.
 FORMAT = 3
 
 
 @dataclasses.dataclass(frozen=True)
-class Weight:
-    """One variable.
-
-    Attributes:
-        path: Its Keras path.
-        role: "weight", "frozen" (no gradient), "optimizer" or "other" (metrics, seeds).
-        shape: Its whole shape.
-        dtype: Its dtype.
-        layout: Mesh axis, or None, of each dimension.
-        bytes: Of the whole.
-        bytes_per_core: Of what each core holds.
-        rule: What decided the layout.
-    """
-
-    path: str
-    role: str
-    shape: tuple[int, ...]
-    dtype: str
-    layout: tuple[str | None, ...]
-    bytes: int
-    bytes_per_core: int
-    rule: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Memory:
-    """Bytes of memory per core that the compiled step needs at once.
-
-    Attributes:
-        arguments: State and batch.
-        outputs: Results that do not take the place of arguments.
-        temporaries: What lives within the step, most of it activations.
-        code: The program itself.
-        capacity: What the core has; None where it is the host's.
-    """
-
-    arguments: int
-    outputs: int
-    temporaries: int
-    code: int
-    capacity: float | None
-
-    @property
-    def total(self) -> int:
-        return self.arguments + self.outputs + self.temporaries + self.code
-
-
-@dataclasses.dataclass(frozen=True)
-class Buffer:
-    """A large buffer of a program that does not fit."""
-
-    bytes: int
-    shape: str
-    layer: str
-    operation: str
-
-
-@dataclasses.dataclass(frozen=True)
-class OutOfMemory:
-    """Why the compiler gave up.
-
-    Attributes:
-        needed: Bytes per core that it wanted.
-        capacity: Bytes per core that there are for it.
-        buffers: The largest, if it named them.
-        message: What it said.
-        as_written: Whether it named none, and `buffers` are the largest tensors of the
-            step as it is written: whole, before they are split over cores.
-    """
-
-    needed: float
-    capacity: float
-    buffers: list[Buffer]
-    message: str
-    as_written: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Communication:
-    """Collectives that are alike.
-
-    Attributes:
-        kind: Such as "all-to-all".
-        layer: The layer that they belong to, or "".
-        axis: The mesh axes over which devices communicate, joined by "+".
-        count: How many run in a step; those of a loop as often as it turns, or once
-            where that depends on values (`Plan.complaints` then says so).
-        bytes: What a core receives by all of them.
-        seconds: By the roofline.
-        asked: Whether annotations ask for it; sums of partial results (all-reduce,
-            reduce-scatter) always count as asked for.
-    """
-
-    kind: str
-    layer: str
-    axis: str
-    count: int
-    bytes: int
-    seconds: float
-    asked: bool
-
-
-@dataclasses.dataclass(frozen=True)
-class Reshard:
-    """A change of layout that no annotation asks for.
-
-    Attributes:
-        kind: The collective.
-        layer: Where it happens.
-        operation: The operation that wanted the other layout.
-        shape: What each core receives, as `f32[8,128]`.
-        axis: The mesh axes.
-        count: How many run in a step.
-        bytes: What a core receives by all of them.
-        advice: Which annotation would remove it.
-    """
-
-    kind: str
-    layer: str
-    operation: str
-    shape: str
-    axis: str
-    count: int
-    bytes: int
-    advice: str
-
-
-@dataclasses.dataclass(frozen=True)
-class StepTime:
-    """An estimate, not a measurement.
-
-    Attributes:
-        compute: Seconds for the products at the chip's peak.
-        hbm: Seconds for the bytes that the compiler says are accessed.
-        interconnect: Seconds for the collectives.
-        compiler: The compiler's own estimate; None where it is absurd or not given.
-        assumptions: What the figures rest on, in sentences.
-    """
-
-    compute: float
-    hbm: float
-    interconnect: float
-    compiler: float | None
-    assumptions: list[str]
-
-    @property
-    def roofline(self) -> float:
-        """No step is faster: whichever of the three takes longest."""
-        return max(self.compute, self.hbm, self.interconnect)
-
-    @property
-    def without_overlap(self) -> float:
-        """If communication waited for computation and the other way round."""
-        return max(self.compute, self.hbm) + self.interconnect
-
-
-@dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a step of a model needs and does on a mesh that need not exist.
+    """Memory, FLOPs and communication of a step on a mesh that need not exist.
 
     Attributes:
-        model: Its name.
+        model: The name of the model.
         mode: "train", "evaluate" or "predict".
         topology: Such as "v3:8x8".
-        chip: What a chip has: the fields of `Chip`; None on a CPU.
-        slice_shape: Chips along each dimension.
+        chip: The figures of a chip, the fields of `Chip`; None on a CPU.
+        slice_shape: The number of chips along each dimension.
         mesh: Axes and their sizes.
         rules: Logical axis -> mesh axis.
         inputs: dtype and shape of each tensor of the batch.
         weights: All variables.
-        memory: Per core; None if it does not fit.
-        out_of_memory: Why it does not fit; None if it does.
-        flops: Of the compiled products, per core.
-        flops_as_written: Of the step's products before partitioning, over the cores.
-        flops_by_layer: Of the compiled products, per core.
-        bytes_accessed: Per core, as the compiler counts them.
-        communication: By kind, layer and axis.
-        reshards: Those that nobody asked for.
+        memory: The memory of a core; None if the step does not fit.
+        out_of_memory: The reason why it does not fit; None if it does.
+        flops: FLOPs of the compiled matmuls and convolutions, per core.
+        flops_as_written: FLOPs of the step before partitioning, divided by the cores.
+        flops_by_layer: `flops` by layer.
+        bytes_accessed: Bytes accessed per core, as the compiler counts them.
+        communication: Collectives by kind, layer and axis.
+        reshards: Layout changes that no annotation implies.
         time: The estimate; None on a CPU or if it does not fit.
-        complaints: Loops that cannot be counted, rules that match nothing, large
-            weights that no rule mentions.
-        advice: What to try.
-        trace_seconds: To trace and lower the step.
-        compile_seconds: To partition and compile it.
-        host_bytes: Largest resident size of this process so far.
-        versions: Of the packages that took part.
-        key: What identifies the plan's content.
+        complaints: Warnings: loops that cannot be counted, rules that match nothing,
+            large weights that no rule names.
+        advice: Suggestions for a step that does not fit.
+        trace_seconds: The time to trace and lower the step.
+        compile_seconds: The time to partition and compile it.
+        host_bytes: The largest resident size of this process so far.
+        versions: The versions of the packages involved.
+        key: A hash that identifies the plan's content.
     """
 
     model: str
@@ -226,7 +80,8 @@ class Plan:
     key: str
 
     @property
-    def cores(self) -> int:
+    def num_devices(self) -> int:
+        """The number of cores."""
         count = 1
         for size in self.mesh.values():
             count *= size
@@ -234,44 +89,44 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether the program fits into the memory of a core."""
+        """True if the program fits into the memory of a core."""
         return self.out_of_memory is None
 
     @property
-    def needed(self) -> float:
+    def bytes_needed(self) -> float:
         """Bytes per core that the program needs, whether it fits or not."""
         if self.out_of_memory is not None:
             return self.out_of_memory.needed
         return self.memory.total if self.memory else 0
 
     @property
-    def capacity(self) -> float | None:
-        """Bytes that a core has for it; None where they are the host's."""
+    def bytes_available(self) -> float | None:
+        """Bytes per core that are available; None where they are the host's."""
         if self.out_of_memory is not None:
             return self.out_of_memory.capacity
         return self.memory.capacity if self.memory else None
 
     @property
     def parameters(self) -> int:
-        """How many numbers the model's weights have."""
-        found = 0
+        """The number of parameters of the model."""
+        parameters = 0
         for weight in self.weights:
             if weight.role in ("weight", "frozen"):
                 count = 1
                 for size in weight.shape:
                     count *= size
-                found += count
-        return found
+                parameters += count
+        return parameters
 
     @property
-    def flops_over_written(self) -> float | None:
-        """Compiled over written FLOPs: 1.05 means that 5 percent are wasted."""
+    def flops_ratio(self) -> float | None:
+        """Compiled FLOPs over those as written: at 1.05, 5 percent are wasted."""
         if self.flops is None or not self.flops_as_written:
             return None
         return self.flops / self.flops_as_written
 
     def state_bytes(self, *roles: str, per_core: bool = False) -> int:
-        """Bytes of the variables of these roles; of all without any."""
+        """Returns the bytes of the variables of some roles, by default of all."""
         return sum(
             w.bytes_per_core if per_core else w.bytes
             for w in self.weights
@@ -279,7 +134,7 @@ class Plan:
         )
 
     def count(self, kind: str, layer: str = "") -> int:
-        """How many collectives of a kind run in a step, in a layer or what is in it."""
+        """Returns how many collectives of a kind run in a layer and those within it."""
         return sum(
             c.count
             for c in self.communication
@@ -287,25 +142,27 @@ class Plan:
         )
 
     def to_json(self) -> str:
-        """The whole report as one JSON object."""
+        """Returns the plan as one JSON object."""
         return json.dumps({"format": FORMAT, **dataclasses.asdict(self)}, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> "Plan":
-        """What `to_json` wrote.
+        """Returns the plan that `to_json` wrote.
 
         Raises:
-            ValueError: when the text is no plan, or one of another version.
+            ValueError: when the text is not a plan, or one of another format.
         """
         try:
             fields = json.loads(text)
         except json.JSONDecodeError as error:
-            raise ValueError(f"This is no plan: {error}") from error
-        found = fields.pop("format", None) if isinstance(fields, dict) else None
-        if found != FORMAT:
             raise ValueError(
-                f"This is no plan of this version (format {FORMAT}); make it anew. "
-                f"Received: format={found!r}"
+                f"The text must be the JSON of a plan: {error}. Received: {text[:80]!r}"
+            ) from error
+        format_ = fields.pop("format", None) if isinstance(fields, dict) else None
+        if format_ != FORMAT:
+            raise ValueError(
+                f"The plan must be of format {FORMAT}; make it again with this "
+                f"version. Received: format={format_!r}"
             )
         fields["slice_shape"] = tuple(fields["slice_shape"])
         fields["weights"] = [
@@ -325,6 +182,4 @@ class Plan:
         return cls(**fields)
 
     def __str__(self) -> str:
-        from gshard_tf.planning.text import table
-
         return table(self)

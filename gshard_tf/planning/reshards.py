@@ -1,4 +1,4 @@
-"""Which communication annotations ask for, and which one should know about."""
+"""Separates communication that annotations imply from unintended resharding."""
 
 import collections
 import dataclasses
@@ -8,10 +8,9 @@ from collections.abc import Sequence
 import numpy as np
 from tensorflow.experimental import dtensor
 
-from gshard_tf.hlo import parser
+from gshard_tf.hlo import layer_names, parser
 from gshard_tf.hlo.collectives import Collective
-from gshard_tf.planning import layer_names
-from gshard_tf.planning.plan import Communication, Reshard, Weight
+from gshard_tf.planning.records import Communication, Reshard, Weight
 from gshard_tf.sharding.rules import AxisRules
 
 _SUMS = ("all-reduce", "reduce-scatter")
@@ -19,40 +18,46 @@ _SUMS = ("all-reduce", "reduce-scatter")
 
 @dataclasses.dataclass(frozen=True)
 class Annotation:
-    """One annotation in a step: where it stands, how large and how split it is."""
+    """One annotation in a step.
+
+    Attributes:
+        layer: The path of the layer that makes it.
+        elements: The number of elements of the annotated tensor.
+        shards: The number of shards that the tensor is split into.
+    """
 
     layer: str
     elements: int
-    tiles: int
+    shards: int
 
 
 def annotations(
     module: parser.Module, layers: layer_names.LayerNames
 ) -> set[Annotation]:
-    """The annotations of a step, from its module before it is partitioned."""
-    found = set()
+    """Returns the annotations of a step, read from its module before partitioning."""
+    annotated = set()
     for instruction, _, _ in module.executed():
         if 'custom_call_target="Sharding"' not in instruction.attributes:
             continue
         sharding = re.search(r"devices=\[([\d,]+)\]", instruction.attributes)
-        tiles = 1
+        shards = 1
         if sharding:
             dims = [int(n) for n in sharding[1].split(",")]
             if "last_tile_dim_replicate" in instruction.attributes:
                 dims = dims[:-1]
-            tiles = int(np.prod(dims))
-        found.add(
+            shards = int(np.prod(dims))
+        annotated.add(
             Annotation(
                 layers.layer_of(instruction.op_name),
                 instruction.arrays[0].elements,
-                tiles,
+                shards,
             )
         )
-    return found
+    return annotated
 
 
 def axis_of(collective: Collective, mesh: dtensor.Mesh) -> str:
-    """The mesh axes over which the devices of a collective communicate."""
+    """Returns the mesh axes, joined by "+", over which a collective communicates."""
     if collective.kind == "collective-permute":
         pairs = collective.pairs
     else:
@@ -62,18 +67,18 @@ def axis_of(collective: Collective, mesh: dtensor.Mesh) -> str:
             pairs = pairs.reshape(-1, 2)
     if pairs is None or not len(pairs):
         return "+".join(mesh.dim_names)
-    places = np.stack(np.unravel_index(pairs, mesh.shape()), axis=-1)
-    differs = np.any(places[:, 0] != places[:, 1], axis=0)
+    coordinates = np.stack(np.unravel_index(pairs, mesh.shape()), axis=-1)
+    differs = np.any(coordinates[:, 0] != coordinates[:, 1], axis=0)
     return "+".join(name for name, d in zip(mesh.dim_names, differs, strict=True) if d)
 
 
-class Judge:
-    """Tells asked-for communication from the rest.
+class ReshardClassifier:
+    """Separates requested communication from the rest.
 
-    Sums of partial results are what splitting a contracted dimension means. A change
-    of layout is asked for if an annotation in the same layer (or one in it, or around
-    it) is about a tensor of that size in as many parts; or if it gathers a weight that
-    a rule stores split over more than its use does (`AxisRules.fsdp`).
+    Sums of partial results are implied by splitting a contracted dimension. A change
+    of layout is requested if an annotation in the same layer (or in a layer within it,
+    or around it) concerns a tensor of that size in as many shards; or if it gathers a
+    weight that a rule stores in more shards than its use has (`AxisRules.fsdp`).
     """
 
     def __init__(
@@ -85,47 +90,55 @@ class Judge:
     ):
         self.mesh, self.rules = mesh, rules
         self.annotated = annotated
-        self.gathered = {
+        self.fsdp_sizes = {
             int(np.prod(w.shape))
             for w in weights
             if w.rule.startswith(("fsdp", "zero"))
         }
 
-    def asked(self, collective: Collective, layer: str) -> bool:
+    def is_requested(self, collective: Collective, layer: str) -> bool:
+        """Returns whether annotations, or a sum, imply a collective of a layer."""
         if collective.kind in _SUMS:
             return True
         size = sum(int(np.prod(dims)) for _, dims in collective.shapes)
-        if collective.kind == "all-gather" and size in self.gathered:
+        if collective.kind == "all-gather" and size in self.fsdp_sizes:
             return True
-        # What a core receives is one part of the tensor that the annotation is about.
-        # A gather leaves it in fewer parts than it was in.
+        # A core receives one shard of the annotated tensor. A gather leaves the tensor
+        # in fewer shards than before.
         group = 1 if collective.groups is None else collective.groups.shape[-1]
-        most = self.mesh.size
+        max_shards = self.mesh.size
         if collective.kind == "all-gather":
-            most //= group
+            max_shards //= group
         return any(
-            a.elements == size * a.tiles and a.tiles <= most
+            a.elements == size * a.shards and a.shards <= max_shards
             for a in self.annotated
             if _related(a.layer, layer)
         )
 
     def advice(self, collective: Collective, axis: str, operation: str) -> str:
-        """What to write so that it does not happen."""
+        """Returns which annotation would remove a collective.
+
+        Args:
+            collective: The collective.
+            axis: Its mesh axes, from `axis_of`.
+            operation: The operation that it stems from, or "".
+        """
+        axes = axis.split("+")
         logical = [
-            name for name, mesh_axis in self.rules.rules.items() if mesh_axis in axis
+            name for name, mesh_axis in self.rules.rules.items() if mesh_axis in axes
         ]
         name = logical[0] if logical else axis
         where = f"the result of `{operation}`" if operation else "it"
         if collective.kind == "all-gather":
             rank = len(collective.shapes[0][1])
-            axes = [
-                repr(name) if d == collective.dimension else "None" for d in range(rank)
-            ]
+            entries = tuple(
+                name if d == collective.dimension else None for d in range(rank)
+            )
             return (
                 f"Something is split over {axis!r} along dimension "
                 f"{collective.dimension} and wanted whole. To keep it split, "
-                f"annotate {where}: gshard_tf.annotate(x, ({', '.join(axes)})). If it "
-                "must be whole, gshard_tf.replicate(x) says so."
+                f"annotate {where}: gshard_tf.annotate(x, {entries}). If it must be "
+                "whole, gshard_tf.replicate(x) says so."
             )
         return (
             f"Two layouts over {axis!r} meet. Annotate {where} by gshard_tf.annotate "
@@ -135,45 +148,63 @@ class Judge:
 
 
 def _related(one: str, other: str) -> bool:
-    """Whether one layer is the other, or in it."""
+    """Returns whether one layer is the other, or within it."""
     return f"{one}/".startswith(f"{other}/") or f"{other}/".startswith(f"{one}/")
 
 
-def summarise(
-    found: Sequence[Collective],
+@dataclasses.dataclass
+class _Total:
+    """The sum over collectives that agree in some properties."""
+
+    count: int = 0
+    bytes: int = 0
+    seconds: float = 0.0
+
+    def add(self, collective: Collective, seconds: float) -> None:
+        self.count += collective.runs
+        self.bytes += collective.runs * collective.bytes
+        self.seconds += collective.runs * seconds
+
+
+def summarize_communication(
+    collectives: Sequence[Collective],
     layers: layer_names.LayerNames,
-    judge: Judge,
+    classifier: ReshardClassifier,
     seconds: Sequence[float],
 ) -> tuple[list[Communication], list[Reshard]]:
-    """Collectives by kind, layer and axis; and the reshards that nobody asked for."""
-    groups: dict[tuple, list[float]] = collections.defaultdict(lambda: [0, 0, 0.0])
-    unasked: dict[tuple, list] = {}
-    for collective, time in zip(found, seconds, strict=True):
+    """Returns collectives by kind, layer and axis, and the unintended reshards.
+
+    Args:
+        collectives: The collectives of a step.
+        layers: Finds the layers of the model in the names of operations.
+        classifier: Decides which collectives are requested.
+        seconds: The estimated time of one run of each collective.
+    """
+    totals: dict[tuple, _Total] = collections.defaultdict(_Total)
+    unintended: dict[tuple, _Total] = collections.defaultdict(_Total)
+    advice: dict[tuple, str] = {}
+    for collective, time in zip(collectives, seconds, strict=True):
         layer = layers.layer_of(collective.op_name)
-        axis = axis_of(collective, judge.mesh)
-        asked = judge.asked(collective, layer)
-        total = groups[collective.kind, layer, axis, asked]
-        total[0] += collective.times
-        total[1] += collective.times * collective.bytes
-        total[2] += collective.times * time
-        if not asked:
+        axis = axis_of(collective, classifier.mesh)
+        requested = classifier.is_requested(collective, layer)
+        totals[collective.kind, layer, axis, requested].add(collective, time)
+        if not requested:
             operation = layer_names.operation_of(collective.op_name)
             shape = " ".join(
                 f"{dtype}[{','.join(map(str, dims))}]"
                 for dtype, dims in collective.shapes[:1]
             )
             key = (collective.kind, layer, operation, shape, axis)
-            entry = unasked.setdefault(
-                key, [0, 0, judge.advice(collective, axis, operation)]
-            )
-            entry[0] += collective.times
-            entry[1] += collective.times * collective.bytes
+            unintended[key].add(collective, time)
+            if key not in advice:
+                advice[key] = classifier.advice(collective, axis, operation)
     communication = [
-        Communication(kind, layer, axis, count, size, time, asked)
-        for (kind, layer, axis, asked), (count, size, time) in groups.items()
+        Communication(kind, layer, axis, t.count, t.bytes, t.seconds, requested)
+        for (kind, layer, axis, requested), t in totals.items()
     ]
     reshards = [
-        Reshard(*key, count=count, bytes=size, advice=advice)
-        for key, (count, size, advice) in unasked.items()
+        Reshard(kind, layer, operation, shape, axis, t.count, t.bytes, advice[key])
+        for key, t in unintended.items()
+        for kind, layer, operation, shape, axis in [key]
     ]
     return communication, sorted(reshards, key=lambda r: -r.bytes)

@@ -1,4 +1,4 @@
-"""How long a step takes at least: by products, by memory, by communication."""
+"""Lower bounds on step time: matmuls, memory accesses, communication."""
 
 import math
 
@@ -6,32 +6,32 @@ import numpy as np
 
 from gshard_tf.hlo.collectives import Collective
 from gshard_tf.planning.chips import Chip, Topology, is_ring
-from gshard_tf.planning.plan import StepTime
+from gshard_tf.planning.records import StepTime
 
 
 class Interconnect:
-    """The links of a slice, and how long collectives take on them at least.
+    """The links of a slice, and lower bounds on the time of collectives on them.
 
-    Chips stand on a grid; a dimension is a ring where it is as long as a ring of this
-    chip (`Chip.wraps_at`), else a line. What crosses a dimension is spread evenly over
-    its links. The cores of a chip share its links.
+    Chips form a grid; a dimension is a ring if its size is a multiple of
+    `Chip.wraps_at`, else a line. Traffic along a dimension is spread evenly over its
+    links. The cores of a chip share its links.
     """
 
     def __init__(self, topology: Topology, chip: Chip):
         self.chip = chip
-        # Where each core's chip stands: [cores, dimensions].
+        # The coordinates of each core's chip: [cores, dimensions].
         self.coords = np.array(
             [d.coords[: len(topology.shape)] for d in topology.devices]
         )
         self.shape = topology.shape
 
     def seconds(self, collective: Collective) -> float:
-        """Seconds that one run of `collective` takes at least."""
+        """Returns a lower bound on the seconds of one run of `collective`."""
         if collective.kind == "collective-permute":
             return self._permute(collective)
         if collective.groups is None or collective.groups.shape[-1] < 2:
             return 0.0
-        # All groups are alike, so the first stands for them.
+        # All groups have the same shape, so the first represents them.
         places = self.coords[collective.groups[0]]
         spans = [len(np.unique(places[:, d])) for d in range(places.shape[1])]
         members = len(collective.groups[0])
@@ -42,7 +42,7 @@ class Interconnect:
         size = collective.bytes * sharing
         if collective.kind == "all-to-all":
             return max(self._exchange(d, n, size) for d, n in enumerate(spans) if n > 1)
-        # Sums and gathers go round all dimensions at once.
+        # Sums and gathers use all dimensions at once.
         links = sum(
             (2 if self._is_ring(d, n) else 1) for d, n in enumerate(spans) if n > 1
         )
@@ -79,10 +79,10 @@ def step_time(
     interconnect: float,
     compiler_seconds: float | None,
 ) -> StepTime:
-    """The estimate of a step, with what it assumes.
+    """Returns the estimated time of a step, with its assumptions.
 
-    `interconnect` is what its collectives take (`Interconnect.seconds`), each as often
-    as it runs.
+    `interconnect` is the time of its collectives (`Interconnect.seconds`), each as
+    often as it runs.
     """
     compute = flops / (chip.flops / chip.devices)
     if compiler_seconds is not None and not (

@@ -1,12 +1,17 @@
-"""What a page shows of a plan beyond its fields: alike things together, and parts."""
+"""Summaries of a plan for the table and the page: groups, segments, totals."""
+
+from __future__ import annotations
 
 import dataclasses
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from gshard_tf.planning.plan import Communication, Plan, Weight
+from gshard_tf.planning.records import Communication, Weight
+
+if TYPE_CHECKING:
+    from gshard_tf.planning.plan import Plan
 
 Item = TypeVar("Item")
 
@@ -22,31 +27,31 @@ ROLE_NAMES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Alike:
-    """Things whose names differ in numbers only, under a name with `*` for these."""
+class SimilarGroup:
+    """Items whose names differ in numbers only; its name has `*` for each."""
 
     name: str
     items: list[Any]
 
 
-def alike(
+def group_similar(
     items: Iterable[Item],
     name: Callable[[Item], str],
-    also: Callable[[Item], Any] = lambda item: None,
-) -> list[Alike]:
-    """Groups items by name without numbers (and by `also`), in order of appearance."""
+    key: Callable[[Item], Any] = lambda item: None,
+) -> list[SimilarGroup]:
+    """Groups items by name without numbers (and by `key`), in order of appearance."""
     groups: dict[Any, list[Item]] = {}
     for item in items:
-        key = (_NUMBER.sub("", name(item)), also(item))
-        groups.setdefault(key, []).append(item)
+        group = (_NUMBER.sub("", name(item)), key(item))
+        groups.setdefault(group, []).append(item)
     return [
-        Alike(_pattern([name(item) for item in members]), members)
+        SimilarGroup(_pattern([name(item) for item in members]), members)
         for members in groups.values()
     ]
 
 
 def _pattern(names: Sequence[str]) -> str:
-    """`a_1/b` and `a_2/b` -> `a_*/b`."""
+    """Returns the common pattern of names: `a_1/b` and `a_2/b` -> `a_*/b`."""
     parts = [name.split("/") for name in names]
     return "/".join(_part(column) for column in zip(*parts, strict=True))
 
@@ -57,7 +62,7 @@ def _part(column: Sequence[str]) -> str:
     head = os.path.commonprefix(column)
     tails = [part[len(head) :][::-1] for part in column]
     tail = os.path.commonprefix(tails)[::-1]
-    # A number is left out as a whole: `encoder_1` and `encoder_10` begin alike.
+    # A number is replaced as a whole: `encoder_1` and `encoder_10` share a digit.
     return f"{re.sub('[0-9]+$', '', head)}*{re.sub('^[0-9]+', '', tail)}"
 
 
@@ -71,11 +76,11 @@ class Segment:
 
 
 def memory_segments(plan: Plan) -> list[Segment]:
-    """What fills the memory of a core, of a plan that fits or not.
+    """Returns the segments of the memory of a core, whether the plan fits or not.
 
-    The variables are known one by one, the rest of the arguments is the batch (and
-    what the compiler pads). Of a program that does not fit, only the sum is known:
-    what is no variable is one segment.
+    The variables are known one by one; the rest of the arguments is the batch and the
+    compiler's padding. Of a program that does not fit, only the sum is known, so
+    everything else is one segment.
     """
     state = {
         role: plan.state_bytes(role, per_core=True)
@@ -93,7 +98,7 @@ def memory_segments(plan: Plan) -> list[Segment]:
     if batch >= 0:
         segments.append(Segment("batch", "batch, padding", batch))
     else:
-        # The step does not take all variables: they cannot be told apart in the sum.
+        # The step does not use all variables, so the sum cannot be divided by role.
         segments = [Segment("weight", "variables and batch", plan.memory.arguments)]
     segments += [
         Segment("temporary", "temporaries", plan.memory.temporaries),
@@ -103,17 +108,17 @@ def memory_segments(plan: Plan) -> list[Segment]:
     return segments
 
 
-def copies(plan: Plan, weight: Weight) -> int:
-    """How many cores hold the same part of a weight."""
+def replicas(plan: Plan, weight: Weight) -> int:
+    """Returns how many cores hold the same shard of a weight."""
     split = 1
     for axis in weight.layout:
         for name in (axis or "").split("+"):
             split *= plan.mesh.get(name, 1)
-    return plan.cores // split
+    return plan.num_devices // split
 
 
 def rules_by_axis(plan: Plan) -> str:
-    """Such as `batch, group, expert -> expert; embed -> (whole)`."""
+    """Returns rules as `batch, group, expert -> expert; embed -> (whole)`."""
     by_axis: dict[str | None, list[str]] = {}
     for logical, axis in plan.rules.items():
         by_axis.setdefault(axis, []).append(logical)
@@ -124,7 +129,7 @@ def rules_by_axis(plan: Plan) -> str:
 
 @dataclasses.dataclass
 class LayerTotal:
-    """All the collectives of layers that are alike, or of one."""
+    """The collectives of a group of similar layers, or of one layer."""
 
     layer: str
     layers: int
@@ -140,16 +145,16 @@ class LayerTotal:
 
 
 def by_layer(communication: Sequence[Communication]) -> list[LayerTotal]:
-    """Collectives by layer, layers alike together; the most bytes first."""
+    """Returns collectives by layer, similar layers together; the most bytes first."""
     totals = [
         LayerTotal(group.name, len({part.layer for part in group.items}), group.items)
-        for group in alike(communication, lambda part: part.layer)
+        for group in group_similar(communication, lambda part: part.layer)
     ]
     return sorted(totals, key=lambda total: -total.bytes)
 
 
 def by_kind(communication: Sequence[Communication]) -> list[Communication]:
-    """Collectives of all layers by kind, axis and whether they were asked for."""
+    """Returns collectives of all layers by kind, axis and whether they are implied."""
     groups: dict[tuple, list[Communication]] = {}
     for part in communication:
         groups.setdefault((part.kind, part.axis, part.asked), []).append(part)

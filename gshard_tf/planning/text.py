@@ -1,26 +1,32 @@
 """A plan as a table for the terminal."""
 
+from __future__ import annotations
+
 import textwrap
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from gshard_tf.planning import summaries, units
-from gshard_tf.planning.plan import Communication, Plan
+from gshard_tf.planning.records import Communication, OutOfMemory
+
+if TYPE_CHECKING:
+    from gshard_tf.planning.plan import Plan
 
 WIDTH = 92
 _BAR = 30
-# How many of each there are at most, so that a plan stays on two screens.
+# The largest number of each, so that a plan fits on two screens.
 _WEIGHTS, _COLLECTIVES, _LAYERS, _RESHARDS, _BUFFERS, _NOTES = 5, 6, 5, 3, 6, 4
 
 
 def table(plan: Plan) -> str:
-    """The plan as text of at most some 60 lines, `WIDTH` columns wide.
+    """Returns the plan as text of at most some 60 lines, `WIDTH` columns wide.
 
-    Weights are summed up by role, collectives by kind and by layer, layers that
-    differ in their number only taken together; the HTML page and the JSON have all.
+    Weights are summed by role, collectives by kind and by layer; layers whose names
+    differ only in a number are one. The HTML page and the JSON have all of them.
     """
     lines = _head(plan)
     if plan.out_of_memory is not None:
-        lines += _out_of_memory(plan)
+        lines += _out_of_memory(plan.out_of_memory)
     lines += _memory(plan)
     lines += _variables(plan)
     lines += _communication(plan)
@@ -31,12 +37,12 @@ def table(plan: Plan) -> str:
         lines.append(f"! and {len(plan.complaints) - _NOTES} more complaints")
     for text in plan.advice:
         lines += _wrapped(text, "> ")
-    lines += _made_by(plan)
+    lines += _origin(plan)
     return "\n".join(line.rstrip() for line in lines)
 
 
 def verdict(plan: Plan) -> str:
-    """Whether it fits, in a few words."""
+    """Returns whether the plan fits, in a few words."""
     if plan.out_of_memory is not None:
         oom = plan.out_of_memory
         return f"OUT OF MEMORY by {units.size(oom.needed - oom.capacity)} a core"
@@ -47,12 +53,14 @@ def verdict(plan: Plan) -> str:
 
 
 def hardware(plan: Plan) -> str:
-    """Cores and chips in words."""
+    """Returns cores and chips in words."""
     if plan.chip is None:
-        return f"{plan.cores:,} virtual CPU devices"
-    chips = plan.cores // plan.chip["devices"]
+        return f"{plan.num_devices:,} virtual CPU devices"
+    chips = plan.num_devices // plan.chip["devices"]
     shape = units.dims(plan.slice_shape)
-    return f"{plan.cores:,} cores on {chips:,} chips {plan.chip['name']} ({shape})"
+    return (
+        f"{plan.num_devices:,} cores on {chips:,} chips {plan.chip['name']} ({shape})"
+    )
 
 
 def _head(plan: Plan) -> list[str]:
@@ -68,8 +76,7 @@ def _head(plan: Plan) -> list[str]:
     ]
 
 
-def _out_of_memory(plan: Plan) -> list[str]:
-    oom = plan.out_of_memory
+def _out_of_memory(oom: OutOfMemory) -> list[str]:
     lines = [
         "",
         f"OUT OF MEMORY: needs {units.size(oom.needed)} of "
@@ -91,9 +98,7 @@ def _memory(plan: Plan) -> list[str]:
     segments = summaries.memory_segments(plan)
     if not segments:
         return []
-    capacity = (
-        plan.out_of_memory.capacity if plan.out_of_memory else plan.memory.capacity
-    )
+    capacity = plan.bytes_available
     total = sum(segment.bytes for segment in segments)
     scale = max(capacity or 0, total) or 1
     rows = [(s.label, units.size(s.bytes), _bar(s.bytes / scale)) for s in segments]
@@ -107,19 +112,19 @@ def _memory(plan: Plan) -> list[str]:
 def _variables(plan: Plan) -> list[str]:
     rows = []
     for role in summaries.ROLES:
-        found = [w for w in plan.weights if w.role == role]
-        if found:
+        weights = [w for w in plan.weights if w.role == role]
+        if weights:
             rows.append(
                 (
                     summaries.ROLE_NAMES[role],
-                    f"{len(found):,}",
-                    units.size(sum(w.bytes for w in found)),
-                    units.size(sum(w.bytes_per_core for w in found)),
+                    f"{len(weights):,}",
+                    units.size(sum(w.bytes for w in weights)),
+                    units.size(sum(w.bytes_per_core for w in weights)),
                     "",
                     "",
                 )
             )
-    groups = summaries.alike(
+    groups = summaries.group_similar(
         (w for w in plan.weights if w.role in ("weight", "frozen")),
         lambda w: w.path,
         lambda w: (w.shape, w.layout, w.dtype),
@@ -198,7 +203,7 @@ def _communication(plan: Plan) -> list[str]:
 def _work(plan: Plan) -> list[str]:
     lines = [""]
     if plan.flops is not None:
-        over = plan.flops_over_written
+        over = plan.flops_ratio
         lines.append(
             f"products  {units.flops(plan.flops)} a core"
             + (f", {over:.3f} of those written in the model" if over else "")
@@ -229,7 +234,7 @@ def _work(plan: Plan) -> list[str]:
     return lines
 
 
-def _made_by(plan: Plan) -> list[str]:
+def _origin(plan: Plan) -> list[str]:
     versions = ", ".join(f"{name} {v}" for name, v in plan.versions.items())
     return [
         "",
@@ -252,7 +257,7 @@ def _bar(part: float) -> str:
 
 
 def _short(text: str, width: int) -> str:
-    """Without its beginning, whose names say least."""
+    """Returns text shortened at its beginning, which is the least specific."""
     return text if len(text) <= width else "..." + text[len(text) - width + 3 :]
 
 
@@ -265,10 +270,10 @@ def _wrapped(text: str, mark: str) -> list[str]:
 def _columns(
     head: Sequence[str] | None, rows: Sequence[Sequence[str]], align: str
 ) -> list[str]:
-    """Lines of aligned columns; `align` has `r` for those flushed to the right."""
+    """Returns lines of aligned columns; `align` has `r` for right-aligned ones."""
     lines = [*([head] if head else []), *rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    shown = []
+    text_lines = []
     for line in lines:
         cells = [
             cell.rjust(width) if align[i : i + 1] == "r" else cell.ljust(width)
@@ -276,7 +281,7 @@ def _columns(
             if width
         ]
         text = ("" if head else "  ") + "  ".join(cells).rstrip()
-        shown.append(text if len(text) <= WIDTH else text[: WIDTH - 3] + "...")
+        text_lines.append(text if len(text) <= WIDTH else text[: WIDTH - 3] + "...")
     if head:
-        shown.insert(1, "-" * WIDTH)
-    return shown
+        text_lines.insert(1, "-" * WIDTH)
+    return text_lines

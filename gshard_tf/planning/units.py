@@ -1,4 +1,4 @@
-"""Figures as people read them: decimal units, three digits."""
+"""Figures for people: decimal units, three digits."""
 
 
 def _scaled(value: float, units: tuple[str, ...], step: float = 1000.0) -> str:
@@ -17,24 +17,24 @@ def _scaled(value: float, units: tuple[str, ...], step: float = 1000.0) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes, such as `16.3 GB` (decimal: 1 GB is 10^9 bytes)."""
+    """Returns bytes as `16.3 GB` (decimal: 1 GB is 10^9 bytes)."""
     return _scaled(count, ("B", "kB", "MB", "GB", "TB", "PB"))
 
 
 def number(count: float) -> str:
-    """A large count, such as `9.62 G`; up to 9,999 as it is."""
+    """Returns a count as `9.62 G`; up to 9,999 unscaled."""
     if abs(count) < 10_000 and count == int(count):
         return f"{int(count):,}"
     return _scaled(count, ("", "k", "M", "G", "T", "P", "E"))
 
 
 def flops(count: float) -> str:
-    """Floating-point operations, such as `3.20 TFLOP`."""
+    """Returns floating-point operations as `3.20 TFLOP`."""
     return _scaled(count, ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP"))
 
 
 def seconds(value: float) -> str:
-    """A duration, such as `12.5 ms`."""
+    """Returns a duration as `12.5 ms`."""
     if value == 0:
         return "0 s"
     if abs(value) < 0.9995:
@@ -43,23 +43,23 @@ def seconds(value: float) -> str:
 
 
 def ratio(new: float | None, old: float | None) -> str:
-    """`new / old` as `1.25x`; `same`, or `-` where there is none."""
+    """Returns `new / old` as `1.25x`; `same`, or `-` where it is not defined."""
     if new is None or old is None:
         return "-"
     if new == old:
         return "same"
     if not old:
         return "-"
-    found = new / old
-    return f"{found:.2f}x" if 0.1 <= found < 10 else f"{found:.3g}x"
+    quotient = new / old
+    return f"{quotient:.2f}x" if 0.1 <= quotient < 10 else f"{quotient:.3g}x"
 
 
 def percent(part: float, whole: float) -> str:
-    """`part` of `whole`, such as `71.2 %`."""
-    found = 100 * part / whole
-    return f"{found:.1f} %" if found < 1000 else f"{found:,.0f} %"
+    """Returns `part` of `whole` as `71.2 %`."""
+    share = 100 * part / whole
+    return f"{share:.1f} %" if share < 1000 else f"{share:,.0f} %"
 
 
 def dims(shape: tuple[int, ...]) -> str:
-    """A shape, such as `128x1024`."""
+    """Returns a shape as `128x1024`."""
     return "x".join(map(str, shape)) or "scalar"

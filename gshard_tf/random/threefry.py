@@ -1,9 +1,9 @@
-"""Random numbers that partition.
+"""Counter-based random numbers (Threefry) that partition.
 
 `tf.random.stateless_uniform` becomes an XLA operation that the partitioner does not
-split: every device would make the global tensor. Here each number is a function of
-the seed and of its own position, made of elementwise operations, so every device
-makes only its part, and the numbers do not depend on how many devices there are.
+split: every device would make the global tensor. Here each number is a function of the
+seed and its own position, made of elementwise operations. So every device makes only
+its shard, and the numbers do not depend on the number of devices.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ _PARITY = 0x1BD11BDA
 def threefry2x32(
     key: tuple[Any, Any], counter: tuple[Any, Any], rounds: int = ROUNDS
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """The Threefry-2x32 block function on uint32 tensors that broadcast."""
+    """Applies the Threefry-2x32 block function to uint32 tensors that broadcast."""
     ks = _schedule(key)
     return _rounds(ks, counter[0] + ks[0], counter[1] + ks[1], rounds)
 
@@ -52,11 +52,11 @@ def _rounds(
 def random_bits(
     seed: Any, shape: Sequence[Any], batch_dim: int | None = 0
 ) -> tf.Tensor:
-    """uint32 bits of `shape`, a function of `seed` and position alone.
+    """Returns uint32 bits of `shape`, a function of `seed` and position alone.
 
-    Where `tf.distribute` gives each of several replicas examples of its own, the
-    position is that in the batch of all of them, so that they draw what one device
-    would with all their examples.
+    If `tf.distribute` gives each of several replicas its own examples, the position is
+    that in the global batch, so the replicas draw the same numbers as one device with
+    all examples.
 
     Args:
         seed: Integer tensor of shape `[2]`, as `keras.random.SeedGenerator.next()`
@@ -64,8 +64,8 @@ def random_bits(
             compiler compute the numbers in advance, all of them for every device.
         shape: A list with one int or scalar int tensor per dimension. The product
             of all dimensions but the first must stay below 2**32.
-        batch_dim: The dimension along which examples lie. None: all replicas draw
-            the same numbers.
+        batch_dim: The dimension of examples. None: all replicas draw the same
+            numbers.
     """
     shape = list(shape)
     replicas, start = 1, None
@@ -121,7 +121,7 @@ def _random_bits(
 
 @tf.autograph.experimental.do_not_convert
 def uniform(seed: Any, shape: Sequence[Any], batch_dim: int | None = 0) -> tf.Tensor:
-    """float32 numbers in [0, 1), a function of `seed` and position alone.
+    """Returns float32 numbers in [0, 1), a function of `seed` and position alone.
 
     Args:
         seed: Integer tensor of shape `[2]`.

@@ -6,14 +6,17 @@ importing it takes the TPU's lock away from TensorFlow.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from gshard_tf.compat.jax_hlo import call_hlo
+from gshard_tf.compat.jax_hlo import call_hlo, hlo_as_text
 from gshard_tf.compat.xla import compiler_options, operation_that_failed
+from gshard_tf.hlo import parser
+from gshard_tf.hlo.collectives import Collective, collectives
 from gshard_tf.hlo.rewrites import partition_safely
 from gshard_tf.runtime.device_arrays import Placement, assemble_batch, named_sharding
 from gshard_tf.sharding.partition_spec import spec_of
@@ -177,6 +180,27 @@ class SpmdProgram:
         import jax
 
         jax.block_until_ready(list(values))
+
+    def collectives(self) -> list[Collective]:
+        """Returns the communication of the compiled program, in program order."""
+        loops = parser.parse(hlo_as_text(self.step.hlo)).loops()
+        return collectives(self.compiled.as_text(), loops)
+
+    def argument_bytes(self) -> list[tuple[str, int, int]]:
+        """Returns path, bytes and bytes per device of each captured variable.
+
+        They are read off the shardings that XLA compiled the program with, not off the
+        layouts that were requested.
+        """
+        shardings = self.compiled.input_shardings[0][len(self.step.inputs) :]
+        rows = []
+        for value, sharding in zip(self.step.captures, shardings, strict=True):
+            shape = tuple(value.shape)
+            local = sharding.shard_shape(shape)
+            size = value.dtype.size
+            name = getattr(value, "path", "constant")
+            rows.append((name, math.prod(shape) * size, math.prod(local) * size))
+        return rows
 
 
 def _raise_with_operation(error: RuntimeError, mesh_shape: dict[str, int]) -> None:

@@ -1,27 +1,27 @@
-"""How far two runs of a step may lie apart, and how far they do."""
+"""Measures the difference of two runs of a step, and how large it may be."""
 
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from tensorflow.compiler.xla import xla_data_pb2
-from tensorflow.compiler.xla.service import hlo_pb2
 
-# How far equal computations may lie apart in the narrowest floating type of a step,
-# relative to the largest number of each array, and its distance from 1 to the next
-# number. 1e-4 is hundreds of float32's roundings, yet far below what a lost or doubled
-# shard does; half precision has room for about a dozen roundings only.
+from gshard_tf.compat.xla_protos import HloModuleProto, xla_data_pb2
+
+# The tolerance of equal computations in the narrowest floating type of a step, relative
+# to the largest number of each array, and the distance from 1 to its next number. 1e-4
+# is hundreds of float32's roundings, yet far below the effect of a lost or doubled
+# shard; half precision has room for about a dozen roundings only.
 _PRECISIONS = {
     xla_data_pb2.BF16: (1e-1, 2.0**-7),
     xla_data_pb2.F16: (2e-2, 2.0**-10),
     xla_data_pb2.F32: (1e-4, 2.0**-23),
     xla_data_pb2.F64: (1e-9, 2.0**-52),
 }
-# A difference this many times what rounding the weights does is no rounding. Where
-# rounding decides most of a value, one run is no measure of another, squares of it (the
-# second moment of a gradient that should be 0) still less; but what is no rounding is
-# larger by many orders.
+# A difference this many times the effect of rounding the weights is not rounding. If
+# rounding decides most of a value, one run does not predict another, still less its
+# squares (the second moment of a gradient that should be 0); but a real difference is
+# larger by many orders of magnitude.
 _MARGIN = 8.0
 _MARGIN_OF_NOISE = 1e4
 _NOISE = 0.25
@@ -38,11 +38,11 @@ class Measure:
         difference: Relative to the largest number of the reference; infinity where
             that is 0, or where one side alone has NaN or infinity.
         allowed: How large it may be.
-        ratio: By which factor the array is the reference, on the whole (least
-            squares), or None where the reference is 0 or not finite.
+        ratio: The factor from the reference to the array by least squares, or None
+            where the reference is 0 or not finite.
         where: The index of the largest difference.
-        not_finite: How many numbers are NaN or infinite: here, and in the reference.
-        moved: Whether the reference is anything but 0 everywhere.
+        not_finite: The count of NaN and infinity in the array and in the reference.
+        moved: Whether the reference is nonzero anywhere.
     """
 
     difference: float
@@ -57,9 +57,9 @@ class Measure:
         return self.difference <= self.allowed
 
 
-def precision(proto: hlo_pb2.HloModuleProto) -> tuple[float, float]:
-    """The tolerance, and the rounding, of the narrowest floating type of a module."""
-    found = {
+def precision(proto: HloModuleProto) -> tuple[float, float]:
+    """Returns tolerance and rounding of the narrowest floating type of a module."""
+    types = {
         shape.element_type
         for computation in proto.computations
         for instruction in computation.instructions
@@ -67,81 +67,81 @@ def precision(proto: hlo_pb2.HloModuleProto) -> tuple[float, float]:
     }
     # In the order of the table: the first is the narrowest.
     return next(
-        (value for key, value in _PRECISIONS.items() if key in found),
+        (value for key, value in _PRECISIONS.items() if key in types),
         _PRECISIONS[xla_data_pb2.F32],
     )
 
 
 def is_floating(array: np.ndarray) -> bool:
-    """Whether an array has real or complex floating numbers, bfloat16 included."""
+    """Returns whether an array is floating, complex and bfloat16 included."""
     # numpy sees bfloat16 as a type of its own kind, "V".
     return array.dtype.kind in "fcV"
 
 
 def perturbed(
-    captures: Sequence[np.ndarray], which: Sequence[bool], rounding: float
+    captures: Sequence[np.ndarray], is_rounded: Sequence[bool], rounding: float
 ) -> list[list[np.ndarray]]:
-    """The state of a step, rounded differently: once for each run of the step.
+    """Returns the state of a step, rounded differently for each of several runs.
 
-    How much of a result rounding decides cannot be told from the result. A bias before
-    a normalisation has a gradient of nothing but rounding, Adam makes whole steps of
-    it, and a router turns it into another expert. So the step is run again with each
-    of the captures that `which` says moved by its last digit, at random, and what that
-    changes is what no comparison can see.
+    A result does not show how much of it rounding decides. The gradient of a bias
+    before a normalization is nothing but rounding, Adam makes whole steps of it, and a
+    router turns it into another expert. So the step runs again with some captures
+    changed at random in their last digit, and no comparison can see differences of the
+    size of the effect.
 
     Args:
         captures: The values of all captures.
-        which: Which of them to change.
-        rounding: By how much, relative to each number.
+        is_rounded: Whether to change each of them.
+        rounding: The relative size of the change.
     """
     rng = np.random.default_rng(0)
-    found = []
-    for _ in range(_PERTURBATIONS if any(which) else 0):
+    runs = []
+    for _ in range(_PERTURBATIONS if any(is_rounded) else 0):
         values = []
-        for value, chosen in zip(captures, which, strict=True):
+        for value, chosen in zip(captures, is_rounded, strict=True):
             if chosen:
                 # Rounding to the nearest is off by half of a digit at most.
                 sign = rng.integers(0, 2, value.shape) - 0.5
                 moved = value.astype(_wide(value)) * (1 + rounding * sign)
                 value = moved.astype(value.dtype)
             values.append(value)
-        found.append(values)
-    return found
+        runs.append(values)
+    return runs
 
 
 def change(new: np.ndarray, old: np.ndarray | None) -> np.ndarray:
-    """What is compared: what a step added to a variable, or a result as it is.
+    """Returns the compared value: the change of a variable, or a result itself.
 
-    A step adds little to a weight, so a new weight is right to many digits whatever
-    was added.
+    A step adds little to a weight, so most digits of a new weight are right even if
+    the change is wrong.
     """
     new = np.asarray(new)
     if old is None or not is_floating(new):
         return new.astype(_wide(new)) if new.dtype.kind != "b" else new.astype(float)
     with np.errstate(invalid="ignore"):  # infinity less infinity
-        moved = new.astype(_wide(new)) - old.astype(_wide(old))
-    # What has become NaN or infinite shall be seen as that.
+        moved: np.ndarray = new.astype(_wide(new)) - old.astype(_wide(old))
+    # A value that has become NaN or infinite remains visible as such.
     return np.where(np.isfinite(new.astype(_wide(new))), moved, new.astype(_wide(new)))
 
 
 def noise(
     new: Sequence[np.ndarray], old: Sequence[np.ndarray | None], base: np.ndarray
 ) -> float:
-    """The largest difference that rounding the weights makes to one value.
+    """Returns the largest effect of rounding the weights on one value.
 
     Args:
-        new: The value in each of the runs with other weights.
-        old: Before each of them, for a variable.
-        base: `change` of the run with the weights as they are.
+        new: The value in each of the runs with changed weights.
+        old: The value before each of them, for a variable.
+        base: `change` of the run with unchanged weights.
     """
-    found = 0.0
+    largest = 0.0
     for after, before in zip(new, old, strict=True):
-        found = max(found, _largest(_apart(change(after, before), base)[0]))
-    return found
+        largest = max(largest, _largest(_apart(change(after, before), base)[0]))
+    return largest
 
 
 def measure(
-    found: np.ndarray,
+    result: np.ndarray,
     expected: np.ndarray,
     old: np.ndarray | None,
     tolerance: float,
@@ -150,13 +150,13 @@ def measure(
     """Compares one value of two runs.
 
     Args:
-        found: Of the run that is in question.
-        expected: Of the reference.
-        old: What it was before, for a variable that the step updates.
-        tolerance: Relative to the largest number of the reference's change.
-        rounding_noise: From `noise`.
+        result: The value of the run under test.
+        expected: The value of the reference.
+        old: The old value of a variable that the step updates.
+        tolerance: The tolerance, relative to the largest number of the reference.
+        rounding_noise: The result of `noise`.
     """
-    ours, theirs = change(found, old), change(expected, old)
+    ours, theirs = change(result, old), change(expected, old)
     apart, one_sided = _apart(ours, theirs)
     largest = _largest(np.where(np.isfinite(theirs), np.abs(theirs), 0))
     is_noise = rounding_noise > _NOISE * largest
@@ -164,7 +164,7 @@ def measure(
     if is_floating(np.asarray(expected)):
         allowed += tolerance * largest
         if old is not None:
-            wide = np.asarray(expected).astype(_wide(expected))
+            wide: np.ndarray = np.asarray(expected).astype(_wide(expected))
             size = _largest(np.where(np.isfinite(wide), np.abs(wide), 0))
             allowed += _ROUNDINGS * _rounding(np.asarray(expected)) * size
     difference = np.inf if one_sided else _largest(apart)
@@ -184,7 +184,7 @@ def measure(
 
 
 def _apart(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, bool]:
-    """How far two arrays lie apart; whether one alone is not finite somewhere."""
+    """Returns the elementwise difference; whether only one is not finite somewhere."""
     same = (a == b) | (np.isnan(a) & np.isnan(b))
     with np.errstate(invalid="ignore"):
         apart = np.where(same, 0.0, np.abs(a - b))

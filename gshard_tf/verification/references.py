@@ -1,4 +1,4 @@
-"""The same step on the mesh, on one device, and in TensorFlow alone."""
+"""Runs of a step: on the mesh, on one device, and in TensorFlow alone."""
 
 import dataclasses
 import uuid
@@ -14,6 +14,7 @@ from gshard_tf.sharding.mesh import create_mesh
 from gshard_tf.spmd import lowering
 from gshard_tf.spmd.program import SpmdProgram
 from gshard_tf.spmd.step_layouts import StepLayouts, step_layouts
+from gshard_tf.spmd.strategy import SpmdExtended
 
 # From the values of all captures to all results, outputs first.
 Run = Callable[[Sequence[np.ndarray]], list[np.ndarray]]
@@ -25,7 +26,7 @@ class OnDevices:
     Args:
         step: The step.
         placement: The devices.
-        layouts: How everything that enters and leaves the step lies on them.
+        layouts: The layouts of the arguments, results and captures of the step.
         arrays: The arguments of the step.
     """
 
@@ -39,23 +40,23 @@ class OnDevices:
         self.placement = placement
         self.layouts = layouts
         self.arrays = arrays
-        # A new value lies as the old one does.
+        # A new value has the layout of the old one.
         self.results = [*layouts.outputs, *(layouts.captures[i] for i in step.updates)]
 
     def compile(self, step: lowering.LoweredStep) -> Run:
-        """The step as a function of its captures.
+        """Returns the step as a function of its captures.
 
         Args:
             step: The step that the layouts are for; or the same one with more results,
-                all of them outputs, of which every device is given the whole.
+                all of them outputs, which are replicated.
         """
-        more = [
+        extra = [
             dtensor.Layout.replicated(self.placement.mesh, spec.shape.rank)
             for spec in step.results[len(self.results) :]
         ]
-        outputs = [*self.results, *more][: step.num_outputs]
+        outputs = [*self.results, *extra][: step.num_outputs]
         layouts = dataclasses.replace(self.layouts, outputs=outputs)
-        # The state is used again.
+        # Other runs use the state again.
         program = SpmdProgram(step, self.placement, layouts, donate=False)
 
         def run(captures: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -69,16 +70,20 @@ class OnDevices:
         return run
 
 
-def on_mesh(extended: Any, step: lowering.LoweredStep, arrays: Any) -> OnDevices:
-    """As the strategy runs it."""
+def on_mesh(
+    extended: SpmdExtended, step: lowering.LoweredStep, arrays: Sequence[np.ndarray]
+) -> OnDevices:
+    """Returns the step as the strategy runs it."""
     layouts = step_layouts(extended.layouts, step)
     return OnDevices(step, extended.placement, layouts, arrays)
 
 
-def on_one_device(extended: Any, step: lowering.LoweredStep, arrays: Any) -> OnDevices:
-    """On the first device of the mesh, which holds everything.
+def on_one_device(
+    extended: SpmdExtended, step: lowering.LoweredStep, arrays: Sequence[np.ndarray]
+) -> OnDevices:
+    """Returns the step on the first device of the mesh, which holds everything.
 
-    XLA leaves the annotations of a module out where there is one partition.
+    XLA ignores the annotations of a module with one partition.
     """
     mesh = create_mesh({"one": 1}, extended.mesh.device_type())
     placement = Placement(mesh, [extended.placement.jax_mesh.devices.flat[0]])
@@ -101,30 +106,30 @@ def in_tensorflow(
     arrays: Sequence[np.ndarray],
     jit_compile: bool,
 ) -> Run:
-    """By TensorFlow alone, on the CPU.
+    """Returns the step as TensorFlow alone runs it on the CPU.
 
     Args:
         function: The step, traced without a mesh.
-        step: The step as it was lowered, whose captures and results it shall have.
+        step: The lowered step, which determines captures and results.
         arrays: The arguments.
-        jit_compile: Whether TensorFlow compiles it, with its own build of XLA, rather
-            than runs its kernels one after the other.
+        jit_compile: Whether TensorFlow compiles it with its own build of XLA, instead
+            of running its kernels one by one.
     """
-    found = lowering.captured(function)
-    replay = _replay(function, [*step.inputs, *found], jit_compile)
+    captured = lowering.captured(function)
+    replay = _replay(function, [*step.inputs, *captured], jit_compile)
     place = {id(value): i for i, value in enumerate(step.captures)}
 
     def run(captures: Sequence[np.ndarray]) -> list[np.ndarray]:
-        # Resources of their own stand for the variables, which must not change.
+        # Separate resources replace the variables, which must not change.
         handles: dict[int, tf.Tensor] = {}
         with tf.init_scope(), tf.device("/cpu:0"):
             try:
-                for value in found:
+                for value in captured:
                     if isinstance(value, tf.Variable):
                         at = place.get(id(value))
                         old = value.numpy() if at is None else captures[at]
                         handles[id(value)] = _resource(old, value.dtype)
-                fed = [handles.get(id(value), value) for value in found]
+                fed = [handles.get(id(value), value) for value in captured]
                 results = replay(*map(tf.constant, arrays), *fed)
                 results = [np.array(value) for value in results]
                 for i in step.updates:
@@ -144,19 +149,19 @@ def in_tensorflow(
     return run
 
 
-def _replay(function: Any, given: Sequence[Any], jit_compile: bool) -> Callable:
-    """The graph of a function as a function of its arguments and captures.
+def _replay(function: Any, values: Sequence[Any], jit_compile: bool) -> Callable:
+    """Returns the graph of a function as a function of arguments and captures.
 
     Args:
         function: A concrete function.
-        given: What has the shapes of its arguments and captures, or is a variable.
+        values: Specs, tensors or variables for its arguments and captures.
         jit_compile: Whether TensorFlow compiles it.
     """
     graph = function.graph.as_graph_def()
     inputs = [tensor.name for tensor in function.inputs]
     outputs = [tensor.name for tensor in function.outputs]
-    # What is fed takes the place of the placeholders; one that is left is no operation
-    # that compiles, and one that nothing uses cannot be fed.
+    # Fed values replace the placeholders. A remaining placeholder does not compile, and
+    # one without a user cannot be fed.
     own = {name.partition(":")[0] for name in inputs}
     used = {name.partition(":")[0] for node in graph.node for name in node.input}
     kept = [node for node in graph.node if node.name not in own]
@@ -175,19 +180,19 @@ def _replay(function: Any, given: Sequence[Any], jit_compile: bool) -> Callable:
         )
 
     with tf.init_scope(), tf.device("/cpu:0"):
-        # Traced once, here, however often it is run.
+        # Traced once, for any number of runs.
         return replay.get_concrete_function(
             *[
                 tf.TensorSpec([], tf.resource)
                 if isinstance(each, tf.Variable)
                 else tf.TensorSpec(each.shape, each.dtype)
-                for each in given
+                for each in values
             ]
         )
 
 
 def _resource(value: np.ndarray, dtype: tf.DType) -> tf.Tensor:
-    """A variable's bare resource: in a strategy's scope, `tf.Variable` is another."""
+    """Returns a resource; in a strategy's scope, `tf.Variable` is another class."""
     handle = tf.raw_ops.VarHandleOp(
         dtype=dtype, shape=value.shape, shared_name=f"gshard_verify_{uuid.uuid4().hex}"
     )

@@ -1,16 +1,16 @@
-"""What came of comparing a step on the mesh with the same step elsewhere."""
+"""The report of a comparison of a step on the mesh with the same step elsewhere."""
 
 import dataclasses
 from collections.abc import Iterable
 
 from gshard_tf.verification.measures import Measure
 
-# How many rows of differences a report prints.
+# The largest number of differences that a report prints.
 _ROWS = 20
 
 
 class VerificationError(ValueError):
-    """A step on the mesh does not compute what one device does."""
+    """An error for a step on the mesh that differs from the one on one device."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,13 +18,13 @@ class Row:
     """One value of a step, compared with one reference.
 
     Attributes:
-        reference: What it is compared with: `"one device"` or `"TensorFlow"`.
+        reference: The reference: `"one device"` or `"TensorFlow"`.
         kind: `"output"` (losses and metrics, or predictions), `"weight"`,
             `"optimizer"` (slots and counters), `"metric"` or `"state"` (statistics,
             seeds, frozen weights).
         name: The output's name or the variable's path.
-        measure: How large the difference is, and may be. Of a variable, what is
-            compared is what the step added to it.
+        measure: The difference, and how large it may be. For a variable, the change by
+            the step is compared.
     """
 
     reference: str
@@ -39,16 +39,16 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """Where a difference begins.
+    """The origin of a difference.
 
     Attributes:
         layer: The path of the layer that the instruction belongs to, or "".
         instruction: Name and opcode of the first instruction whose result differs.
-        op_name: The TensorFlow operation that it was made from.
-        measure: By how much its result differs.
-        inside: The opcode (`"while"`, `"conditional"` or `"call"`) of what it is a
-            result of, when the difference arises in there; else "".
-        certain: Whether all that it is computed from was found to be equal.
+        op_name: The TensorFlow operation that it stems from.
+        measure: The difference of its result.
+        inside: The opcode (`"while"`, `"conditional"` or `"call"`) of the instruction
+            that it is a result of, when the difference arises within; else "".
+        certain: Whether all its operands were equal.
     """
 
     layer: str
@@ -74,16 +74,15 @@ class Origin:
 
 @dataclasses.dataclass(frozen=True)
 class VerificationReport:
-    """What `verify` found; prints as a table.
+    """The result of `verify`; prints as a table.
 
     Attributes:
-        title: Which step of which model, on which mesh.
-        tolerance: What differences may be, relative to the largest number of an array,
-            before what rounding does to it is added.
-        rows: Every value that was compared, once for each reference.
-        origin: Where the first difference from one device begins, if there is any and
-            it could be found.
-        notes: What could not be compared, and what to know about it.
+        title: The step, its model and mesh.
+        tolerance: The allowed difference, relative to the largest number of an array,
+            to which the effect of rounding is added.
+        rows: Every compared value, once for each reference.
+        origin: The origin of the first difference from one device, if it is known.
+        notes: Limits of the comparison.
     """
 
     title: str
@@ -94,7 +93,7 @@ class VerificationReport:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing differs by more than it may."""
+        """True if no value differs by more than it may."""
         return all(row.ok for row in self.rows)
 
     @property
@@ -122,7 +121,7 @@ class VerificationReport:
         return "\n".join(lines + [f"! {note}" for note in self.notes])
 
     def _summary(self) -> list[list[str]]:
-        """For each reference and kind: how many, and the one that is furthest off."""
+        """Returns a line for each reference and kind: the count, and the worst row."""
         groups: dict[tuple[str, str], list[Row]] = {}
         for row in self.rows:
             groups.setdefault((row.reference, row.kind), []).append(row)
@@ -136,27 +135,26 @@ class VerificationReport:
 
 
 def _excess(row: Row) -> float:
-    found = row.measure
-    if found.difference == 0:
+    measure = row.measure
+    if measure.difference == 0:
         return 0.0
-    return found.difference / found.allowed if found.allowed else float("inf")
+    return measure.difference / measure.allowed if measure.allowed else float("inf")
 
 
 def _cells(rows: Iterable[Row]) -> list[list[str]]:
-    """Lines of cells, the first one their heads."""
+    """Returns lines of cells, the first of which is the head."""
     lines = [["against", "what", "largest difference", "allowed", "ratio", "where"]]
     for row in rows:
-        found = row.measure
-        at = f" {list(found.where)}" if found.difference and found.where else ""
-        lost = f", not finite: {found.not_finite[0]} here, {found.not_finite[1]} there"
+        measure = row.measure
+        at = f" {list(measure.where)}" if measure.difference and measure.where else ""
         lines.append(
             [
                 row.reference,
                 row.kind,
-                f"{found.difference:.1e}",
-                f"{found.allowed:.1e}",
-                "-" if found.ratio is None else f"{found.ratio:.4g}",
-                row.name + at + (lost if any(found.not_finite) else ""),
+                f"{measure.difference:.1e}",
+                f"{measure.allowed:.1e}",
+                "-" if measure.ratio is None else f"{measure.ratio:.4g}",
+                row.name + at + _not_finite(measure),
             ]
         )
     return lines
@@ -173,9 +171,14 @@ def _table(lines: list[list[str]]) -> list[str]:
     return [printed[0], "-" * max(map(len, printed)), *printed[1:]]
 
 
-def _numbers(found: Measure) -> str:
-    ratio = "" if found.ratio is None else f", {found.ratio:.4g} times the reference"
-    lost = ""
-    if any(found.not_finite):
-        lost = f", not finite: {found.not_finite[0]} here, {found.not_finite[1]} there"
-    return f"{found.difference:.1e} of its largest number{ratio}{lost}"
+def _numbers(measure: Measure) -> str:
+    ratio = (
+        "" if measure.ratio is None else f", {measure.ratio:.4g} times the reference"
+    )
+    lost = _not_finite(measure)
+    return f"{measure.difference:.1e} of its largest number{ratio}{lost}"
+
+
+def _not_finite(measure: Measure) -> str:
+    here, there = measure.not_finite
+    return f", not finite: {here} here, {there} there" if here or there else ""

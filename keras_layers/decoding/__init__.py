@@ -1,4 +1,4 @@
-"""Generating target sequences with a cached decoder."""
+"""Generation of target sequences with a cached decoder."""
 
 from keras_layers.decoding.beam_search import Hypotheses, beam_search, length_penalty
 from keras_layers.decoding.greedy import greedy_decode

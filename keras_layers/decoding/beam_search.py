@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from keras_layers._arguments import check_coefficient, check_int
-from keras_layers._shapes import sizes
+from keras_layers._shapes import static_shape
 from keras_layers.decoding.protocol import (
     IMPOSSIBLE,
     Decodable,
@@ -54,7 +54,7 @@ def beam_search(
     """Finds the best target sequences among those that a beam keeps.
 
     At each step every row's K hypotheses are extended by every token, and the best of
-    these go on, or have ended if the token is EOS. Equal scores are ordered by the
+    these continue, or have ended if the token is EOS. Equal scores are ordered by the
     hypothesis extended, then by the token's id, so that results do not depend on how
     the search is compiled or partitioned. A row's results depend on nothing else in
     the batch. Everything has a static shape; wrap it in `tf.function`, with or without
@@ -68,23 +68,23 @@ def beam_search(
         eos_id: See `greedy_decode`.
         beam_size: K. 1 is greedy. 4 or 5 are common; time grows with it, quality
             rarely beyond 8.
-        alpha: Of the length penalty: 0 ranks by log-probability, which favours short
+        alpha: Of the length penalty: 0 ranks by log-probability, which favors short
             outputs; 1 nearly by the mean over tokens. 0.6 to 1 are common, 0.8 is
             lingvo's for this model.
         num_results: n of the best to return, at most K.
         limits: `[B]` ints, the most tokens of each row (see `length_limits`).
         early_stop: True: a row is done once K of its hypotheses have ended, each
             among the K best extensions when it did (as in fairseq, and in Hugging
-            Face transformers with `early_stopping=True`). False: when nothing that
-            still grows can surpass the worst of the n best that have ended, whatever
-            it becomes (as in tf-models-official): longer, and of higher scores.
+            Face transformers with `early_stopping=True`). False: when no growing
+            hypothesis can surpass the worst of the n best that have ended
+            (as in tf-models-official): longer, and of higher scores.
         flat: Whether the hypotheses of a row share one cache, which is never
             reordered (the paper's flat beam search, appendix A.1). The results are
             the same; attention is over K times as many keys.
 
     Returns:
         `Hypotheses`. Where fewer than n have ended when a row stops, the best that
-        were still growing follow them; where there is nothing left, padding with a
+        were still growing follow them; after those, padding with a
         score of minus infinity.
 
     Raises:
@@ -96,35 +96,35 @@ def beam_search(
     num_results = check_int("num_results", num_results, 1)
     if num_results > beam_size:
         raise ValueError(
-            "num_results is at most beam_size. "
+            "num_results must be at most beam_size. "
             f"Received: num_results={num_results}, beam_size={beam_size}"
         )
     source_ids = tf.convert_to_tensor(source_ids)
-    search = _Search(
+    search = _BeamSearch(
         model, eos_id, beam_size, alpha, num_results, early_stop, max_length
     )
-    batch = sizes(source_ids)[0]
-    begin = tf.constant([0.0] + [IMPOSSIBLE] * (beam_size - 1))
-    nothing = tf.fill([batch, beam_size, max_length], model.pad_id)
-    never = tf.fill([batch, beam_size], IMPOSSIBLE)
+    batch = static_shape(source_ids)[0]
+    initial = tf.constant([0.0] + [IMPOSSIBLE] * (beam_size - 1))
+    padding = tf.fill([batch, beam_size, max_length], model.pad_id)
+    impossible = tf.fill([batch, beam_size], IMPOSSIBLE)
     state = {
         "step": tf.constant(0),
         "limits": row_limits(source_ids, max_length, limits),
         "done": tf.zeros([batch], tf.bool),
         "tokens": tf.fill([batch, beam_size], bos_id),
-        "growing": {"ids": nothing, "log_probs": tf.tile(begin[None], [batch, 1])},
-        "ended": {"ids": nothing, "scores": never, "log_probs": never},
+        "growing": {"ids": padding, "log_probs": tf.tile(initial[None], [batch, 1])},
+        "ended": {"ids": padding, "scores": impossible, "log_probs": impossible},
         "model": model.start_decoding(source_ids, max_length, beam_size, flat),
     }
     state = tf.while_loop(
         search.unfinished, search.step, [state], maximum_iterations=max_length
     )[0]
-    found = search.results(state)
-    return found._replace(ids=tf.cast(found.ids, source_ids.dtype))
+    hypotheses = search.results(state)
+    return hypotheses._replace(ids=tf.cast(hypotheses.ids, source_ids.dtype))
 
 
-class _Search(NamedTuple):
-    """One search; its methods are the parts of the loop. K = `beam_size`."""
+class _BeamSearch(NamedTuple):
+    """Arguments of a beam search; the methods are its loop. K = `beam_size`."""
 
     model: Decodable
     eos_id: int
@@ -145,7 +145,7 @@ class _Search(NamedTuple):
         log_probs = log_probabilities(logits, self.model.pad_id, self.eos_id)
         log_probs = log_probs + old["log_probs"][..., None]
         # Twice as many as grow: K of them at most can be ends, one of each.
-        batch, _, vocab = sizes(log_probs)
+        batch, _, vocab = static_shape(log_probs)
         best, where = tf.math.top_k(
             tf.reshape(log_probs, [batch, size * vocab]), 2 * size
         )  # [B, 2K]
@@ -176,10 +176,10 @@ class _Search(NamedTuple):
     def _add_ended(
         self, state: dict[str, Any], ids: tf.Tensor, best: tf.Tensor, is_end: tf.Tensor
     ) -> dict[str, tf.Tensor]:
-        """The K best of what has ended before and what ends with this step."""
+        """Returns the K best of those that ended before and those that end now."""
         if self.early_stop:
-            # Ends count towards K, so those that are no match for what goes on are
-            # left out; with K = 1 that is greedy search.
+            # Ends count towards K, so those that are worse than the K best extensions
+            # are left out; with K = 1 that is greedy search.
             is_end = is_end & (tf.range(2 * self.beam_size) < self.beam_size)
         is_end = is_end & (best > IMPOSSIBLE / 2)
         log_probs = tf.where(is_end, best, IMPOSSIBLE)
@@ -211,7 +211,7 @@ class _Search(NamedTuple):
         return settled | (state["step"] >= state["limits"])
 
     def results(self, state: dict[str, Any]) -> Hypotheses:
-        """The n best: first what has ended, then what was still growing."""
+        """Returns the n best: first the ended ones, then those still growing."""
         ended, growing = state["ended"], state["growing"]
         length = tf.reduce_sum(
             tf.cast(growing["ids"] != self.model.pad_id, tf.int32), axis=-1
@@ -223,22 +223,22 @@ class _Search(NamedTuple):
         place = tf.range(self.num_results)[None]  # [1, n]
         # Both are in order, and no more of the one are needed than the other has.
         take = tf.where(place < count, place, self.beam_size + place - count)
-        found = {
+        best = {
             name: tf.gather(
                 tf.concat([ended[name], growing[name]], axis=1), take, batch_dims=1
             )
             for name in ended
         }
-        real = found["log_probs"] > IMPOSSIBLE / 2
+        real = best["log_probs"] > IMPOSSIBLE / 2
         return Hypotheses(
-            tf.where(real[..., None], found["ids"], self.model.pad_id),
-            tf.where(real, found["scores"], -float("inf")),
-            tf.where(real, found["log_probs"], -float("inf")),
+            tf.where(real[..., None], best["ids"], self.model.pad_id),
+            tf.where(real, best["scores"], -float("inf")),
+            tf.where(real, best["log_probs"], -float("inf")),
         )
 
 
 def _keep_where(done: tf.Tensor, old: Any, new: Any) -> Any:
-    """Nests of tensors `[B, ...]`: `old` in the rows that are done."""
+    """Nests of tensors `[B, ...]`: `old` in the rows that are done, else `new`."""
 
     def keep(before: tf.Tensor, after: tf.Tensor) -> tf.Tensor:
         rows = tf.reshape(done, [-1] + [1] * (len(before.shape) - 1))

@@ -1,10 +1,10 @@
-"""One token after the other: the most probable one, or whichever is chosen."""
+"""Greedy decoding, and the loop that it shares with sampling."""
 
 from collections.abc import Callable
 
 import tensorflow as tf
 
-from keras_layers._shapes import sizes
+from keras_layers._shapes import static_shape
 from keras_layers.decoding.protocol import (
     Decodable,
     check_ids,
@@ -23,7 +23,7 @@ def greedy_decode(
 ) -> tuple[tf.Tensor, tf.Tensor]:
     """Takes the most probable next token until EOS.
 
-    Padding is never taken: within a sequence it would be hidden from what follows.
+    Padding is never chosen: within a sequence it would be hidden from what follows.
     One pass of the decoder per token, over caches of static length, and no longer
     than the longest output needs. Wrap it in `tf.function` (with or without
     `jit_compile=True`) to run it as one program.
@@ -34,7 +34,7 @@ def greedy_decode(
         source_ids: `[B, L]` ids, padded with `pad_id`.
         max_length: Length of the outputs, EOS included.
         bos_id: First input of the decoder; not part of the outputs. It may be `pad_id`
-            if the model knows it (`Transformer(bos_id=...)`).
+            if the model has it as its own (`Transformer(bos_id=...)`).
         eos_id: Ends a sequence; what follows is padding. Not `pad_id`.
         limits: `[B]` ints, the most tokens of each row (see `length_limits`), where
             that is less than `max_length`.
@@ -45,7 +45,7 @@ def greedy_decode(
 
     Raises:
         ValueError: for a length below 1, an id outside the vocabulary, or one that
-            means padding to the model.
+            is the model's padding.
     """
 
     def most_probable(log_probs: tf.Tensor, step: tf.Tensor) -> tf.Tensor:
@@ -65,7 +65,7 @@ def generate(
     limits: tf.Tensor | None,
     choose: Callable[[tf.Tensor, tf.Tensor], tf.Tensor],
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """What `greedy_decode` does, with any choice of the next token.
+    """Generalization of `greedy_decode` to any choice of the next token.
 
     Args:
         choose: `(log_probs [B, V], step) -> [B]` int32 ids.
@@ -73,7 +73,7 @@ def generate(
     max_length, bos_id, eos_id = check_ids(model, max_length, bos_id, eos_id)
     source_ids = tf.convert_to_tensor(source_ids)
     limits = row_limits(source_ids, max_length, limits)
-    batch = sizes(source_ids)[0]
+    batch = static_shape(source_ids)[0]
     position = tf.range(max_length)
 
     def unfinished(step, tokens, ids, done, log_prob, state):

@@ -1,21 +1,21 @@
-"""What all ways to decode share: the model they ask, limits, log-probabilities."""
+"""Protocol of decoding: the model's interface, limits, log-probabilities."""
 
 from typing import Any, Protocol
 
 import tensorflow as tf
 
 from keras_layers._arguments import check_int, check_positive, check_token_id
-from keras_layers._shapes import sizes
+from keras_layers._shapes import static_shape
 
 #: Stands for a log-probability of 0, finite so that sums and differences stay numbers.
 IMPOSSIBLE = -1e30
 
 
 class Decodable(Protocol):
-    """What decoding asks of a model; `Transformer` has it, and says more about it.
+    """Interface of a model that decoding needs; `Transformer` implements it.
 
-    It may have two attributes more: `bos_id`, the id that targets begin with, which it
-    has to say where that is `pad_id`; and `target_vocab_size`, V, against which ids are
+    It may have two attributes more: `bos_id`, the id that targets begin with, required
+    where that is `pad_id`; and `target_vocab_size`, V, against which ids are
     checked before work starts.
     """
 
@@ -28,33 +28,33 @@ class Decodable(Protocol):
         hypotheses: int = 1,
         flat: bool = False,
     ) -> Any:
-        """The state of K hypotheses for each source `[B, L]`."""
+        """Returns the state of K hypotheses for each source `[B, L]`."""
 
     def decode_step(
         self, target_ids: tf.Tensor, state: Any, index: tf.Tensor
     ) -> tuple[tf.Tensor, Any]:
         """Tokens `[B, K]` at position `index` -> logits `[B, K, V]` and the state.
 
-        Greedy decoding and sampling give `[B]` and want `[B, V]`.
+        Greedy decoding and sampling pass `[B]` and expect `[B, V]`.
         """
 
     def reorder_decoding(self, state: Any, parents: tf.Tensor) -> Any:
-        """The state in which hypothesis k goes on from what was `parents[:, k]`.
+        """Returns the state in which hypothesis k continues `parents[:, k]`.
 
-        Beam search alone asks for it.
+        Only beam search calls it.
         """
 
 
 def length_limits(
     source_ids: tf.Tensor, pad_id: int = 0, factor: float = 1.5, extra: int = 10
 ) -> tf.Tensor:
-    """The most tokens for each source: `ceil(factor * its length) + extra`.
+    """Returns the limit of each output: `ceil(factor * source length) + extra`.
 
     Args:
         source_ids: `[B, L]`, padded with `pad_id`.
         pad_id: Id of padding.
         factor: Target tokens per source token. Well above the usual ratio of the two
-            languages: it is there to stop what does not end by itself.
+            languages: it stops sequences that would not end.
         extra: For short sources, whose ratio varies most.
 
     Returns:
@@ -74,14 +74,14 @@ def length_limits(
 def row_limits(
     source_ids: tf.Tensor, max_length: int, limits: tf.Tensor | None
 ) -> tf.Tensor:
-    """The most tokens of each row, int32 `[B]`, in `[1, max_length]`."""
+    """Returns the limit of each row, int32 `[B]`, in `[1, max_length]`."""
     if limits is None:
-        return tf.fill([sizes(source_ids)[0]], max_length)
+        return tf.fill([static_shape(source_ids)[0]], max_length)
     return tf.clip_by_value(tf.cast(limits, tf.int32), 1, max_length)
 
 
 def log_probabilities(logits: tf.Tensor, pad_id: int, eos_id: int) -> tf.Tensor:
-    """`[..., V]`, without padding: within a sequence it would hide what follows.
+    """Returns `[..., V]`, padding excluded: in a sequence it would hide the rest.
 
     Raises:
         ValueError: if EOS is not among the V.
@@ -94,14 +94,14 @@ def log_probabilities(logits: tf.Tensor, pad_id: int, eos_id: int) -> tf.Tensor:
 def check_ids(
     model: Decodable, max_length: Any, bos_id: Any, eos_id: Any
 ) -> tuple[int, int, int]:
-    """Checks what all ways to decode are told, before work starts.
+    """Checks the arguments that all decoding functions share.
 
     Returns:
         `max_length`, `bos_id` and `eos_id`.
 
     Raises:
-        ValueError: for a length below 1, an id that is none of the model's
-            vocabulary, or one that means padding to the model.
+        ValueError: for a length below 1, an id outside the model's
+            vocabulary, or one that is the model's padding.
     """
     max_length = check_int("max_length", max_length, 1)
     bos_id = check_int("bos_id", bos_id, 0)
@@ -117,16 +117,17 @@ def check_ids(
             "sequence an id of its own, in training as well. "
             f"Received: eos_id={eos_id}, pad_id={model.pad_id}"
         )
-    begin = getattr(model, "bos_id", None)
-    if begin is None and bos_id == model.pad_id:
+    model_bos_id = getattr(model, "bos_id", None)
+    if model_bos_id is None and bos_id == model.pad_id:
         raise ValueError(
-            "A model whose targets begin with padding has to know it, or it takes the "
-            "first position for padding and never learns what follows it: train it as "
+            "A model whose targets begin with padding must have that as its bos_id, or "
+            "it masks the first position and never learns the next: train it as "
             f"Transformer(..., bos_id={bos_id}). "
             f"Received: bos_id={bos_id}, pad_id={model.pad_id}"
         )
-    if begin is not None and begin != bos_id:
+    if model_bos_id is not None and model_bos_id != bos_id:
         raise ValueError(
-            f"The model's targets begin with bos_id={begin}. Received: bos_id={bos_id}"
+            f"bos_id must be that of the model, {model_bos_id}. "
+            f"Received: bos_id={bos_id}"
         )
     return max_length, bos_id, eos_id

@@ -1,4 +1,4 @@
-"""Drawing tokens by their probabilities, cut to the most probable ones."""
+"""Sampling: tokens drawn by their probabilities, cut to the most probable ones."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import tensorflow as tf
 
 from gshard_tf import random
 from keras_layers._arguments import check_int, check_positive
-from keras_layers._shapes import sizes
+from keras_layers._shapes import static_shape
 from keras_layers.decoding.greedy import generate
 from keras_layers.decoding.protocol import IMPOSSIBLE, Decodable, check_ids
 
@@ -55,11 +55,11 @@ def sample_decode(
     if top_k is not None:
         top_k = check_int("top_k", top_k, 1)
     if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p must lie in (0, 1]. Received: top_p={top_p!r}")
+        raise ValueError(f"top_p must be in (0, 1]. Received: top_p={top_p!r}")
     seed = tf.convert_to_tensor(seed)
     if seed.shape != (2,) or not seed.dtype.is_integer:
         raise ValueError(
-            "seed is two ints, as a keras.random.SeedGenerator gives. "
+            "seed must be two ints, as a keras.random.SeedGenerator gives. "
             f"Received: seed={seed}"
         )
     # A key of its own for each step: seeds that follow each other share none.
@@ -68,7 +68,7 @@ def sample_decode(
 
     def draw(log_probs: tf.Tensor, step: tf.Tensor) -> tf.Tensor:
         log_probs = log_probs / temperature
-        uniform = random.uniform(keys[step], sizes(log_probs))
+        uniform = random.uniform(keys[step], static_shape(log_probs))
         # Gumbel's trick: the largest of log p - log(-log u) is a draw from p.
         noise = -tf.math.log(-tf.math.log(tf.maximum(uniform, 1e-30)))
         if top_k is None and top_p is None:

@@ -1,8 +1,8 @@
 """Dispatchers: move tokens to the experts' buffers and back.
 
-Both annotate the same pair of layouts, and that pair is the all-to-all: the buffers
-are made group by group (split over groups) and handed to the experts split over
-experts. Forward this costs one all-to-all each way, and one each way backward.
+Both annotate the same pair of layouts, and that pair is the all-to-all: buffers are
+computed split over groups and passed to the experts split over experts. Forward this
+costs one all-to-all each way, and backward one each way.
 """
 
 from typing import Protocol
@@ -11,49 +11,47 @@ import tensorflow as tf
 
 from gshard_tf import annotate
 from keras_layers._padding import zero_padding
-from keras_layers._shapes import sizes
-from keras_layers.moe.gathers import moves_of
-from keras_layers.routing.results import Routing, SlotRouting
-
-Plan = Routing | SlotRouting
+from keras_layers._shapes import static_shape
+from keras_layers.moe.gathers import gathers_of
+from keras_layers.routing.routing import ExpertChoiceRouting, Routing
 
 
 class Dispatcher(Protocol):
-    """What `MoELayer` asks of a dispatcher."""
+    """Interface of a dispatcher, as `MoELayer` uses it."""
 
-    def dispatch(self, inputs: tf.Tensor, routing: Plan) -> tf.Tensor:
+    def dispatch(self, inputs: tf.Tensor, routing: Routing) -> tf.Tensor:
         """`[G, S, M]` -> the experts' buffers `[E, G, C, M]`; empty slots are 0."""
 
-    def combine(self, expert_outputs: tf.Tensor, routing: Plan) -> tf.Tensor:
+    def combine(self, expert_outputs: tf.Tensor, routing: Routing) -> tf.Tensor:
         """`[E, G, C, M]` -> the weighted sum for each token, `[G, S, M]`."""
 
 
 class EinsumDispatcher:
-    """Dispatch and combine as products with one-hot tensors, as in the paper.
+    """Dispatch and combine as matmuls with one-hot tensors, as in the paper.
 
     Algorithm 2 of the paper. The tensors `[G, S, E, C]` hold 2S numbers per token
-    and the products cost S / H of the experts' own FLOPs (at a capacity factor of 2),
-    so keep groups small. It is here as the form that the paper measured, and as a
-    check on `IndexDispatcher`.
+    and the matmuls cost S / H of the experts' own FLOPs (at a capacity factor of 2),
+    so keep groups small. It exists as the form that the paper measured, and as a
+    check of `IndexDispatcher`.
     """
 
-    def dispatch(self, inputs: tf.Tensor, routing: Plan) -> tf.Tensor:
-        mask = self._one_hots(routing, inputs, weighted=False)
-        buffers = _row_by_row("GSEC,GSM->GECM", "GSEC,GS->GEC", mask, inputs)
+    def dispatch(self, inputs: tf.Tensor, routing: Routing) -> tf.Tensor:
+        mask = self._one_hot(routing, inputs, weighted=False)
+        buffers = _finite_einsum("GSEC,GSM->GECM", "GSEC,GS->GEC", mask, inputs)
         return _to_experts(buffers)
 
-    def combine(self, expert_outputs: tf.Tensor, routing: Plan) -> tf.Tensor:
+    def combine(self, expert_outputs: tf.Tensor, routing: Routing) -> tf.Tensor:
         buffers = _to_groups(expert_outputs)  # [G, E, C, M]
-        combine = self._one_hots(routing, buffers, weighted=True)
-        outputs = _row_by_row("GSEC,GECM->GSM", "GSEC,GEC->GS", combine, buffers)
+        combine = self._one_hot(routing, buffers, weighted=True)
+        outputs = _finite_einsum("GSEC,GECM->GSM", "GSEC,GEC->GS", combine, buffers)
         return annotate(outputs, ("group", None, "embed"))
 
     @staticmethod
-    def _one_hots(routing: Plan, like: tf.Tensor, weighted: bool) -> tf.Tensor:
+    def _one_hot(routing: Routing, like: tf.Tensor, weighted: bool) -> tf.Tensor:
         """1, or the weight, at each (token, expert, slot) in use: `[G, S, E, C]`."""
         dtype = like.dtype
-        if isinstance(routing, SlotRouting):
-            tokens = sizes(routing.chosen)[1]
+        if isinstance(routing, ExpertChoiceRouting):
+            tokens = static_shape(routing.chosen)[1]
             # A token of -1 is a row of zeros.
             hot = tf.one_hot(routing.token_index, tokens, dtype=dtype)  # [G, E, C, S]
             if weighted:
@@ -61,7 +59,7 @@ class EinsumDispatcher:
                 weight = tf.cast(routing.weight, dtype)[..., None]
                 hot = tf.where(hot > 0, weight, tf.zeros([], dtype))
             return tf.transpose(hot, [0, 3, 1, 2])
-        values = tf.cast(routing.weight if weighted else routing.kept, dtype)
+        values = tf.cast(routing.weight if weighted else routing.dispatched, dtype)
         expert = tf.one_hot(routing.expert_index, routing.num_experts, dtype=dtype)
         # A slot of -1 is a row of zeros.
         slot = tf.one_hot(routing.slot, routing.capacity, dtype=dtype)
@@ -72,40 +70,40 @@ class EinsumDispatcher:
 class IndexDispatcher:
     """Dispatch and combine by index: activations move once, by gathers.
 
-    Small integer maps per group say which token sits in each slot, and where the
-    outputs of each token are. Both directions and both gradients gather by them: no
+    Small integer maps per group hold the token of each slot, and the slots of each
+    token's outputs. Both directions and both gradients gather by them: no
     activation is ever scattered, which partitions well and has no unpredictable order
     of additions.
     """
 
-    def dispatch(self, inputs: tf.Tensor, routing: Plan) -> tf.Tensor:
-        buffers = moves_of(routing).to_slots(inputs)  # [G, E*C, M]
+    def dispatch(self, inputs: tf.Tensor, routing: Routing) -> tf.Tensor:
+        buffers = gathers_of(routing).to_slots(inputs)  # [G, E*C, M]
         groups, width = tf.shape(inputs)[0], inputs.shape[-1]
         buffers = tf.reshape(
             buffers, [groups, routing.num_experts, routing.capacity, width]
         )
         return _to_experts(buffers)
 
-    def combine(self, expert_outputs: tf.Tensor, routing: Plan) -> tf.Tensor:
+    def combine(self, expert_outputs: tf.Tensor, routing: Routing) -> tf.Tensor:
         buffers = _to_groups(expert_outputs)  # [G, E, C, M]
         shape = tf.shape(buffers)
         # The width by number: -1 would be undefined for an empty batch.
         width = buffers.shape[-1]
         buffers = tf.reshape(buffers, [shape[0], shape[1] * shape[2], width])
-        outputs = moves_of(routing).to_tokens(buffers)  # [G, S, M]
+        outputs = gathers_of(routing).to_tokens(buffers)  # [G, S, M]
         return annotate(outputs, ("group", None, "embed"))
 
 
-def _row_by_row(
+def _finite_einsum(
     product: str, places: str, weights: tf.Tensor, rows: tf.Tensor
 ) -> tf.Tensor:
-    """`einsum(product, weights, rows)`, in which each row goes where its weight is.
+    """Returns `einsum(product, weights, rows)`, with NaN only where a NaN has a weight.
 
-    0 times a NaN or an infinity is NaN: one such row would make all results so. So it
-    is left out, and results with a weight for it are made NaN.
+    0 times a NaN or an infinity is NaN: one such row would spread to all results. So it
+    is left out, and results with a weight for it become NaN.
 
     Args:
-        product: Of the rows `[..., M]`.
+        product: Einsum of the rows `[..., M]`.
         places: The same of one number per row, without M.
         weights: `[G, S, E, C]`.
         rows: `[G, S, M]` or `[G, E, C, M]`.
@@ -130,6 +128,6 @@ def _to_experts(buffers: tf.Tensor) -> tf.Tensor:
 
 
 def _to_groups(buffers: tf.Tensor) -> tf.Tensor:
-    """The way back: `[E, G, C, M]` -> `[G, E, C, M]`."""
+    """Inverse of `_to_experts`: `[E, G, C, M]` -> `[G, E, C, M]`."""
     buffers = annotate(buffers, ("expert", None, None, "embed"))
     return annotate(tf.transpose(buffers, [1, 0, 2, 3]), ("group", None, None, "embed"))

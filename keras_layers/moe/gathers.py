@@ -1,19 +1,22 @@
-"""Moving rows between tokens and slots by gathers, forward and backward.
+"""Gathers between tokens and slots, forward and backward, for `IndexDispatcher`.
 
-`IndexDispatcher` is made of these. Each move is a gather by an integer map; its
-gradient is a gather by the inverse map.
+Each gather goes by an integer map; its gradient is a gather by the inverse map.
 """
 
 from typing import Protocol
 
 import tensorflow as tf
 
-from keras_layers._shapes import sizes
-from keras_layers.routing.results import Routing, SlotRouting
+from keras_layers._shapes import static_shape
+from keras_layers.routing.routing import (
+    ExpertChoiceRouting,
+    Routing,
+    TokenChoiceRouting,
+)
 
 
-class Moves(Protocol):
-    """The two moves of a routing."""
+class Gathers(Protocol):
+    """The two gathers of a routing."""
 
     def to_slots(self, x: tf.Tensor) -> tf.Tensor:
         """Tokens `[G, S, M]` -> slots `[G, E*C, M]`; empty ones are 0."""
@@ -22,24 +25,24 @@ class Moves(Protocol):
         """Slots `[G, E*C, M]` -> their weighted sum by token, `[G, S, M]`."""
 
 
-def moves_of(routing: Routing | SlotRouting) -> Moves:
-    """The moves that a routing asks for."""
-    if isinstance(routing, SlotRouting):
-        return _SlotMoves(routing)
-    return _TokenMoves(routing)
+def gathers_of(routing: Routing) -> Gathers:
+    """Returns the gathers of a routing."""
+    if isinstance(routing, ExpertChoiceRouting):
+        return _ExpertChoiceGathers(routing)
+    return _TokenChoiceGathers(routing)
 
 
-class _TokenMoves:
-    """Of tokens that chose experts: two maps, which are each other's inverse."""
+class _TokenChoiceGathers:
+    """Gathers where tokens chose experts: two maps, each the inverse of the other."""
 
-    def __init__(self, routing: Routing):
+    def __init__(self, routing: TokenChoiceRouting):
         self.choice_of_slot, self.slot_of_choice = _maps(routing)
         self.choices = routing.slot.shape[-1]
         self.weight = routing.weight
 
     def to_slots(self, x: tf.Tensor) -> tf.Tensor:
         @tf.custom_gradient
-        def move(x):
+        def gather(x):
             buffers = _gather(x, _token(self.choice_of_slot, self.choices))
 
             def gradient(d_buffers):
@@ -48,11 +51,11 @@ class _TokenMoves:
 
             return buffers, gradient
 
-        return move(x)
+        return gather(x)
 
     def to_tokens(self, y: tf.Tensor) -> tf.Tensor:
         @tf.custom_gradient
-        def move(y, weight):
+        def gather(y, weight):
             def rows_of_tokens():
                 return _split_choices(_gather(y, self.slot_of_choice), self.choices)
 
@@ -72,14 +75,14 @@ class _TokenMoves:
 
             return outputs, gradient
 
-        return move(y, self.weight)
+        return gather(y, self.weight)
 
 
-class _SlotMoves:
-    """Of experts that chose tokens: a token may be in any number of slots."""
+class _ExpertChoiceGathers:
+    """Gathers where experts chose tokens: a token may be in any number of slots."""
 
-    def __init__(self, routing: SlotRouting):
-        groups, experts, capacity = sizes(routing.token_index)
+    def __init__(self, routing: ExpertChoiceRouting):
+        groups, experts, capacity = static_shape(routing.token_index)
         flat = [groups, experts * capacity]
         self.token_of_slot = tf.reshape(routing.token_index, flat)  # [G, E*C]
         self.weight = tf.reshape(routing.weight, flat)  # [G, E*C]
@@ -87,14 +90,14 @@ class _SlotMoves:
 
     def to_slots(self, x: tf.Tensor) -> tf.Tensor:
         @tf.custom_gradient
-        def move(x):
+        def gather(x):
             return _gather(x, self.token_of_slot), self._sum_by_token
 
-        return move(x)
+        return gather(x)
 
     def to_tokens(self, y: tf.Tensor) -> tf.Tensor:
         @tf.custom_gradient
-        def move(y, weight):
+        def gather(y, weight):
             outputs = self._sum_by_token(y * tf.cast(weight, y.dtype)[..., None])
 
             def gradient(d_outputs):
@@ -105,16 +108,16 @@ class _SlotMoves:
 
             return outputs, gradient
 
-        return move(y, self.weight)
+        return gather(y, self.weight)
 
     def _sum_by_token(self, rows: tf.Tensor) -> tf.Tensor:
         """Sums `[G, E*C, M]` over the slots of each token: `[G, S, M]`.
 
-        Rows are brought in the order of their tokens; then each takes in the row 1, 2,
-        4, ... before it as long as that is of the same token, so that the last row of
-        a token holds the sum of all, of which there are at most E.
+        Rows are sorted by their tokens. Then each adds the row 1, 2, 4, ... before it
+        if that is of the same token, so that the last row of a token holds the sum of
+        all, of which there are at most E.
         """
-        tokens, experts = sizes(self.chosen)[1:]
+        tokens, experts = static_shape(self.chosen)[1:]
         # Empty slots last.
         key = tf.where(self.token_of_slot < 0, tokens, self.token_of_slot)
         order = tf.argsort(key, axis=-1, stable=True)  # [G, E*C]
@@ -131,8 +134,8 @@ class _SlotMoves:
         return _gather(rows, tf.where(count > 0, last, -1))
 
 
-def _maps(routing: Routing) -> tuple[tf.Tensor, tf.Tensor]:
-    """Which choice is in each slot, and the inverse; -1 for none.
+def _maps(routing: TokenChoiceRouting) -> tuple[tf.Tensor, tf.Tensor]:
+    """Map from each slot to its choice, and the inverse; -1 for none.
 
     Choice `s * K + k` is the k-th choice of token s; slot `e * C + c` is place c of
     expert e.
@@ -141,12 +144,12 @@ def _maps(routing: Routing) -> tuple[tf.Tensor, tf.Tensor]:
         `[G, E*C]` int32 and `[G, S*K]` int32.
     """
     num_experts, capacity = routing.num_experts, routing.capacity
-    groups, tokens, choices = sizes(routing.slot)
+    groups, tokens, choices = static_shape(routing.slot)
     flat = [groups, tokens * choices]
     expert = tf.reshape(routing.expert_index, flat)
     slot = tf.reshape(routing.slot, flat)
-    kept = tf.reshape(routing.kept, flat)
-    slot_of_choice = tf.where(kept, expert * capacity + slot, -1)
+    dispatched = tf.reshape(routing.dispatched, flat)
+    slot_of_choice = tf.where(dispatched, expert * capacity + slot, -1)
 
     # The inverse as a product of one-hots: number i + 1 lands at (expert, slot), and
     # 0 stays where nothing lands. A scatter would do, but partitioners and TPUs treat
@@ -160,7 +163,7 @@ def _maps(routing: Routing) -> tuple[tf.Tensor, tf.Tensor]:
     digit = tf.cast((number[:, None] // base) % 256, tf.float32)[..., None]  # [S*K,D,1]
     expert_hot = tf.one_hot(expert, num_experts, dtype=tf.float32)  # [G, S*K, E]
     slot_hot = tf.one_hot(slot, capacity, dtype=tf.float32)  # [G, S*K, C]
-    # The digits go to the shorter of the two, so that the longer is made once.
+    # Digits multiply the shorter of the two, so that the longer is computed once.
     if isinstance(capacity, int) and capacity < num_experts:
         placed = tf.einsum("GTDC,GTE->GDCE", slot_hot[:, :, None] * digit, expert_hot)
         placed = tf.transpose(placed, [0, 1, 3, 2])
@@ -173,7 +176,7 @@ def _maps(routing: Routing) -> tuple[tf.Tensor, tf.Tensor]:
 
 
 def _digits(value: int) -> int:
-    """How many base-256 digits `value` has."""
+    """Number of base-256 digits of `value`."""
     return (value.bit_length() + 7) // 8
 
 
@@ -184,12 +187,12 @@ def _token(choice: tf.Tensor, choices: int) -> tf.Tensor:
 
 def _gather(rows: tf.Tensor, index: tf.Tensor) -> tf.Tensor:
     """`rows` `[G, T, M]` at `index` `[G, R]` -> `[G, R, M]`; zeros where it is -1."""
-    found = tf.gather(rows, tf.maximum(index, 0), batch_dims=1)
+    values = tf.gather(rows, tf.maximum(index, 0), batch_dims=1)
     # Not a product with the mask: an infinite row must not turn others into NaN.
-    return tf.where((index >= 0)[..., None], found, tf.zeros([], rows.dtype))
+    return tf.where((index >= 0)[..., None], values, tf.zeros([], rows.dtype))
 
 
 def _split_choices(rows: tf.Tensor, choices: int) -> tf.Tensor:
     """`[G, S*K, M]` -> `[G, S, K, M]`."""
-    groups, total, width = sizes(rows)
+    groups, total, width = static_shape(rows)
     return tf.reshape(rows, [groups, total // choices, choices, width])

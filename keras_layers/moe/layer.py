@@ -1,145 +1,32 @@
-"""The mixture-of-experts layer: router, dispatcher and experts put together."""
+"""The mixture-of-experts layer: routes, dispatches, transforms and combines."""
 
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import keras
 import tensorflow as tf
 
-from gshard_tf import active_mesh, annotate, name_axes
+from gshard_tf import active_mesh, annotate
 from keras_layers._arguments import check_choice, check_coefficient, check_int
 from keras_layers._padding import zero_padding
 from keras_layers._seeds import child_seed
-from keras_layers._shapes import sizes
-from keras_layers.dropout import Dropout
 from keras_layers.feed_forward import FeedForward
-from keras_layers.initializers import per_expert
-from keras_layers.moe import dropless
-from keras_layers.moe.dispatch import EinsumDispatcher, IndexDispatcher
-from keras_layers.moe.metrics import DEFAULT_METRICS, RouterHealth
-from keras_layers.moe.packing import Packing
+from keras_layers.moe.dispatch import Dispatcher, EinsumDispatcher, IndexDispatcher
+from keras_layers.moe.dropless import apply_without_drops
+from keras_layers.moe.experts import Experts
+from keras_layers.moe.grouping import Packing, from_groups, ids_to_groups, to_groups
+from keras_layers.moe.metrics import DEFAULT_METRICS, RouterMetrics
 from keras_layers.routing import ROUTERS
-from keras_layers.routing.custom_router import report_of, serialize_router, use
-from keras_layers.routing.recording import record, recorded
-from keras_layers.routing.results import Routing, SlotRouting
+from keras_layers.routing.custom_router import register_user, serialize_router, stats_of
+from keras_layers.routing.recording import next_recorded, record
+from keras_layers.routing.routing import Routing, TokenChoiceRouting
 
-_DISPATCHERS = {"index": IndexDispatcher, "einsum": EinsumDispatcher}
-
-
-@keras.saving.register_keras_serializable(package="gshard_tf")
-class Experts(keras.layers.Layer):
-    """E feed-forward networks side by side: `FFN_e(x) = wo_e . activation(wi_e . x)`.
-
-    With `gated`: `wo_e . (activation(wi_gate_e . x) * (wi_e . x))`. No biases, as in
-    the paper: an empty slot then stays 0 with the usual activations.
-
-    Args:
-        num_experts: E.
-        hidden_dim: H.
-        activation: Of the hidden layer.
-        dropout: Rate on the hidden layer, during training.
-        kernel_initializer: Of all weights; fans are counted within one expert.
-        gated: Whether the hidden layer is gated.
-        seed: Seed of the dropout.
-    """
-
-    def __init__(
-        self,
-        num_experts: int,
-        hidden_dim: int,
-        activation: Any = "relu",
-        dropout: float = 0.0,
-        kernel_initializer: Any = "lecun_uniform",
-        gated: bool = False,
-        seed: int | None = None,
-        **kwargs: Any,
-    ):
-        num_experts = check_int("num_experts", num_experts, 1)
-        hidden_dim = check_int("hidden_dim", hidden_dim, 1)
-        super().__init__(**kwargs)
-        self.num_experts = num_experts
-        self.hidden_dim = hidden_dim
-        self.activation = keras.activations.get(activation)
-        self.kernel_initializer = keras.initializers.get(kernel_initializer)
-        self.gated = bool(gated)
-        self.seed = seed
-        # Of [E, G*C, H]: an expert's rows are the groups, one after the other.
-        self.dropout = Dropout(dropout, seed=seed, batch_dim=1, dtype=self.dtype_policy)
-
-    def build(self, input_shape: Any) -> None:
-        if len(input_shape) != 4:
-            raise ValueError(
-                "Inputs of Experts are buffers [experts, groups, capacity, width]; "
-                "MoELayer makes them of tokens. "
-                f"Received: input_shape={tuple(input_shape)}"
-            )
-        model_dim = input_shape[-1]
-        inward = ["wi", "wi_gate"] if self.gated else ["wi"]
-        for name in inward:
-            weight = self.add_weight(
-                name=name,
-                shape=(self.num_experts, model_dim, self.hidden_dim),
-                initializer=per_expert(self.kernel_initializer, name),
-            )
-            setattr(self, name, name_axes(weight, ("expert", "embed", "mlp")))
-        self.wo = name_axes(
-            self.add_weight(
-                name="wo",
-                shape=(self.num_experts, self.hidden_dim, model_dim),
-                initializer=per_expert(self.kernel_initializer, "wo"),
-            ),
-            ("expert", "mlp", "embed"),
-        )
-
-    def call(
-        self,
-        inputs: tf.Tensor,
-        training: bool | None = None,
-        chosen: tf.Tensor | None = None,
-    ) -> tf.Tensor:
-        """`inputs` `[E, G, C, M]` -> `[E, G, C, M]`.
-
-        With `chosen` `[R]` ints the rows of `inputs` `[R, G, C, M]` are for these
-        experts, and only their weights are read.
-        """
-        experts, groups, capacity, width = sizes(inputs)
-
-        def product(rows: tf.Tensor, weight: keras.Variable) -> tf.Tensor:
-            if chosen is not None:
-                weight = tf.gather(weight, chosen)
-            return tf.matmul(rows, weight)
-
-        # Batched products of [E, G*C, .], not einsums over G and C: the gradients of
-        # those with respect to the weights make XLA transpose [E, G*C, H] in memory.
-        rows = tf.reshape(inputs, [experts, groups * capacity, width])  # [E, G*C, M]
-        rows = annotate(rows, ("expert", None, "embed"))
-        hidden = product(rows, self.wi)  # [E, G*C, H]
-        if self.gated:
-            hidden = self.activation(product(rows, self.wi_gate)) * hidden
-        else:
-            hidden = self.activation(hidden)
-        hidden = annotate(hidden, ("expert", None, "mlp"))
-        hidden = self.dropout(hidden, training=training)
-        outputs = product(hidden, self.wo)  # [E, G*C, M]
-        return tf.reshape(outputs, [experts, groups, capacity, width])
-
-    def compute_output_shape(self, input_shape: Any) -> Any:
-        return input_shape
-
-    def get_config(self) -> dict[str, Any]:
-        config = super().get_config()
-        config.update(
-            num_experts=self.num_experts,
-            hidden_dim=self.hidden_dim,
-            activation=keras.activations.serialize(self.activation),
-            dropout=self.dropout.rate,
-            kernel_initializer=keras.initializers.serialize(self.kernel_initializer),
-            gated=self.gated,
-            seed=self.seed,
-        )
-        return config
+_DISPATCHERS: dict[str, type[Dispatcher]] = {
+    "index": IndexDispatcher,
+    "einsum": EinsumDispatcher,
+}
 
 
 @keras.saving.register_keras_serializable(package="gshard_tf")
@@ -162,19 +49,19 @@ class MoELayer(keras.layers.Layer):
             tensors as in the paper, which costs more time and memory for the same
             values.
         group_size: S. None: each row of the batch, `[L, M]`, is a group, so nothing is
-            reshaped and groups are split as the batch is. An int: all tokens are laid
-            in one row and cut into groups of this many, the last one filled up with
+            reshaped and groups are split as the batch is. An int: all tokens
+            form one row, cut into groups of this many, the last one filled up with
             padding. Capacity is shared within a group: larger groups drop fewer tokens
             at the same capacity factor, but choose it so that there are at least as
             many groups as devices. With "einsum" cost grows with it (S / H of the
             experts' FLOPs).
         pack_groups: Whether, with a `group_size` and a mask, the real tokens of the
-            batch are laid together before they are cut into groups. Padding then
-            changes nothing at all. Without, it lies in the groups where it is in the
-            batch, and who shares room with whom depends on it. On a mesh each device
-            then gathers the tokens of the whole batch, there and back.
-        aux_loss_coef: What the router's balancing loss is multiplied by before it is
-            added to the model's losses, during training only. The paper does not give
+            batch are packed before they are cut into groups. Padding then changes
+            nothing at all. Without, padding is part of the groups, and the tokens that
+            share capacity depend on it. With it, on a mesh, each device gathers the
+            tokens of the whole batch, there and back.
+        aux_loss_coef: Coefficient of the router's balancing loss, which is added to
+            the model's losses during training only. The paper does not give
             its value; 0.01 with the router's default scale, which is 1 at perfect
             balance whatever E, is what lingvo and Mesh TensorFlow train with. 0 to
             turn it off.
@@ -186,20 +73,20 @@ class MoELayer(keras.layers.Layer):
         kernel_initializer: Of the experts' weights; fans are counted within one expert.
         gated: Whether experts are gated (`Experts`): "silu" and this are Mixtral's.
         num_shared_experts: Experts that every token passes through besides those it is
-            routed to (DeepSeekMoE, arXiv 2401.06066), made as one feed-forward layer
+            routed to (DeepSeekMoE, arXiv 2401.06066), as one feed-forward layer
             that many times as wide. They stay on every device.
-        router_metrics: Which metrics of the router's health are reported: "all" or
-            some of `RouterHealth.NAMES`.
+        router_metrics: Names of the router's metrics to report: "all" or some of
+            `RouterMetrics.NAMES`.
         metrics_per_expert: Whether to report the load of each expert too.
         decoding_group_size: Tokens of batch and beam that are routed together while
             decoding (see `call`). 1: nothing can be dropped, and every expert has a
             slot for every token, E / 2 times what is needed. More: as many slots as
             the router's evaluation capacity says, and what does not fit is dropped.
-        seed: What the seeds of experts and shared experts follow from, and that of
-            the router unless it is a layer or has its own. None: from the global seed.
+        seed: Source of the seeds of experts and shared experts, and of the router
+            unless it is a layer or has its own. None: the global seed.
 
-    Metrics of the router's health appear in `fit`'s logs under the layer's name: see
-    `RouterHealth`. `record_routing` and `replay_routing` see and set who goes where.
+    Metrics of the router appear in `fit`'s logs under the layer's name: see
+    `RouterMetrics`. `record_routing` and `replay_routing` read and set the routing.
 
     Raises:
         ValueError: for an argument out of its range, a router made for another number
@@ -234,8 +121,8 @@ class MoELayer(keras.layers.Layer):
             group_size = check_int("group_size", group_size, 1)
         elif pack_groups:
             raise ValueError(
-                "pack_groups is for groups of a given size; without, each row of the "
-                "batch is a group, and padding changes nothing. Received: "
+                "pack_groups needs a group_size: without, each row of the batch is a "
+                "group, and padding changes nothing. Received: "
                 f"pack_groups={pack_groups}, group_size=None"
             )
         decoding_group_size = check_int("decoding_group_size", decoding_group_size, 1)
@@ -272,7 +159,7 @@ class MoELayer(keras.layers.Layer):
         self.metrics_per_expert = metrics_per_expert
         self.decoding_group_size = decoding_group_size
         self.seed = seed
-        alike = {
+        shared_arguments = {
             "activation": activation,
             "dropout": dropout,
             "kernel_initializer": kernel_initializer,
@@ -284,7 +171,7 @@ class MoELayer(keras.layers.Layer):
             hidden_dim,
             seed=child_seed(seed, "experts"),
             name="experts",
-            **alike,
+            **shared_arguments,
         )
         self.shared_experts = None
         if num_shared_experts:
@@ -292,19 +179,19 @@ class MoELayer(keras.layers.Layer):
                 num_shared_experts * hidden_dim,
                 seed=child_seed(seed, "shared_experts"),
                 name="shared_experts",
-                **alike,
+                **shared_arguments,
             )
-        self.health = RouterHealth(
+        self.health = RouterMetrics(
             num_experts,
             metrics_per_expert,
             router_metrics,
             name=self.name,
-            # A router of somebody else's need not know of it.
+            # A custom router need not have it.
             masked_experts=getattr(router, "masked_experts", ()),
         )
-        # What it has to know of the router's report.
-        self._of_report = [*self.health.sums, *(["z_loss"] if z_loss_coef else [])]
-        use(router, self)
+        # Fields of the router's stats that are in use.
+        self._needed_stats = [*self.health.sums, *(["z_loss"] if z_loss_coef else [])]
+        register_user(router, self)
         self._dispatcher = _DISPATCHERS[dispatcher]()
         self.supports_masking = True
         self._warned = False
@@ -327,7 +214,7 @@ class MoELayer(keras.layers.Layer):
         known = None not in input_shape
         if self.group_size and known and math.prod(input_shape[:-1]) < self.group_size:
             raise ValueError(
-                "There are fewer tokens than make one group. Received: "
+                "Inputs must have at least group_size tokens. Received: "
                 f"group_size={self.group_size}, input_shape={input_shape}"
             )
         # A router that was given, or loaded, may have been built before.
@@ -345,19 +232,19 @@ class MoELayer(keras.layers.Layer):
         decoding: bool = False,
         token_ids: tf.Tensor | None = None,
     ) -> tf.Tensor:
-        """Routes, transforms and puts back `inputs` `[..., L, M]`.
+        """Routes, transforms and combines `inputs` `[..., L, M]`.
 
         Args:
             inputs: The tokens, of any dtype, which is cast to the layer's.
             mask: `[..., L]` bool, False for padding: it takes no slot and makes no
-                room, counts in no loss and no metric, and comes out as 0. Whatever it
-                holds, NaN too, reaches nothing.
+                room, counts in no loss and no metric, and comes out as 0. Its values,
+                NaN too, affect nothing.
             training: Whether to route at random, drop out and add the balancing loss.
             decoding: True while generating, for source and target: groups are of
                 `decoding_group_size` tokens, by default each by itself, so that none
                 can be dropped and none affects another; neither metrics nor losses
                 are touched.
-            token_ids: `[..., L]` ints, for a router that goes by them (`HashRouter`).
+            token_ids: `[..., L]` ints, for a router that needs them (`HashRouter`).
         """
         if decoding:
             training = False
@@ -367,22 +254,25 @@ class MoELayer(keras.layers.Layer):
             self._warn_of_padding()
         if self.pack_groups and mask is not None and not decoding:
             packing = Packing(mask)
-            inputs, mask = packing.together(inputs), packing.together(mask)
+            inputs, mask = packing.pack(inputs), packing.pack(mask)
             if token_ids is not None:
-                token_ids = packing.together(token_ids)
-        tokens, token_mask = self._to_groups(inputs, mask, decoding)
+                token_ids = packing.pack(token_ids)
+        size = self.decoding_group_size if decoding else self.group_size
+        tokens, token_mask = to_groups(inputs, mask, size)
         tokens = annotate(tokens, ("group", None, "embed"))  # [G, S, M]
         tokens = zero_padding(tokens, token_mask)
-        routing, report = recorded(self.name), None
+        routing, stats = next_recorded(self.name), None
         if routing is None:
             extra = {}
             if getattr(self.router, "uses_token_ids", False):
-                extra["token_ids"] = self._ids_to_groups(token_ids, tokens)
+                extra["token_ids"] = ids_to_groups(token_ids, tokens)
             returned = self.router(tokens, mask=token_mask, training=training, **extra)
-            routing, report = report_of(self.router, returned, self._of_report)
+            routing, stats = stats_of(self.router, returned, self._needed_stats)
         record(self.name, routing)
         if decoding and self._may_regroup(routing):
-            outputs = dropless.feed(tokens, routing, self.experts, self._dispatcher)
+            outputs = apply_without_drops(
+                tokens, routing, self.experts, self._dispatcher
+            )
         else:
             buffers = self._dispatcher.dispatch(tokens, routing)  # [E, G, C, M]
             buffers = self.experts(buffers, training=training)
@@ -391,26 +281,29 @@ class MoELayer(keras.layers.Layer):
             shared = self.shared_experts(tokens, training=training)
             outputs = outputs + zero_padding(shared, token_mask)
         if not decoding:
-            self.health.count(self.path, training, routing, token_mask, report)
-        if training and report is not None:
+            self.health.count(self.path, training, routing, token_mask, stats)
+        if training and stats is not None:
             if self.aux_loss_coef:
-                self.add_loss(self.aux_loss_coef * report.aux_loss)
+                self.add_loss(self.aux_loss_coef * stats.aux_loss)
             if self.z_loss_coef:
-                self.add_loss(self.z_loss_coef * report.z_loss)
-        outputs = self._from_groups(outputs, inputs, decoding)
-        return outputs if packing is None else packing.apart(outputs)
+                self.add_loss(self.z_loss_coef * stats.z_loss)
+        outputs = from_groups(outputs, inputs, size)
+        return outputs if packing is None else packing.unpack(outputs)
 
-    def _may_regroup(self, routing: Routing | SlotRouting) -> bool:
-        """Whether tokens routed one by one may share the slots of one group.
+    def _may_regroup(self, routing: Routing) -> TypeGuard[TokenChoiceRouting]:
+        """Returns whether tokens routed one by one may share the slots of one group.
 
-        Not on a mesh, where groups of one are split as the batch is: a group over all
-        of it would be on one device.
+        Not on a mesh, where groups of one are split as the batch is: a single group
+        would be on one device.
         """
-        alone = self.decoding_group_size == 1 and isinstance(routing, Routing)
-        return alone and active_mesh() is None
+        return (
+            self.decoding_group_size == 1
+            and isinstance(routing, TokenChoiceRouting)
+            and active_mesh() is None
+        )
 
     def _warn_of_padding(self) -> None:
-        """Warns once that padding has a say in what a group is."""
+        """Warns once that padding affects the groups."""
         if not self._warned:
             self._warned = True
             warnings.warn(
@@ -420,60 +313,6 @@ class MoELayer(keras.layers.Layer):
                 "on padding.",
                 stacklevel=2,
             )
-
-    def _to_groups(
-        self, inputs: tf.Tensor, mask: tf.Tensor | None, decoding: bool
-    ) -> tuple[tf.Tensor, tf.Tensor | None]:
-        """`[..., L, M]` -> `[G, S, M]` and its mask `[G, S]`."""
-        if mask is not None:
-            mask = tf.cast(mask, tf.bool)
-        if self.group_size is None and not decoding:
-            if len(inputs.shape) == 3:
-                return inputs, mask
-            size, width = sizes(inputs)[-2:]
-            if mask is not None:
-                mask = tf.reshape(mask, [-1, size])
-            return tf.reshape(inputs, [-1, size, width]), mask
-
-        width = inputs.shape[-1]
-        size = self.decoding_group_size if decoding else self.group_size
-        flat = tf.reshape(inputs, [-1, width])
-        (count,) = sizes(flat)[:1]
-        missing = -count % size
-        if not isinstance(missing, int) or missing:
-            real = tf.ones([count], tf.bool) if mask is None else tf.reshape(mask, [-1])
-            flat = tf.pad(flat, [[0, missing], [0, 0]])
-            mask = tf.pad(real, [[0, missing]])
-        if mask is not None:
-            mask = tf.reshape(mask, [-1, size])
-        return tf.reshape(flat, [-1, size, width]), mask
-
-    @staticmethod
-    def _ids_to_groups(
-        token_ids: tf.Tensor | None, tokens: tf.Tensor
-    ) -> tf.Tensor | None:
-        """`[..., L]` -> `[G, S]`, as `tokens` are `[G, S, M]`."""
-        if token_ids is None:
-            return None  # the router says what is missing
-        groups, size = sizes(tokens)[:2]
-        flat = tf.reshape(token_ids, [-1])
-        flat = tf.pad(flat, [[0, groups * size - tf.size(flat)]])
-        return tf.reshape(flat, [groups, size])
-
-    def _from_groups(
-        self, outputs: tf.Tensor, inputs: tf.Tensor, decoding: bool
-    ) -> tf.Tensor:
-        """`[G, S, M]` -> the shape of `inputs`, less the padding of the last group."""
-        if self.group_size is None and not decoding and len(inputs.shape) == 3:
-            outputs.set_shape(inputs.shape)
-            return outputs
-        width = inputs.shape[-1]
-        shape = tf.shape(inputs)
-        flat = tf.reshape(outputs, [-1, width])
-        flat = flat[: tf.reduce_prod(shape[:-1])]
-        outputs = tf.reshape(flat, shape)
-        outputs.set_shape(inputs.shape)
-        return outputs
 
     def compute_output_shape(self, input_shape: Any) -> Any:
         return input_shape

@@ -1,4 +1,4 @@
-"""The arguments of one `MoELayer` among many that are given the same ones."""
+"""Arguments of one `MoELayer` among many that share them."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,17 +7,17 @@ from keras_layers._seeds import child_initializer, child_seed
 from keras_layers.routing import ROUTERS
 
 
-def moe_options_of(
+def block_moe_options(
     options: Mapping[str, Any], seed: int | None, *path: str | int
 ) -> dict[str, Any]:
-    """`options` for the block that `path` names: seeds in them become its own.
+    """Returns `options` with seeds of its own for the block that `path` names.
 
     Args:
         options: Arguments of `MoELayer`, the same for all blocks.
         seed: The seed of all blocks, for options without one.
-        *path: As for `child_seed`. Nothing: there is one block, whose seeds these are.
+        *path: As for `child_seed`. Empty: the seeds stay, for a single block.
     """
-    made = _own_seeds(options, path)
+    block_options = _own_seeds(options, path)
     router = options.get("router")
     if isinstance(router, Mapping):
         kind = ROUTERS.get(router.get("kind", "top2"))
@@ -26,18 +26,18 @@ def moe_options_of(
             router = {"seed": options.get("seed", seed), **router}
         else:
             router = _own_seeds(router, path)
-        made["router"] = router
-    return made
+        block_options["router"] = router
+    return block_options
 
 
 def _own_seeds(
     arguments: Mapping[str, Any], path: tuple[str | int, ...]
 ) -> dict[str, Any]:
-    made = dict(arguments)
-    if path and "seed" in made:
-        made["seed"] = child_seed(made["seed"], *path)
-    initializer = made.get("kernel_initializer")
+    arguments = dict(arguments)
+    if path and "seed" in arguments:
+        arguments["seed"] = child_seed(arguments["seed"], *path)
+    initializer = arguments.get("kernel_initializer")
     # A name makes another initializer in each layer anyway.
     if path and not isinstance(initializer, str | None):
-        made["kernel_initializer"] = child_initializer(initializer, *path)
-    return made
+        arguments["kernel_initializer"] = child_initializer(initializer, *path)
+    return arguments

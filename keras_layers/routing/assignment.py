@@ -1,58 +1,59 @@
-"""Who gets a slot where tokens choose: positions in the experts' buffers."""
+"""Slot assignment where tokens choose: positions in the experts' buffers."""
 
 from typing import Any
 
 import tensorflow as tf
 
-from keras_layers._shapes import sizes
+from keras_layers._shapes import static_shape
 from keras_layers.routing.counting import BLOCK, in_blocks, running_counts
-from keras_layers.routing.results import Routing
+from keras_layers.routing.routing import TokenChoiceRouting
 
 
 def assign(
     expert_index: tf.Tensor,
     weight: tf.Tensor,
-    wanted: tf.Tensor,
-    counted: tf.Tensor,
+    requested: tf.Tensor,
+    occupies_slot: tf.Tensor,
     num_experts: int,
     capacity: Any,
     priority: tf.Tensor | None = None,
     limit: tf.Tensor | None = None,
-) -> Routing:
-    """Gives slots: all first choices, then all second choices, and so on.
+) -> TokenChoiceRouting:
+    """Assigns slots: all first choices, then all second choices, and so on.
 
     Args:
         expert_index: `[G, S, K]` int32.
         weight: `[G, S, K]` float32.
-        wanted: `[G, S, K]` bool, which choices are to be dispatched.
-        counted: `[G, S, K]` bool, which choices use up a slot.
+        requested: `[G, S, K]` bool, choices that are to be dispatched.
+        occupies_slot: `[G, S, K]` bool, choices that use up a slot.
         num_experts: E.
         capacity: C.
         priority: `[G, S]` float32: among choices of the same rank, tokens of higher
             priority come first. None: in token order, as in the paper.
-        limit: `[G]` int32, how many of the C slots may be filled (`Routing.limit`).
+        limit: `[G]` int32, how many of the C slots may be filled (see
+            `TokenChoiceRouting`).
     """
     if priority is None:
-        position = _positions(expert_index, counted, num_experts)  # [G, S, K]
+        position = _positions(expert_index, occupies_slot, num_experts)  # [G, S, K]
     else:
-        # Batch-prioritised routing (V-MoE, section 4): count in another order.
+        # Batch-prioritized routing (V-MoE, section 4): count in another order.
         # A NaN compares with nothing: it would upset the order of the others.
         priority = tf.where(tf.math.is_nan(priority), 0.0, priority)
         order = tf.argsort(priority, axis=-1, direction="DESCENDING", stable=True)
         place = tf.argsort(order, axis=-1)  # the inverse permutation
         in_order = _positions(
             tf.gather(expert_index, order, batch_dims=1),
-            tf.gather(counted, order, batch_dims=1),
+            tf.gather(occupies_slot, order, batch_dims=1),
             num_experts,
         )
         position = tf.gather(in_order, place, batch_dims=1)
     room = capacity if limit is None else limit[:, None, None]
-    kept = tf.logical_and(wanted, position < room)
-    return Routing(
+    dispatched = tf.logical_and(requested, position < room)
+    return TokenChoiceRouting(
         expert_index=expert_index,
-        slot=tf.where(kept, position, -1),
-        weight=tf.where(kept, weight, 0.0),
-        kept=kept,
+        slot=tf.where(dispatched, position, -1),
+        weight=tf.where(dispatched, weight, 0.0),
+        dispatched=dispatched,
         num_experts=num_experts,
         capacity=capacity,
         limit=limit,
@@ -64,16 +65,16 @@ def top_choices(scores: tf.Tensor, choices: int) -> tf.Tensor:
 
     K times the maximum, not a `top_k`, which partitioners gather the operand for.
     """
-    found = []
+    chosen = []
     for _ in range(choices):
         best = argmax(scores)  # [G, S]
-        found.append(best)
+        chosen.append(best)
         hot = tf.one_hot(best, scores.shape[-1], on_value=True, off_value=False)
         scores = tf.where(hot, -float("inf"), scores)
-    return tf.stack(found, axis=-1)
+    return tf.stack(chosen, axis=-1)
 
 
-def read_out(values: tf.Tensor, index: tf.Tensor) -> tf.Tensor:
+def values_at(values: tf.Tensor, index: tf.Tensor) -> tf.Tensor:
     """`values` `[G, S, E]` at `index` `[G, S, K]` -> `[G, S, K]`.
 
     The gradient goes by one-hot: a maximum would split it between equal gates, and
@@ -82,12 +83,12 @@ def read_out(values: tf.Tensor, index: tf.Tensor) -> tf.Tensor:
 
     @tf.custom_gradient
     def read(values):
-        def gradient(d_found):
+        def gradient(d_values):
             size = values.shape[-1]
             return tf.add_n(
                 [
                     tf.one_hot(index[..., k], size, dtype=values.dtype)
-                    * d_found[..., k : k + 1]
+                    * d_values[..., k : k + 1]
                     for k in range(index.shape[-1])
                 ]
             )  # [G, S, E]
@@ -100,7 +101,7 @@ def read_out(values: tf.Tensor, index: tf.Tensor) -> tf.Tensor:
 def argmax(x: tf.Tensor) -> tf.Tensor:
     """Index of the maximum along the last axis, the lowest of equals.
 
-    `tf.argmax` leaves open which of equal values it takes, so devices could differ.
+    `tf.argmax` does not define which of equal values it takes: devices could differ.
     """
     size = x.shape[-1]
     is_maximum = x >= tf.reduce_max(x, axis=-1, keepdims=True)
@@ -109,20 +110,22 @@ def argmax(x: tf.Tensor) -> tf.Tensor:
 
 
 def _positions(
-    expert_index: tf.Tensor, counted: tf.Tensor, num_experts: int
+    expert_index: tf.Tensor, occupies_slot: tf.Tensor, num_experts: int
 ) -> tf.Tensor:
-    """How many counted choices of the same expert come before each: `[G, S, K]`.
+    """Number of choices of the same expert before each, `[G, S, K]`.
 
-    Within a block by comparing each choice with those before it.
+    Only choices that occupy a slot count. Within a block each choice is compared with
+    those before it.
     """
-    groups, tokens, choices = sizes(expert_index)
-    expert, counted = in_blocks(expert_index), in_blocks(counted)
+    groups, tokens, choices = static_shape(expert_index)
+    expert, occupies_slot = in_blocks(expert_index), in_blocks(occupies_slot)
     same = tf.equal(expert[..., :, None], expert[..., None, :])
     place = tf.range(BLOCK)
     earlier = place[:, None] > place[None, :]
-    within = same & earlier & counted[..., None, :]  # [G, T / block, block, block]
+    # [G, T / block, block, block]
+    within = same & earlier & occupies_slot[..., None, :]
     within = tf.reduce_sum(tf.cast(within, tf.int32), axis=-1)
-    running = running_counts(expert, counted, num_experts)  # [G, T / block, E]
+    running = running_counts(expert, occupies_slot, num_experts)  # [G, T / block, E]
     before = tf.pad(running, [[0, 0], [1, 0], [0, 0]])[:, :-1]
     position = within + tf.gather(before, expert, batch_dims=2)
     position = tf.reshape(position, [groups, -1])[:, : choices * tokens]

@@ -1,4 +1,4 @@
-"""Balance of load without a loss: a bias on the scores, moved by what was asked for."""
+"""Balance of load without a loss: a bias on the scores, moved by the load."""
 
 from collections.abc import Sequence
 
@@ -6,11 +6,11 @@ import keras
 import tensorflow as tf
 
 
-def towards_balance(load: tf.Tensor, masked_experts: Sequence[int] = ()) -> tf.Tensor:
-    """Which way the bias of each expert moves, DeepSeek-V3 (arXiv 2412.19437, 2.1.2).
+def bias_direction(load: tf.Tensor, masked_experts: Sequence[int] = ()) -> tf.Tensor:
+    """Sign of each expert's bias update, DeepSeek-V3 (arXiv 2412.19437, 2.1.2).
 
     Args:
-        load: `[E]` float32, how many tokens asked for each expert.
+        load: `[E]` float32, how many tokens requested each expert.
         masked_experts: Experts that no token goes to: they have no share of the load.
 
     Returns:
@@ -26,7 +26,7 @@ def towards_balance(load: tf.Tensor, masked_experts: Sequence[int] = ()) -> tf.T
 def sum_over_replicas(x: tf.Tensor) -> tf.Tensor:
     """The sum over the replicas of a `tf.distribute` strategy, the same in each.
 
-    Of a partitioned step there is one replica, which sees the global batch.
+    A partitioned step has one replica, which sees the global batch.
     """
     context = tf.distribute.get_replica_context()
     if context is None or context.num_replicas_in_sync == 1:
@@ -35,10 +35,10 @@ def sum_over_replicas(x: tf.Tensor) -> tf.Tensor:
 
 
 class LoadSoFar(keras.metrics.Metric):
-    """The load of the batches since weights were updated, and how many they are.
+    """Load, and number, of the batches since the weights were updated.
 
-    A metric, since those are what is state but no weight: files of weights do not hold
-    it, and checkpoints may. It reports nothing.
+    A metric because metrics are state without being weights: files of weights leave it
+    out, checkpoints may contain it. It reports nothing.
 
     Args:
         num_experts: E.
@@ -54,14 +54,14 @@ class LoadSoFar(keras.metrics.Metric):
         self.load.assign_add(load)
         self.batches.assign_add(1.0)
 
-    def start_anew(self, due: tf.Tensor) -> None:
-        """Forgets all if `due`, a bool scalar."""
+    def reset_if(self, due: tf.Tensor) -> None:
+        """Resets the sums if `due`, a bool scalar."""
         for variable in self.variables:
             value = tf.convert_to_tensor(variable)
             variable.assign(tf.where(due, tf.zeros_like(value), value))
 
     def reset_state(self) -> None:
-        """Nothing: updates of the weights do not go by epochs."""
+        """Does nothing: updates of the weights do not follow epochs."""
 
     def result(self) -> dict[str, tf.Tensor]:
         return {}

@@ -1,7 +1,7 @@
-"""How many tokens of a group an expert has room for."""
+"""Capacity: how many tokens of a group an expert has room for."""
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import tensorflow as tf
 
@@ -27,7 +27,7 @@ def capacity_in_force(
     min_capacity: int = 1,
     multiple: int = 1,
 ) -> tf.Tensor:
-    """The slots of each expert that may be filled in each group: `[G]` int32.
+    """Slots of each expert that may be filled in each group: `[G]` int32.
 
     `expert_capacity` of the group's real tokens, so that padding makes no room. The
     buffers keep their static size, that of a group without padding.
@@ -37,14 +37,14 @@ def capacity_in_force(
         num_experts: E, of `expert_capacity`, as the others.
         capacity_factor: Slots per token, over all experts, or "dropless".
         min_capacity: Lower bound.
-        multiple: What it is rounded up to.
+        multiple: The result is rounded up to a multiple of this.
     """
     arguments = (num_experts, capacity_factor, min_capacity, multiple)
     real = tf.reduce_sum(tf.cast(mask, tf.int32), axis=1)  # [G]
     size = mask.shape[1]
     if size is None:
         return expert_capacity(real, *arguments)
-    # Looked up, so that it is to the bit what a batch without padding has.
+    # Looked up, so that it equals a batch without padding to the bit.
     table = [expert_capacity(n, *arguments) for n in range(size + 1)]
     return tf.gather(tf.constant(table, tf.int32), real)
 
@@ -66,7 +66,7 @@ def expert_capacity(
         group_size: S, an int or a tensor of ints.
         num_experts: E, those that tokens may go to.
         capacity_factor: Slots per token, over all experts. "dropless": C = S, room for
-            whatever the router chooses.
+            every choice.
         min_capacity: Lower bound on C (still at most S).
         multiple: C is rounded up to a multiple of this (still at most S).
 
@@ -76,6 +76,7 @@ def expert_capacity(
     static = isinstance(group_size, int)
     if capacity_factor == DROPLESS:
         return group_size if static else tf.cast(group_size, tf.int32)
+    capacity_factor = cast(float, capacity_factor)
     if static:
         # Rounding first, or 50 * 1.1 / 11 would need six slots.
         share = round(group_size * capacity_factor / num_experts, 6)

@@ -5,8 +5,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_layers.routing.results import SlotRouting
 from keras_layers.routing.router import Router
+from keras_layers.routing.routing import ExpertChoiceRouting
 
 
 @keras.saving.register_keras_serializable(package="gshard_tf")
@@ -14,26 +14,26 @@ class ExpertChoiceRouter(Router):
     """Each expert takes the C tokens of a group that score highest with it.
 
     Expert Choice Routing (arXiv 2202.09368): load is even by construction, so there is
-    no balancing loss; tokens get as many experts as want them, some none. The weight of
+    no balancing loss; a token gets any number of experts, or none. The weight of
     an expert's output is its softmax gate.
 
     Not for a causal decoder: whether an expert takes a token depends on the tokens
-    after it, so training sees the future and generation, which cannot, does something
-    else (there, each token is a group of its own and all experts take it). A
+    after it, so training sees the future and generation, which cannot, routes
+    otherwise (there, each token is a group of its own and all experts take it). A
     `Transformer` refuses it in its decoder unless `allow_causal` is set.
 
     Args:
         num_experts: E, at least 2.
         capacity_factor: C = ceil(S * factor / E): `factor` is the mean number of
             experts per token. The paper: 2.
-        allow_causal: Consent to use it in a causal decoder all the same.
+        allow_causal: Whether a causal decoder accepts it all the same.
         **kwargs: Of `Router`.
 
     Raises:
         ValueError: for an argument out of its range.
     """
 
-    looks_ahead = True
+    is_causal = False
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class ExpertChoiceRouter(Router):
         mask: tf.Tensor | None,
         training: bool | None,
         limit: tf.Tensor | None = None,
-    ) -> tuple[SlotRouting, tf.Tensor, tf.Tensor]:
+    ) -> tuple[ExpertChoiceRouting, tf.Tensor, tf.Tensor]:
         gates = tf.nn.softmax(logits, axis=-1)  # [G, S, E]
         scores = tf.transpose(gates, [0, 2, 1])  # [G, E, S]
         ranked = tf.stop_gradient(scores)
@@ -73,7 +73,7 @@ class ExpertChoiceRouter(Router):
         token_index = order[..., :capacity]  # [G, E, C]
         filled = tf.gather(chosen, token_index, batch_dims=2)
         weight = _take(scores, token_index, rank, chosen)
-        routing = SlotRouting(
+        routing = ExpertChoiceRouting(
             token_index=tf.where(filled, token_index, -1),
             weight=tf.where(filled, weight, 0.0),
             chosen=tf.transpose(chosen, [0, 2, 1]),

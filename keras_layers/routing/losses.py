@@ -2,6 +2,7 @@
 
 import tensorflow as tf
 
+from keras_layers._padding import masked_mean
 from keras_layers.routing.counting import choices_of_real, count_choices
 
 
@@ -11,12 +12,12 @@ def load_balancing_loss(
     mask: tf.Tensor | None = None,
     num_open_experts: int | None = None,
 ) -> tf.Tensor:
-    """The paper's line 13: `(1/E) sum_e (c_e / S) m_e`, averaged over groups.
+    """Balancing loss of the paper, line 13: mean of `(1/E) sum_e (c_e / S) m_e`.
 
-    `c_e` counts choices, including those that found no slot; `m_e` is the mean gate,
-    through which the gradient flows. Padding counts in none of c_e, m_e and S: S is
-    here the number of real tokens of the group, and groups without any are left out of
-    the average. At perfect balance it is `1 / E**2`.
+    The mean is over groups. `c_e` counts choices, including those without a slot; `m_e`
+    is the mean gate, through which the gradient flows. Padding counts in none of c_e,
+    m_e and S: S is the number of real tokens of the group, and groups without any are
+    left out of the mean. At perfect balance it is `1 / E**2`.
 
     Args:
         gates: `[G, S, E]` float32, each token's summing to 1.
@@ -51,7 +52,7 @@ def load_balancing_loss(
 def router_z_loss(logits: tf.Tensor, mask: tf.Tensor | None = None) -> tf.Tensor:
     """Mean over real tokens of `logsumexp(logits)**2` (ST-MoE, equation 5).
 
-    Keeps logits small, where float32 (and more so bfloat16) tells gates apart.
+    Keeps logits small, where float32 (and more so bfloat16) can resolve gates.
 
     Args:
         logits: `[G, S, E]` float32.
@@ -62,12 +63,3 @@ def router_z_loss(logits: tf.Tensor, mask: tf.Tensor | None = None) -> tf.Tensor
     """
     per_token = tf.square(tf.reduce_logsumexp(logits, axis=-1))  # [G, S]
     return masked_mean(per_token, mask)
-
-
-def masked_mean(values: tf.Tensor, mask: tf.Tensor | None) -> tf.Tensor:
-    """Mean of `[G, S]` over real tokens; 0 if there are none."""
-    if mask is None:
-        return tf.reduce_mean(values)
-    mask = tf.cast(mask, tf.bool)
-    total = tf.reduce_sum(tf.where(mask, values, 0.0))
-    return total / tf.maximum(tf.reduce_sum(tf.cast(mask, tf.float32)), 1.0)

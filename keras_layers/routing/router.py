@@ -1,4 +1,4 @@
-"""What all routers have in common: from tokens to logits, and the losses on them."""
+"""Base of the routers: from tokens to logits, and the losses on them."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -8,19 +8,19 @@ import tensorflow as tf
 
 from gshard_tf import annotate, name_axes, random
 from keras_layers._arguments import check_int, check_positive, check_rate
-from keras_layers._padding import places, zero_padding
-from keras_layers._shapes import sizes
+from keras_layers._padding import masked_mean, unpadded_positions, zero_padding
+from keras_layers._shapes import static_shape
 from keras_layers.routing.capacity import (
     capacity_in_force,
     check_capacity_factor,
     expert_capacity,
 )
-from keras_layers.routing.losses import masked_mean, router_z_loss
-from keras_layers.routing.results import Routing, SlotRouting
+from keras_layers.routing.losses import router_z_loss
+from keras_layers.routing.routing import Routing
 
 
-class RouterReport(NamedTuple):
-    """What a router says of a batch besides the routing; float32 scalars.
+class RouterStats(NamedTuple):
+    """Statistics of a router on a batch, as float32 scalars.
 
     Attributes:
         aux_loss: The balancing loss, 0 where the router has none.
@@ -34,7 +34,7 @@ class RouterReport(NamedTuple):
 
 
 class Router(keras.layers.Layer):
-    """Base of routers; a subclass says in `route` who goes where.
+    """Base of routers; a subclass defines `route`, from logits to the routing.
 
     Computes in float32 under any dtype policy: positions and counts are not exact in
     bfloat16 above 256, and gates are close to each other.
@@ -56,7 +56,7 @@ class Router(keras.layers.Layer):
             makes training diverge; 30 is common. None: as they are.
         masked_experts: Experts that no token goes to, by number. Capacity, balance and
             metrics are those of a layer of the others.
-        seed: Of what is random.
+        seed: Seed of all that is random.
         kernel_initializer: Of the `[M, E]` gating weights.
         kernel_regularizer: Of the same.
 
@@ -66,11 +66,11 @@ class Router(keras.layers.Layer):
 
     #: Whether `call` needs `token_ids`.
     uses_token_ids = False
-    #: Whether a token's routing depends on later tokens of its group.
-    looks_ahead = False
-    #: Whether somebody consented to that in a causal decoder.
+    #: Whether a token's routing is independent of later tokens of its group.
+    is_causal = True
+    #: Whether a causal decoder accepts a router that is not.
     allow_causal = False
-    #: Whether `seed` says what the router computes, not where random numbers begin:
+    #: Whether `seed` selects what the router computes, not where random numbers begin:
     #: layers that share a seed then make the same choice.
     seed_is_a_choice = False
 
@@ -127,7 +127,7 @@ class Router(keras.layers.Layer):
 
     @property
     def num_open_experts(self) -> int:
-        """How many experts tokens may go to."""
+        """Number of experts that tokens may go to."""
         return self.num_experts - len(self.masked_experts)
 
     def _check_enough_experts(self, choices: int) -> None:
@@ -158,11 +158,11 @@ class Router(keras.layers.Layer):
     def limit(
         self, mask: tf.Tensor | None, training: bool | None = None
     ) -> tf.Tensor | None:
-        """`[G]` int32, the slots that may be filled (`Routing.limit`).
+        """`[G]` int32, the slots that may be filled (see `TokenChoiceRouting`).
 
         Args:
             mask: `[G, S]` bool, False for padding. None: there is no limit but C.
-            training: Which capacity factor holds.
+            training: Whether the capacity factor of training is in force.
         """
         if mask is None:
             return None
@@ -184,16 +184,17 @@ class Router(keras.layers.Layer):
         inputs: tf.Tensor,
         mask: tf.Tensor | None = None,
         training: bool | None = None,
-    ) -> tuple[Routing | SlotRouting, RouterReport]:
+    ) -> tuple[Routing, RouterStats]:
         """Routes `inputs` `[G, S, M]`.
 
         Args:
             inputs: The tokens.
             mask: `[G, S]` bool, False for padding; or None.
-            training: Whether what is random is, and which capacity factor holds.
+            training: Whether jitter and random policies, and the capacity factor of
+                training, are in force.
 
         Returns:
-            The routing, and what to say of it.
+            The routing, and its statistics.
         """
         if mask is not None:
             mask = tf.cast(mask, tf.bool)
@@ -204,7 +205,7 @@ class Router(keras.layers.Layer):
         # Annotated where it is used, as in the paper: the partitioner would split its
         # gradient by experts, and gather the new weights.
         kernel = annotate(self.kernel, ("embed", None))
-        groups, tokens, width = sizes(inputs)
+        groups, tokens, width = static_shape(inputs)
         # With all tokens (T) in one dimension: for the kernel's gradient XLA's CPU
         # compiler copies [G, S, M] and [G, S, E] into another order, but not these.
         flat = tf.reshape(inputs, [groups * tokens, width])
@@ -217,16 +218,16 @@ class Router(keras.layers.Layer):
             hot = tf.one_hot(self.masked_experts, self.num_experts)
             logits = tf.where(tf.reduce_any(hot > 0, 0), -1e30, logits)
         # A static S gives a static C, which partitioning needs.
-        capacity = self.capacity(sizes(inputs)[1], training)
+        capacity = self.capacity(static_shape(inputs)[1], training)
         routing, gates, aux_loss = self.route(
             logits, capacity, mask, training, self.limit(mask, training)
         )
-        report = RouterReport(
+        stats = RouterStats(
             aux_loss=aux_loss,
             z_loss=router_z_loss(logits, mask),
             confidence=masked_mean(tf.reduce_max(gates, axis=-1), mask),
         )
-        return routing, report
+        return routing, stats
 
     def route(
         self,
@@ -235,14 +236,14 @@ class Router(keras.layers.Layer):
         mask: tf.Tensor | None,
         training: bool | None,
         limit: tf.Tensor | None = None,
-    ) -> tuple[Routing | SlotRouting, tf.Tensor, tf.Tensor]:
-        """From logits `[G, S, E]` to the routing, gates `[G, S, E]` and aux loss.
+    ) -> tuple[Routing, tf.Tensor, tf.Tensor]:
+        """Returns the routing, gates `[G, S, E]` and aux loss for logits `[G, S, E]`.
 
         Args:
             logits: `[G, S, E]` float32.
             capacity: C.
             mask: `[G, S]` bool, False for padding; or None.
-            training: Whether what is random is.
+            training: Whether random policies are in force.
             limit: `[G]` int32, how many of the C slots may be filled; None: all.
         """
         raise NotImplementedError(f"{type(self).__name__} must define route()")
@@ -253,13 +254,13 @@ class Router(keras.layers.Layer):
         """Random numbers in [0, 1) of the first dimensions of `like` `[G, S, ...]`.
 
         With a mask `[G, S]` a real token's numbers are those that it has without
-        padding: they go by its place among the real tokens of its group.
+        padding: they depend on its place among the real tokens of its group.
         """
-        numbers = random.uniform(self.seed_generator.next(), sizes(like)[:rank])
+        numbers = random.uniform(self.seed_generator.next(), static_shape(like)[:rank])
         if mask is None:
             return numbers
         numbers = annotate(numbers, ("group", *[None] * (rank - 1)))
-        return tf.gather(numbers, places(mask), batch_dims=1)
+        return tf.gather(numbers, unpadded_positions(mask), batch_dims=1)
 
     def compute_mask(self, inputs: Any, previous_mask: Any) -> None:
         return None

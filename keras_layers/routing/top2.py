@@ -6,10 +6,10 @@ import keras
 import tensorflow as tf
 
 from keras_layers._arguments import check_choice, check_positive
-from keras_layers.routing.assignment import assign, read_out, top_choices
+from keras_layers.routing.assignment import assign, top_choices, values_at
 from keras_layers.routing.losses import load_balancing_loss
-from keras_layers.routing.results import Routing
 from keras_layers.routing.router import Router
+from keras_layers.routing.routing import TokenChoiceRouting
 
 POLICIES = ("random", "all", "sampling", "threshold")
 
@@ -40,8 +40,8 @@ def top2_assignment(
     threshold: float = 0.5,
     legacy_mtf_behavior: bool = True,
     limit: tf.Tensor | None = None,
-) -> Routing:
-    """The assignments of Algorithm 1, for all groups at once.
+) -> TokenChoiceRouting:
+    """Assignments of Algorithm 1, for all groups at once.
 
     All first choices take slots in token order, then all second choices, so a second
     choice never displaces a first one.
@@ -57,7 +57,8 @@ def top2_assignment(
         policy: See `Top2Router`.
         threshold: See `Top2Router`.
         legacy_mtf_behavior: See `Top2Router`.
-        limit: `[G]` int32, how many of the C slots may be filled (`Routing.limit`).
+        limit: `[G]` int32, how many of the C slots may be filled (see
+            `TokenChoiceRouting`).
 
     Returns:
         The routing, K = 2.
@@ -73,27 +74,29 @@ def top2_assignment(
         scores = tf.where(is_first, -float("inf"), scores)
         second = top_choices(scores, 1)[..., 0]
         expert_index = tf.stack([first, second], axis=-1)
-    gate = read_out(gates, expert_index)  # [G, S, 2]
-    # Normalised before capacity is looked at (lines 6 and 16), and not again after a
+    gate = values_at(gates, expert_index)  # [G, S, 2]
+    # Normalized before capacity applies (lines 6 and 16), and not again after a
     # drop. With sampling the second may be next to 0, the first at least 1/E.
     weight = gate / tf.reduce_sum(gate, axis=-1, keepdims=True)
     tested = (weight if legacy_mtf_behavior else gate)[..., 1]
 
     real = tf.ones_like(tested, tf.bool) if mask is None else tf.cast(mask, tf.bool)
-    second_wanted = real
+    second_requested = real
     if policy == "random" and uniforms is not None:
         passed = tested > uniforms * threshold
-        second_wanted = tf.logical_and(real, passed)
+        second_requested = tf.logical_and(real, passed)
     elif policy == "threshold":
-        second_wanted = tf.logical_and(real, tested > threshold)
-    wanted = tf.stack([real, second_wanted], axis=-1)  # [G, S, 2]
-    counted = tf.stack([real, second_wanted if drop_frees_slot else real], axis=-1)
+        second_requested = tf.logical_and(real, tested > threshold)
+    requested = tf.stack([real, second_requested], axis=-1)  # [G, S, 2]
+    occupies_slot = tf.stack(
+        [real, second_requested if drop_frees_slot else real], axis=-1
+    )
 
     routing = assign(
         expert_index,
         weight if legacy_mtf_behavior else gate,
-        wanted,
-        counted,
+        requested,
+        occupies_slot,
         num_experts,
         capacity,
         limit=limit,
@@ -120,13 +123,13 @@ class Top2Router(Router):
             second expert is drawn by its gate from those that are not the first.
             "threshold": if `g2 > threshold`.
         second_expert_threshold: For "random" and "threshold". 0.5 is the paper's
-            `2 * g2 > rnd`; g2 of two normalised gates is at most 0.5, so for
+            `2 * g2 > rnd`; g2 of two normalized gates is at most 0.5, so for
             "threshold" choose less (Mesh TensorFlow: 0.2).
-        legacy_mtf_behavior: True (the paper): gates are normalised to
-            `g1 + g2 = 1` before capacity and policy are looked at, and not again: who
+        legacy_mtf_behavior: True (the paper): gates are normalized to
+            `g1 + g2 = 1` before capacity and policy apply, and not again: a token that
             loses one expert keeps the other's weight below 1. False (lingvo's option
-            of that name): policies look at the gates as they are, and what is
-            dispatched is normalised in the end: a lone expert has weight 1.
+            of that name): policies use the gates as they are, and the
+            dispatched ones are normalized in the end: a lone expert has weight 1.
         drop_frees_slot: Whether a second choice that the policy drops leaves its slot
             to the next token. False is the paper's line 22 as printed, which counts it
             all the same; True (lingvo's reading) dispatches a few percent more of the
@@ -157,7 +160,7 @@ class Top2Router(Router):
         )
         if second_expert_threshold > 1:
             raise ValueError(
-                "second_expert_threshold must lie in (0, 1]. Received: "
+                "second_expert_threshold must be in (0, 1]. Received: "
                 f"second_expert_threshold={second_expert_threshold!r}"
             )
         check_choice("aux_loss_scale", aux_loss_scale, ("lingvo", "paper"))
@@ -188,7 +191,7 @@ class Top2Router(Router):
         mask: tf.Tensor | None,
         training: bool | None,
         limit: tf.Tensor | None = None,
-    ) -> tuple[Routing, tf.Tensor, tf.Tensor]:
+    ) -> tuple[TokenChoiceRouting, tf.Tensor, tf.Tensor]:
         gates = tf.nn.softmax(logits, axis=-1)  # [G, S, E]
         uniforms = None
         if training and self.second_expert_policy == "random":

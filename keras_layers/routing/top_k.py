@@ -9,18 +9,18 @@ from gshard_tf import accumulated_batches
 from keras_layers._arguments import check_choice, check_coefficient, check_int
 from keras_layers.routing.assignment import (
     assign,
-    read_out,
     top_choices,
+    values_at,
 )
 from keras_layers.routing.balancing import (
     LoadSoFar,
+    bias_direction,
     sum_over_replicas,
-    towards_balance,
 )
 from keras_layers.routing.counting import choices_of_real
 from keras_layers.routing.losses import load_balancing_loss
-from keras_layers.routing.results import Routing
 from keras_layers.routing.router import Router
+from keras_layers.routing.routing import TokenChoiceRouting
 
 
 @keras.saving.register_keras_serializable(package="gshard_tf")
@@ -38,7 +38,7 @@ class TopKRouter(Router):
             perfect balance.
         scores: "softmax" over experts, or "sigmoid" of each logit.
         normalize_weights: Whether the weights of a token's K experts are scaled to sum
-            to 1, before capacity is looked at. None: if K > 1. With K = 1 keep the
+            to 1, before capacity applies. None: if K > 1. With K = 1 keep the
             gate itself, or the router would have no gradient.
         batch_prioritized: Whether tokens with larger scores get their slots first
             (V-MoE, arXiv 2106.05974), so that a small capacity drops the least
@@ -55,7 +55,7 @@ class TopKRouter(Router):
             up before the bias moves. None: as many as the `optimizer` of the Keras
             model that is being called accumulates gradients over, so that the bias
             moves once for each update of the weights; 1 where there is none, as in a
-            loop of one's own: say there how many it accumulates.
+            custom loop: pass there how many it accumulates.
         **kwargs: Of `Router`.
 
     The balancing loss is `E * sum_e f_e P_e`: 1 at perfect balance. `f_e` is the share
@@ -92,10 +92,10 @@ class TopKRouter(Router):
             k > 1 if normalize_weights is None else bool(normalize_weights)
         )
         self.batch_prioritized = bool(batch_prioritized)
-        self.looks_ahead = self.batch_prioritized
+        self.is_causal = not self.batch_prioritized
         self.bias_update_rate = bias_update_rate
         self.bias_update_every = bias_update_every
-        self.bias = None
+        self.bias: Any = None  # a weight, where there is a bias and it is built
 
     def build(self, input_shape: Any) -> None:
         super().build(input_shape)
@@ -115,7 +115,7 @@ class TopKRouter(Router):
         mask: tf.Tensor | None,
         training: bool | None,
         limit: tf.Tensor | None = None,
-    ) -> tuple[Routing, tf.Tensor, tf.Tensor]:
+    ) -> tuple[TokenChoiceRouting, tf.Tensor, tf.Tensor]:
         if self.scores == "softmax":
             scores = gates = tf.nn.softmax(logits, axis=-1)  # [G, S, E]
         else:
@@ -129,19 +129,19 @@ class TopKRouter(Router):
             if self.masked_experts:
                 ranked = tf.where(logits > -1e29, ranked, -float("inf"))
         expert_index = top_choices(ranked, self.k)  # [G, S, K]
-        weight = read_out(scores, expert_index)  # [G, S, K]
+        weight = values_at(scores, expert_index)  # [G, S, K]
         if self.normalize_weights:
             total = tf.reduce_sum(weight, axis=-1, keepdims=True)
             weight = tf.math.divide_no_nan(weight, total)
-        wanted = choices_of_real(expert_index, mask)
+        requested = choices_of_real(expert_index, mask)
         priority = None
         if self.batch_prioritized:
             priority = tf.stop_gradient(tf.reduce_max(scores, axis=-1))  # [G, S]
         routing = assign(
             expert_index,
             weight,
-            wanted,
-            wanted,
+            requested,
+            requested,
             self.num_experts,
             capacity,
             priority,
@@ -153,16 +153,16 @@ class TopKRouter(Router):
         return routing, gates, aux_loss * float(self.num_open_experts**2)
 
     def _move_bias(self, load: tf.Tensor) -> None:
-        """By the load `[E]` of this replica's batch and of those that wait for it."""
+        """Moves the bias by the load `[E]` of this and the accumulated batches."""
         every = self.bias_update_every or accumulated_batches() or 1
         due = None
         if every > 1:
             self.load_so_far.update_state(load)
             load = tf.convert_to_tensor(self.load_so_far.load)
             due = tf.convert_to_tensor(self.load_so_far.batches) >= every
-            self.load_so_far.start_anew(due)
+            self.load_so_far.reset_if(due)
         # The sum, so that all replicas' copies of the bias stay one.
-        step = towards_balance(sum_over_replicas(load), self.masked_experts)
+        step = bias_direction(sum_over_replicas(load), self.masked_experts)
         step = step * self.bias_update_rate
         self.bias.assign_add(step if due is None else tf.where(due, step, 0.0))
 

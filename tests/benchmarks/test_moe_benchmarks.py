@@ -127,7 +127,7 @@ def test_routing_bytes_are_those_of_the_tensors():
     layer, _ = layer_step(SHAPE)
     x, _ = tokens_and_gradients(SHAPE)
     routing, _ = layer.router(tf.constant(x), training=True)
-    decision = [routing.expert_index, routing.slot, routing.weight, routing.kept]
+    decision = [routing.expert_index, routing.slot, routing.weight, routing.dispatched]
     bytes_of = sum(int(tf.size(a)) * a.dtype.size for a in decision)
     maps = 4 * (
         int(tf.size(routing.slot)) + SHAPE.groups * SHAPE.experts * SHAPE.capacity

@@ -30,7 +30,7 @@ def messages(count=240, seed=0):
 
 
 def translate(tag, english):
-    """A made-up 'translation' that can be learnt: endings or another alphabet."""
+    """A made-up 'translation' that can be learned: endings or another alphabet."""
     if tag == "ru":
         return english.lower().translate(CYRILLIC)
     ending = {"de": "en", "fr": "é", "sr_Latn": "ić"}.get(tag, "o")

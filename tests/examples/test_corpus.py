@@ -13,7 +13,7 @@ import pytest
 from gshard_examples.translation import corpus as corpora
 from gshard_examples.translation.corpus import CorpusError, load_corpus, prepare_corpus
 from gshard_examples.translation.languages import base_language
-from gshard_examples.translation.splitting import SPLITS, message_key, near_copies
+from gshard_examples.translation.split import SPLITS, message_key, near_copies
 
 from .conftest import (
     catalogue,
@@ -346,7 +346,7 @@ def test_corpus_s(tmp_path):
 @pytest.mark.skipif(not installed("django"), reason="needs django")
 def test_part_of_corpus_s_is_reproducible(tmp_path):
     from gshard_examples.translation.catalogues import read_gettext
-    from gshard_examples.translation.files import installed_files
+    from gshard_examples.translation.package_files import installed_files
     from gshard_examples.translation.sources import Source
 
     def wanted(path):

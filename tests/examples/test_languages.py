@@ -32,13 +32,13 @@ from gshard_examples.translation import languages
     ],
 )
 def test_locales_become_tags(locale, tag):
-    assert languages.normalise_language(locale) == tag
+    assert languages.normalize_language(locale) == tag
 
 
 def test_tags_are_fixed_points():
     for locale in ("sr@latin", "zh_TW", "kk_Arab", "pt_BR", "iw"):
-        tag = languages.normalise_language(locale)
-        assert languages.normalise_language(tag) == tag
+        tag = languages.normalize_language(locale)
+        assert languages.normalize_language(tag) == tag
 
 
 def test_groups():

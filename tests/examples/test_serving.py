@@ -60,10 +60,10 @@ def test_requests_are_batched(server, model):
 
 
 BAD = {
-    "nothing": (b"", 400, "not JSON"),
-    "no JSON": (b"texts=a", 400, "not JSON"),
+    "nothing": (b"", 400, "must be JSON"),
+    "no JSON": (b"texts=a", 400, "must be JSON"),
     "no UTF-8": (b'{"texts": ["\xff\xfe"], "languages": ["de"]}', 400, "UTF-8"),
-    "deep": (b"[" * 100_000, 400, "not JSON"),
+    "deep": (b"[" * 100_000, 400, "must be JSON"),
     "a list": (b"[]", 400, "Received: 'list'"),
     "a part": (b'{"texts": ["a"]}', 400, r"Received: \['texts'\]"),
     "a number": (b'{"texts": 3, "languages": ["de"]}', 400, "list of strings"),
@@ -175,7 +175,7 @@ const wait = setInterval(() => {
 
 
 def page_after_typing(port, tmp_path, text, language):
-    """What stands on the page after typing a text and pressing the button."""
+    """Returns the page's text after typing a text and pressing the button."""
     chromium = shutil.which("chromium") or shutil.which("google-chrome")
     if chromium is None:
         pytest.skip("no Chromium is installed")
@@ -241,10 +241,10 @@ def test_the_page_itself_is_served_as_it_is(server):
 
 @pytest.fixture(scope="module")
 def exported(toy_vocabulary, tmp_path_factory):
-    from gshard_examples.translation.exporting import export
+    from gshard_examples.translation.export import export
     from gshard_examples.translation.model import make_model
     from gshard_examples.translation.settings import Settings
-    from gshard_examples.translation.translating import Translator
+    from gshard_examples.translation.translator import Translator
 
     settings = Settings(
         encoder_layers=1,

@@ -1,4 +1,4 @@
-"""What the server is started with, clients that go, and requests of every kind."""
+"""Options of the server, clients that disconnect, and requests of every kind."""
 
 import dataclasses
 import json
@@ -78,7 +78,7 @@ def good(tmp_path_factory):
 
 
 def refused(arguments, capsys):
-    """What the command says; its status is 2, and it does not listen."""
+    """Returns the command's message; its status is 2, and it does not listen."""
     try:
         status = main([str(a) for a in arguments])
     except SystemExit as stopped:
@@ -178,7 +178,7 @@ def test_a_model_that_is_no_translator_is_a_sentence(tmp_path, capsys):
     module = Tiny()
     folder = saved(tmp_path / "no_translate", module, languages=module.languages)
     said = refused([folder, "--port", free_port()], capsys)
-    assert "has the signature 'translate'" in said and "['languages']" in said
+    assert "must have the signature 'translate'" in said and "['languages']" in said
     folder = saved(
         tmp_path / "others",
         module,
@@ -186,7 +186,7 @@ def test_a_model_that_is_no_translator_is_a_sentence(tmp_path, capsys):
         languages=module.languages,
     )
     said = refused([folder, "--port", free_port()], capsys)
-    assert "takes ['languages', 'texts']" in said and "it takes []" in said
+    assert "must take ['languages', 'texts']" in said and "it takes []" in said
 
 
 def counted(port, status):

@@ -8,7 +8,7 @@ from importlib import metadata
 import pytest
 
 from gshard_examples.translation import catalogues, sources
-from gshard_examples.translation.files import (
+from gshard_examples.translation.package_files import (
     MissingPackageError,
     deb_files,
     installed_files,

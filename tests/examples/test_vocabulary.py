@@ -4,7 +4,7 @@ import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gshard_examples.translation.cleaning import normalise_text
+from gshard_examples.translation.clean import normalize_text
 from gshard_examples.translation.vocabulary import (
     BOS,
     EOS,
@@ -88,7 +88,7 @@ def test_text_cannot_pose_as_a_symbol(toy_vocabulary, text):
 @settings(max_examples=60)
 @given(st.text(max_size=40))
 def test_round_trip_of_clean_text(toy_vocabulary, text):
-    text = normalise_text(text).replace("\u2581", "")
+    text = normalize_text(text).replace("\u2581", "")
     text = " ".join(text.replace("\ufffd", "").split())
     ids = toy_vocabulary.encode_target([text])
     assert toy_vocabulary.decode(ids).numpy()[0].decode() == text

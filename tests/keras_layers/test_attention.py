@@ -101,9 +101,9 @@ def test_decoding_with_a_cache_is_causal_attention(policy):
 def test_projected_memory_is_cross_attention():
     layer = MultiHeadAttention(N, D)
     whole = layer(QUERY, MEMORY, memory_mask=MEMORY_MASK)
-    projected = layer.project_once(tf.constant(MEMORY))
+    projected = layer.project_memory(tf.constant(MEMORY))
     np.testing.assert_allclose(
-        layer.attend(tf.constant(QUERY), projected, MEMORY_MASK), whole, atol=1e-6
+        layer.cross_attend(tf.constant(QUERY), projected, MEMORY_MASK), whole, atol=1e-6
     )
 
 
@@ -128,5 +128,5 @@ def test_config_and_bad_arguments():
         MultiHeadAttention(0, 4)
     with pytest.raises(ValueError, match="Received: key_dim='x'"):
         MultiHeadAttention(2, "x")
-    with pytest.raises(ValueError, match="causal is for self-attention"):
+    with pytest.raises(ValueError, match="causal must be False with memory"):
         layer(QUERY, MEMORY, causal=True)

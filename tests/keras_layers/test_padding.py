@@ -20,7 +20,7 @@ from keras_layers import (
     greedy_decode,
     sample_decode,
 )
-from keras_layers._padding import places, zero_padding
+from keras_layers._padding import unpadded_positions, zero_padding
 
 GROUPS, SIZE, WIDTH, EXPERTS = 3, 12, 6, 4
 ROUTERS = {
@@ -317,5 +317,5 @@ def test_zeros_in_place_of_padding():
     np.testing.assert_array_equal(y, 25.0)
     np.testing.assert_array_equal(tape.gradient(y, x), [[[0, 0], [0, 0], [6, 8]]])
     assert zero_padding(x, None) is x
-    found = places(tf.constant([[False, True, False, True, True, False]]))
+    found = unpadded_positions(tf.constant([[False, True, False, True, True, False]]))
     np.testing.assert_array_equal(found, [[0, 0, 1, 1, 2, 3]])

@@ -8,7 +8,6 @@ import pytest
 import tensorflow as tf
 
 import gshard_tf
-from gshard_tf.hlo.collectives import collectives
 from keras_layers import Dropout, MoELayer, Transformer
 
 
@@ -24,7 +23,7 @@ def train(make_model, inputs, targets, loss, devices, steps):
         inputs, targets, batch_size=len(targets), epochs=steps, verbose=0, shuffle=False
     )
     (program,) = strategy.programs
-    return model.history.history, collectives(program)
+    return model.history.history, program.collectives()
 
 
 def check_same(one, many):

@@ -9,7 +9,6 @@ import tensorflow as tf
 from parity import assert_same_state, run_on_mesh, run_plain
 
 import gshard_tf
-from gshard_tf.hlo.collectives import collectives
 from gshard_tf.spmd.abstract import AbstractStrategy, lower_abstract
 from keras_layers import (
     EncoderBlock,
@@ -107,7 +106,7 @@ def runs_on_mesh():
     for remat in (False, True):
         run = run_on_mesh(lambda remat=remat: blocks(remat, dense=1), fit_blocks)
         (program,) = run.strategy.programs
-        found.append((run, program, collectives(program)))
+        found.append((run, program, program.collectives()))
     return found
 
 

@@ -149,7 +149,7 @@ def test_layers_of_a_transformer_drop_different_choices():
     x = np.random.default_rng(0).normal(size=[4, 64, M]).astype("float32")
     for router in routers:
         router.kernel.assign(routers[0].kernel)
-    kept = [r(x, training=True)[0].kept.numpy()[..., 1] for r in routers]
+    kept = [r(x, training=True)[0].dispatched.numpy()[..., 1] for r in routers]
     assert 0.2 < kept[0].mean() < 0.99
     assert np.mean(kept[0] == kept[1]) < 0.9
 
@@ -222,7 +222,7 @@ def random_weights(name, initializer):
     found = []
     for weight in layer.trainable_weights:
         value = weight.numpy()
-        if np.ptp(value) == 0:  # scales and offsets of normalisation
+        if np.ptp(value) == 0:  # scales and offsets of normalization
             continue
         stacked = name == "stacked" and ("encoder" in weight.path) | (
             "decoder" in weight.path

@@ -9,7 +9,6 @@ import tensorflow as tf
 from parity import assert_close, run_on_mesh, run_plain
 
 import gshard_tf
-from gshard_tf.hlo.collectives import argument_bytes, collectives
 from gshard_tf.spmd.abstract import AbstractStrategy, lower_abstract
 from keras_layers import (
     EncoderBlock,
@@ -205,7 +204,7 @@ def test_a_loop_of_blocks_on_a_mesh(plain_blocks, blocks_on_mesh):
 
 def test_communication_is_that_of_one_unit_whatever_the_count(blocks_on_mesh):
     (program,) = blocks_on_mesh.strategy.programs
-    found = collections.Counter(c.kind for c in collectives(program))
+    found = collections.Counter(c.kind for c in program.collectives())
     # Two forward in one loop; two again and two backward in the other.
     assert found["all-to-all"] == 6
     assert set(found) == {"all-to-all", "all-reduce"}
@@ -215,7 +214,7 @@ def test_each_device_holds_its_experts_of_every_layer(blocks_on_mesh):
     (program,) = blocks_on_mesh.strategy.programs
     sizes = {
         name: (whole, local)
-        for name, whole, local in argument_bytes(program)
+        for name, whole, local in program.argument_bytes()
         if "experts" in name and "seed" not in name
     }
     # wi and wo, and two slots of Adam for each.

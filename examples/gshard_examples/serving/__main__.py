@@ -25,39 +25,39 @@ class Parser(argparse.ArgumentParser):
         self.exit(BAD_INPUT, f"{self.prog}: {message} ({self.prog} -h tells more)\n")
 
 
-def parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     from gshard_examples.serving.requests import Limits
 
-    made = Parser(
+    parser = Parser(
         prog="python -m gshard_examples.serving",
         description="Serves an exported translator: a page at /, JSON at /translate. "
         "Exit status: 0 after SIGTERM or Ctrl-C; 1 without the packages; 2 for an "
         "option, a model or an address that cannot be used.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    made.add_argument("saved_model", help="folder of the SavedModel")
-    made.add_argument("--host", default="127.0.0.1", help="address to listen on")
-    made.add_argument("--port", type=port, default=8000, help="1 to 65535")
-    made.add_argument(
+    parser.add_argument("saved_model", help="folder of the SavedModel")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
+    parser.add_argument("--port", type=port, default=8000, help="1 to 65535")
+    parser.add_argument(
         "--max-batch", type=positive, default=32, help="texts together, 1 to 1024"
     )
-    made.add_argument(
+    parser.add_argument(
         "--max-waiting",
         type=positive,
         default=256,
         help=f"texts that wait; at least {Limits.texts}, which one request may hold",
     )
-    made.add_argument(
+    parser.add_argument(
         "--timeout", type=seconds, default=Limits.seconds, help="seconds to an answer"
     )
-    return made
+    return parser
 
 
 def port(text: str) -> int:
     """A port's number."""
     if not (text.isdecimal() and len(text) < 6 and 1 <= int(text) <= 65535):
         raise argparse.ArgumentTypeError(
-            f"a port is a whole number of 1 to 65535. Received: {text!r}"
+            f"a port must be a whole number of 1 to 65535. Received: {text!r}"
         )
     return int(text)
 
@@ -66,7 +66,7 @@ def positive(text: str) -> int:
     """A whole number above 0."""
     if not (text.isdecimal() and len(text) < 10 and int(text) > 0):
         raise argparse.ArgumentTypeError(
-            f"a whole number of 1 or more. Received: {text!r}"
+            f"must be a whole number of 1 or more. Received: {text!r}"
         )
     return int(text)
 
@@ -79,7 +79,7 @@ def seconds(text: str) -> float:
         value = math.nan
     if not (value > 0 and math.isfinite(value)):
         raise argparse.ArgumentTypeError(
-            f"a finite number of seconds above 0. Received: {text!r}"
+            f"must be a finite number of seconds above 0. Received: {text!r}"
         )
     return value
 
@@ -90,9 +90,9 @@ def main(arguments: list[str] | None = None) -> int:
     Raises:
         SystemExit: with status 2, for an option that cannot be used.
     """
-    made = parser()
-    options = made.parse_args(arguments)
-    _check(made, options)
+    parser = make_parser()
+    options = parser.parse_args(arguments)
+    _check(parser, options)
     try:
         import uvicorn
 
@@ -130,33 +130,33 @@ def main(arguments: list[str] | None = None) -> int:
     except ImportError as error:
         return _missing(error)
     except UnusableModelError as error:
-        print(f"{made.prog}: no model to serve: {error}", file=sys.stderr)
+        print(f"{parser.prog}: no model to serve: {error}", file=sys.stderr)
         return BAD_INPUT
     # (UnicodeError: no name of a host.)
     except (OSError, UnicodeError) as error:
         print(
-            f"{made.prog}: cannot listen on host {options.host!r}, port "
+            f"{parser.prog}: cannot listen on host {options.host!r}, port "
             f"{options.port}: {error}",
             file=sys.stderr,
         )
         return BAD_INPUT
     except KeyboardInterrupt:
-        print(f"{made.prog}: stopped before it served", file=sys.stderr)
+        print(f"{parser.prog}: stopped before it served", file=sys.stderr)
         return 130
     return 0
 
 
-def _check(made: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """What one option alone does not tell; `made.error` exits with status 2."""
+def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Checks options against each other; `parser.error` exits with status 2."""
     from gshard_examples.serving.requests import Limits
 
     if options.max_waiting < Limits.texts:
-        made.error(
-            f"argument --max-waiting: at least {Limits.texts}, the texts that one "
-            f"request may hold. Received: {options.max_waiting}"
+        parser.error(
+            f"argument --max-waiting: must be at least {Limits.texts}, the texts that "
+            f"one request may hold. Received: {options.max_waiting}"
         )
     if options.max_batch > min(options.max_waiting, MOST_TOGETHER):
-        made.error(
+        parser.error(
             "argument --max-batch: at most as many texts as may wait "
             f"(--max-waiting {options.max_waiting}) and at most {MOST_TOGETHER}. "
             f"Received: {options.max_batch}"
@@ -171,19 +171,19 @@ def _missing(error: ImportError) -> int:
 
 def _bind(host: str, number: int) -> socket.socket:
     """A socket of this address that does not listen yet."""
-    found = socket.getaddrinfo(
+    addresses = socket.getaddrinfo(
         host, number, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
     )
-    family, kind, protocol, _, address = found[0]
-    made = socket.socket(family, kind, protocol)
+    family, kind, protocol, _, address = addresses[0]
+    listener = socket.socket(family, kind, protocol)
     try:
         # A server that is started again has its port at once.
-        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        made.bind(address)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
     except OSError:
-        made.close()
+        listener.close()
         raise
-    return made
+    return listener
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ PAGE = Path(__file__).parent / "page"
 
 
 class Translates(Protocol):
-    """What the server asks of a model; `model.Model` has it."""
+    """Interface of a model that the server needs; `model.Model` has it."""
 
     languages: list[str]
 
@@ -58,8 +58,8 @@ def make_app(
     limits = limits or Limits()
     if max_waiting < limits.texts:
         raise ValueError(
-            f"max_waiting is at least {limits.texts}, the texts that one request may "
-            f"hold, or such a request would never be answered. "
+            f"max_waiting must be at least {limits.texts}, the texts that one request "
+            "may hold, or such a request would never be answered. "
             f"Received: max_waiting={max_waiting}"
         )
     metrics = Metrics()
@@ -75,8 +75,8 @@ def make_app(
                     items = parse(
                         await _body(request, limits.body_bytes), model.languages, limits
                     )
-                    found = await _unless_gone(request, batcher.submit(items))
-                response = JSONResponse({"translations": found})
+                    translations = await _unless_gone(request, batcher.submit(items))
+                response: Response = JSONResponse({"translations": translations})
             except RefusedError as error:
                 response = _error(error.status, str(error))
             except OverloadedError as error:
@@ -85,8 +85,8 @@ def make_app(
             except TimeoutError:
                 response = _error(504, f"no answer within {limits.seconds} seconds")
             except ClientDisconnect:
-                response = Response(status_code=499)  # nobody reads it
-            except Exception:  # noqa: BLE001 - the server goes on
+                response = Response(status_code=499)  # the client is gone
+            except Exception:  # noqa: BLE001 - the server continues
                 log.exception("a translation failed")
                 response = _error(500, "the translation failed; the log says why")
             outcome.status = response.status_code
@@ -138,14 +138,14 @@ def _error(status: int, message: str) -> JSONResponse:
 
 
 async def _unless_gone(request: Request, work: Coroutine) -> Any:
-    """What `work` gives; it is cancelled when the client has gone.
+    """Returns the result of `work`, which is canceled when the client disconnects.
 
     Args:
-        request: Of the client; its body was read to the end.
+        request: The request; its body was read to the end.
         work: What to wait for.
 
     Raises:
-        ClientDisconnect: when nobody waits for the answer any more.
+        ClientDisconnect: when the client no longer waits for the answer.
     """
     gone = asyncio.create_task(_gone(request))
     answer = asyncio.create_task(work)
@@ -174,10 +174,10 @@ async def _body(request: Request, most: int) -> bytes:
     """
     length = request.headers.get("content-length", "0")
     if length.isdecimal() and int(length) > most:
-        raise RefusedError(413, f"the body has at most {most} bytes")
+        raise RefusedError(413, f"the body must have at most {most} bytes")
     body = bytearray()
     async for part in request.stream():
         body += part
         if len(body) > most:
-            raise RefusedError(413, f"the body has at most {most} bytes")
+            raise RefusedError(413, f"the body must have at most {most} bytes")
     return bytes(body)

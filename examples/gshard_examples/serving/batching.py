@@ -40,7 +40,7 @@ class Batcher:
     ):
         for name, value in (("max_batch", max_batch), ("max_waiting", max_waiting)):
             if value < 1:
-                raise ValueError(f"{name} is 1 or more. Received: {name}={value}")
+                raise ValueError(f"{name} must be 1 or more. Received: {name}={value}")
         self.run = run
         self.max_batch = max_batch
         self.wait = wait
@@ -71,7 +71,7 @@ class Batcher:
         return len(self._waiting)
 
     def is_healthy(self, patience: float) -> bool:
-        """Whether it works, and the call in progress began less than so long ago."""
+        """Returns whether the worker runs, with no call longer than `patience`."""
         if self._worker is None or self._worker.done():
             return False
         return self._busy_since is None or (
@@ -113,7 +113,7 @@ class Batcher:
             await self._arrived.wait()
             if len(self._waiting) < self.max_batch:
                 await asyncio.sleep(self.wait)
-            batch = []
+            batch: list[tuple[Any, asyncio.Future]] = []
             while self._waiting and len(batch) < self.max_batch:
                 item, future = self._waiting.popleft()
                 if not future.done():
@@ -122,7 +122,7 @@ class Batcher:
                 self._arrived.clear()
             if not batch:
                 continue
-            self._busy_since = begun = time.monotonic()
+            self._busy_since = start = time.monotonic()
             try:
                 results = await loop.run_in_executor(
                     thread, self.run, [item for item, _ in batch]
@@ -136,4 +136,4 @@ class Batcher:
                     if not future.done():
                         future.set_result(result)
             self._busy_since = None
-            self.on_batch(len(batch), time.monotonic() - begun)
+            self.on_batch(len(batch), time.monotonic() - start)

@@ -50,12 +50,12 @@ class Metrics:
     def request(self) -> Iterator[types.SimpleNamespace]:
         """Counts one request; the block sets the `status` of what it is given."""
         outcome = types.SimpleNamespace(status=499)  # cancelled, unless it is set
-        begun = time.perf_counter()
+        start = time.perf_counter()
         try:
             yield outcome
         finally:
             self._requests.labels(outcome.status).inc()
-            self._seconds.observe(time.perf_counter() - begun)
+            self._seconds.observe(time.perf_counter() - start)
 
     def text(self) -> bytes:
         """All of them."""

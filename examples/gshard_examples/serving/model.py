@@ -31,7 +31,7 @@ class UnusableModelError(ValueError):
 
 
 class Model:
-    """A SavedModel of `gshard_examples.translation.exporting`.
+    """A SavedModel of `gshard_examples.translation.export`.
 
     Args:
         folder: The SavedModel.
@@ -48,7 +48,7 @@ class Model:
         self._name = repr(str(folder))
         if not tf.saved_model.contains_saved_model(str(folder)):
             raise UnusableModelError(
-                "a folder of a SavedModel holds the file saved_model.pb; "
+                "a folder of a SavedModel must hold the file saved_model.pb; "
                 f"gshard-translate export writes one. Received: {self._name}"
             )
         with _unusable(f"the SavedModel {self._name} cannot be loaded"):
@@ -57,31 +57,31 @@ class Model:
         _check_signatures(signatures, self._name)
         self._translate = signatures["translate"]
         with _unusable(f"the SavedModel {self._name} does not tell its languages"):
-            found = signatures["languages"]()["languages"].numpy()
-            self.languages = [tag.decode() for tag in found]
+            tags = signatures["languages"]()["languages"].numpy()
+            self.languages = [tag.decode() for tag in tags]
         if not self.languages:
             raise UnusableModelError(
-                "the signature 'languages' of a translator lists at least one. "
+                "the signature 'languages' of a translator must list at least one. "
                 f"Received: {self._name}, which lists none"
             )
 
     def translate(self, items: Sequence[tuple]) -> list[dict[str, Any]]:
         """Answers `(text, tag, whether it was cut)`, as the server sends them."""
-        found = self._translate(
+        outputs = self._translate(
             texts=tf.constant([text for text, _, _ in items], tf.string),
             languages=tf.constant([tag for _, tag, _ in items], tf.string),
         )
-        found = {name: value.numpy() for name, value in found.items()}
+        outputs = {name: value.numpy() for name, value in outputs.items()}
         return [
             {
-                "text": found["translations"][i].decode(),
-                "score": float(found["scores"][i]),
-                "truncated": bool(found["truncated"][i]) or items[i][2],
-                "unfinished": bool(found["unfinished"][i]),
+                "text": outputs["translations"][i].decode(),
+                "score": float(outputs["scores"][i]),
+                "truncated": bool(outputs["truncated"][i]) or items[i][2],
+                "unfinished": bool(outputs["unfinished"][i]),
                 "n_best": [
                     {"text": text.decode(), "score": float(score)}
                     for text, score in zip(
-                        found["n_best"][i], found["n_best_scores"][i], strict=True
+                        outputs["n_best"][i], outputs["n_best_scores"][i], strict=True
                     )
                 ],
             }
@@ -105,15 +105,15 @@ def _check_signatures(signatures: dict[str, Any], name: str) -> None:
     for key, (inputs, outputs) in SIGNATURES.items():
         if key not in signatures:
             raise UnusableModelError(
-                f"a translator has the signature {key!r}. Received: {name}, whose "
-                f"signatures are {sorted(signatures)}"
+                f"a translator must have the signature {key!r}. Received: {name}, "
+                f"whose signatures are {sorted(signatures)}"
             )
         taken = sorted(signatures[key].structured_input_signature[1])
         given = sorted(signatures[key].structured_outputs)
         if taken != list(inputs) or not set(outputs) <= set(given):
             raise UnusableModelError(
-                f"the signature {key!r} of a translator takes {list(inputs)} and "
-                f"returns {sorted(outputs)}. Received: {name}, where it takes {taken} "
+                f"the signature {key!r} of a translator must take {list(inputs)} and "
+                f"return {sorted(outputs)}. Received: {name}, where it takes {taken} "
                 f"and returns {given}"
             )
 

@@ -1,4 +1,4 @@
-"""What a request may say, and a sentence for everything else."""
+"""Parser of requests, with an error message for everything that is none."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What one request may ask for.
+    """Limits of one request.
 
     Attributes:
-        body_bytes: Of the request's body.
+        body_bytes: Size of the request's body.
         texts: Texts in one request.
         text_characters: Of a text; the rest is cut off, and the answer says so.
         seconds: Until the answer must be there.
@@ -33,7 +33,7 @@ class Limits:
         for name, value in dataclasses.asdict(self).items():
             if not (value > 0 and math.isfinite(value)):
                 raise ValueError(
-                    f"{name} is a finite number above 0. Received: {name}={value}"
+                    f"{name} must be a finite number above 0. Received: {name}={value}"
                 )
 
 
@@ -59,21 +59,21 @@ def parse(body: bytes, languages: Sequence[str], limits: Limits) -> list[tuple]:
     try:
         content = json.loads(body)
     except (UnicodeDecodeError, ValueError, RecursionError) as error:
-        raise RefusedError(400, f"the body is not JSON in UTF-8: {error}") from None
+        raise RefusedError(400, f"the body must be JSON in UTF-8: {error}") from None
     if not isinstance(content, dict) or set(content) != {"texts", "languages"}:
         keys = sorted(content) if isinstance(content, dict) else type(content).__name__
         raise RefusedError(
             400,
-            'the body is an object {"texts": [...], "languages": [...]}. '
+            'the body must be an object {"texts": [...], "languages": [...]}. '
             f"Received: {_short(keys)}",
         )
     texts = _strings(content["texts"], "texts")
     tags = _strings(content["languages"], "languages")
     if not texts:
-        raise RefusedError(400, "texts holds at least one text. Received: []")
+        raise RefusedError(400, "texts must hold at least one text. Received: []")
     if len(texts) > limits.texts:
         raise RefusedError(
-            413, f"texts holds at most {limits.texts}. Received: {len(texts)} texts"
+            413, f"texts must hold at most {limits.texts}. Received: {len(texts)} texts"
         )
     if len(texts) != len(tags):
         raise RefusedError(
@@ -87,7 +87,7 @@ def parse(body: bytes, languages: Sequence[str], limits: Limits) -> list[tuple]:
             hint = f" (near it: {', '.join(near)})" if near else ""
             raise RefusedError(
                 400,
-                f"languages holds tags that GET /languages lists{hint}. "
+                f"languages must hold tags that GET /languages lists{hint}. "
                 f"Received: {_short(tag)}",
             )
     most = limits.text_characters
@@ -101,7 +101,7 @@ def parse(body: bytes, languages: Sequence[str], limits: Limits) -> list[tuple]:
 def _strings(value: Any, name: str) -> list[str]:
     if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
         raise RefusedError(
-            400, f"{name} is a list of strings. Received: {_short(value)}"
+            400, f"{name} must be a list of strings. Received: {_short(value)}"
         )
     return value
 

@@ -50,14 +50,14 @@ class CloseUnread:
             if message["type"] == "http.response.start" and not is_read:
                 closes = True
                 headers = [*message["headers"], (b"connection", b"close")]
-                message = message | {"headers": headers}
+                message = {**message, "headers": headers}
             is_last = message["type"] == "http.response.body" and not message.get(
                 "more_body", False
             )
             if not (closes and is_last):
                 await send(message)
                 return
-            await send(message | {"more_body": True})
+            await send({**message, "more_body": True})
             await self._throw_away(receive)
             await send({"type": "http.response.body", "body": b""})
 

@@ -1,9 +1,9 @@
-"""What a translation model must be compared with before its score means anything.
+"""Baselines that a translation model must be compared with.
 
 * Copying the source earns points for placeholders, names and numbers.
 * A translation memory, the English of the most similar training source, earns many
   points without any learning where test messages resemble training messages.
-* A unigram model's cross-entropy is the loss of a decoder that has learnt how often
+* A unigram model's cross-entropy is the loss of a decoder that has learned how often
   each subword occurs, and nothing else.
 * Apertium is a rule-based translator, for the few pairs that it has.
 """
@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from gshard_examples.translation.corpus import Pair
-from gshard_examples.translation.files import missing_packages
+from gshard_examples.translation.package_files import missing_packages
 
 
 def copy_source(pairs: Sequence[Pair]) -> list[str]:
@@ -28,7 +28,7 @@ def copy_source(pairs: Sequence[Pair]) -> list[str]:
 
 
 class TranslationMemory:
-    """Nearest neighbour: the English of the training source most like this one.
+    """Nearest neighbor: the English of the training source most like this one.
 
     Similar means cosine similarity of TF-IDF weights of the character 2-, 3- and
     4-grams, within the same language. Where nothing is similar at all (or the language
@@ -58,7 +58,7 @@ class TranslationMemory:
         pairs: Sequence[Pair],
         progress: Callable[[str, int, int | None], None] | None = None,
     ) -> list[str]:
-        """Translates the sources of ``pairs``; their English is not looked at."""
+        """Translates the sources of `pairs`; their English is not looked at."""
         positions = defaultdict(list)
         for position, pair in enumerate(pairs):
             positions[pair.lang].append(position)
@@ -103,7 +103,7 @@ def unigram_cross_entropy(
         smoothing: Added to every symbol's count.
 
     Raises:
-        ValueError: There are no ids to count or to measure, or ``smoothing`` is not
+        ValueError: There are no ids to count or to measure, or `smoothing` is not
             positive, so that an unseen symbol would cost infinitely much.
     """
     if not smoothing > 0:
@@ -135,10 +135,10 @@ APERTIUM_MODES = {
 
 @dataclass(frozen=True)
 class ApertiumResult:
-    """What Apertium made of some pairs.
+    """Apertium's translations of some pairs.
 
     Attributes:
-        positions: Which of the pairs it translated.
+        positions: Positions of the pairs that it translated.
         translations: Their translations.
         skipped: Language tag -> why its pairs were not translated.
     """

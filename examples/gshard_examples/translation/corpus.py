@@ -1,6 +1,6 @@
 """Making a corpus folder, and reading one.
 
-A corpus is a folder of tab-separated files, one per split, and a ``manifest.json`` that
+A corpus is a folder of tab-separated files, one per split, and a `manifest.json` that
 says where every byte came from: package versions, options, counts, checksums.
 """
 
@@ -16,15 +16,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from gshard_examples.translation.cleaning import clean_pair
-from gshard_examples.translation.files import sha256_of
+from gshard_examples.translation.clean import clean_pair
 from gshard_examples.translation.languages import (
     base_language,
     is_tag,
-    normalise_language,
+    normalize_language,
 )
+from gshard_examples.translation.package_files import sha256_of
 from gshard_examples.translation.sources import NAME_DOMAINS, Source, corpus_sources
-from gshard_examples.translation.splitting import SPLITS, assign_splits, message_key
+from gshard_examples.translation.split import SPLITS, assign_splits, message_key
 from gshard_tf.io.atomic_files import write_synced
 from gshard_tf.io.atomic_folders import Contents, new_folder
 from gshard_tf.io.paths import local_path
@@ -68,7 +68,7 @@ class Pair(NamedTuple):
 
     @property
     def is_name(self) -> bool:
-        """Whether this is a proper name from an ISO standard and not a message."""
+        """True for a proper name from an ISO standard, false for a message."""
         return self.domain in NAME_DOMAINS
 
 
@@ -93,13 +93,13 @@ def prepare_corpus(
 
     Args:
         out_dir: The folder to make.
-        corpus: ``"S"`` (installed pip packages), ``"M"`` (wheels) or ``"D"`` (Debian
+        corpus: `"S"` (installed pip packages), `"M"` (wheels) or `"D"` (Debian
             packages); see `sources.corpus_sources`.
         held_out: Share of the widely translated English messages that go to the test
             set, half as many going to the development set. By default 0.2 for S and
             0.06 for the larger M and D. A larger share gives steadier scores per
             language and less to train on.
-        languages: Keep only these language tags (``"de"``, ``"sr_Latn"``). The split
+        languages: Keep only these language tags (`"de"`, `"sr_Latn"`). The split
             is made before, on all languages, so a subset has the same held-out
             messages as the whole.
         folder: Where the package files of M and D lie.
@@ -115,13 +115,13 @@ def prepare_corpus(
     Raises:
         ValueError: An option is wrong, or no pair was found.
         MissingPackageError: A package to read from or with is not installed.
-        FileNotFoundError: A package file of M or D is not in ``folder``.
-        FileExistsError: ``out_dir`` exists, and ``replace`` is false or it holds
+        FileNotFoundError: A package file of M or D is not in `folder`.
+        FileExistsError: `out_dir` exists, and `replace` is false or it holds
             anything but a corpus.
-        AlreadyRunningError: Another process is making ``out_dir`` just now.
+        AlreadyRunningError: Another process is making `out_dir` just now.
         OSError: It could not be written (disk full, ...); nothing is published.
     """
-    wanted = _checked_languages(languages)
+    selected = _checked_languages(languages)
     if sources is None:
         sources = corpus_sources(corpus, folder)
     if held_out is None:
@@ -129,7 +129,7 @@ def prepare_corpus(
     assign_splits({}, held_out)  # complain about the option before the work
     options = {
         "held_out": held_out,
-        "languages": sorted(wanted) if wanted is not None else None,
+        "languages": sorted(selected) if selected is not None else None,
     }
     progress = progress or (lambda activity, done, total: None)
     with new_folder(out_dir, replace, CORPUS) as partial:
@@ -139,7 +139,7 @@ def prepare_corpus(
                 "no usable sentence pair in "
                 + ", ".join(source.domain for source in sources)
             )
-        rows = _split(domain_of, held_out, wanted, progress)
+        rows = _split(domain_of, held_out, selected, progress)
         if not rows["train"]:
             raise ValueError(
                 f"no training pair is left. Received: languages={options['languages']}"
@@ -177,18 +177,18 @@ def _checked_languages(languages: Iterable[str] | None) -> frozenset[str] | None
             "languages must be a list of language tags, not one string. Received: "
             f"languages={languages!r}"
         )
-    wanted = frozenset(languages)
-    for tag in sorted(wanted):
-        if normalise_language(tag) != tag:
-            known = normalise_language(tag)
+    selected = frozenset(languages)
+    for tag in sorted(selected):
+        if normalize_language(tag) != tag:
+            known = normalize_language(tag)
             hint = f"; write {known!r}" if known else ""
             raise ValueError(
-                f"not a language tag of this corpus{hint}. Received: languages with "
-                f"{tag!r}"
+                f"languages must be tags of this corpus{hint}. Received: languages "
+                f"with {tag!r}"
             )
-    if not wanted:
+    if not selected:
         raise ValueError("languages must not be empty. Received: languages=[]")
-    return wanted
+    return selected
 
 
 def _extract(
@@ -212,7 +212,7 @@ def _extract(
                 progress(f"reading {source.domain}", raw, None)
             locale, text, english = entry
             if locale not in tags:
-                tags[locale] = normalise_language(locale)
+                tags[locale] = normalize_language(locale)
             tag = tags[locale]
             if tag is None:
                 skipped["not a language of the corpus"] += 1
@@ -244,7 +244,7 @@ def _extract(
 def _split(
     domain_of: dict[tuple[str, str, str], str],
     held_out: float,
-    wanted: frozenset[str] | None,
+    selected: frozenset[str] | None,
     progress: Progress,
 ) -> dict[str, list[Pair]]:
     progress("splitting", 0, None)
@@ -255,7 +255,7 @@ def _split(
     split_of = assign_splits(languages_of, held_out)
     rows: dict[str, list[Pair]] = {split: [] for split in SPLITS}
     for (tag, source, english), domain in domain_of.items():
-        if wanted is None or tag in wanted:
+        if selected is None or tag in selected:
             rows[split_of[key_of[english]]].append(Pair(tag, domain, source, english))
     for pairs in rows.values():
         pairs.sort()
@@ -297,7 +297,7 @@ class Corpus:
 
     Attributes:
         path: The folder.
-        manifest: What ``manifest.json`` says.
+        manifest: What `manifest.json` says.
     """
 
     path: Path
@@ -398,7 +398,7 @@ def read_pairs(path: str | Path, domain: str = "file") -> list[Pair]:
     """Reads a user's own tab-separated file: lang, source, and english if known.
 
     Args:
-        path: UTF-8 text, one example a line: ``lang<TAB>source[<TAB>english]``.
+        path: UTF-8 text, one example a line: `lang<TAB>source[<TAB>english]`.
         domain: The domain that the pairs are given.
 
     Raises:

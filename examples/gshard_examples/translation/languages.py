@@ -1,9 +1,9 @@
 """Language tags: one spelling per language, and the groups that results report on.
 
-Every source of text names languages in its own way: ``pt_BR``, ``pt-br``, ``sr@latin``,
-``zh-Hant``, ``iw``.  `normalise_language` maps them to one *tag*: an ISO 639 code,
-followed by ``_Script`` only where a language is written in two scripts and this is
-the less usual one (``sr_Latn``, ``zh_Hant``).  Regions are merged.
+Every source of text names languages in its own way: `pt_BR`, `pt-br`, `sr@latin`,
+`zh-Hant`, `iw`.  `normalize_language` maps them to one *tag*: an ISO 639 code,
+followed by `_Script` only where a language is written in two scripts and this is
+the less usual one (`sr_Latn`, `zh_Hant`).  Regions are merged.
 """
 
 from __future__ import annotations
@@ -180,15 +180,15 @@ RESOURCE_LEVELS = ("high (>= 10,000)", "middle (1,000-9,999)", "low (< 1,000)")
 _TAG = re.compile(r"[a-z]{2,3}(_[A-Z][a-z]{3})?")
 
 
-def normalise_language(locale: str) -> str | None:
+def normalize_language(locale: str) -> str | None:
     """Maps a source's locale name to the corpus's language tag.
 
     Args:
-        locale: A locale name as found in the wild, such as ``"pt_BR"``, ``"pt-br"``,
-            ``"sr@latin"``, ``"zh-Hant"``, ``"de_DE.UTF-8"``.
+        locale: A locale name as found in the wild, such as `"pt_BR"`, `"pt-br"`,
+            `"sr@latin"`, `"zh-Hant"`, `"de_DE.UTF-8"`.
 
     Returns:
-        The tag, such as ``"pt"``, ``"sr_Latn"``, ``"zh_Hant"``, ``"de"``, or None when
+        The tag, such as `"pt"`, `"sr_Latn"`, `"zh_Hant"`, `"de"`, or None when
         the locale is English, a constructed language or no language at all.
     """
     code, _, modifier = locale.replace("-", "_").partition("@")
@@ -214,17 +214,17 @@ def normalise_language(locale: str) -> str | None:
 
 
 def base_language(tag: str) -> str:
-    """Returns the language of a tag without its script: ``"sr_Latn"`` -> ``"sr"``."""
+    """Returns the language of a tag without its script: `"sr_Latn"` -> `"sr"`."""
     return tag.partition("_")[0]
 
 
 def is_tag(text: str) -> bool:
-    """Says whether ``text`` has the form of a language tag (``xx``, ``xxx_Script``)."""
+    """Says whether `text` has the form of a language tag (`xx`, `xxx_Script`)."""
     return _TAG.fullmatch(text) is not None
 
 
 def script_of(tag: str) -> str:
-    """Returns the ISO 15924 script that a tag is written in; ``"Latn"`` by default."""
+    """Returns the ISO 15924 script that a tag is written in; `"Latn"` by default."""
     if tag in _SCRIPT_OF:
         return _SCRIPT_OF[tag]
     base, _, script = tag.partition("_")
@@ -234,7 +234,7 @@ def script_of(tag: str) -> str:
 
 
 def family_of(tag: str) -> str:
-    """Returns the language family (or branch) of a tag; ``"Other"`` when not listed."""
+    """Returns the language family (or branch) of a tag; `"Other"` when not listed."""
     return _FAMILY_OF.get(base_language(tag), "Other")
 
 
@@ -252,7 +252,7 @@ def resource_level(train_pairs: int) -> str:
 
 
 def written_in_own_script(tag: str, text: str) -> bool:
-    """Says whether ``text`` has at least one letter of the language's own script.
+    """Says whether `text` has at least one letter of the language's own script.
 
     A catalogue entry without one is nearly always an untranslated message.  Languages
     in Latin script, and those that this module knows no single script for, always pass.

@@ -11,6 +11,7 @@ import tensorflow as tf
 import gshard_tf
 from gshard_examples.translation.settings import Settings
 from gshard_examples.translation.vocabulary import PAD, Vocabulary
+from gshard_tf.optimizers import Adafactor
 from keras_layers import Transformer
 
 
@@ -100,6 +101,6 @@ def _optimizer(settings: Settings) -> keras.optimizers.Optimizer:
         settings.learning_rate, settings.warmup, settings.schedule == "linear"
     )
     if settings.optimizer == "adafactor":
-        return keras.optimizers.Adafactor(rate, beta_2_decay=-0.8, clip_threshold=1.0)
+        return Adafactor(rate, beta_2_decay=-0.8, clip_threshold=1.0)
     kind = {"adam": keras.optimizers.Adam, "adamw": keras.optimizers.AdamW}
     return kind[settings.optimizer](rate, beta_2=0.98, epsilon=1e-9)

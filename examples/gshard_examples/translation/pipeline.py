@@ -1,12 +1,12 @@
-"""From a corpus split to batches: tokenising once, sampling, bucketing, padding.
+"""From a corpus split to batches: tokenizing once, sampling, bucketing, padding.
 
 Two things decide the shape of this module.  XLA compiles a program per batch shape, so
 there are only a few shapes, one per length bucket, and every batch has one of them
-exactly.  And a training run that was interrupted must go on as if it had not been, so
-the contents of batch number ``i`` are a pure function of ``(seed, i)``: nothing is kept
-in shuffle buffers, and going on at step 100,000 costs no reading of what came before.
+exactly.  And a training run that was interrupted must resume as if it had not been, so
+the contents of batch number `i` are a pure function of `(seed, i)`: nothing is kept
+in shuffle buffers, and `dataset(start_step=100_000)` reads nothing of what came before.
 
-Therefore the batches are planned with NumPy, an epoch at a time, and ``tf.data`` only
+Therefore the batches are planned with NumPy, an epoch at a time, and `tf.data` only
 transports them.
 """
 
@@ -45,7 +45,7 @@ BATCH_MULTIPLE = 8
 _CHUNK = 20_000  # strings per call of the tokenizer
 
 
-# ------------------------------------------------------------------------ tokenising
+# ------------------------------------------------------------------------ tokenizing
 
 
 @dataclass(frozen=True)
@@ -54,11 +54,11 @@ class TokenizedSplit:
 
     Attributes:
         languages: The tags that occur, sorted.
-        language: [n] index into ``languages``, of each pair.
-        source: Ids of all sources, one after the other: ``[<lang>, ..., eos]``.
-        source_starts: [n + 1] where each source starts in ``source``.
-        target: Ids of all targets: ``[bos, ..., eos]``.
-        target_starts: [n + 1] where each target starts in ``target``.
+        language: [n] index into `languages`, of each pair.
+        source: Ids of all sources, one after the other: `[<lang>, ..., eos]`.
+        source_starts: [n + 1] where each source starts in `source`.
+        target: Ids of all targets: `[bos, ..., eos]`.
+        target_starts: [n + 1] where each target starts in `target`.
     """
 
     languages: tuple[str, ...]
@@ -93,7 +93,7 @@ def tokenize_pairs(pairs: Sequence[Pair], vocabulary: Vocabulary) -> TokenizedSp
         ValueError: A language is not in the vocabulary, or there are no pairs.
     """
     if not pairs:
-        raise ValueError("there are no sentence pairs to tokenize. Received: 0 pairs")
+        raise ValueError("there must be sentence pairs to tokenize. Received: 0 pairs")
     sources, targets = [], []
     for start in range(0, len(pairs), _CHUNK):
         chunk = pairs[start : start + _CHUNK]
@@ -132,7 +132,7 @@ def tokenize_split(
 
     Args:
         corpus: The corpus.
-        split: One of `splitting.SPLITS`.
+        split: One of `split.SPLITS`.
         vocabulary: The vocabulary; pairs in languages that it lacks are left out, and
             logged.
         languages: Keep only these language tags.
@@ -145,9 +145,9 @@ def tokenize_split(
     """
     if languages is not None:
         vocabulary.check_languages(list(languages))
-    wanted = set(vocabulary.languages if languages is None else languages)
+    selected = set(vocabulary.languages if languages is None else languages)
     if cache is not None:
-        name = " ".join([corpus.sha256(split), vocabulary.sha256, *sorted(wanted)])
+        name = " ".join([corpus.sha256(split), vocabulary.sha256, *sorted(selected)])
         digest = hashlib.sha256(name.encode()).hexdigest()[:16]
         file = local_path(cache, "cache") / f"ids-{split}-{digest}.npz"
         if file.is_file():
@@ -156,7 +156,7 @@ def tokenize_split(
                 rest = {key: saved[key] for key in saved.files if key != "languages"}
             return TokenizedSplit(tags, **rest)
     pairs = corpus.read(split)
-    kept = [pair for pair in pairs if pair.lang in wanted]
+    kept = [pair for pair in pairs if pair.lang in selected]
     if languages is None and len(kept) < len(pairs):
         log.warning(
             "%s: %d pairs in languages without a vocabulary symbol are left out",
@@ -165,8 +165,8 @@ def tokenize_split(
         )
     if not kept:
         raise ValueError(
-            f"no pair of the split is in the wanted languages. Received: split={split},"
-            f" languages={sorted(wanted)[:8]}"
+            f"the split must have pairs in the languages. Received: split={split},"
+            f" languages={sorted(selected)[:8]}"
         )
     tokens = tokenize_pairs(kept, vocabulary)
     if cache is not None:
@@ -188,7 +188,7 @@ class Batches:
     Args:
         tokens: The split.
         batch_tokens: Source positions per batch, padding included: a bucket of length
-            L has batches of about ``batch_tokens / L`` pairs, a multiple of
+            L has batches of about `batch_tokens / L` pairs, a multiple of
             `BATCH_MULTIPLE`. On a CPU 1,024 to 4,096 is comfortable; larger is steadier
             and, per token, faster.
         buckets: The lengths that batches may have, increasing. Each costs one
@@ -297,9 +297,9 @@ class Batches:
         chosen = []
         for tag, members in self._members.items():
             exact = self.shares[tag] * total
-            # Rounded at random, so that on average nobody gets too little.
-            wanted = int(exact) + int(generator.random() < exact % 1)
-            repeats, rest = divmod(wanted, len(members))
+            # Rounded at random, so that on average no language gets too little.
+            count = int(exact) + int(generator.random() < exact % 1)
+            repeats, rest = divmod(count, len(members))
             chosen.append(np.tile(members, repeats))
             chosen.append(generator.choice(members, rest, replace=False))
         return np.concatenate(chosen)
@@ -316,7 +316,7 @@ class Batches:
         """Returns the (epoch, batch in that epoch) of a training step counted from 0.
 
         Raises:
-            ValueError: ``step`` is negative.
+            ValueError: `step` is negative.
         """
         if step < 0:
             raise ValueError(f"step must be 0 or more. Received: step={step}")
@@ -330,9 +330,9 @@ class Batches:
         """Makes the batch of some rows, which are all of one bucket.
 
         Returns:
-            ``((source, target_in), target_out, sample_weight)``: int32 [B, L] each,
+            `((source, target_in), target_out, sample_weight)`: int32 [B, L] each,
             and float32 [B, L], 0 on padding. Rows that only fill the batch up hold one
-            eos (bos in ``target_in``), so that no attention is over nothing.
+            eos (bos in `target_in`), so that no attention is over nothing.
         """
         number = int(self._bucket[rows].max())
         size, length = self.batch_sizes[number], self.buckets[number]
@@ -369,9 +369,9 @@ class Batches:
         return np.concatenate(self.plan(0))
 
     def dataset(self, start_step: int = 0) -> tf.data.Dataset:
-        """Returns the batches as a ``tf.data.Dataset``.
+        """Returns the batches as a `tf.data.Dataset`.
 
-        A training dataset has no end (give ``steps_per_epoch`` to ``fit``); an
+        A training dataset has no end (give `steps_per_epoch` to `fit`); an
         evaluation dataset knows its number of batches.
 
         Args:
@@ -379,7 +379,7 @@ class Batches:
                 that an interrupted run has done.
 
         Returns:
-            A dataset of ``((source, target_in), target_out, sample_weight)``.
+            A dataset of `((source, target_in), target_out, sample_weight)`.
         """
         ids = tf.TensorSpec([None, None], tf.int32)
         weights = tf.TensorSpec([None, None], tf.float32)
@@ -450,7 +450,7 @@ def make_dataset(
 
     Args:
         corpus: The corpus.
-        split: One of `splitting.SPLITS`.
+        split: One of `split.SPLITS`.
         vocabulary: The vocabulary.
         batch_tokens: Source positions per batch.
         buckets: The lengths that batches may have.
@@ -461,11 +461,11 @@ def make_dataset(
         training: Endless, sampled and shuffled; or one pass over everything.
         languages: Keep only these language tags.
         cache: A folder for the tokenized split.
-        start_step: The step to go on at.
+        start_step: The step to start at.
 
     Returns:
-        A dataset of ``((source [B, L], target_in [B, L]), target_out [B, L],
-        sample_weight [B, L])``.
+        A dataset of `((source [B, L], target_in [B, L]), target_out [B, L],
+        sample_weight [B, L])`.
     """
     if max_length is not None:
         buckets = (*(length for length in buckets if length < max_length), max_length)

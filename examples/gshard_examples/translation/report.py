@@ -6,8 +6,8 @@ import io
 from collections.abc import Mapping
 from pathlib import Path
 
-from gshard_examples.translation.files import missing_packages
-from gshard_examples.translation.scoring import GROUPINGS
+from gshard_examples.translation.package_files import missing_packages
+from gshard_examples.translation.score import GROUPINGS
 from gshard_tf.io.atomic_files import write_file
 
 
@@ -21,10 +21,10 @@ def plot_scores(
     """Draws horizontal bars, one group of languages a row, one bar per system.
 
     Args:
-        path: The picture; its suffix (``.png``, ``.svg``, ``.pdf``) is the format.
-        scores: System name -> `scoring.score`'s result.
-        grouping: One of `scoring.GROUPINGS`.
-        metric: ``"chrf"`` or ``"bleu"``.
+        path: The picture; its suffix (`.png`, `.svg`, `.pdf`) is the format.
+        scores: System name -> `score.score`'s result.
+        grouping: One of `score.GROUPINGS`.
+        metric: `"chrf"` or `"bleu"`.
         title: Goes above.
 
     Raises:

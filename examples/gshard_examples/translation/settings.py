@@ -1,7 +1,7 @@
-"""Everything about a run that can be chosen; each field is a command-line flag.
+"""Settings of a run; each field is a command-line flag.
 
 The defaults finish in about 15 minutes on two CPU cores. What a run used is in its
-`settings.json`, and what goes on later (resuming, translating) reads it there.
+`settings.json`, where later commands (resuming, translating) read it.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ class Settings:
             return tuple(int(part) for part in self.buckets.split(","))
         except ValueError:
             raise ValueError(
-                "buckets are whole numbers with commas between, such as 16,48. "
+                "buckets must be whole numbers with commas between, such as 16,48. "
                 f"Received: {self.buckets!r}"
             ) from None
 

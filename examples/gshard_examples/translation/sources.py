@@ -1,11 +1,11 @@
-"""Where the sentence pairs come from: message catalogues inside ordinary packages.
+"""Sources of sentence pairs: message catalogues inside ordinary packages.
 
 Three corpora are known by name:
 
-* ``S`` from four *installed* pip packages (django, plone.app.locales, gramps,
+* `S` from four *installed* pip packages (django, plone.app.locales, gramps,
   pycountry);
-* ``M`` from three *wheels* in a folder (django, homeassistant, pycountry);
-* ``D`` from Debian packages in a folder (mediawiki, firefox-esr-l10n-*,
+* `M` from three *wheels* in a folder (django, homeassistant, pycountry);
+* `D` from Debian packages in a folder (mediawiki, firefox-esr-l10n-*,
   libreoffice-l10n-*).
 
 A source yields raw `Entry` triples, read by `catalogues`; cleaning them is the work of
@@ -28,7 +28,7 @@ from gshard_examples.translation.catalogues import (
     read_mediawiki,
     read_plone,
 )
-from gshard_examples.translation.files import (
+from gshard_examples.translation.package_files import (
     Files,
     deb_files,
     installed_files,
@@ -48,7 +48,7 @@ class Source:
     """One origin of sentence pairs.
 
     Attributes:
-        domain: Its name in the corpus's ``domain`` column.
+        domain: Its name in the corpus's `domain` column.
         version: The version of the package or packages.
         licence: The licence of the text, for the manifest.
         accelerator: The character that marks keyboard accelerators in its messages.
@@ -68,14 +68,14 @@ def corpus_sources(corpus: str, folder: str | Path | None = None) -> list[Source
     """Returns the sources of a named corpus, after checking that all are there.
 
     Args:
-        corpus: ``"S"``, ``"M"`` or ``"D"``.
-        folder: Where the wheels (``M``) or Debian packages (``D``) lie; searched with
-            its subfolders.  Not used by ``S``.
+        corpus: `"S"`, `"M"` or `"D"`.
+        folder: Where the wheels (`M`) or Debian packages (`D`) lie; searched with
+            its subfolders.  Not used by `S`.
 
     Raises:
-        ValueError: An unknown corpus, or a missing ``folder``.
-        MissingPackageError: A pip package of ``S`` is not installed.
-        FileNotFoundError: A wheel or Debian package is not in ``folder``.
+        ValueError: An unknown corpus, or a missing `folder`.
+        MissingPackageError: A pip package of `S` is not installed.
+        FileNotFoundError: A wheel or Debian package is not in `folder`.
     """
     if corpus not in CORPORA:
         raise ValueError(
@@ -128,25 +128,25 @@ def _wheel_sources(folder: Path) -> list[Source]:
         ("pycountry", "LGPL-2.1", read_gettext, _is_catalogue),
     )
     wheels = {name: sorted(folder.rglob(f"{name}-*.whl")) for name, *_ in plans}
-    missing = [name for name, found in wheels.items() if not found]
+    missing = [name for name, paths in wheels.items() if not paths]
     if missing:
         raise FileNotFoundError(
             f"no wheel of {', '.join(missing)} in {folder}. Download them with: "
             "pip download --no-deps --only-binary :all: --ignore-requires-python "
             f"-d {folder} {' '.join(missing)}"
         )
-    for name, found in wheels.items():
-        if len(found) > 1:
+    for name, paths in wheels.items():
+        if len(paths) > 1:
             raise ValueError(
-                f"one wheel of {name} is wanted, to be reproducible. Received: "
-                f"{', '.join(p.name for p in found)} in {folder}"
+                f"one wheel of {name} must be there, to be reproducible. Received: "
+                f"{', '.join(p.name for p in paths)} in {folder}"
             )
 
-    def source(name: str, licence: str, reader: Callable, wanted: Callable) -> Source:
+    def source(name: str, licence: str, reader: Callable, accept: Callable) -> Source:
         (wheel,) = wheels[name]
 
         def read(skipped: Counter) -> Iterator[Entry]:
-            return reader(zip_files(wheel, wanted), skipped)
+            return reader(zip_files(wheel, accept), skipped)
 
         version = wheel.name.split("-")[1]
         inputs = {wheel.name: sha256_of(wheel)}
@@ -161,7 +161,7 @@ def _debian_sources(folder: Path) -> list[Source]:
     libreoffice = sorted(folder.rglob("libreoffice-l10n-*.deb"))
     missing = [
         name
-        for name, found in (
+        for name, paths in (
             ("mediawiki", mediawiki),
             (
                 "firefox-esr-l10n-en-ca",
@@ -169,7 +169,7 @@ def _debian_sources(folder: Path) -> list[Source]:
             ),
             ("libreoffice-l10n-*", libreoffice),
         )
-        if not found
+        if not paths
     ]
     if missing:
         raise FileNotFoundError(
@@ -177,9 +177,9 @@ def _debian_sources(folder: Path) -> list[Source]:
             "apt-get download (docs/corpus.md has the commands)"
         )
 
-    def files(debs: list[Path], wanted: Callable) -> Files:
+    def files(debs: list[Path], accept: Callable) -> Files:
         for deb in debs:
-            yield from deb_files(deb, wanted)
+            yield from deb_files(deb, accept)
 
     def source(
         name: str,
@@ -187,10 +187,10 @@ def _debian_sources(folder: Path) -> list[Source]:
         accelerator: str,
         reader: Callable,
         debs: list[Path],
-        wanted: Callable,
+        accept: Callable,
     ) -> Source:
         def read(skipped: Counter) -> Iterator[Entry]:
-            return reader(files(debs, wanted), skipped)
+            return reader(files(debs, accept), skipped)
 
         versions = sorted({deb.name.split("_")[1].replace("%3a", ":") for deb in debs})
         inputs = {deb.name: sha256_of(deb) for deb in debs}

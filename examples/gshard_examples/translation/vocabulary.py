@@ -1,8 +1,8 @@
 """The vocabulary at work: strings to ids and back, in Python and inside a graph.
 
 `vocabulary_training` says what the symbols are.  Everything here is TensorFlow ops
-(TensorFlow Text's SentencePiece), so the same object serves in ``tf.data``, in a
-``tf.function`` and in a SavedModel that takes strings.
+(TensorFlow Text's SentencePiece), so the same object serves in `tf.data`, in a
+`tf.function` and in a SavedModel that takes strings.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any
 
 import tensorflow as tf
 
-from gshard_examples.translation.files import missing_packages
 from gshard_examples.translation.languages import is_tag
+from gshard_examples.translation.package_files import missing_packages
 from gshard_examples.translation.vocabulary_training import (
     BOS,
     EOS,
@@ -43,13 +43,13 @@ class Vocabulary(tf.Module):
     """Strings to ids and back.
 
     Attributes:
-        size: Number of symbols: ids are ``0 ... size - 1``.
+        size: Number of symbols: ids are `0 ... size - 1`.
         languages: The language tags that have a symbol, sorted.
-        sha256: Of the model file, to recognise it by.
+        sha256: Of the model file, to recognize it by.
         model_bytes: The SentencePiece model itself.
 
     Args:
-        model: The ``.model`` file that `train_vocabulary` wrote, or its contents.
+        model: The `.model` file that `train_vocabulary` wrote, or its contents.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -155,7 +155,7 @@ class Vocabulary(tf.Module):
         strings: tf.Tensor | Sequence[str],
         max_length: int | None = None,
     ) -> tf.RaggedTensor:
-        """Turns source texts into ids: ``[<lang>, pieces ..., eos]``.
+        """Turns source texts into ids: `[<lang>, pieces ..., eos]`.
 
         Given Python strings, an unknown language is an error.  Given tensors (inside a
         graph, say), its id is `UNK`, since a graph can't raise a `ValueError`; see
@@ -173,7 +173,7 @@ class Vocabulary(tf.Module):
 
         Raises:
             ValueError: An unknown language, numbers of tags and texts that differ, or
-                a ``max_length`` below 2.
+                a `max_length` below 2.
         """
         if not tf.is_tensor(lang_tags):
             lang_tags = [t.decode() if isinstance(t, bytes) else t for t in lang_tags]
@@ -199,7 +199,7 @@ class Vocabulary(tf.Module):
     def encode_target(
         self, strings: tf.Tensor | Sequence[str], max_length: int | None = None
     ) -> tf.RaggedTensor:
-        """Turns English texts into ids: ``[bos, pieces ..., eos]``.
+        """Turns English texts into ids: `[bos, pieces ..., eos]`.
 
         Args:
             strings: The texts.
@@ -209,7 +209,7 @@ class Vocabulary(tf.Module):
             Ragged int32 ids, [B, (L)].
 
         Raises:
-            ValueError: ``max_length`` is below 2.
+            ValueError: `max_length` is below 2.
         """
         if max_length is not None and max_length < 2:
             raise ValueError(

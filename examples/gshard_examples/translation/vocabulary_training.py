@@ -1,11 +1,11 @@
 """Training the subword vocabulary that all languages share.
 
 Ids 0 to 3 are padding, unknown, beginning and end of sequence.  Then come one symbol
-per source language (``<de>``), which opens every source sequence and tells the model
-what it reads, and the placeholders ``{1}`` to ``{9}``, which are never cut in pieces.
+per source language (`<de>`), which opens every source sequence and tells the model
+what it reads, and the placeholders `{1}` to `{9}`, which are never cut in pieces.
 
 Language symbols are *control* symbols of SentencePiece: they have an id, but no text
-becomes that id.  A sentence that contains the characters ``<de>`` is cut into ordinary
+becomes that id.  A sentence that contains the characters `<de>` is cut into ordinary
 pieces, so the user's text can't pose as a tag.
 """
 
@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from gshard_examples.translation.corpus import Corpus, Pair
-from gshard_examples.translation.files import missing_packages
+from gshard_examples.translation.package_files import missing_packages
 from gshard_tf.io.atomic_files import write_file
 from gshard_tf.io.paths import local_path
 
@@ -30,7 +30,7 @@ MODEL_TYPES = ("bpe", "unigram")
 
 
 def language_symbol(tag: str) -> str:
-    """Returns the vocabulary's symbol of a language tag: ``"de"`` -> ``"<de>"``."""
+    """Returns the vocabulary's symbol of a language tag: `"de"` -> `"<de>"`."""
     return f"<{tag}>"
 
 
@@ -42,12 +42,12 @@ def temperature_shares(
 ) -> dict[str, float]:
     """Returns the share of each language when sampling with a temperature.
 
-    The share is proportional to ``count ** (1 / temperature)``: 1 samples as the data
+    The share is proportional to `count ** (1 / temperature)`: 1 samples as the data
     are, larger values lift the small languages (5 is usual for a hundred languages),
     infinity makes all equal.
 
     Raises:
-        ValueError: ``temperature`` is below 1, or there is nothing to count.
+        ValueError: `temperature` is below 1, or there is nothing to count.
     """
     if not temperature >= 1.0:
         raise ValueError(
@@ -87,10 +87,10 @@ def training_text(
     for tag in sorted(sources):
         lines = sorted(sources[tag])
         generator = np.random.default_rng([seed, *tag.encode()])
-        wanted = min(round(shares[tag] * sentences), 5 * len(lines))
-        for _ in range(wanted // len(lines)):
+        count = min(round(shares[tag] * sentences), 5 * len(lines))
+        for _ in range(count // len(lines)):
             yield from lines
-        rest = generator.permutation(len(lines))[: wanted % len(lines)]
+        rest = generator.permutation(len(lines))[: count % len(lines)]
         for index in np.sort(rest):
             yield lines[index]
 
@@ -113,11 +113,11 @@ def train_vocabulary(
 
     Args:
         corpus: The corpus.
-        path: The ``.model`` file to write; never seen half-written.
+        path: The `.model` file to write; never seen half-written.
         size: Number of symbols in all. A hundred languages need some thousands for
             their characters alone: 8,000 is the least sensible, 32,000 is good for
             long training.
-        model_type: ``"bpe"``, which trains in seconds, or ``"unigram"``, which takes
+        model_type: `"bpe"`, which trains in seconds, or `"unigram"`, which takes
             ten times longer and gives slightly shorter sequences.
         temperature: See `temperature_shares`.
         sentences: Number of source sentences to train on, about.
@@ -129,10 +129,10 @@ def train_vocabulary(
             from; those of the training split by default.
 
     Returns:
-        ``path``.
+        `path`.
 
     Raises:
-        ValueError: An option is wrong, or ``size`` cannot hold the characters.
+        ValueError: An option is wrong, or `size` cannot hold the characters.
         MissingPackageError: sentencepiece is not installed.
     """
     path = local_path(path)  # before the work

@@ -17,7 +17,7 @@ class StoredWeights(tf.Module):
 
     Matrices are rounded to a shorter type and cast back where a function that uses
     them begins, so half the bytes lie on disk and in memory between calls, and the
-    computation is what it was. Vectors (scales of normalisation) stay as they are.
+    computation is what it was. Vectors (scales of normalization) stay as they are.
 
     Args:
         variables: All variables of the model.
@@ -31,8 +31,7 @@ class StoredWeights(tf.Module):
         super().__init__(name="weights")
         if dtype not in STORED:
             raise ValueError(
-                f"Weights are stored as one of {list(STORED)}. "
-                f"Received: weights={dtype!r}"
+                f"`weights` must be one of {list(STORED)}. Received: weights={dtype!r}"
             )
         self.dtype = dtype
         self._model_variables = _Untracked(variables)

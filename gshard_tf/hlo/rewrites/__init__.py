@@ -1,14 +1,13 @@
-"""What XLA's partitioner gets wrong, rewritten before it sees it.
+"""Rewrites of modules around faults of XLA's partitioner.
 
-Each rewrite is a file with one fault of the partitioner, its condition, and what is put
-in its place. `partition_safely` is the one place that applies them.
+Each file describes one fault of the partitioner, its condition, and its replacement.
+`partition_safely` applies all of them.
 """
 
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-from tensorflow.compiler.xla.service import hlo_pb2
-
+from gshard_tf.compat.xla_protos import HloModuleProto
 from gshard_tf.hlo.rewrites import (
     grouped_convolutions,
     transforms,
@@ -20,11 +19,11 @@ from gshard_tf.hlo.rewrites.shardings import MeshAxes
 
 @dataclasses.dataclass(frozen=True)
 class SafeModule:
-    """What `partition_safely` makes of a module.
+    """The result of `partition_safely`.
 
     Attributes:
-        hlo: The serialised module.
-        notes: What was rewritten, a sentence for each kind.
+        hlo: The serialized module.
+        notes: The rewrites that were applied, a sentence for each kind.
     """
 
     hlo: bytes
@@ -34,18 +33,18 @@ class SafeModule:
 def partition_safely(
     hlo: bytes, mesh_shape: Mapping[str, int], batch_axes: Sequence[str] = ()
 ) -> SafeModule:
-    """A module of the same values that the partitioner compiles rightly.
+    """Returns a module of the same values that the partitioner compiles correctly.
 
     Args:
-        hlo: A serialised `HloModuleProto`, not yet partitioned.
+        hlo: A serialized `HloModuleProto`, not yet partitioned.
         mesh_shape: The size of each axis of the mesh, in its order.
-        batch_axes: The axes that the batch is split over; they come first where a
-            rewrite has to choose.
+        batch_axes: The axes that the batch is split over. A rewrite that must choose
+            axes takes them first.
     """
     mesh = MeshAxes(mesh_shape, batch_axes)
     if mesh.devices == 1:
         return SafeModule(hlo)
-    module = hlo_pb2.HloModuleProto.FromString(hlo)
+    module = HloModuleProto.FromString(hlo)
     counts = {
         "{} scatters whose rows do not divide by the devices are padded.": (
             uneven_scatters.make_even(module, mesh)
@@ -54,7 +53,7 @@ def partition_safely(
         "windows: height and width are not split there.": (
             windows.keep_whole(module, mesh)
         ),
-        # The last two: nothing may be held inside of their manual regions.
+        # The last two, because no sharding may be set inside their manual regions.
         "{} grouped convolutions split the batch alone, over the axes that divide "
         "it.": grouped_convolutions.keep_local(module, mesh),
         "{} Fourier transforms split the first dimension alone, over the axes that "

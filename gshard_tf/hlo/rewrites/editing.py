@@ -1,19 +1,23 @@
-"""Replaces instructions of an `HloModuleProto` by others."""
+"""Replacement of instructions of an `HloModuleProto` by others."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from tensorflow.compiler.xla import xla_data_pb2
-from tensorflow.compiler.xla.service import hlo_pb2
-
-Instruction = hlo_pb2.HloInstructionProto
-Shape = xla_data_pb2.ShapeProto
+from gshard_tf.compat.xla_protos import (
+    HloComputationProto,
+    HloModuleProto,
+    LiteralProto,
+    ProgramShapeProto,
+    xla_data_pb2,
+)
+from gshard_tf.compat.xla_protos import HloInstructionProto as Instruction
+from gshard_tf.compat.xla_protos import ShapeProto as Shape
 
 
 class Editor:
-    """Emits instructions before the one that is being looked at."""
+    """Emits instructions before the one that is being edited."""
 
-    def __init__(self, module: hlo_pb2.HloModuleProto):
+    def __init__(self, module: HloModuleProto):
         self._next_id = 1 + max(
             instruction.id
             for computation in module.computations
@@ -22,23 +26,24 @@ class Editor:
         self._next_computation = 1 + max(c.id for c in module.computations)
         self._known: dict[int, Instruction] = {}
         self._emitted: list[Instruction] = []
-        self._origin: Instruction | None = None
-        # By element type: computations that the module does not have yet.
-        self.additions: dict[int, hlo_pb2.HloComputationProto] = {}
+        # The instruction that is being edited.
+        self._origin: Instruction = Instruction()
+        # New computations of the module, by element type.
+        self.additions: dict[int, HloComputationProto] = {}
 
     def operands(self, instruction: Instruction) -> list[Instruction]:
-        """What an instruction is computed from."""
+        """Returns the operands of an instruction."""
         return [self._known[i] for i in instruction.operand_ids]
 
     def emit(
         self, opcode: str, shape: Shape, operands: Sequence[Instruction], **fields: Any
     ) -> Instruction:
-        """A new instruction, with the metadata of the one that is being looked at.
+        """Emits a new instruction, with the metadata of the one that is being edited.
 
         Args:
             opcode: Its opcode.
             shape: Its shape.
-            operands: What it is computed from.
+            operands: Its operands.
             **fields: Other fields of its message; a message or a list is copied.
         """
         new = Instruction(
@@ -56,7 +61,7 @@ class Editor:
     def copy(
         self, instruction: Instruction, operands: Sequence[Instruction], shape: Shape
     ) -> Instruction:
-        """The same operation on other operands."""
+        """Emits the same operation on other operands."""
         new = Instruction()
         new.CopyFrom(instruction)
         new.id = self._next_id
@@ -67,20 +72,20 @@ class Editor:
         return new
 
     def constant(self, number: int, element_type: int) -> Instruction:
-        """A scalar."""
+        """Emits a scalar constant."""
         scalar = array_shape(xla_data_pb2.S32, [])
-        made = self.emit(
+        constant = self.emit(
             "constant",
             scalar,
             [],
-            literal=xla_data_pb2.LiteralProto(shape=scalar, s32s=[number]),
+            literal=LiteralProto(shape=scalar, s32s=[number]),
         )
         if element_type == xla_data_pb2.S32:
-            return made
-        return self.emit("convert", array_shape(element_type, []), [made])
+            return constant
+        return self.emit("convert", array_shape(element_type, []), [constant])
 
     def sum_over_first(self, value: Instruction) -> Instruction:
-        """The sum of `value` over its first dimension."""
+        """Emits the sum of `value` over its first dimension."""
         element_type = value.shape.element_type
         return self.emit(
             "reduce",
@@ -90,17 +95,17 @@ class Editor:
             called_computation_ids=[self._addition(element_type).id],
         )
 
-    def _addition(self, element_type: int) -> hlo_pb2.HloComputationProto:
+    def _addition(self, element_type: int) -> HloComputationProto:
         if element_type in self.additions:
             return self.additions[element_type]
         scalar = array_shape(element_type, [])
         first, second, root = range(self._next_id, self._next_id + 3)
         self._next_id += 3
-        computation = hlo_pb2.HloComputationProto(
+        computation = HloComputationProto(
             name=f"add.{root}",
             id=self._next_computation,
             root_id=root,
-            program_shape=xla_data_pb2.ProgramShapeProto(
+            program_shape=ProgramShapeProto(
                 parameters=[scalar, scalar], result=scalar, parameter_names=["x", "y"]
             ),
         )
@@ -130,15 +135,15 @@ class Editor:
 
     def edit(
         self,
-        computation: hlo_pb2.HloComputationProto,
+        computation: HloComputationProto,
         replace: Callable[["Editor", Instruction], Instruction | None],
     ) -> int:
-        """Calls `replace(editor, instruction)` for each instruction, in their order.
+        """Calls `replace(editor, instruction)` for each instruction, in order.
 
-        What it returns stands in for the instruction from then on; None keeps it.
+        Its result replaces the instruction from then on; None keeps it.
 
         Returns:
-            How many were replaced.
+            The number of replaced instructions.
         """
         instead: dict[int, int] = {}
         self._known, self._emitted = {}, []
@@ -163,14 +168,14 @@ class Editor:
 
 
 def edit_module(
-    module: hlo_pb2.HloModuleProto,
+    module: HloModuleProto,
     replace: Callable[[Editor, Instruction], Instruction | None],
 ) -> int:
-    """Edits each computation of a module; returns how many were replaced."""
+    """Edits each computation of a module; returns the number of replacements."""
     editor = Editor(module)
     replaced = sum(editor.edit(c, replace) for c in module.computations)
     if editor.additions:
-        # A computation stands before those that call it.
+        # A computation precedes those that call it.
         computations = [*editor.additions.values(), *module.computations]
         computations = [type(c).FromString(c.SerializeToString()) for c in computations]
         del module.computations[:]
@@ -179,7 +184,7 @@ def edit_module(
 
 
 def array_shape(element_type: int, dimensions: Sequence[int]) -> Shape:
-    """The shape of a dense array, in row-major layout."""
+    """Returns the shape of a dense array in row-major layout."""
     shape = Shape(element_type=element_type, dimensions=dimensions)
     shape.is_dynamic_dimension.extend([False] * len(dimensions))
     shape.layout.minor_to_major.extend(reversed(range(len(dimensions))))
@@ -187,7 +192,7 @@ def array_shape(element_type: int, dimensions: Sequence[int]) -> Shape:
 
 
 def resized(shape: Shape, dimension: int, size: int) -> Shape:
-    """`shape` with another size along one dimension."""
+    """Returns `shape` with another size along one dimension."""
     dimensions = list(shape.dimensions)
     dimensions[dimension] = size
     return array_shape(shape.element_type, dimensions)

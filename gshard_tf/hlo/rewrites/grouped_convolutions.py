@@ -1,18 +1,17 @@
-"""Grouped and depthwise convolutions, each device's rows of the batch on their own.
+"""Rewrite of grouped and depthwise convolutions: each device convolves its own rows.
 
-The fault: of a convolution whose input is split over one mesh axis and copied along
-another, the kernel gradient is summed over the copies too, and comes out multiplied by
-the size of that axis (openxla/xla#47945's relative). Behind a split of the channels the
-compiler may abort. Where it is right, it gathers the whole batch on every device first.
-Seen with jaxlib 0.9 to 0.12.
+Fault: if the input of a convolution is split over one mesh axis and replicated along
+another, the kernel gradient is summed over the replicas too, and so multiplied by the
+size of that axis (related to openxla/xla#47945). After a split of the channels the
+compiler may abort. Where the result is right, every device gathers the whole batch
+first. Seen with jaxlib 0.9 to 0.12.
 
-Instead: a manual region. The batch is split over the mesh axes that divide it, the
-kernel is whole, each device convolves its rows. Of the kernel's gradient each device
-makes its rows' part, and the parts are summed outside of the region.
+Replacement: a manual region. The batch is split over the mesh axes that divide it, the
+kernel is replicated, and each device convolves its rows. Each device computes the
+kernel gradient of its rows, and these are summed outside the region.
 """
 
-from tensorflow.compiler.xla.service import hlo_pb2
-
+from gshard_tf.compat.xla_protos import HloModuleProto
 from gshard_tf.hlo.rewrites import shardings
 from gshard_tf.hlo.rewrites.editing import (
     Editor,
@@ -24,8 +23,8 @@ from gshard_tf.hlo.rewrites.editing import (
 from gshard_tf.hlo.rewrites.shardings import MeshAxes
 
 
-def keep_local(module: hlo_pb2.HloModuleProto, mesh: MeshAxes) -> int:
-    """Puts every grouped convolution in a manual region; returns how many."""
+def keep_local(module: HloModuleProto, mesh: MeshAxes) -> int:
+    """Puts every grouped convolution in a manual region; returns their number."""
 
     def replace(editor: Editor, old: Instruction) -> Instruction | None:
         if old.opcode != "convolution":
@@ -40,15 +39,15 @@ def keep_local(module: hlo_pb2.HloModuleProto, mesh: MeshAxes) -> int:
 
 
 def _forward(editor: Editor, old: Instruction, mesh: MeshAxes) -> Instruction:
-    """The convolution itself, or the gradient of its input."""
+    """Emits the convolution itself, or the gradient of its input."""
     numbers = old.convolution_dimension_numbers
     batch, batch_out = numbers.input_batch_dimension, numbers.output_batch_dimension
     images, kernel = editor.operands(old)
-    axes = mesh.that_divide(images.shape.dimensions[batch])
+    axes = mesh.dividing(images.shape.dimensions[batch])
     rank = len(images.shape.dimensions)
     rows = mesh.split_dimension(axes, rank, batch)
     local = shardings.enter_manual(editor, images, rows, batch)
-    whole = shardings.enter_manual(editor, kernel, shardings.whole(), 0)
+    whole = shardings.enter_manual(editor, kernel, shardings.replicated(), 0)
     shape = resized(old.shape, batch_out, local.shape.dimensions[batch])
     result = editor.copy(old, [local, whole], shape)
     rows = mesh.split_dimension(axes, rank, batch_out)
@@ -56,13 +55,13 @@ def _forward(editor: Editor, old: Instruction, mesh: MeshAxes) -> Instruction:
 
 
 def _kernel_gradient(editor: Editor, old: Instruction, mesh: MeshAxes) -> Instruction:
-    """The gradient of the kernel, which contracts the batch."""
+    """Emits the gradient of the kernel, which contracts the batch."""
     numbers = old.convolution_dimension_numbers
-    # Of this convolution the channels are the batch, in groups, and the images the
+    # In this convolution, the channels are the batch, in groups, and the images are the
     # features of input and kernel.
     batches = numbers.input_feature_dimension, numbers.kernel_input_feature_dimension
     operands = editor.operands(old)
-    axes = mesh.that_divide(operands[0].shape.dimensions[batches[0]])
+    axes = mesh.dividing(operands[0].shape.dimensions[batches[0]])
     rank = len(old.shape.dimensions)
     rows = [mesh.split_dimension(axes, rank, batch) for batch in batches]
     local = [
@@ -71,7 +70,7 @@ def _kernel_gradient(editor: Editor, old: Instruction, mesh: MeshAxes) -> Instru
     ]
     part = editor.copy(old, local, old.shape)
     if not axes:
-        return shardings.leave_manual(editor, part, shardings.whole(), 0)
+        return shardings.leave_manual(editor, part, shardings.replicated(), 0)
     # [...] on each device -> [shards, ...] -> [...]
     element_type = old.shape.element_type
     part = editor.emit(

@@ -1,16 +1,21 @@
-"""Keeps a tensor and its maximum together.
+"""Rewrite that computes a tensor and its maximum from one set of values.
 
 TensorFlow's gradient of a maximum goes to the elements that equal it, by comparing all
 of them with it. A compiler may compute these elements twice, once for the maximum and
-once for the comparison, each in a loop of its own. Where one loop rounds a product and
-the other only the sum that follows, no element equals the maximum any more: its
-gradient is lost, or 0 / 0. So what is compared with its own maximum is computed once.
+once for the comparison, each in a loop of its own. If one loop rounds a product and the
+other only the sum that follows, no element equals the maximum any more: its gradient is
+lost, or 0 / 0. So a tensor that is compared with its own maximum is computed once.
 """
 
-from tensorflow.compiler.xla import xla_data_pb2
-from tensorflow.compiler.xla.service import hlo_pb2
+from gshard_tf.compat.xla_protos import (
+    HloComputationProto,
+    HloInstructionProto,
+    HloModuleProto,
+    ShapeProto,
+    xla_data_pb2,
+)
 
-# The value that an instruction, by its id, has at a place in a nest of tuples.
+# An instruction's id, and a place in its nest of tuples.
 Value = tuple[int, tuple[int, ...]]
 
 _FLOATS = frozenset(
@@ -24,33 +29,33 @@ _MOVING = frozenset(
 _STRUCTURE = frozenset(
     "call conditional get-tuple-element opt-barrier parameter tuple while".split()
 )
-_GIVEN = frozenset(["constant", "iota"])
+_LEAVES = frozenset(["constant", "iota"])
 
 
-class _Same:
-    """Sets of values that have the same elements."""
+class _ElementSets:
+    """Disjoint sets of values that have the same elements."""
 
     def __init__(self):
         self._parent: dict[Value, Value] = {}
 
     def of(self, value: Value) -> Value:
-        """The value that stands for all of its set."""
-        passed = []
+        """Returns the representative of a value's set."""
+        path = []
         while value in self._parent:
-            passed.append(value)
+            path.append(value)
             value = self._parent[value]
-        self._parent.update(dict.fromkeys(passed, value))
+        self._parent.update(dict.fromkeys(path, value))
         return value
 
     def join(self, one: Value, other: Value) -> None:
-        """Makes one set of those of two values."""
+        """Merges the sets of two values."""
         one, other = self.of(one), self.of(other)
         if one != other:
             self._parent[one] = other
 
 
-def compute_compared_maxima_once(module: hlo_pb2.HloModuleProto) -> bool:
-    """Has a tensor that is compared with its own maximum or minimum computed once.
+def compute_compared_maxima_once(module: HloModuleProto) -> bool:
+    """Makes each tensor that is compared with its own extremum be computed once.
 
     Args:
         module: A lowered step. It is changed in place.
@@ -58,7 +63,7 @@ def compute_compared_maxima_once(module: hlo_pb2.HloModuleProto) -> bool:
     Returns:
         Whether it was changed.
     """
-    same = _same(module)
+    same = _element_sets(module)
     compared = _compared(module, same)
     if not compared:
         return False
@@ -68,7 +73,7 @@ def compute_compared_maxima_once(module: hlo_pb2.HloModuleProto) -> bool:
         for instruction in list(computation.instructions):
             if (
                 same.of((instruction.id, ())) in compared
-                and instruction.opcode not in _MOVING | _STRUCTURE | _GIVEN
+                and instruction.opcode not in _MOVING | _STRUCTURE | _LEAVES
                 and instruction.shape.element_type in _FLOATS
             ):
                 last = _hold(computation, instruction, last)
@@ -76,15 +81,15 @@ def compute_compared_maxima_once(module: hlo_pb2.HloModuleProto) -> bool:
     return changed
 
 
-def _same(module: hlo_pb2.HloModuleProto) -> _Same:
-    """Which values of a module have the same elements, through calls and tuples.
+def _element_sets(module: HloModuleProto) -> _ElementSets:
+    """Returns the values that have the same elements, through calls and tuples.
 
-    What a loop changes from turn to turn is taken for the same in all turns.
+    A value that a loop changes counts as the same in all iterations.
     """
-    same = _Same()
+    same = _ElementSets()
     computations = {c.id: c for c in module.computations}
 
-    def join(one: Value, other: Value, shape: xla_data_pb2.ShapeProto) -> None:
+    def join(one: Value, other: Value, shape: ShapeProto) -> None:
         if shape.element_type != xla_data_pb2.TUPLE:
             same.join(one, other)
         for i, part in enumerate(shape.tuple_shapes):
@@ -118,16 +123,16 @@ def _same(module: hlo_pb2.HloModuleProto) -> _Same:
     return same
 
 
-def _compared(module: hlo_pb2.HloModuleProto, same: _Same) -> set[Value]:
-    """The sets of values that are compared with their own maximum or minimum."""
+def _compared(module: HloModuleProto, same: _ElementSets) -> set[Value]:
+    """Returns the sets of values that are compared with their own extremum."""
     computations = {c.id: c for c in module.computations}
     reduced: dict[Value, set[Value]] = {}
     for computation in module.computations:
         for each in computation.instructions:
             operand = _reduced(each, computations)
             if operand is not None:
-                found = reduced.setdefault(same.of((each.id, ())), set())
-                found.add(same.of((operand, ())))
+                sources = reduced.setdefault(same.of((each.id, ())), set())
+                sources.add(same.of((operand, ())))
     compared = set()
     for computation in module.computations:
         for each in computation.instructions:
@@ -139,11 +144,11 @@ def _compared(module: hlo_pb2.HloModuleProto, same: _Same) -> set[Value]:
 
 
 def _reduced(
-    instruction: hlo_pb2.HloInstructionProto,
-    computations: dict[int, hlo_pb2.HloComputationProto],
+    instruction: HloInstructionProto,
+    computations: dict[int, HloComputationProto],
 ) -> int | None:
-    """What an instruction takes maxima or minima of, by its id; None of others."""
-    # A scatter's operands: what it adds to, the indices, the updates.
+    """Returns the id of the operand of a maximum or minimum; None for others."""
+    # The operands of a scatter: the array, the indices, the updates.
     place = {"reduce": 0, "reduce-window": 0, "scatter": 2}.get(instruction.opcode)
     if place is None or instruction.shape.element_type == xla_data_pb2.TUPLE:
         return None
@@ -154,22 +159,24 @@ def _reduced(
 
 
 def _hold(
-    computation: hlo_pb2.HloComputationProto,
-    held: hlo_pb2.HloInstructionProto,
+    computation: HloComputationProto,
+    instruction: HloInstructionProto,
     last: int,
 ) -> int:
-    """Puts a barrier between a tensor and its users; the last id that is used."""
-    place = next(i for i, x in enumerate(computation.instructions) if x.id == held.id)
-    barrier = hlo_pb2.HloInstructionProto(
+    """Puts a barrier between a tensor and its users; returns the last id in use."""
+    place = next(
+        i for i, x in enumerate(computation.instructions) if x.id == instruction.id
+    )
+    barrier = HloInstructionProto(
         name=f"kept.{last + 1}", id=last + 1, opcode="opt-barrier"
     )
-    barrier.shape.CopyFrom(held.shape)
-    barrier.metadata.CopyFrom(held.metadata)
-    barrier.operand_ids.append(held.id)
+    barrier.shape.CopyFrom(instruction.shape)
+    barrier.metadata.CopyFrom(instruction.metadata)
+    barrier.operand_ids.append(instruction.id)
     for user in computation.instructions:
-        ids = [barrier.id if id_ == held.id else id_ for id_ in user.operand_ids]
+        ids = [barrier.id if id_ == instruction.id else id_ for id_ in user.operand_ids]
         user.operand_ids[:] = ids
-    if computation.root_id == held.id:
+    if computation.root_id == instruction.id:
         computation.root_id = barrier.id
     rest = list(computation.instructions[place + 1 :])
     del computation.instructions[place + 1 :]

@@ -1,20 +1,19 @@
-"""Computes what is rounded to a whole number once.
+"""Rewrite that computes each rounding to a whole number once.
 
-A compiler may compute a `floor` again for each of its uses, in loops that round what is
-below it differently. Near a whole number, one use then sees the number and another the
-one beside it. TensorFlow's bilinear resizing, say, takes its pixels from one and their
+A compiler may compute a `floor` again for each of its uses, in loops that round its
+operand differently. Near a whole number, one use then sees that number and another its
+neighbor. TensorFlow's bilinear resizing, say, takes its pixels from one and their
 weights from the other.
 """
 
-from tensorflow.compiler.xla.service import hlo_pb2
-
+from gshard_tf.compat.xla_protos import HloModuleProto
 from gshard_tf.hlo.rewrites.editing import Editor, Instruction, edit_module
 
 _ROUNDING = ("ceil", "floor", "round-nearest-afz", "round-nearest-even")
 
 
-def compute_rounding_once(module: hlo_pb2.HloModuleProto) -> bool:
-    """Has every rounding to whole numbers computed once, whatever uses it.
+def compute_rounding_once(module: HloModuleProto) -> bool:
+    """Makes every rounding to whole numbers be computed once for all uses.
 
     Args:
         module: A lowered step. It is changed in place.
@@ -22,10 +21,10 @@ def compute_rounding_once(module: hlo_pb2.HloModuleProto) -> bool:
     Returns:
         Whether it was changed.
     """
-    return bool(edit_module(module, _held))
+    return bool(edit_module(module, _behind_barrier))
 
 
-def _held(editor: Editor, old: Instruction) -> Instruction | None:
+def _behind_barrier(editor: Editor, old: Instruction) -> Instruction | None:
     if old.opcode not in _ROUNDING:
         return None
     new = editor.copy(old, editor.operands(old), old.shape)

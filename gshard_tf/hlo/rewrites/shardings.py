@@ -1,21 +1,20 @@
-"""Shardings and manual regions as instructions of HLO."""
+"""Shardings and manual regions as HLO instructions."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from tensorflow.compiler.xla import xla_data_pb2
 
-from gshard_tf.hlo.rewrites.editing import Editor, Instruction, resized
+from gshard_tf.compat.xla_protos import OpSharding
+from gshard_tf.hlo.rewrites.editing import Editor, Instruction, Shape, resized
 
-OpSharding = xla_data_pb2.OpSharding
 _MANUAL = OpSharding(type=OpSharding.MANUAL)
 _REPLICATED = OpSharding(type=OpSharding.REPLICATED)
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshAxes:
-    """The axes of a mesh, and which of them come first where a rewrite has to choose.
+    """The axes of a mesh, with those that a rewrite takes first.
 
     Attributes:
         sizes: The size of each axis, in the mesh's order.
@@ -27,27 +26,27 @@ class MeshAxes:
 
     @property
     def devices(self) -> int:
-        """How many devices there are."""
+        """The number of devices."""
         return int(np.prod(list(self.sizes.values())))
 
-    def that_divide(self, size: int, without: Sequence[str] = ()) -> list[str]:
-        """The axes over all of which a dimension of `size` splits into equal shards.
+    def dividing(self, size: int, exclude: Sequence[str] = ()) -> list[str]:
+        """Returns axes over all of which a dimension splits into equal shards.
 
         Args:
-            size: The dimension's.
-            without: Axes that are not to be taken.
+            size: The size of the dimension.
+            exclude: Axes that must not be taken.
         """
-        found = []
+        axes = []
         for axis in dict.fromkeys([*self.batch, *self.sizes]):
             count = self.sizes[axis]
-            if axis not in without and count > 1 and size % count == 0:
-                found.append(axis)
+            if axis not in exclude and count > 1 and size % count == 0:
+                axes.append(axis)
                 size //= count
-        return found
+        return axes
 
     def split(self, axes: Sequence[Sequence[str]]) -> OpSharding:
-        """Each dimension split over its axes; the axes of none hold copies."""
-        used = [axis for those in axes for axis in those]
+        """Returns the sharding of dimensions over axes; other axes hold replicas."""
+        used = [axis for group in axes for axis in group]
         if not used:
             return _REPLICATED
         names = list(self.sizes)
@@ -55,7 +54,7 @@ class MeshAxes:
         # [*mesh] -> [*axes in the order of the tensor's dimensions, *copies]
         devices = np.arange(self.devices).reshape(list(self.sizes.values()))
         devices = devices.transpose([names.index(name) for name in [*used, *unused]])
-        tiles = [int(np.prod([self.sizes[axis] for axis in those])) for those in axes]
+        tiles = [int(np.prod([self.sizes[axis] for axis in group])) for group in axes]
         sharding = OpSharding(
             type=OpSharding.OTHER,
             tile_assignment_dimensions=tiles,
@@ -70,17 +69,17 @@ class MeshAxes:
     def split_dimension(
         self, axes: Sequence[str], rank: int, dimension: int
     ) -> OpSharding:
-        """One dimension of `rank` split over axes."""
+        """Returns the sharding of one dimension of `rank` over axes."""
         return self.split([axes if d == dimension else [] for d in range(rank)])
 
 
-def constrained(
+def with_sharding(
     editor: Editor,
     value: Instruction,
     sharding: OpSharding,
     free_dimensions: Sequence[int] = (),
 ) -> Instruction:
-    """`value` held on a sharding; of some dimensions the compiler still decides."""
+    """Returns `value` with a sharding; the compiler decides on free dimensions."""
     config = ""
     if free_dimensions:
         config = f"unspecified_dims=[{','.join(map(str, free_dimensions))}]"
@@ -90,20 +89,20 @@ def constrained(
 def enter_manual(
     editor: Editor, value: Instruction, sharding: OpSharding, dimension: int
 ) -> Instruction:
-    """The shard that each device has of `value`, for a region of its own.
+    """Returns the shard that each device has of `value`, for a manual region.
 
     Args:
-        editor: Where to emit it.
-        value: A whole array.
-        sharding: How it is split, along `dimension` alone.
-        dimension: See above.
+        editor: The editor to emit with.
+        value: A global array.
+        sharding: Its sharding, which splits `dimension` alone.
+        dimension: The dimension.
     """
     count = _shards(sharding, dimension)
     size = value.shape.dimensions[dimension]
     return _call(
         editor,
         "SPMDFullToShardShape",
-        constrained(editor, value, sharding),
+        with_sharding(editor, value, sharding),
         resized(value.shape, dimension, size // count),
         _MANUAL,
     )
@@ -112,20 +111,20 @@ def enter_manual(
 def leave_manual(
     editor: Editor, value: Instruction, sharding: OpSharding, dimension: int
 ) -> Instruction:
-    """The whole array of which each device has a shard; the opposite of the above."""
+    """Returns the global array of the devices' shards; undoes `enter_manual`."""
     count = _shards(sharding, dimension)
     size = value.shape.dimensions[dimension]
     return _call(
         editor,
         "SPMDShardToFullShape",
-        constrained(editor, value, _MANUAL),
+        with_sharding(editor, value, _MANUAL),
         resized(value.shape, dimension, size * count),
         sharding,
     )
 
 
-def whole() -> OpSharding:
-    """Every device has all of it."""
+def replicated() -> OpSharding:
+    """Returns the sharding of an array that every device holds whole."""
     return _REPLICATED
 
 
@@ -135,7 +134,14 @@ def _shards(sharding: OpSharding, dimension: int) -> int:
     return sharding.tile_assignment_dimensions[dimension]
 
 
-def _call(editor, target, value, shape, sharding, config=""):
+def _call(
+    editor: Editor,
+    target: str,
+    value: Instruction,
+    shape: Shape,
+    sharding: OpSharding,
+    config: str = "",
+) -> Instruction:
     return editor.emit(
         "custom-call",
         shape,

@@ -1,18 +1,17 @@
-"""Scatters whose rows do not divide by the devices.
+"""Rewrite of scatters whose rows the number of devices does not divide.
 
-The fault: where the rows of a scatter are split over devices that do not divide them,
-the partitioner fills the last shard up with indices of zero, and adds what stands
-beside them to row 0. Seen with jaxlib 0.9 to 0.12.
+Fault: if the rows of a scatter are split over devices that do not divide them, the
+partitioner pads the last shard with indices of zero, and adds the padding of the
+updates to row 0. Seen with jaxlib 0.9 to 0.12.
 
-Instead: padding of our own, to a number of rows that divides. Its indices are out of
-bounds, so it has no effect. Where a scatter has several dimensions of rows, padding all
-of them could multiply its size, so they are held on a layout that divides them.
+Replacement: explicit padding to a number of rows that divides. Its indices are out of
+bounds, so it has no effect. If a scatter has several dimensions of rows, padding all of
+them could multiply its size, so they get a sharding that divides them instead.
 """
 
 from collections.abc import Sequence
 
-from tensorflow.compiler.xla.service import hlo_pb2
-
+from gshard_tf.compat.xla_protos import HloModuleProto
 from gshard_tf.hlo.rewrites import shardings
 from gshard_tf.hlo.rewrites.editing import (
     Editor,
@@ -24,8 +23,8 @@ from gshard_tf.hlo.rewrites.editing import (
 from gshard_tf.hlo.rewrites.shardings import MeshAxes
 
 
-def make_even(module: hlo_pb2.HloModuleProto, mesh: MeshAxes) -> int:
-    """Makes the rows of every scatter divide; returns how many did not."""
+def make_even(module: HloModuleProto, mesh: MeshAxes) -> int:
+    """Makes the rows of every scatter divide; returns the number of rewrites."""
 
     def replace(editor: Editor, old: Instruction) -> Instruction | None:
         return _even(editor, old, mesh) if old.opcode == "scatter" else None
@@ -58,19 +57,19 @@ def _even(editor: Editor, old: Instruction, mesh: MeshAxes) -> Instruction | Non
         updates = [_padded(editor, u, update_rows[0], size, 0) for u in updates]
     else:
         axes = _axes(indices, rows, mesh)
-        indices = _held(editor, indices, rows, axes, mesh)
-        updates = [_held(editor, u, update_rows, axes, mesh) for u in updates]
+        indices = _with_axes(editor, indices, rows, axes, mesh)
+        updates = [_with_axes(editor, u, update_rows, axes, mesh) for u in updates]
     new = editor.copy(old, [*operands[:count], indices, *updates], old.shape)
     new.indices_are_sorted = new.unique_indices = False
     return new
 
 
 def _padded(
-    editor: Editor, value: Instruction, dimension: int, size: int, filler: int
+    editor: Editor, value: Instruction, dimension: int, size: int, fill: int
 ) -> Instruction:
-    """`value`, filled up to `size` along a dimension."""
+    """Returns `value`, padded to `size` along a dimension."""
     shape = resized(value.shape, dimension, size)
-    scalar = editor.constant(filler, value.shape.element_type)
+    scalar = editor.constant(fill, value.shape.element_type)
     padded = editor.emit("pad", shape, [value, scalar])
     for d, after in enumerate(shape.dimensions):
         padded.padding_config.dimensions.add(
@@ -80,15 +79,15 @@ def _padded(
 
 
 def _axes(indices: Instruction, rows: Sequence[int], mesh: MeshAxes) -> list[list[str]]:
-    """The mesh axes that each dimension of rows is split over."""
-    found: list[list[str]] = []
+    """Returns the mesh axes that each dimension of rows is split over."""
+    axes: list[list[str]] = []
     for dimension in rows:
-        taken = [axis for those in found for axis in those]
-        found.append(mesh.that_divide(indices.shape.dimensions[dimension], taken))
-    return found
+        taken = [axis for group in axes for axis in group]
+        axes.append(mesh.dividing(indices.shape.dimensions[dimension], taken))
+    return axes
 
 
-def _held(
+def _with_axes(
     editor: Editor,
     value: Instruction,
     rows: Sequence[int],
@@ -98,4 +97,4 @@ def _held(
     over = dict(zip(rows, axes, strict=True))
     rank = len(value.shape.dimensions)
     sharding = mesh.split([over.get(d, []) for d in range(rank)])
-    return shardings.constrained(editor, value, sharding)
+    return shardings.with_sharding(editor, value, sharding)

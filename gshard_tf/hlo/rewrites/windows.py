@@ -1,46 +1,45 @@
-"""Windows that move along a dimension which is split.
+"""Rewrite of windows that move along a split dimension.
 
-The faults: a convolution over an image that is split by height or width is wrong on
+Faults: a convolution over an image that is split by height or width is wrong on
 many a mesh of several axes, often by the size of an axis. With strides or dilation its
 gradients are wrong on meshes of one axis too. The gradient of a maximum over windows
 that overlap is wrong on every mesh. Seen with jaxlib 0.9 to 0.12.
 
-Instead: the dimensions that the windows move along are held whole for such an
-instruction, which costs a gather where they were split; batch and channels stay as the
-compiler lays them out. On a mesh of one axis, convolutions without strides and dilation
+Replacement: such an instruction gets a sharding that leaves the dimensions of its
+windows whole, at the cost of a gather where they were split; the compiler still decides
+on batch and channels. On a mesh of one axis, convolutions without strides and dilation
 are right, and stay split.
 """
 
 from collections.abc import Sequence
 
-from tensorflow.compiler.xla.service import hlo_pb2
-
+from gshard_tf.compat.xla_protos import HloModuleProto
 from gshard_tf.hlo.rewrites import shardings
 from gshard_tf.hlo.rewrites.editing import Editor, Instruction, edit_module
 from gshard_tf.hlo.rewrites.shardings import MeshAxes
 
 
-def keep_whole(module: hlo_pb2.HloModuleProto, mesh: MeshAxes) -> int:
-    """Holds dimensions under windows whole where need be; returns how many times."""
+def keep_whole(module: HloModuleProto, mesh: MeshAxes) -> int:
+    """Leaves dimensions under windows whole where needed; returns the rewrites."""
     one_axis = sum(size > 1 for size in mesh.sizes.values()) == 1
 
     def replace(editor: Editor, old: Instruction) -> Instruction | None:
         if old.opcode == "convolution" and not (
             _is_grouped(old) or (one_axis and _is_plain(old))
         ):
-            return _held(editor, old, *_spatial_dimensions(old))
+            return _with_whole(editor, old, *_spatial_dimensions(old))
         if old.opcode == "select-and-scatter":
             windows = enumerate(old.window.dimensions)
             overlapping = [d for d, window in windows if window.size > window.stride]
             if overlapping:
-                return _held(editor, old, overlapping, overlapping, overlapping)
+                return _with_whole(editor, old, overlapping, overlapping, overlapping)
         return None
 
     return edit_module(module, replace)
 
 
 def _is_grouped(convolution: Instruction) -> bool:
-    # Those get a manual region of their own.
+    # `grouped_convolutions` gives those a manual region.
     return convolution.feature_group_count > 1 or convolution.batch_group_count > 1
 
 
@@ -52,7 +51,7 @@ def _is_plain(convolution: Instruction) -> bool:
 
 
 def _spatial_dimensions(convolution: Instruction) -> list[Sequence[int]]:
-    """Of the input, of the kernel, and of the output."""
+    """Returns the spatial dimensions of the input, the kernel and the output."""
     numbers = convolution.convolution_dimension_numbers
     return [
         numbers.input_spatial_dimensions,
@@ -61,14 +60,14 @@ def _spatial_dimensions(convolution: Instruction) -> list[Sequence[int]]:
     ]
 
 
-def _held(
+def _with_whole(
     editor: Editor,
     old: Instruction,
     of_first: Sequence[int],
     of_second: Sequence[int],
     of_result: Sequence[int],
 ) -> Instruction:
-    """`old` with these dimensions of its operands and its result held whole."""
+    """Emits `old` with some dimensions of operands and result left whole."""
     operands = editor.operands(old)
     operands[0] = _whole_along(editor, operands[0], of_first)
     operands[1] = _whole_along(editor, operands[1], of_second)
@@ -80,4 +79,4 @@ def _whole_along(
 ) -> Instruction:
     rank = len(value.shape.dimensions)
     free = [d for d in range(rank) if d not in dimensions]
-    return shardings.constrained(editor, value, shardings.whole(), free)
+    return shardings.with_sharding(editor, value, shardings.replicated(), free)

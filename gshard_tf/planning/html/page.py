@@ -1,38 +1,45 @@
-"""Plans as one HTML page that needs nothing else, neither a network nor a server."""
+"""Plans as one self-contained HTML page, without a network or a server."""
 
 import importlib.resources
 from collections.abc import Sequence
 from html import escape
 
 from gshard_tf.planning import compare, units
-from gshard_tf.planning.html import (
-    markup,
-    memory,
-    mesh,
-    traffic,
-    work,
+from gshard_tf.planning.html import elements
+from gshard_tf.planning.html.communication_section import communication_section
+from gshard_tf.planning.html.cost_sections import (
+    flops_section,
+    memory_parts,
+    memory_section,
+    out_of_memory_section,
+    step_time_section,
+)
+from gshard_tf.planning.html.variables_section import (
+    devices_section,
+    origin_section,
+    variables_section,
 )
 from gshard_tf.planning.plan import Plan
 from gshard_tf.planning.text import hardware
 
-# Nothing may be loaded from anywhere, whatever a name in a plan holds.
+# The page may load nothing, whatever a name in a plan contains.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
 
 def page(plans: Sequence[Plan]) -> str:
-    """One self-contained HTML page of one or more plans.
+    """Returns one self-contained HTML page of one or more plans.
 
     It opens from a file, offline, in light and dark; all names are escaped. Without
-    JavaScript all is there but choosing, filtering and sorting variables.
+    JavaScript, variables cannot be selected, filtered or sorted.
 
     Args:
-        plans: At least one; of two, a comparison comes first.
+        plans: At least one; with two, a comparison comes first.
 
     Raises:
-        ValueError: when there is no plan.
+        ValueError: for no plans.
     """
     if not plans:
-        raise ValueError("A page needs at least one plan. Received: no plans")
+        raise ValueError(f"A page needs at least one plan. Received: plans={plans}")
     files = importlib.resources.files(__package__)
     title = " and ".join(dict.fromkeys(f"{p.model} on {p.topology}" for p in plans))
     body = "".join(_plan(plan, i) for i, plan in enumerate(plans))
@@ -44,7 +51,7 @@ def page(plans: Sequence[Plan]) -> str:
         f"<title>Plan: {escape(title)}</title>"
         f"<style>{files.joinpath('page.css').read_text('utf-8')}</style></head><body>"
         f'<header class="top"><h1>{_heading(plans)}</h1>'
-        '<p class="quiet">Compiled by gshard-tf for hardware that was not there. Sizes '
+        '<p class="quiet">Compiled by gshard-tf without the hardware. Sizes '
         "are decimal (1 GB is 10<sup>9</sup> bytes), and of one core where they "
         "say so. Times are estimates, not measurements.</p></header>"
         f"<main>{_overview(plans)}{body}</main>"
@@ -60,19 +67,19 @@ def _heading(plans: Sequence[Plan]) -> str:
 
 
 def _overview(plans: Sequence[Plan]) -> str:
-    """All plans in a table, when there are several; of two, their ratio."""
+    """Returns several plans as a table; for two, also their ratio."""
     if len(plans) == 1:
         return ""
-    largest = max(plan.needed for plan in plans) or 1
+    largest = max(plan.bytes_needed for plan in plans) or 1
     lines = []
     for i, plan in enumerate(plans):
-        bar = markup.bar(memory.parts(plan), largest, "bare")
+        bar = elements.bar(memory_parts(plan), largest, "bare")
         time = "-" if plan.time is None else units.seconds(plan.time.roofline)
         lines.append(
-            f'<tr><th scope="row"><a href="#plan-{i}">{escape(markup.title(plan))}</a>'
-            "</th>"
-            f"<td>{escape(markup.mesh_text(plan))}</td><td>{markup.badge(plan)}</td>"
-            f'<td class="n">{units.size(plan.needed)}</td>'
+            f'<tr><th scope="row"><a href="#plan-{i}">'
+            f"{escape(elements.title(plan))}</a></th>"
+            f"<td>{escape(elements.mesh_text(plan))}</td><td>{elements.badge(plan)}</td>"
+            f'<td class="n">{units.size(plan.bytes_needed)}</td>'
             f'<td class="wide">{bar}</td><td class="n">{time}</td></tr>'
         )
     out = (
@@ -84,9 +91,11 @@ def _overview(plans: Sequence[Plan]) -> str:
     )
     if len(plans) == 2:
         a, b = plans
-        notes = "".join(markup.note(text, "bad") for text in compare.differences(a, b))
+        notes = "".join(
+            elements.note(text, "bad") for text in compare.differences(a, b)
+        )
         cells = "".join(
-            f'<tr><th scope="row">{markup.indented(name)}</th>'
+            f'<tr><th scope="row">{elements.indented(name)}</th>'
             f'<td class="n">{escape(x)}</td><td class="n">{escape(y)}</td>'
             f'<td class="n">{escape(r)}</td></tr>'
             for name, x, y, r in compare.rows(a, b)
@@ -105,24 +114,25 @@ def _overview(plans: Sequence[Plan]) -> str:
 def _plan(plan: Plan, number: int) -> str:
     return (
         f'<section class="plan" id="plan-{number}"><div class="title">'
-        f"<h2>{escape(markup.title(plan))}</h2>{markup.badge(plan)}</div>"
-        f"{_facts(plan)}{memory.too_much(plan)}{_notes(plan)}"
-        f'<div class="pair">{memory.filled(plan)}{work.duration(plan)}</div>'
-        f"{traffic.communication(plan)}{work.products(plan)}"
-        f"{mesh.variables(plan, number)}"
-        f'<div class="pair">{mesh.devices(plan)}{mesh.origin(plan)}</div></section>'
+        f"<h2>{escape(elements.title(plan))}</h2>{elements.badge(plan)}</div>"
+        f"{_facts(plan)}{out_of_memory_section(plan)}{_notes(plan)}"
+        f'<div class="pair">{memory_section(plan)}{step_time_section(plan)}</div>'
+        f"{communication_section(plan)}{flops_section(plan)}"
+        f"{variables_section(plan, number)}"
+        f'<div class="pair">{devices_section(plan)}{origin_section(plan)}</div>'
+        "</section>"
     )
 
 
 def _facts(plan: Plan) -> str:
     facts = [
-        ("mesh", markup.mesh_text(plan), hardware(plan)),
+        ("mesh", elements.mesh_text(plan), hardware(plan)),
         ("parameters", units.number(plan.parameters),
          f"{units.size(plan.state_bytes())} with the optimizer"),
-        ("memory of a core", units.size(plan.needed), _of_capacity(plan)),
+        ("memory of a core", units.size(plan.bytes_needed), _of_capacity(plan)),
     ]  # fmt: skip
     if plan.flops is not None:
-        over = plan.flops_over_written
+        over = plan.flops_ratio
         facts.append(
             (
                 "products of a core",
@@ -159,10 +169,10 @@ def _facts(plan: Plan) -> str:
 
 
 def _of_capacity(plan: Plan) -> str:
-    capacity = plan.capacity
+    capacity = plan.bytes_available
     if not capacity:
         return "the host's"
-    return f"{units.percent(plan.needed, capacity)} of {units.size(capacity)}"
+    return f"{units.percent(plan.bytes_needed, capacity)} of {units.size(capacity)}"
 
 
 def _notes(plan: Plan) -> str:
@@ -171,9 +181,9 @@ def _notes(plan: Plan) -> str:
     out = ""
     if plan.advice:
         out += "<h3>What to try</h3>" + "".join(
-            markup.note(t, "try") for t in plan.advice
+            elements.note(t, "try") for t in plan.advice
         )
     if plan.complaints:
         out += "<h3>What looks wrong</h3>" if not out else "<h4>What looks wrong</h4>"
-        out += "".join(markup.note(text, "bad") for text in plan.complaints)
+        out += "".join(elements.note(text, "bad") for text in plan.complaints)
     return f'<section class="card">{out}</section>'

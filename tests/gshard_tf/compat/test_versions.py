@@ -1,4 +1,6 @@
 import importlib.metadata
+import re
+import warnings
 
 import pytest
 
@@ -6,19 +8,46 @@ from gshard_tf.compat import versions
 
 
 def test_the_installed_versions_are_tested_ones():
-    versions.check_versions()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        versions.check_versions()
     versions.check_backend("tensorflow")
 
 
-@pytest.mark.parametrize("package", versions.TESTED)
-def test_refuses_another_version(monkeypatch, package):
-    version = importlib.metadata.version
+def installed(monkeypatch, package, version):
+    real = importlib.metadata.version
     monkeypatch.setattr(
         importlib.metadata,
         "version",
-        lambda name: "99.1.2" if name == package else version(name),
+        lambda name: version if name == package else real(name),
     )
-    with pytest.raises(ImportError, match=rf"Received: {package} 99\.1\.2\. Install"):
+
+
+@pytest.mark.parametrize(
+    ("package", "version"),
+    [("tensorflow", "2.19.1"), ("keras", "3.12.4"), ("jax", "0.8.3")],
+)
+def test_refuses_an_older_release(monkeypatch, package, version):
+    installed(monkeypatch, package, version)
+    with pytest.raises(
+        ImportError, match=rf"Received: {package} {re.escape(version)}\. Install one"
+    ):
+        versions.check_versions()
+
+
+@pytest.mark.parametrize("package", versions.TESTED)
+def test_warns_of_a_newer_release(monkeypatch, package):
+    installed(monkeypatch, package, "99.1.2")
+    with pytest.warns(UserWarning, match=rf"Received: {package} 99\.1\.2\. Compare"):
+        versions.check_versions()
+
+
+@pytest.mark.parametrize("package", versions.TESTED)
+@pytest.mark.parametrize("end", [0, 1])
+def test_takes_both_ends_and_candidates(monkeypatch, package, end):
+    installed(monkeypatch, package, f"{versions.TESTED[package][end]}.0rc1")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         versions.check_versions()
 
 

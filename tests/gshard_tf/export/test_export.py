@@ -106,7 +106,7 @@ class Saved:
             # The step for training on another mesh too.
             meshes = [2] if mode == "train" and partitions > 1 else [partitions]
             program.save(self.program(mode), meshes, initial_state="start.npz")
-        arrays = export.named_batch((self.x, self.y, self.weight))
+        arrays = export.batch_arrays((self.x, self.y, self.weight))
         export.write_data(
             folder / "data", {name: a.astype("uint8") for name, a in arrays.items()}
         )
@@ -123,7 +123,7 @@ class Saved:
 @pytest.fixture(scope="module", params=[1, 8])
 def saved(request, tmp_path_factory):
     """The same for one and for eight partitions, trained by both for 100 steps."""
-    folder = tmp_path_factory.mktemp(f"portable{request.param}")
+    folder = tmp_path_factory.mktemp(f"export{request.param}")
     it = Saved(folder, request.param)
     it.partitions = request.param
     it.lines = run(
@@ -215,7 +215,7 @@ def test_another_number_of_devices(saved):
     assert program.mesh == {"expert": 2}
     arrays, _ = export.read_state(saved.folder / "start.npz")
     state = program.put_state(arrays)
-    batches = export.Batches(saved.folder / "data", program.manifest.inputs)
+    batches = export.ArrayBatches(saved.folder / "data", program.manifest.inputs)
     for number in range(10):
         outputs, state = program(batches.batch(number), state)
     ran = of("train", saved.lines)[0]

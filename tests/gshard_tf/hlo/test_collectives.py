@@ -4,7 +4,7 @@ import textwrap
 
 import pytest
 
-from gshard_tf.hlo import collectives, parser
+from gshard_tf.hlo import collectives
 
 # As in a program for v5e, with all that does not matter left out.
 PIECES = """HloModule m
@@ -48,7 +48,7 @@ ENTRY %main (a: f32[8,4], b: f32[8,8]) -> f32[8,32] {
 
 
 def found_in(text):
-    return collectives.collectives_of(parser.parse(text))
+    return collectives.collectives(text)
 
 
 def test_a_collective_in_pieces_counts_once():

@@ -8,7 +8,7 @@ import tensorflow as tf
 
 import gshard_tf
 from gshard_tf.compat.jax_hlo import hlo_as_text
-from gshard_tf.hlo import collectives, parser
+from gshard_tf.hlo import parser
 
 RULES = gshard_tf.AxisRules({"rows": "data"})
 
@@ -65,7 +65,7 @@ def turned(run):
 
 def moved(program):
     """How often the program runs what transposes: the loops' bodies alone do."""
-    found = collectives.collectives(program)
+    found = program.collectives()
     return {c.times for c in found if c.kind == "all-to-all"}
 
 

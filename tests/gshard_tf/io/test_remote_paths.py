@@ -78,7 +78,7 @@ def test_what_needs_no_tensorflow():
         lambda: export.write_data(REMOTE, {"a": np.zeros(1)}),
         lambda: export.read_state(REMOTE),
         lambda: export.read_manifest(REMOTE),
-        lambda: export.Batches(REMOTE, []),
+        lambda: export.ArrayBatches(REMOTE, []),
     ):
         with pytest.raises(ValueError, match=SAID):
             call()

@@ -93,7 +93,7 @@ def normalised(name):
             if weight.role != "other"
         },
         "state_bytes_per_core": plan.state_bytes(per_core=True),
-        "flops_over_written": round(plan.flops_over_written, 2),
+        "flops_over_written": round(plan.flops_ratio, 2),
         "communication": {
             key: list(communication[key]) for key in sorted(communication)
         },

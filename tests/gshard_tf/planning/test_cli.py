@@ -17,6 +17,7 @@ from processes import ROOT, run_python
 
 import gshard_tf
 from gshard_tf.planning import arguments as plan_command
+from gshard_tf.planning import command as command_module
 from gshard_tf.planning import planner
 from gshard_tf.planning.plan import Plan
 from gshard_tf.spmd.abstract import AbstractStrategy
@@ -239,7 +240,7 @@ def test_the_most_cpu_devices_are_asked_for_first(
     model_file, asked, capsys, monkeypatch
 ):
     counts = []
-    monkeypatch.setattr(gshard_tf, "request_cpu_devices", counts.append)
+    monkeypatch.setattr(command_module, "request_cpu_devices", counts.append)
     command(
         capsys, f"{model_file}:build", "--batch", BATCH,
         "--topology", "cpu:2", "--topology", "v3:8x8", "--topology", "cpu:8",

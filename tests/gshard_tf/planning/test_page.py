@@ -9,8 +9,8 @@ import subprocess
 import plan_samples
 import pytest
 
-from gshard_tf.planning.html import svg as pictures
 from gshard_tf.planning.html.page import page
+from gshard_tf.planning.html.weight_map import weight_map
 
 VOID = {"meta", "input", "br", "link", "img", "hr"}
 
@@ -159,7 +159,7 @@ def cells(svg):
 
 def test_a_weight_over_two_axes():
     mesh = {"data": 4, "model": 2}
-    found = cells(pictures.weight_map((8, 5, 6), ("data", None, "model"), mesh))
+    found = cells(weight_map((8, 5, 6), ("data", None, "model"), mesh))
     assert len(found) == 8
     assert len({fill for fill, _ in found}) == 8
     assert found[0][1] == "data 0, model 0: [0:2, :, 0:3]"
@@ -168,7 +168,7 @@ def test_a_weight_over_two_axes():
 
 def test_cores_of_one_colour_hold_the_same():
     mesh = {"data": 4, "model": 2}
-    found = cells(pictures.weight_map((8, 6), (None, "model"), mesh))
+    found = cells(weight_map((8, 6), (None, "model"), mesh))
     assert [fill for fill, _ in found[:2]] * 4 == [fill for fill, _ in found]
     held = {}
     for fill, title in found:
@@ -179,44 +179,25 @@ def test_cores_of_one_colour_hold_the_same():
 
 def test_axes_joined():
     mesh = {"data": 2, "model": 2}
-    found = cells(pictures.weight_map((8,), ("data+model",), mesh))
+    found = cells(weight_map((8,), ("data+model",), mesh))
     assert [title.split(": ")[1] for _, title in found] == [
         "[0:2]", "[2:4]", "[4:6]", "[6:8]"
     ]  # fmt: skip
 
 
 def test_many_cores_share_cells():
-    svg = pictures.weight_map((2048, 8), ("expert", None), {"expert": 2048})
+    svg = weight_map((2048, 8), ("expert", None), {"expert": 2048})
     assert len(cells(svg)) == 64
     assert "32 neighbouring cores" in svg
-    svg = pictures.weight_map((64, 8), ("a", None), {"a": 64, "b": 32})
+    svg = weight_map((64, 8), ("a", None), {"a": 64, "b": 32})
     assert len(cells(svg)) == 32 * 32
     assert len(svg) < 150_000
 
 
 def test_a_scalar_and_an_unsplit_weight():
-    assert "every core holds it" in pictures.weight_map((), (), {"expert": 4})
-    found = cells(pictures.weight_map((3, 3), (None, None), {"expert": 4}))
+    assert "every core holds it" in weight_map((), (), {"expert": 4})
+    found = cells(weight_map((3, 3), (None, None), {"expert": 4}))
     assert {fill for fill, _ in found} == {"var(--whole)"}
-
-
-def links(plan, wraps_at):
-    svg = pictures.chips(plan, wraps_at)
-    return re.search(r'class="links" d="([^"]*)"', svg)[1].count("M"), svg
-
-
-def test_chips_and_links():
-    lines, svg = links(plan_samples.moe(), 32)
-    assert lines == 2 * 8 * 7  # a grid of 8 by 8, no rings
-    chip, core = (
-        re.search(f'class="{c}" d="([^"]*)"', svg)[1] for c in ("chip", "core")
-    )
-    assert (chip.count("M"), core.count("M")) == (64, 128)
-    rings, _ = links(plan_samples.giant(), 32)
-    assert rings == 2 * 32 * 31 + 4 * 32  # and both ends of 64 rings
-    lines, svg = links(plan_samples.two_axes(), None)
-    assert lines == 2 * (2 * 3 + 4)  # two layers of 2 by 4
-    assert "dimension 0 = 1" in svg
 
 
 # -- in a browser ----------------------------------------------------------------------

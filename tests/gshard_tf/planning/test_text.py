@@ -122,7 +122,7 @@ def test_variables_that_a_step_does_not_take_are_not_told_apart():
 
 def test_alike():
     names = ["a/moe/wi", "a/moe_1/wi", "a/moe_12/wi", "a/dense/wi", "b3_kernel"]
-    found = {g.name: g.items for g in summaries.alike(names, lambda n: n)}
+    found = {g.name: g.items for g in summaries.group_similar(names, lambda n: n)}
     assert found == {
         "a/moe*/wi": names[:3],
         "a/dense/wi": ["a/dense/wi"],
@@ -134,9 +134,9 @@ def test_alike():
         (["adam/e_1_wi_m", "adam/e_12_wi_m"], "adam/e_*_wi_m"),
         (["a_1", "a_1_1"], "a_*"),
     ):
-        [group] = summaries.alike(several, lambda n: n)
+        [group] = summaries.group_similar(several, lambda n: n)
         assert (group.name, group.items) == (pattern, several)
-    by_size = summaries.alike(names[:2], lambda n: n, len)
+    by_size = summaries.group_similar(names[:2], lambda n: n, len)
     assert [g.name for g in by_size] == names[:2]
 
 

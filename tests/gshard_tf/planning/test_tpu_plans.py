@@ -44,7 +44,7 @@ def test_a_model_on_slices_that_are_not_there():
         plan = gshard_tf.plan(moe(256), "v5e:2x4", batch=(x, x), cache=False)
         print(plan.fits, plan.count("all-to-all"))
         print(plan.count("all-to-all", "model/moe"))
-        print(plan.count("all-gather"), plan.reshards, plan.flops_over_written < 1.05)
+        print(plan.count("all-gather"), plan.reshards, plan.flops_ratio < 1.05)
         print(plan.memory.capacity, plan.time.roofline > 0)
 
         def wide():

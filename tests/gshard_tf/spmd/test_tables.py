@@ -9,7 +9,6 @@ import pytest
 import tensorflow as tf
 
 import gshard_tf
-from gshard_tf.hlo import collectives
 from gshard_tf.spmd.abstract import AbstractStrategy, lower_abstract
 
 K = keras.optimizers
@@ -303,7 +302,7 @@ def collectives_of(mesh, rules, axes):
     run = parity.run_on_mesh(make, three_steps, mesh, rules=rules)
     return [
         (each.kind, dims)
-        for each in collectives.collectives(run.strategy.programs[-1])
+        for each in run.strategy.programs[-1].collectives()
         for _, dims in each.shapes
     ]
 

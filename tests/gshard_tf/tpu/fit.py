@@ -20,8 +20,7 @@ import gshard_tf
 
 gshard_tf.request_cpu_devices(8)
 
-from gshard_tf.hlo import parser  # noqa: E402
-from gshard_tf.hlo.collectives import collectives_of  # noqa: E402
+from gshard_tf.hlo.collectives import collectives  # noqa: E402
 from gshard_tf.testing.tpu.simulated_fit import simulate_fit  # noqa: E402
 from gshard_tf.testing.tpu.synthetic_slice import SyntheticTPU  # noqa: E402
 
@@ -87,7 +86,7 @@ def main(mesh, optimizer, dropout, per_execution):
 
     [step] = steps
     module = step.module
-    collectives = collectives_of(parser.parse(step.program.as_text()))
+    communication = collectives(step.program.as_text())
     variables = model.variables + model.optimizer.variables
     print(
         json.dumps(
@@ -126,7 +125,8 @@ def main(mesh, optimizer, dropout, per_execution):
                     for _, result in module.updates
                 ),
                 "collectives": [
-                    [c.kind, [list(dims) for _, dims in c.shapes]] for c in collectives
+                    [c.kind, [list(dims) for _, dims in c.shapes]]
+                    for c in communication
                 ],
             }
         )

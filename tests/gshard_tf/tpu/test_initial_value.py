@@ -7,7 +7,7 @@ import tensorflow as tf
 
 from gshard_tf.tpu import initial_value
 from gshard_tf.tpu.random_shards import NotShardable, shardable_initializer
-from keras_layers.initializers import as_matrix, per_expert
+from keras_layers.initializers import matrix_fan, per_expert_fan
 
 SHAPE = (6, 20, 14)
 INITIALIZERS = {
@@ -18,8 +18,8 @@ INITIALIZERS = {
     "uniform": keras.initializers.RandomUniform(-3.0, 1.0, seed=1),
     "zeros": keras.initializers.Zeros(),
     "constant": keras.initializers.Constant(2.5),
-    "per_expert": per_expert(keras.initializers.HeNormal(seed=1), "wi"),
-    "as_matrix": as_matrix(keras.initializers.GlorotNormal(seed=1), 120, 14, "query"),
+    "per_expert": per_expert_fan(keras.initializers.HeNormal(seed=1), "wi"),
+    "matrix_fan": matrix_fan(keras.initializers.GlorotNormal(seed=1), 120, 14, "query"),
 }
 
 
@@ -28,8 +28,8 @@ def test_a_run_of_elements_is_that_of_the_whole(name):
     # Large enough that TensorFlow computes it in several threads.
     shape = (60, 100, 14)
     initializer = INITIALIZERS[name]
-    if name == "as_matrix":
-        initializer = as_matrix(
+    if name == "matrix_fan":
+        initializer = matrix_fan(
             keras.initializers.GlorotNormal(seed=1), 6000, 14, "query"
         )
     whole = np.ravel(initializer(shape, dtype="float32"))

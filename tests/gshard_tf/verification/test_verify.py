@@ -10,7 +10,7 @@ from planted import X, Y, assert_same_bits, on_mesh, sparse_loss, state, three_l
 import gshard_tf
 import keras_layers
 from gshard_tf.runtime.process_group import ProcessGroup
-from gshard_tf.verification import checking, measures, references
+from gshard_tf.verification import comparison, measures, references
 from gshard_tf.verification import verify as verify_module
 
 
@@ -193,9 +193,9 @@ def test_what_is_refused(monkeypatch):
     model = on_mesh(three_layers)
     with pytest.raises(ValueError, match="`mode` must be one of"):
         gshard_tf.verify(model, (X, Y), "fit")
-    with pytest.raises(ValueError, match="tolerance is a number.*-1"):
+    with pytest.raises(ValueError, match="`tolerance` must be at least 0.*-1"):
         gshard_tf.verify(model, (X, Y), tolerance=-1)
-    with pytest.raises(ValueError, match="so the batch has numbers.*TensorSpec"):
+    with pytest.raises(ValueError, match="`batch` must be of arrays.*TensorSpec"):
         gshard_tf.verify(model, tf.TensorSpec([8, 8, 4], tf.float32))
     keras.backend.clear_session()
     plain = three_layers()
@@ -203,7 +203,7 @@ def test_what_is_refused(monkeypatch):
         gshard_tf.verify(plain, (X, Y))
     with pytest.raises(ValueError, match="SpmdStrategy.*Received"):
         plain.fit(X, Y, verbose=0, callbacks=[gshard_tf.VerifyFirstStep()])
-    with pytest.raises(ValueError, match="tolerance is a number"):
+    with pytest.raises(ValueError, match="`tolerance` must be at least 0"):
         gshard_tf.VerifyFirstStep(tolerance=float("nan"))
     monkeypatch.setattr(verify_module, "group", lambda: ProcessGroup(count=2))
     with pytest.raises(ValueError, match="2 processes"):
@@ -225,7 +225,7 @@ def test_an_error_on_the_way_changes_nothing(monkeypatch):
 
 
 def test_without_room_on_one_device_tensorflow_is_left(monkeypatch):
-    whole = checking.on_one_device
+    whole = comparison.on_one_device
 
     def no_room(*args):
         one = whole(*args)
@@ -236,13 +236,13 @@ def test_without_room_on_one_device_tensorflow_is_left(monkeypatch):
         monkeypatch.setattr(one, "compile", fail)
         return one
 
-    monkeypatch.setattr(checking, "on_one_device", no_room)
+    monkeypatch.setattr(comparison, "on_one_device", no_room)
     model = on_mesh(three_layers)
     report = gshard_tf.verify(model, (X, Y))
     assert report.ok
     assert {row.reference for row in report.rows} == {"TensorFlow"}
     assert any("one device: RuntimeError: RESOURCE" in note for note in report.notes)
-    monkeypatch.setattr(checking, "in_tensorflow", fail_to_run)
+    monkeypatch.setattr(comparison, "in_tensorflow", fail_to_run)
     with pytest.raises(RuntimeError, match="nothing to compare with"):
         gshard_tf.verify(model, (X, Y))
 

@@ -8,7 +8,6 @@ import tensorflow as tf
 from decoding_models import BOS, EOS, small, sources
 
 import gshard_tf
-from gshard_tf.hlo.collectives import collectives
 from keras_layers import beam_search, greedy_decode, sample_decode
 
 # Over a minute: programs of 8 and 4x2 partitions are compiled.
@@ -66,7 +65,7 @@ def test_any_number_of_partitions_decodes_alike(plain, axes, flat):
         else:
             np.testing.assert_allclose(ours, theirs, atol=1e-4)
     (program,) = strategy.programs
-    moved = collectives(program)
+    moved = program.collectives()
     kinds = collections.Counter(found.kind for found in moved)
     if axes == {"expert": 8}:
         # One way and back, per layer with experts: two in the decoder and one in the

@@ -25,7 +25,7 @@ def test_against_loops(dispatcher):
         routing, inputs, outputs = random_case(seed)
         buffers = np.zeros(outputs.shape, np.float32)
         combined = np.zeros(inputs.shape, np.float32)
-        for g, s, k in zip(*np.nonzero(routing.kept.numpy()), strict=True):
+        for g, s, k in zip(*np.nonzero(routing.dispatched.numpy()), strict=True):
             e, c = int(routing.expert_index[g, s, k]), int(routing.slot[g, s, k])
             buffers[e, g, c] = inputs[g, s]
             combined[g, s] += routing.weight[g, s, k] * outputs[e, g, c]
@@ -72,12 +72,12 @@ def test_unknown_sizes(dispatcher):
             tf.TensorSpec([], tf.int32),
         ]
     )
-    def run(inputs, outputs, expert_index, slot, weight, kept, capacity):
+    def run(inputs, outputs, expert_index, slot, weight, dispatched, capacity):
         unknown = routing._replace(
             expert_index=expert_index,
             slot=slot,
             weight=weight,
-            kept=kept,
+            dispatched=dispatched,
             capacity=capacity,
         )
         return (
@@ -98,9 +98,12 @@ def test_index_moves_activations_without_scatter_or_one_hot_tensors():
     routing, inputs, _ = random_case(0, tokens=64, width=48, capacity=32)
 
     def hlo_of(dispatcher):
-        def step(inputs, expert_index, slot, weight, kept):
+        def step(inputs, expert_index, slot, weight, dispatched):
             moved = routing._replace(
-                expert_index=expert_index, slot=slot, weight=weight, kept=kept
+                expert_index=expert_index,
+                slot=slot,
+                weight=weight,
+                dispatched=dispatched,
             )
             with tf.GradientTape() as tape:
                 tape.watch([inputs, weight])

@@ -8,7 +8,7 @@ from parity import run_on_mesh, run_plain
 from processes import run_python
 
 from keras_layers import MoELayer, TopKRouter, Transformer
-from keras_layers.routing.balancing import towards_balance
+from keras_layers.routing.balancing import bias_direction
 
 RATE = 0.01
 OPTIONS = {"kind": "top_k", "scores": "sigmoid", "bias_update_rate": RATE}
@@ -30,10 +30,10 @@ def model_of(optimizer, **router):
 
 def test_each_expert_moves_towards_its_share():
     load = tf.constant([4.0, 1.0, 3.0, 0.0, 2.0])
-    np.testing.assert_array_equal(towards_balance(load), [-1, 1, -1, 1, 0])
+    np.testing.assert_array_equal(bias_direction(load), [-1, 1, -1, 1, 0])
     # Of 7 tokens for three experts; the others have no share.
     load = tf.constant([4.0, 0.0, 3.0, 0.0, 0.0])
-    np.testing.assert_array_equal(towards_balance(load, [1, 3]), [-1, 0, -1, 0, 1])
+    np.testing.assert_array_equal(bias_direction(load, [1, 3]), [-1, 0, -1, 0, 1])
 
 
 @pytest.mark.parametrize("masked", [[], [0, 1, 2, 3]])

@@ -6,9 +6,9 @@ import pytest
 import tensorflow as tf
 from oracles import algorithm1 as oracle
 
-from keras_layers import MoELayer, Routing, Top2Router
-from keras_layers.moe.layer import Experts
-from keras_layers.moe.metrics import RouterHealth
+from keras_layers import MoELayer, TokenChoiceRouting, Top2Router
+from keras_layers.moe import Experts
+from keras_layers.moe.metrics import RouterMetrics
 
 # No random routing, so that training and evaluation can be compared with the oracle.
 ALL = {"second_expert_policy": "all"}
@@ -208,22 +208,22 @@ def test_aux_loss_balances_the_load():
     assert history["loss"][-1] < 1.05 < history["loss"][0]
 
 
-def routing_of(expert_index, kept, num_experts):
-    expert_index, kept = tf.constant([expert_index]), tf.constant([kept])
+def routing_of(expert_index, dispatched, num_experts):
+    expert_index, dispatched = tf.constant([expert_index]), tf.constant([dispatched])
     zeros = tf.zeros_like(expert_index)
-    return Routing(
-        expert_index, zeros, tf.zeros(zeros.shape), kept, num_experts, capacity=1
+    return TokenChoiceRouting(
+        expert_index, zeros, tf.zeros(zeros.shape), dispatched, num_experts, capacity=1
     )
 
 
 def test_metrics():
-    metric = RouterHealth(4, per_expert=True, name="m")
+    metric = RouterMetrics(4, per_expert=True, name="m")
     assert all(value == 0 for value in metric.result().values())
     chosen = [[0, 1], [0, 1], [0, 2], [3, 3]]
-    kept = [[True, True], [False, True], [False, False], [False, False]]
+    dispatched = [[True, True], [False, True], [False, False], [False, False]]
     # The last token is padding. Asked for: 3, 2, 1, 0 of experts 0, 1, 2, 3.
     metric.update_state(
-        routing_of(chosen, kept, 4), tf.constant([[True, True, True, False]])
+        routing_of(chosen, dispatched, 4), tf.constant([[True, True, True, False]])
     )
     result = {name: float(value) for name, value in metric.result().items()}
     share = np.array([3, 2, 1]) / 6
@@ -243,7 +243,7 @@ def test_metrics():
     metric.reset_state()
     assert metric.result()["m_max_load"] == 0
     with pytest.raises(ValueError, match="sample_weight=2"):
-        metric.update_state(routing_of(chosen, kept, 4), sample_weight=2)
+        metric.update_state(routing_of(chosen, dispatched, 4), sample_weight=2)
 
 
 @pytest.mark.parametrize(

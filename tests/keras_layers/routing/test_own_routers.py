@@ -9,9 +9,9 @@ import pytest
 import tensorflow as tf
 from parity import assert_equal_runs
 
-from keras_layers import DecoderBlock, MoELayer, RouterReport, Top2Router, TopKRouter
+from keras_layers import DecoderBlock, MoELayer, RouterStats, Top2Router, TopKRouter
 
-GUIDE = pathlib.Path(__file__).resolve().parents[2] / "docs" / "layers.md"
+GUIDE = pathlib.Path(__file__).resolve().parents[3] / "docs" / "layers.md"
 X = np.random.default_rng(0).normal(size=(8, 6, 4)).astype("float32")
 
 
@@ -19,9 +19,14 @@ X = np.random.default_rng(0).normal(size=(8, 6, 4)).astype("float32")
 def own_router():
     """The class in "Your own router" of the guide."""
     code = re.search(r"@keras.saving.*?return \{.*?\n", GUIDE.read_text(), re.DOTALL)
-    from keras_layers import Routing
+    from keras_layers import TokenChoiceRouting
 
-    scope = {"keras": keras, "tf": tf, "Routing": Routing, "__name__": __name__}
+    scope = {
+        "keras": keras,
+        "tf": tf,
+        "TokenChoiceRouting": TokenChoiceRouting,
+        "__name__": __name__,
+    }
     exec(compile(code.group(), str(GUIDE), "exec"), scope)
     return scope["OneExpert"]
 
@@ -120,15 +125,15 @@ def test_what_an_own_router_returns():
         def call(self, inputs, mask=None, training=None):
             return inputs
 
-    with pytest.raises(ValueError, match="returns a tuple of a Routing"):
+    with pytest.raises(ValueError, match="must return a tuple of a TokenChoiceRouting"):
         MoELayer(4, 8, router=Alone())(X)
 
 
 def test_an_own_router_in_a_causal_decoder():
-    router = returning(lambda report: RouterReport(*report))
+    router = returning(lambda report: RouterStats(*report))
     block = DecoderBlock(2, 4, 8, 4, moe_options={"router": router})
     assert block(X, X).shape == X.shape
-    router.looks_ahead = True
+    router.is_causal = False
     with pytest.raises(ValueError, match="must not depend on the tokens after it"):
         DecoderBlock(2, 4, 8, 4, moe_options={"router": router})
     router.allow_causal = True

@@ -34,7 +34,7 @@ def slots(routing):
     """Slot of each (token, expert), -1 for none: `[G, S, E]`."""
     found = np.full((G, S, E), -1)
     index, slot = routing.expert_index.numpy(), routing.slot.numpy()
-    for g, s, k in zip(*np.nonzero(routing.kept.numpy()), strict=True):
+    for g, s, k in zip(*np.nonzero(routing.dispatched.numpy()), strict=True):
         found[g, s, index[g, s, k]] = slot[g, s, k]
     return found
 

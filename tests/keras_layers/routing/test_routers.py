@@ -13,9 +13,9 @@ from oracles.algorithm1 import softmax
 
 from keras_layers import (
     ExpertChoiceRouter,
+    ExpertChoiceRouting,
     HashRouter,
     MoELayer,
-    SlotRouting,
     Top2Router,
     TopKRouter,
 )
@@ -32,17 +32,17 @@ def logits_of(seed, groups, tokens, experts, ties=False):
 def choices_of(routing, g):
     """The dispatches of group g: `{(token, expert, slot): weight}`."""
     found = {}
-    if isinstance(routing, SlotRouting):
+    if isinstance(routing, ExpertChoiceRouting):
         index, weight = routing.token_index.numpy()[g], routing.weight.numpy()[g]
         for e, c in zip(*np.nonzero(index >= 0), strict=True):
             found[int(index[e, c]), int(e), int(c)] = weight[e, c]
-        taken = {(s, e) for s, e, _ in found}
-        assert taken == set(zip(*np.nonzero(routing.chosen.numpy()[g]), strict=True))
+        chosen = {(s, e) for s, e, _ in found}
+        assert chosen == set(zip(*np.nonzero(routing.chosen.numpy()[g]), strict=True))
         return found
-    expert, slot, weight, kept = (x.numpy()[g] for x in routing[:4])
-    for s, k in zip(*np.nonzero(kept), strict=True):
+    expert, slot, weight, dispatched = (x.numpy()[g] for x in routing[:4])
+    for s, k in zip(*np.nonzero(dispatched), strict=True):
         found[int(s), int(expert[s, k]), int(slot[s, k])] = weight[s, k]
-    assert len(found) == kept.sum()
+    assert len(found) == dispatched.sum()
     return found
 
 
@@ -256,7 +256,7 @@ def test_dispatchers_and_a_loop_agree(name, jit):
                 row = tf.zeros([6])
                 for (token, e, c), _ in choices_of(routing, g).items():
                     if token == s:
-                        if isinstance(routing, SlotRouting):
+                        if isinstance(routing, ExpertChoiceRouting):
                             weight = routing.weight[g, e, c]
                         else:
                             k = routing.expert_index[g, s].numpy().tolist().index(e)
@@ -280,7 +280,7 @@ def test_no_token_is_lost_without_dropping():
     for router in (TopKRouter(8, 2, "dropless"), Top2Router(8, "dropless")):
         routing, _ = router(x, training=True)
         assert routing.capacity == 32
-        assert np.all(routing.kept[..., 0])
+        assert np.all(routing.dispatched[..., 0])
     lossy, _ = Top2Router(8, "dropless", eval_capacity_factor=0.5)(x)
     assert lossy.capacity == 2
 

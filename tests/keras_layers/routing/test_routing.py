@@ -39,7 +39,7 @@ def check_against_oracle(gates, capacity, mask, uniforms, drop_frees_slot):
         None if uniforms is None else tf.constant(uniforms),
         drop_frees_slot,
     )
-    expert_index, slot, weight, kept = (x.numpy() for x in routing[:4])
+    expert_index, slot, weight, dispatched = (x.numpy() for x in routing[:4])
     losses = []
     for g in range(gates.shape[0]):
         expected = oracle.algorithm1(
@@ -51,9 +51,9 @@ def check_against_oracle(gates, capacity, mask, uniforms, drop_frees_slot):
         )
         got = {
             (s, int(expert_index[g, s, k])): (int(slot[g, s, k]), weight[g, s, k])
-            for s, k in zip(*np.nonzero(kept[g]), strict=True)
+            for s, k in zip(*np.nonzero(dispatched[g]), strict=True)
         }
-        assert len(got) == kept[g].sum()
+        assert len(got) == dispatched[g].sum()
         wanted = {(s, int(e)): (c, w) for s, e, c, w in expected.choices}
         assert {key: value[0] for key, value in got.items()} == {
             key: value[0] for key, value in wanted.items()
@@ -64,15 +64,15 @@ def check_against_oracle(gates, capacity, mask, uniforms, drop_frees_slot):
         np.testing.assert_array_equal(expert_index[g, :, 1], expected.second)
         if mask is None or mask[g].any():
             losses.append(expected.aux_loss)
-    assert np.all(weight[~kept] == 0)
-    assert np.all(slot[~kept] == -1)
+    assert np.all(weight[~dispatched] == 0)
+    assert np.all(slot[~dispatched] == -1)
     loss = load_balancing_loss(
         tf.constant(gates),
         routing.expert_index[..., 0],
         None if mask is None else tf.constant(mask),
     )
     np.testing.assert_allclose(loss, np.mean(losses) if losses else 0.0, atol=1e-6)
-    return int(kept.sum())
+    return int(dispatched.sum())
 
 
 @pytest.mark.parametrize("drop_frees_slot", [False, True])
@@ -135,7 +135,7 @@ def test_first_choices_go_before_second_choices():
     gates = tf.constant([[[0.6, 0.4], [0.1, 0.9], [0.2, 0.8]]])
     routing = top2_assignment(gates, capacity=2)
     np.testing.assert_array_equal(
-        routing.kept[0], [[True, False], [True, True], [True, False]]
+        routing.dispatched[0], [[True, False], [True, True], [True, False]]
     )
     np.testing.assert_array_equal(routing.slot[0], [[0, -1], [0, 1], [1, -1]])
 
@@ -229,14 +229,14 @@ def test_random_routing_keeps_second_choice_with_twice_its_weight():
     router.build(x.shape)
     router.kernel.assign([[1.0, 0.0]])
     routing, _ = router(x, training=True)
-    share = tf.reduce_mean(tf.cast(routing.kept[..., 1], tf.float32), axis=1)
+    share = tf.reduce_mean(tf.cast(routing.dispatched[..., 1], tf.float32), axis=1)
     second = 1 / (1 + np.e)
     np.testing.assert_allclose(share, [1.0, 2 * second], atol=0.02)
     again, _ = router(x, training=True)
-    assert np.any(again.kept != routing.kept)
+    assert np.any(again.dispatched != routing.dispatched)
     # Deterministic, and all of them, when evaluating.
     for _ in range(2):
-        assert np.all(router(x, training=False)[0].kept)
+        assert np.all(router(x, training=False)[0].dispatched)
     assert np.all(
         Top2Router(2, 4.0, second_expert_policy="all")(x, training=True)[0][3]
     )

@@ -26,7 +26,6 @@ from partitioner_faults import (
 )
 
 import gshard_tf
-from gshard_tf.hlo import collectives
 from gshard_tf.hlo.rewrites import SafeModule
 from gshard_tf.spmd import program
 
@@ -103,7 +102,7 @@ def test_a_grouped_convolution_gathers_no_batch():
     x, w = values(16, 8, 8, 4), values(3, 3, 4, 1, seed=1)
     error, compiled = differences(depthwise, {"data": 8}, {"batch": "data"}, x, w)
     assert error < RTOL
-    kinds = {c.kind for c in collectives.collectives(compiled)}
+    kinds = {c.kind for c in compiled.collectives()}
     assert kinds == {"all-reduce"}  # of the kernel's gradient
 
 
@@ -113,11 +112,11 @@ def test_a_plain_convolution_stays_split_by_height():
         lambda x, w: height(tf.nn.conv2d(height(x), w, 1, "SAME")), *SPATIAL, x, w
     )
     assert error < RTOL
-    kinds = {c.kind for c in collectives.collectives(compiled)}
+    kinds = {c.kind for c in compiled.collectives()}
     assert "collective-permute" in kinds  # of the rows beside a shard
     largest = max(
         int(np.prod(shape))
-        for c in collectives.collectives(compiled)
+        for c in compiled.collectives()
         for _, shape in c.shapes
         if c.kind == "all-gather"
     )

@@ -1,0 +1,158 @@
+"""From a catalogue entry to a sentence pair, or the reason why it is not one.
+
+Catalogue messages carry mark-up that is no language: accelerators (`&File`,
+`_File`, `(_F)`), HTML tags, and the placeholders of a dozen formatting systems.
+Here the mark-up goes, and every placeholder becomes `{1}`, `{2}`, ... in the order
+of the English side, the same number for the same placeholder on both sides.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+import unicodedata
+from collections import Counter
+
+from gshard_examples.translation.languages import written_in_own_script
+
+#: Longest accepted English and source text, in characters, after cleaning.
+MAX_ENGLISH_CHARACTERS = 600
+MAX_SOURCE_CHARACTERS = 800
+#: Texts longer than this are refused before any regular expression sees them.
+MAX_RAW_CHARACTERS = 4_000
+#: The vocabulary has symbols for this many placeholders.
+MAX_PLACEHOLDERS = 9
+
+_PLACEHOLDER = re.compile(
+    r"""
+      %\(\w+\)[#0\- +]?\d*(?:\.\d+)?[a-zA-Z]          # Python: %(name)s
+    | %\d+\$[#0\- +']?\d*(?:\.\d+)?(?:hh?|ll?|z|j)?[a-zA-Z]   # C: %1$s
+    | %[#0\-+']?\d*(?:\.\d+)?(?:hh?|ll?|z|j)?[sSdiufFxXgGcpe](?![a-zA-Z]{2})  # C: %s
+    | %[nL]\b | %\d+ | %%                             # Qt: %n, %1
+    | \$?\{\{?[^{}]*\}?\}                             # {name}, {0}, ${name}, {{name}}
+    | \$\d+ | \$[a-zA-Z_]\w*                          # $1, $name
+    """,
+    re.VERBOSE,
+)
+_POSITION = re.compile(r"\d+\$")
+_WHITE = re.compile(r"\s+")
+_TAG = re.compile(r"</?[a-zA-Z][^<>]*>|<!--.*?-->", re.DOTALL)
+_BRACKETED_ACCELERATOR = re.compile(r"\s*\([&_~][A-Za-z0-9]\)")
+_AMPERSAND_ACCELERATOR = re.compile(r"&(?=[^\W\d_])")
+_UNDERSCORE_ACCELERATOR = re.compile(r"_(?=\w)")
+_LETTER = re.compile(r"[^\W\d_]")
+_IDENTIFIER = re.compile(r"(?=.*(?:[_/]|\.\w))[\w.\-/]+")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\ufeff]")
+
+
+def normalize_text(text: str, accelerator: str = "") -> str:
+    """Removes mark-up and accelerators; NFC; single spaces.
+
+    Args:
+        text: One side of a catalogue entry.
+        accelerator: The character that marks keyboard accelerators in this catalogue:
+            `"_"`, `"&"`, `"~"`, or `""` when there is none.
+
+    Returns:
+        The text on one line, without control characters, in Unicode form NFC.
+    """
+    text = _BRACKETED_ACCELERATOR.sub("", text.replace("\\n", " "))
+    if accelerator == "&":
+        text = _AMPERSAND_ACCELERATOR.sub("", text)
+    elif accelerator == "~":
+        text = text.replace("~", "")
+    elif accelerator == "_" and text.count("_") == 1:  # more are an identifier
+        text = _UNDERSCORE_ACCELERATOR.sub("", text)
+    if "<" in text:
+        text = _TAG.sub(" ", text)
+    if "&" in text:
+        text = html.unescape(text)
+    if not text.isascii():
+        text = unicodedata.normalize("NFC", text)
+    # White space first: a tab between two words must not glue them together.
+    return _CONTROL.sub("", _WHITE.sub(" ", text)).strip()
+
+
+def _placeholder_kind(placeholder: str) -> str:
+    """`%1$s` and `%s` are the same placeholder: a translation may reorder."""
+    return (
+        _POSITION.sub("", placeholder) if placeholder.startswith("%") else placeholder
+    )
+
+
+def number_placeholders(source: str, english: str) -> tuple[str, str] | None:
+    """Replaces the placeholders of both sides by `{1}`, `{2}`, ...
+
+    Args:
+        source: The translation.
+        english: The English message, which sets the numbers.
+
+    Returns:
+        Both sides, or None when they do not have the same placeholders, or have more
+        than the vocabulary has symbols for.
+    """
+    in_english = [_placeholder_kind(p) for p in _PLACEHOLDER.findall(english)]
+    in_source = [_placeholder_kind(p) for p in _PLACEHOLDER.findall(source)]
+    if not in_english and not in_source:
+        return source, english
+    if Counter(in_english) != Counter(in_source):
+        return None
+    numbers = {p: n for n, p in enumerate(dict.fromkeys(in_english), start=1)}
+    if len(numbers) > MAX_PLACEHOLDERS:
+        return None
+
+    def numbered(match: re.Match[str]) -> str:
+        return f"{{{numbers[_placeholder_kind(match[0])]}}}"
+
+    return (
+        _WHITE.sub(" ", _PLACEHOLDER.sub(numbered, source)).strip(),
+        _WHITE.sub(" ", _PLACEHOLDER.sub(numbered, english)).strip(),
+    )
+
+
+def clean_pair(
+    tag: str, source: str, english: str, accelerator: str = ""
+) -> tuple[str, str] | str:
+    """Cleans one catalogue entry.
+
+    Args:
+        tag: The language tag of `source` (see `languages.normalize_language`).
+        source: The translation.
+        english: The English message.
+        accelerator: See `normalize_text`.
+
+    Returns:
+        The cleaned `(source, english)`; or, for an entry that is not a usable pair,
+        the reason as a short word that the corpus manifest counts.
+    """
+    if len(source) > MAX_RAW_CHARACTERS or len(english) > MAX_RAW_CHARACTERS:
+        return "too long"
+    source = normalize_text(source, accelerator)
+    english = normalize_text(english, accelerator)
+    if not source or len(english) < 2:
+        return "empty"
+    if len(english) > MAX_ENGLISH_CHARACTERS or len(source) > MAX_SOURCE_CHARACTERS:
+        return "too long"
+    numbered = number_placeholders(source, english)
+    if numbered is None:
+        return "placeholders differ"
+    source, english = numbered
+    letters = sum(character.isalpha() for character in english)
+    if letters < max(2, 0.4 * len(english.replace(" ", ""))):
+        return "few letters"
+    if not english.isascii():
+        ascii_letters = sum(c.isalpha() and c.isascii() for c in english)
+        if ascii_letters < 0.95 * letters:
+            return "english side is not english"
+    if not re.search("[A-Za-z]{2}", english) or not _LETTER.search(source):
+        return "few letters"
+    if source.casefold() == english.casefold():
+        return "untranslated"
+    if not written_in_own_script(tag, source):
+        return "other script"
+    longer, shorter = len(english), len(source)
+    if shorter > 12 and (longer > 6 * shorter or shorter > 5 * longer):
+        return "lengths differ"
+    if _IDENTIFIER.fullmatch(english):
+        return "identifier"
+    return source, english

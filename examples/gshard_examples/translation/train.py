@@ -1,0 +1,259 @@
+"""Training a translator with plain `model.fit`, in a run folder that can be resumed.
+
+A run folder holds `settings.json`, `vocab.model`, `checkpoints/`, `history.csv` and
+`logs/`. A Keras epoch is `steps_per_epoch` steps; each ends with a validation and a
+checkpoint. A run that was stopped anywhere resumes from its last checkpoint, with the
+batches that would have come next.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+
+from gshard_examples.translation.baselines import unigram_cross_entropy
+from gshard_examples.translation.corpus import Corpus, Pair
+from gshard_examples.translation.model import make_model, make_strategy, scope
+from gshard_examples.translation.pipeline import Batches, tokenize_pairs, tokenize_split
+from gshard_examples.translation.settings import Settings
+from gshard_examples.translation.vocabulary import Vocabulary
+from gshard_tf import (
+    CheckpointCallback,
+    CheckpointManager,
+    NonFiniteGuard,
+    ResumableDataset,
+    training_state,
+)
+from gshard_tf.io.atomic_files import write_file
+from gshard_tf.io.paths import local_path
+
+log = logging.getLogger(__name__)
+
+
+class _EpochSeconds(keras.callbacks.Callback):
+    """Adds the duration of each epoch to its logs: compilation and validation too."""
+
+    def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
+        self.start = time.perf_counter()
+
+    def on_epoch_end(self, epoch: int, logs: dict) -> None:
+        # Keras gives all callbacks the same dict.
+        logs["seconds"] = round(time.perf_counter() - self.start, 1)
+
+
+def read_history(run: Path) -> list[dict[str, float]]:
+    """Returns a run's `history.csv`, a row per epoch; none before the first epoch.
+
+    A run that was killed between an epoch's row and its checkpoint trains that epoch
+    again, to the same figures: the last row of an epoch counts.
+    """
+    path = run / "history.csv"
+    if not path.is_file():
+        return []
+    rows = {}
+    with open(path, newline="") as file:
+        for row in csv.DictReader(file):
+            if None in row or None in row.values():
+                continue  # a full disk cut it short
+            rows[row["epoch"]] = {key: float(value) for key, value in row.items()}
+    return list(rows.values())
+
+
+def train(
+    run: Path,
+    settings: Settings,
+    corpus: Corpus,
+    vocabulary: Vocabulary,
+    cache: Path | None = None,
+    verbose: int = 1,
+) -> dict[str, Any]:
+    """Trains, or resumes, the run in a folder.
+
+    Args:
+        run: The run's folder, on a local or mounted disk.
+        settings: Its settings.
+        corpus: What to train and validate on.
+        vocabulary: The vocabulary, which is copied into the run.
+        cache: Folder for the tokenized corpus.
+        verbose: Keras's: 1 shows a progress bar, 2 a line per epoch.
+
+    Returns:
+        A summary: steps, validation figures, those of a unigram model.
+
+    Raises:
+        ValueError: when the folder holds a run of other settings or of an earlier
+            version, or is remote, `gs://` say.
+        FileExistsError: when it holds no run, but a file that one would replace.
+        OSError: when something cannot be written, as to a full disk.
+    """
+    run = local_path(run, "run")
+    cache = None if cache is None else local_path(cache, "cache")
+    check_same_run(run, settings, vocabulary)
+    settings.write(run)
+    write_file(run / "vocab.model", vocabulary.model_bytes)
+
+    keras.utils.set_random_seed(settings.seed)
+    tokens = tokenize_split(corpus, "train", vocabulary, settings.language_tags, cache)
+    dev = tokenize_pairs(
+        sample_pairs(corpus, "dev", settings.validation_pairs, settings.language_tags),
+        vocabulary,
+    )
+    sizes = (settings.batch_tokens, settings.bucket_lengths)
+    batches = Batches(
+        tokens, *sizes, temperature=settings.temperature, seed=settings.seed
+    )
+    validation = Batches(dev, *sizes, training=False)
+    log.info("training batches: %s", batches.summary())
+    log.info("validation batches: %s", validation.summary())
+
+    strategy = make_strategy(settings)
+    with scope(strategy):
+        model = make_model(settings, vocabulary)
+        # The layout report lists its slots.
+        model.optimizer.build(model.trainable_variables)
+    checkpoints = CheckpointManager(run / "checkpoints", max_to_keep=2)
+    done = max(checkpoints.steps(), default=0)
+    unigram = unigram_cross_entropy(
+        tokens.predicted_ids(), dev.predicted_ids(), vocabulary.size
+    )
+    log.info(
+        "%s weights; steps done: %d of %d; a unigram model has %.3f nats per token",
+        f"{model.count_params():,}",
+        done,
+        settings.steps,
+        unigram,
+    )
+    if strategy is not None:
+        write_file(run / "layout.txt", f"{strategy.describe(model)}\n".encode())
+    if done < settings.steps:
+        # TensorFlow cannot save the position in a Python generator.
+        dataset = ResumableDataset(batches.dataset(), position="count")
+        callbacks = [
+            CheckpointCallback(checkpoints, dataset=dataset),
+            _EpochSeconds(),
+            keras.callbacks.CSVLogger(run / "history.csv", append=True),
+            keras.callbacks.TensorBoard(str(run / "logs"), write_graph=False),
+        ]
+        if strategy is not None:
+            callbacks.append(NonFiniteGuard())
+        model.fit(
+            dataset.dataset,
+            epochs=settings.steps // settings.steps_per_epoch,
+            steps_per_epoch=settings.steps_per_epoch,
+            validation_data=validation.dataset(),
+            shuffle=False,  # the batches are shuffled
+            verbose=verbose,
+            callbacks=callbacks,
+        )
+    history = read_history(run)
+    summary = {
+        "steps": settings.steps,
+        "minutes": round(sum(row["seconds"] for row in history) / 60, 1),
+        "weights": model.count_params(),
+        "unigram_nll": unigram,
+        "val_nll": [row["val_nll"] for row in history],
+        "val_token_accuracy": history[-1]["val_token_accuracy"],
+    }
+    write_file(run / "summary.json", (json.dumps(summary, indent=1) + "\n").encode())
+    return summary
+
+
+def check_same_run(run: Path, settings: Settings, vocabulary: Vocabulary) -> None:
+    """Checks that a folder is new, or holds a run that these settings resume.
+
+    Raises:
+        ValueError: It holds a run of other settings, or of an earlier version.
+        FileExistsError: It holds no run, but a file that one would replace.
+    """
+    if not (run / "settings.json").is_file():
+        # They are written first.
+        for name in ("vocab.model", "layout.txt", "history.csv", "summary.json"):
+            if os.path.lexists(run / name):
+                raise FileExistsError(
+                    "The run's folder must be new, or one with a settings.json. This "
+                    f"one has none, and its {name!r} would be replaced. Name another "
+                    f"folder with --run. Received: {run}"
+                )
+        return
+    _check_format(run)
+    earlier = Settings.read(run)
+    may_differ = {"steps", "partitions", "device", "validation_pairs"}
+    for name, value in vars(earlier).items():
+        received = getattr(settings, name)
+        if received != value and name not in may_differ:
+            raise ValueError(
+                f"The run in {run} was begun with {name}={value!r}, which must stay as "
+                "it is. For other settings, name another folder with --run. "
+                f"Received: {name}={received!r}"
+            )
+    model = run / "vocab.model"
+    if model.is_file() and Vocabulary(model).sha256 != vocabulary.sha256:
+        raise ValueError(
+            f"The run in {run} must keep the vocabulary that it was begun with. For "
+            "another one, name another folder with --run. Received: a vocabulary of "
+            f"{vocabulary.size} symbols, SHA-256 {vocabulary.sha256[:12]}..."
+        )
+
+
+def load_model(run: Path) -> tuple[Settings, Vocabulary, keras.Model]:
+    """The translator of a run at its last checkpoint, as a plain Keras model.
+
+    Raises:
+        ValueError: when `run` is remote, `gs://` say.
+        FileNotFoundError: when there is no run or no checkpoint yet.
+    """
+    run = local_path(run, "run")
+    settings = Settings.read(run)
+    vocabulary = Vocabulary(run / "vocab.model")
+    model = make_model(settings, vocabulary)
+    restore_weights(run, model)
+    return settings, vocabulary, model
+
+
+def restore_weights(run: Path, model: keras.Model) -> None:
+    """Restores the weights of a run's last checkpoint, but not the optimizer.
+
+    Raises:
+        ValueError: The run was made by an earlier version.
+        FileNotFoundError: There is no checkpoint yet.
+    """
+    _check_format(run)
+    state = {n: v for n, v in training_state(model).items() if n.startswith("model/")}
+    checkpoints = CheckpointManager(run / "checkpoints")
+    if checkpoints.restore(state, extra=["optimizer/.*"]) is None:
+        raise FileNotFoundError(f"The run in {run} has no checkpoint yet.")
+
+
+def _check_format(run: Path) -> None:
+    """Raises `ValueError` where the checkpoints are those of `tf.train`."""
+    if (run / "checkpoints" / "checkpoint").is_file():
+        raise ValueError(
+            "The run must have checkpoints of gshard_tf.CheckpointCallback. An earlier "
+            "version wrote these, which this one cannot read; nothing in the folder "
+            f"was changed. Name another folder with --run. Received: {run}"
+        )
+
+
+def sample_pairs(
+    corpus: Corpus,
+    split: str,
+    most: int,
+    languages: Sequence[str] | None = None,
+    seed: int = 0,
+) -> list[Pair]:
+    """Returns at most `most` pairs of a split, drawn evenly: always the same ones."""
+    selected = None if languages is None else set(languages)
+    pairs = [p for p in corpus.read(split) if selected is None or p.lang in selected]
+    if len(pairs) <= most:
+        return pairs
+    chosen = np.random.default_rng(seed).choice(len(pairs), most, replace=False)
+    return [pairs[i] for i in sorted(chosen)]

@@ -1,0 +1,430 @@
+"""The main job on a toy corpus: train, stop, resume, score, export, answer."""
+
+import io
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from processes import PYTHONPATH, run_python
+
+from gshard_examples.translation import (
+    cli,
+    evaluate,
+    export,
+    train,
+    vocabulary_training,
+)
+from gshard_examples.translation.baselines import ApertiumResult
+from gshard_examples.translation.corpus import load_corpus, prepare_corpus
+from gshard_examples.translation.settings import Settings
+from gshard_examples.translation.translator import Translator
+from gshard_tf import CheckpointManager
+
+TINY = {
+    "buckets": "24",
+    "batch_tokens": 384,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "model_dim": 32,
+    "hidden_dim": 48,
+    "heads": 2,
+    "experts": 8,
+    "steps": 30,
+    "steps_per_epoch": 10,
+    "learning_rate": 5e-3,
+    "warmup": 10,
+    "validation_pairs": 32,
+}
+
+
+@pytest.fixture(scope="module")
+def corpus(toy_corpus):
+    return toy_corpus
+
+
+@pytest.fixture(scope="module")
+def vocabulary(toy_vocabulary):
+    return toy_vocabulary
+
+
+@pytest.fixture(scope="module")
+def run(corpus, vocabulary, tmp_path_factory):
+    """A run of 30 steps on 8 partitions, without a stop."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    train.train(folder, Settings(**TINY), corpus, vocabulary, verbose=0)
+    return folder
+
+
+def without_time(row):
+    assert row["seconds"] >= 0
+    return {name: value for name, value in row.items() if name != "seconds"}
+
+
+def test_it_learns_and_says_what_it_did(run):
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["val_nll"][-1] < summary["val_nll"][0] - 0.3
+    assert len(train.read_history(run)) == 3
+    layout = (run / "layout.txt").read_text()
+    assert "expert,-,-" in layout and "slot of its weight" in layout
+    assert list((run / "logs").glob("*/events*"))
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not_stopped(
+    run, corpus, vocabulary, tmp_path
+):
+    folder = tmp_path / "stopped"
+    first = Settings(**TINY | {"steps": 10})
+    train.train(folder, first, corpus, vocabulary, verbose=0)
+    train.train(folder, Settings(**TINY), corpus, vocabulary, verbose=0)
+    whole = train.read_history(run)
+    parts = train.read_history(folder)
+    assert [without_time(row) for row in parts] == [without_time(row) for row in whole]
+
+
+def test_one_partition_less_is_the_same_run(run, corpus, vocabulary, tmp_path):
+    """Plain Keras, without any strategy, gives the same figures."""
+    plain = Settings(**TINY | {"partitions": 0, "steps": 10})
+    train.train(tmp_path / "plain", plain, corpus, vocabulary, verbose=0)
+    [ours] = train.read_history(tmp_path / "plain")
+    theirs = train.read_history(run)[0]
+    assert without_time(ours) == pytest.approx(without_time(theirs), rel=1e-3)
+
+
+def test_another_run_in_the_same_folder_is_refused(run, corpus, vocabulary):
+    other = Settings(**TINY | {"model_dim": 64})
+    with pytest.raises(ValueError, match="begun with model_dim=32"):
+        train.train(run, other, corpus, vocabulary, verbose=0)
+
+
+def test_scores_beside_the_baselines(run, corpus, tmp_path):
+    _, vocabulary, model = train.load_model(run)
+    pairs = evaluate.choose(corpus.read("test"), 3, None, 0)
+    scores = evaluate.evaluate(
+        Translator(model, vocabulary), corpus, pairs, tmp_path, "toy", print
+    )
+    assert set(scores) == {"model", "memory", "copy"}
+    assert scores["copy"]["overall"]["pairs"] == len(pairs)
+    assert (tmp_path / "scores.png").stat().st_size > 5_000
+    assert "memory chrF" in (tmp_path / "scores.txt").read_text()
+
+
+def test_scores_beside_apertium(run, corpus, tmp_path, monkeypatch):
+    _, vocabulary, model = train.load_model(run)
+    pairs = evaluate.choose(corpus.read("test"), 3, None, 0)
+    german = [i for i, pair in enumerate(pairs) if pair.lang == "de"]
+    # As if it had the pair de-en, and were never wrong.
+    monkeypatch.setattr(
+        evaluate,
+        "translate_with_apertium",
+        lambda pairs: ApertiumResult(german, [pairs[i].english for i in german]),
+    )
+    translator = Translator(model, vocabulary)
+    evaluate.evaluate(translator, corpus, pairs, tmp_path, "toy", print)
+    beside = json.loads((tmp_path / "scores-apertium.json").read_text())
+    assert set(beside) == {"apertium", "model", "memory", "copy"}
+    assert beside["apertium"]["overall"]["chrf"] == 100
+    assert {s["overall"]["pairs"] for s in beside.values()} == {len(german)}
+    assert f"The {len(german)} pairs" in (tmp_path / "scores.txt").read_text()
+
+
+def job(folder, corpus, vocabulary, **settings):
+    """Python that trains a small dense model in `folder` as the command does."""
+    small = {"experts": 0, "partitions": 0, "encoder_layers": 1, "decoder_layers": 1}
+    settings = TINY | small | settings
+    return f"""
+        import sys
+        import gshard_tf
+        from gshard_examples.translation import cli, corpus
+        from gshard_examples.translation.settings import Settings
+        from gshard_examples.translation.vocabulary import Vocabulary
+        found = corpus.load_corpus({str(corpus.path)!r})
+        model = Vocabulary({vocabulary.model_bytes!r})
+        cli._prepare = lambda options: (Settings(**{settings!r}), found, model)
+        folder = {str(folder)!r}
+        sys.exit(cli.main(["train", "--run", folder, "--data", folder + "-data"]))
+    """
+
+
+@pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGINT])
+def test_the_command_goes_on_after(kind, corpus, vocabulary, tmp_path):
+    """Stopped in the middle of an epoch; what is there is whole, and it finishes."""
+    folder = tmp_path / "stopped"
+    code = job(folder, corpus, vocabulary, steps=60)
+    # A shell may have told its background jobs to ignore Ctrl-C.
+    listening = (
+        "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", f"{listening}\n{textwrap.dedent(code)}"],
+        env=os.environ | {"PYTHONPATH": PYTHONPATH},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    # As soon as the first checkpoint is there, stop it, within the next epoch.
+    deadline = time.monotonic() + 200
+    while not list((folder / "checkpoints").glob("step-*")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(kind)
+    printed, _ = process.communicate()
+    if kind == signal.SIGINT:
+        assert process.returncode == 130
+        assert "The same command resumes" in printed and "Traceback" not in printed
+    done = len(train.read_history(folder))
+    assert 1 <= done < 6
+    run_python(code, timeout=300)
+    assert len(train.read_history(folder)) == 6
+
+
+def test_a_full_disk_loses_no_checkpoint(corpus, vocabulary, tmp_path):
+    """Files may grow to 64 KiB only: the next checkpoint does not fit."""
+    folder = tmp_path / "full"
+    run_python(job(folder, corpus, vocabulary, steps=10))
+    checkpoints = CheckpointManager(folder / "checkpoints")
+    assert checkpoints.steps() == [10]
+    code = textwrap.dedent(job(folder, corpus, vocabulary, steps=20))
+    limit = "import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{limit}\n{code}"],
+        env=os.environ | {"PYTHONPATH": PYTHONPATH},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 1, done.stderr[-2000:]
+    assert f"could not write {checkpoints.path(20)}" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert checkpoints.steps() == [10]
+    run_python(code)
+    assert len(train.read_history(folder)) == 2
+
+
+@pytest.fixture(scope="module")
+def saved_model(run, tmp_path_factory):
+    _, vocabulary, model = train.load_model(run)
+    translator = Translator(model, vocabulary)
+    folder = tmp_path_factory.mktemp("export") / "saved_model"
+    return export.export(translator, folder), translator
+
+
+TEXTS = ["appleo basketo candleo", "", "x " * 25_000, "gardenen hammeren"]
+TAGS = ["fr", "de", "ru", "de"]
+
+BARE = """
+    import json, sys
+    import tensorflow as tf
+    import tensorflow_text
+    loaded = tf.saved_model.load(sys.argv[1] if len(sys.argv) > 1 else PATH)
+    translate = loaded.signatures["serving_default"]
+    def ask(texts, tags):
+        found = translate(texts=tf.constant(texts, tf.string),
+                          languages=tf.constant(tags, tf.string))
+        return [t.decode() for t in found["translations"].numpy()]
+    graph = translate.graph.as_graph_def()
+    nodes = [n for f in graph.library.function for n in f.node_def]
+    try:
+        ask(["a"], ["nowhere"])
+        refused = ""
+    except tf.errors.InvalidArgumentError as error:
+        refused = str(error)
+    print(json.dumps({
+        "all": ask(TEXTS, TAGS), "one": ask(TEXTS[:1], TAGS[:1]), "none": ask([], []),
+        "bytes": ask([b"\\xff\\xfe abc"], ["de"]),
+        "refused": refused, "ops": sorted({n.op for n in nodes}),
+        "devices": sorted({n.device for n in nodes}),
+        "ours": [m for m in sys.modules if m.startswith(("gshard", "keras_layers"))],
+    }))
+"""
+
+
+def test_the_saved_model_answers_in_a_bare_process(saved_model):
+    folder, translator = saved_model
+    head = f"PATH, TEXTS, TAGS = {str(folder)!r}, {TEXTS!r}, {TAGS!r}\n"
+
+    answer = json.loads(
+        run_python(head + textwrap.dedent(BARE), with_repo=False).splitlines()[-1]
+    )
+    assert answer["all"] == translator.translate(TAGS, TEXTS)
+    assert answer["one"] == answer["all"][:1]
+    assert answer["none"] == []
+    assert len(answer["bytes"]) == 1
+    assert "unknown language tag" in answer["refused"]
+    assert answer["ours"] == []
+    assert "XlaSharding" not in answer["ops"]
+    assert not [d for d in answer["devices"] if "CPU" in d or "GPU" in d]
+
+
+def test_the_saved_model_answers_saved_model_cli(saved_model):
+    folder, translator = saved_model
+    # The tool knows tensorflow-text's operations once the package is imported.
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import tensorflow_text\n"
+            "from tensorflow.python.tools.saved_model_cli import main\n"
+            "main()",
+            *("run", "--dir", str(folder), "--tag_set", "serve"),
+            *("--signature_def", "serving_default"),
+            *("--input_exprs", "texts=['gardenen hammeren'];languages=['de']"),
+        ],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"},
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    [expected] = translator.translate(["de"], ["gardenen hammeren"])
+    assert repr(expected.encode())[2:-1] in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("typed", "lines"),
+    [(b"", 0), (b"\n", 1), (b"gardenen\n\n\xff\xfe abc\n" + b"x " * 25_000, 4)],
+)
+def test_the_translate_command(run, typed, lines, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(typed)))
+    assert cli.main(["translate", "de", "--run", str(run)]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == lines
+
+
+def test_the_translate_command_and_an_unknown_language(run, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a")))
+    assert cli.main(["translate", "xx", "--run", str(run)]) == 1
+    assert "Received: 'xx'" in capsys.readouterr().err
+
+
+def test_unknown_languages_are_refused_by_name(saved_model):
+    _, translator = saved_model
+    with pytest.raises(ValueError, match="'xx'"):
+        translator.translate(["xx"], ["a"])
+    with pytest.raises(ValueError, match="1 tags and 2 texts"):
+        translator.translate(["de"], ["a", "b"])
+
+
+def test_settings_are_checked_and_come_back(tmp_path):
+    settings = Settings(**TINY)
+    settings.write(tmp_path)
+    assert Settings.read(tmp_path) == settings
+    for wrong in (
+        {"steps": 15},
+        {"model_dim": 0},
+        {"experts": -1},
+        {"buckets": "16;32"},
+    ):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            Settings(**TINY | wrong)
+    with pytest.raises(FileNotFoundError, match="Train one first"):
+        Settings.read(pathlib.Path(tmp_path) / "nothing")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--steps", "15"], "multiple of steps_per_epoch"),
+        (["translate", "de", "--run", "/nonexistent/run"], "Train one first"),
+        (["evaluate", "--run", "/nonexistent/run"], "Train one first"),
+    ],
+)
+def test_the_command_answers_mistakes_with_a_sentence(arguments, message, capsys):
+    assert cli.main(arguments) == 1
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "flag"),
+    [
+        ("run", "--run"),
+        ("run", "--data"),
+        ("run", "--saved-model"),
+        ("train", "--run"),
+        ("prepare", "--data"),
+        ("evaluate", "--run"),
+        ("export", "--saved-model"),
+    ],
+)
+def test_remote_folders_are_refused_first(tmp_path, monkeypatch, capsys, command, flag):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as caught:
+        cli.main([command, flag, "gs://bucket/folder"])
+    assert caught.value.code == 2
+    said = capsys.readouterr().err
+    assert f"argument {flag}" in said and "copy what is written there" in said
+    assert "'gs://bucket/folder'" in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_run_of_an_earlier_version_is_refused(vocabulary, tmp_path):
+    """Its checkpoints are those of tf.train; nothing in its folder changes."""
+    Settings(**TINY).write(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "checkpoint").write_text("model_checkpoint_path: ...")
+    (tmp_path / "vocab.model").write_bytes(vocabulary.model_bytes)
+    before = contents(tmp_path)
+    other = Settings(**TINY | {"steps": 60})
+    for call in (
+        lambda: train.train(tmp_path, other, None, vocabulary),
+        lambda: train.load_model(tmp_path),
+    ):
+        with pytest.raises(ValueError, match="must have checkpoints of gshard_tf"):
+            call()
+    assert contents(tmp_path) == before
+
+
+def test_an_epoch_that_was_trained_again_counts_once(tmp_path):
+    """A kill between row and checkpoint; a disk that was full in a row."""
+    (tmp_path / "history.csv").write_text("epoch,loss\n0,3\n1,2.5\n1,2\n2")
+    rows = [{"epoch": 0, "loss": 3}, {"epoch": 1, "loss": 2}]
+    assert train.read_history(tmp_path) == rows
+
+
+@pytest.mark.parametrize("name", ["summary.json", "vocab.model", "history.csv"])
+def test_a_folder_of_another_kind_is_no_run(tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(FileExistsError, match=name):
+        train.train(tmp_path, Settings(**TINY), None, None)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == "mine"
+
+
+def test_remote_folders_are_refused_by_the_functions_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    remote = "ram://folder"
+    for call in (
+        lambda: train.train(remote, Settings(**TINY), None, None),
+        lambda: train.train("run", Settings(**TINY), None, None, cache=remote),
+        lambda: train.load_model(remote),
+        lambda: export.export(None, remote),
+        lambda: evaluate.evaluate(None, None, [], remote, "", print),
+        lambda: prepare_corpus(remote, sources=[]),
+        lambda: load_corpus(remote),
+        lambda: vocabulary_training.train_vocabulary(None, remote),
+    ):
+        with pytest.raises(ValueError, match="on a disk of this machine"):
+            call()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_schedule_is_the_papers():
+    from gshard_examples.translation.model import InverseSquareRoot
+
+    flat = InverseSquareRoot(0.01, 10_000, linear=False)
+    steps = np.array([0, 9_999, 39_999])
+    np.testing.assert_allclose(
+        [float(flat(tf.constant(s))) for s in steps], [0.01, 0.01, 0.005], rtol=1e-6
+    )
+    linear = InverseSquareRoot(1e-3, 100)
+    assert float(linear(49)) == pytest.approx(5e-4)
