@@ -55,7 +55,7 @@ def test_its_shardings(one_replica):
 def test_the_order_of_the_cores(one_replica):
     # Cores are numbered along x, then y, in the stand-in's topology.
     expected = [
-        [x + 2 * y for x, y, _, _ in cores] for cores in one_replica["expected"]
+        [x + 2 * y for x, y, _, _ in cores] for cores in one_replica["coordinates"]
     ]
     assert one_replica["assigned"] == expected
 
