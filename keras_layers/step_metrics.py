@@ -98,7 +98,7 @@ class StepMetric(keras.metrics.Metric):
 
     def join_step(self, path: str, training: bool | None) -> None:
         """Registers the metric in this step, for qualifiers among equal names."""
-        self._path = path
+        self.layer_path = path
         graph = current_graph()
         if graph is None and not training:
             return  # unrelated models may be called in turn
@@ -123,8 +123,8 @@ class StepMetric(keras.metrics.Metric):
                 self.update_state(*arguments)
         elif graph is not None and _is_within(graph, current_graph()):
             warnings.warn(
-                f"Metrics of {self._path!r} leave out counts from a function within "
-                "the step (a tf.function or tf.cond of the model's own): at "
+                f"Metrics of {self.layer_path!r} leave out counts from a function "
+                "within the step (a tf.function or tf.cond of the model's own): at "
                 "training=False counts are assigned in the graph of the step only. "
                 "Call the layer outside of that function, or use run_eagerly=True.",
                 stacklevel=3,
@@ -144,7 +144,7 @@ def _is_within(graph: tf.Graph, outer: tf.Graph | None) -> bool:
 
 def _qualifiers(metrics: list[StepMetric]) -> list[str]:
     """Qualifiers from the differences of the layers' paths, or else from numbers."""
-    paths = [metric._path.split("/")[:-1] for metric in metrics]
+    paths = [metric.layer_path.split("/")[:-1] for metric in metrics]
     length = max(len(path) for path in paths)
     padded = [[""] * (length - len(path)) + path for path in paths]
     differing = [i for i in range(length) if len({path[i] for path in padded}) > 1]

@@ -132,7 +132,7 @@ class CheckpointManager:
             )
         make_folder(self.directory)
         for other in list(_OWNERS):
-            if other is not self and other._owns(self.directory):
+            if other is not self and other.owns(self.directory):
                 # It belongs to a `fit` of this process that was interrupted.
                 other.close()
         lock = FolderLock(self.directory)
@@ -146,7 +146,8 @@ class CheckpointManager:
         self._lock = lock
         _OWNERS.add(self)
 
-    def _owns(self, folder: Path) -> bool:
+    def owns(self, folder: Path) -> bool:
+        """Returns whether this manager holds the lock of a folder."""
         lock = self._lock
         return lock is not None and lock.is_own and lock.is_of(folder)
 

@@ -93,7 +93,7 @@ class Termination:
         """Starts to listen. Only the main thread may: elsewhere, nothing happens."""
         if threading.current_thread() is not threading.main_thread():
             return
-        while _LISTENING and not _LISTENING[-1]._still_runs():
+        while _LISTENING and not _LISTENING[-1].still_runs():
             _LISTENING[-1].close()
         self._pipe = os.pipe()
         for end in self._pipe:
@@ -113,7 +113,7 @@ class Termination:
         if self._pipe is None or self._thread is None:
             return
         self._over.set()
-        self._restore_handler()
+        self.restore_handler()
         os.write(self._pipe[1], b"\0")
         self._thread.join()
         for end in self._pipe:
@@ -146,7 +146,7 @@ class Termination:
         self._was_signaled = False
         if self._pipe is not None:
             # The thread continues: the end of the process has its time, too.
-            self._restore_handler()
+            self.restore_handler()
         _print(f"SIGTERM: {message} Give the same command again to go on.")
         raise Terminated
 
@@ -161,9 +161,12 @@ class Termination:
             )
         return self._last_step
 
-    def _still_runs(self) -> bool:
+    def still_runs(self) -> bool:
+        """Returns whether the main thread is still in the loop that listens."""
         main = threading.main_thread().ident
-        frame = None if main is None else sys._current_frames().get(main)
+        # Documented, in spite of its name.
+        frames = sys._current_frames()  # noqa: SLF001
+        frame = None if main is None else frames.get(main)
         return self._is_running(frame)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
@@ -172,7 +175,8 @@ class Termination:
             self._was_signaled = True
             self.close()
 
-    def _restore_handler(self) -> None:
+    def restore_handler(self) -> None:
+        """Stops to listen: SIGTERM does again what it did before."""
         if self in _LISTENING:
             _LISTENING.remove(self)
             handler, wakeup = self._before
@@ -187,7 +191,7 @@ class Termination:
                     # Where that one is full, its reader wakes up anyway.
                     with contextlib.suppress(OSError):
                         os.write(self._before[1], numbers)
-                if signal.SIGTERM in numbers and self._still_runs():
+                if signal.SIGTERM in numbers and self.still_runs():
                     self._was_signaled = True
                     self._request()
             elif not self.is_requested and self._others_requested():
@@ -221,7 +225,7 @@ class Termination:
 def _forget_in_child() -> None:
     """Restores the handlers: a SIGTERM to a worker of a pool ends that worker alone."""
     while _LISTENING:
-        _LISTENING[-1]._restore_handler()
+        _LISTENING[-1].restore_handler()
 
 
 os.register_at_fork(after_in_child=_forget_in_child)

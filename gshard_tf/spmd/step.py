@@ -178,7 +178,7 @@ def _keep_with_graph(step: Step) -> None:
     graph = tf.compat.v1.get_default_graph()
     while graph is not None and graph.building_function:
         # All of them: the graph of a loop's body dies once it is built.
-        graph._gshard_steps = [*getattr(graph, "_gshard_steps", []), step]
+        graph.gshard_steps = [*getattr(graph, "gshard_steps", []), step]
         graph = graph.outer_graph
 
 

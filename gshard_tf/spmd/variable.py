@@ -215,7 +215,7 @@ class MeshVariable(ShardedVariable, ResourceVariable):
     def _handle(self, handle: tf.Tensor) -> None:
         self._resource = handle
         # A step may use a handle alone, as Keras 2's legacy optimizers do.
-        handle._gshard_variable = weakref.ref(self)
+        handle.gshard_variable = weakref.ref(self)
 
     def _read_variable_op(self, no_copy: bool = False) -> tf.Tensor:
         if self._is_read_by_step():
@@ -274,5 +274,5 @@ class MeshVariable(ShardedVariable, ResourceVariable):
 
 def variable_of(handle: tf.Tensor) -> MeshVariable | None:
     """Returns the `MeshVariable` that a handle belongs to, or None."""
-    reference = getattr(handle, "_gshard_variable", None)
+    reference = getattr(handle, "gshard_variable", None)
     return None if reference is None else reference()

@@ -215,7 +215,7 @@ def test_a_loop_of_ones_own_that_has_ended_gives_the_signal_back(tmp_path):
     saver.set_model(made)
     saver.set_params({"epochs": 1, "steps": 4})
     saver.on_train_begin()
-    assert termination._LISTENING[-1]._still_runs()
+    assert termination._LISTENING[-1].still_runs()
     del saver
     gc.collect()
-    assert not termination._LISTENING[-1]._still_runs()
+    assert not termination._LISTENING[-1].still_runs()
