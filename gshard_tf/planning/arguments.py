@@ -192,8 +192,8 @@ def _check(command_line: argparse.ArgumentParser, options: argparse.Namespace) -
     for name, axis in options.rule:
         if options.mesh and axis is not None and axis not in options.mesh:
             command_line.error(
-                f"argument --rule: {name}={axis} names no axis of the mesh, which has "
-                f"{', '.join(options.mesh)}"
+                f"argument --rule: {name}={axis} must name an axis of the mesh, "
+                f"which has {', '.join(options.mesh)}"
             )
 
 

@@ -31,7 +31,7 @@ def test_mesh_larger_than_the_devices():
 
 
 def test_mesh_of_other_devices():
-    with raises("on TPUs, .*TPUStrategy.*Received: mesh of TPU devices"):
+    with raises("for TPUs use gshard_tf.tpu_strategy.*Received: a mesh of TPU devices"):
         gshard_tf.SpmdStrategy(gshard_tf.create_mesh({"x": 8}, device_type="TPU"))
     with raises("mesh is over GPU devices, and jax finds none here"):
         gshard_tf.SpmdStrategy(gshard_tf.create_mesh({"x": 8}, device_type="GPU"))
