@@ -5,6 +5,7 @@ in a process of its own: see `processes.py`.
 """
 
 import gc
+import itertools
 import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -17,6 +18,7 @@ os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import hypothesis
 import jax
+import pytest
 import tensorflow as tf
 
 import gshard_tf
@@ -34,3 +36,15 @@ tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
 # The first call of many a property compiles something.
 hypothesis.settings.register_profile("gshard", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("gshard")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """`@pytest.mark.broad(n)`: by default one case of n runs; the others are slow."""
+    cases = {}
+    for item in items:
+        mark = item.get_closest_marker("broad")
+        if mark is not None:
+            number = cases.setdefault(item.nodeid.partition("[")[0], itertools.count())
+            if next(number) % mark.args[0]:
+                item.add_marker("slow")

@@ -153,6 +153,7 @@ def job(folder, corpus, vocabulary, **settings):
     """
 
 
+@pytest.mark.broad(2)
 @pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGINT])
 def test_the_command_goes_on_after(kind, corpus, vocabulary, tmp_path):
     """Stopped in the middle of an epoch; what is there is whole, and it finishes."""
@@ -185,6 +186,7 @@ def test_the_command_goes_on_after(kind, corpus, vocabulary, tmp_path):
     assert len(train.read_history(folder)) == 6
 
 
+@pytest.mark.slow
 def test_a_full_disk_loses_no_checkpoint(corpus, vocabulary, tmp_path):
     """Files may grow to 64 KiB only: the next checkpoint does not fit."""
     folder = tmp_path / "full"
@@ -263,6 +265,7 @@ def test_the_saved_model_answers_in_a_bare_process(saved_model):
     assert not [d for d in answer["devices"] if "CPU" in d or "GPU" in d]
 
 
+@pytest.mark.slow
 def test_the_saved_model_answers_saved_model_cli(saved_model):
     folder, translator = saved_model
     # The tool knows tensorflow-text's operations once the package is imported.

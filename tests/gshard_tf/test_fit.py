@@ -251,6 +251,7 @@ INPUTS = {
 }
 
 
+@pytest.mark.broad(2)
 @pytest.mark.parametrize("kind", INPUTS)
 def test_kinds_of_input(kind):
     def use(model):
@@ -459,11 +460,13 @@ OPTIMIZERS = {
 }
 
 
+@pytest.mark.broad(3)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_options_of_optimizers(name):
     assert_equal_runs(lambda: parity.compiled(OPTIMIZERS[name]()), fit)
 
 
+@pytest.mark.broad(2)
 @pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
 def test_mixed_precision(policy):
     def make():

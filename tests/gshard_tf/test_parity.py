@@ -53,6 +53,7 @@ CASES = [(name, 0.0, EVEN) for name in OPTIMIZERS] + [
 ]
 
 
+@pytest.mark.broad(2)
 @pytest.mark.parametrize("partitions", [1, 2, 8])
 @pytest.mark.parametrize(("optimizer", "dropout", "batches"), CASES)
 def test_training_is_plain_keras(optimizer, dropout, batches, partitions):

@@ -90,6 +90,7 @@ def check_same(found, expected):
         )
 
 
+@pytest.mark.broad(4)
 @pytest.mark.parametrize("router", ROUTERS)
 @settings(max_examples=6)
 @given(

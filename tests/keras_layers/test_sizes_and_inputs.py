@@ -206,6 +206,7 @@ def test_an_exported_transformer_takes_ids(tmp_path):
     np.testing.assert_allclose(loaded.serve((ids, ids)), logits, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_transformer_under_mirrored_strategy():
     """Keras builds the model from the mean of the replicas' batches, which is float."""
     printed = run_python(

@@ -95,6 +95,7 @@ def life(folder, mesh, x, stop=None, every=3, compiled=None, **kwargs):
     return made, trained, saver
 
 
+@pytest.mark.broad(2)
 @pytest.mark.parametrize(
     ("after", "place"), [(2, "first"), (5, "first"), (5, "last"), (8, "last")]
 )
@@ -173,6 +174,7 @@ def test_a_pass_of_unknown_length_goes_on(tmp_path):
     runs.assert_same_bits(made, whole)
 
 
+@pytest.mark.broad(2)
 @pytest.mark.parametrize(
     ("mesh", "stop"), [(None, 1), (None, 2), (None, 3), (None, 5), (2, 2)]
 )

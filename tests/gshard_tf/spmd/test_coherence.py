@@ -99,6 +99,7 @@ def in_thread(fn):
     return found[0]
 
 
+@pytest.mark.broad(2)
 @pytest.mark.parametrize("how", READS)
 def test_reads_see_what_the_step_made(pair, how):
     plain, meshed, _ = pair

@@ -71,6 +71,7 @@ CASES = {
 }
 
 
+@pytest.mark.broad(3)
 @pytest.mark.parametrize("case", CASES)
 def test_a_mesh_raises_what_plain_keras_raises(case):
     make, bad_id, bad_label, raises = CASES[case]

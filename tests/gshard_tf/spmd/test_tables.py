@@ -83,6 +83,7 @@ def test_all_of_keras_optimizers_are_tried():
     assert tried == known - {"Optimizer"}
 
 
+@pytest.mark.broad(5)
 @pytest.mark.parametrize("partitions", [1, 8])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_an_embedding_trains_as_with_a_dense_gradient(optimizer, partitions):

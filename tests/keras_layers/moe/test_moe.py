@@ -135,6 +135,7 @@ def test_decoding_never_drops_and_leaves_no_trace():
         assert value == before[name]
 
 
+@pytest.mark.broad(3)
 @pytest.mark.parametrize("count", [1, 5, 40])
 @pytest.mark.parametrize("alike", [True, False])
 def test_decoding_is_the_same_with_any_number_of_tokens(count, alike):

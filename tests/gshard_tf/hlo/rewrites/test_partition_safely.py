@@ -135,6 +135,7 @@ def test_a_convolution_behind_split_channels_does_not_abort():
     assert differences(operation, {"data": 2, "model": 4}, rules, x, w)[0] < RTOL
 
 
+@pytest.mark.broad(2)
 @pytest.mark.parametrize("batch_size", [8, 6])
 def test_a_mobile_network_equals_plain_keras(batch_size):
     """Two steps of depthwise, separable, grouped convolutions and overlapping pools."""
