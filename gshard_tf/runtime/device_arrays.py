@@ -94,6 +94,10 @@ def addressable_shards(value: Any) -> Iterator[tuple[Region, np.ndarray]]:
             yield region_of(shard.index, value.shape), np.asarray(shard.data)
 
 
+# Host memory that shards may hold before it is collected.
+_COLLECT_BYTES = 1 << 23
+
+
 def assemble(
     shape: tuple[int, ...],
     sharding: Any,
@@ -113,17 +117,23 @@ def assemble(
         holders.setdefault(region_of(index, shape), []).append(device)
 
     def place(part: np.ndarray, devices: list[Any]) -> list[Any]:
-        # Once it is there, `part` may go: the host never has more than one.
+        # Once it is there, `part` may go: the host has one that is large at most.
         return jax.block_until_ready(
             [jax.device_put(part, device, may_alias=False) for device in devices]
         )
 
-    placed = []
+    placed, uncollected = [], 0
     with jax.enable_x64(True):
         for region, devices in holders.items():
-            placed += place(read(region), devices)
-            # jax lets go of what it was given when Python next collects garbage.
-            gc.collect(0)
+            part = read(region)
+            uncollected += part.nbytes
+            placed += place(part, devices)
+            # jax lets go of what it was given when Python next collects garbage. That
+            # takes milliseconds, too many for each of a thousand small arrays.
+            if uncollected > _COLLECT_BYTES:
+                del part
+                gc.collect(0)
+                uncollected = 0
         return jax.make_array_from_single_device_arrays(shape, sharding, placed)
 
 
