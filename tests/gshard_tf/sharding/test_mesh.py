@@ -46,7 +46,7 @@ def test_refuses(axes, message):
 
 
 def test_refuses_an_unknown_device_type():
-    with pytest.raises(ValueError, match="'CPU', 'GPU', 'TPU'.*Received: 'NPU'"):
+    with pytest.raises(ValueError, match="'CPU', 'GPU', 'TPU'.*device_type='NPU'"):
         gshard_tf.create_mesh({"a": 1}, device_type="NPU")
 
 
