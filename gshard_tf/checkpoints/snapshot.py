@@ -12,7 +12,7 @@ from gshard_tf.checkpoints.tensor_bundle import ArrayShard
 from gshard_tf.checkpoints.training_state import Variable
 from gshard_tf.compat.keras_variables import backend_variable
 from gshard_tf.sharding.regions import Region, aligned_copies, whole
-from gshard_tf.sharding.sharded_variable import ShardedVariable
+from gshard_tf.sharding.sharded_variable import ShardedMeshVariable
 
 
 def describe(state: Mapping[str, Variable]) -> dict[str, Array]:
@@ -22,7 +22,7 @@ def describe(state: Mapping[str, Variable]) -> dict[str, Array]:
         value = backend_variable(variable)
         shape = tuple(value.shape)
         split: tuple[str | None, ...] = (None,) * len(shape)
-        if isinstance(value, ShardedVariable):
+        if isinstance(value, ShardedMeshVariable):
             split = value.partition_spec()
         path = getattr(variable, "path", value.name)
         arrays[name] = Array(shape, value.dtype.name, path, split)
@@ -44,7 +44,7 @@ def snapshot(state: Mapping[str, Variable], is_chief: bool) -> list[ArrayShard]:
             value = backend_variable(variable)
             shape = tuple(value.shape)
             addressable = None
-            if isinstance(value, ShardedVariable):
+            if isinstance(value, ShardedMeshVariable):
                 stack.enter_context(value.hold_shards())
                 addressable = value.addressable_shards()
             if addressable is not None:
@@ -72,7 +72,7 @@ def stage(variable: Variable, read: Reader) -> Callable[[], None]:
     So all arrays are read, and their checksums verified, before any variable changes.
     """
     value = backend_variable(variable)
-    if isinstance(value, ShardedVariable):
+    if isinstance(value, ShardedMeshVariable):
         return value.stage(lambda region: read(region).numpy())
     loaded: Any = read(whole(tuple(value.shape)))
     return lambda: value.assign(loaded)

@@ -61,7 +61,8 @@ class MeshVariableBase:
         return None if self.keras_variable is None else self.keras_variable()
 
 
-class ShardedVariable(MeshVariableBase):
+# Not `ShardedVariable`: Keras 2 takes a class of that name for TensorFlow's.
+class ShardedMeshVariable(MeshVariableBase):
     """A variable stored as one shard per device; the interface that checkpoints use."""
 
     def partition_spec(self) -> PartitionSpec:

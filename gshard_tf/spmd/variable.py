@@ -29,7 +29,7 @@ from gshard_tf.runtime.device_arrays import (
 )
 from gshard_tf.sharding.partition_spec import PartitionSpec, spec_of
 from gshard_tf.sharding.regions import Region
-from gshard_tf.sharding.sharded_variable import ShardedVariable
+from gshard_tf.sharding.sharded_variable import ShardedMeshVariable
 from gshard_tf.sharding.variable_layouts import VariableLayouts
 
 
@@ -81,7 +81,7 @@ class VariableTransfer:
         return assemble(tuple(variable.shape), sharding, read)
 
 
-class MeshVariable(ShardedVariable, ResourceVariable):
+class MeshVariable(ShardedMeshVariable, ResourceVariable):
     """A `tf.Variable` that a strategy keeps on its mesh."""
 
     # The strategy sets it once the variable is created.

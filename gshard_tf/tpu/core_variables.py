@@ -19,7 +19,7 @@ from gshard_tf.compat.keras_export import is_exporting
 from gshard_tf.sharding import op_sharding
 from gshard_tf.sharding.partition_spec import PartitionSpec, spec_of
 from gshard_tf.sharding.regions import Region
-from gshard_tf.sharding.sharded_variable import MeshVariableBase, ShardedVariable
+from gshard_tf.sharding.sharded_variable import MeshVariableBase, ShardedMeshVariable
 from gshard_tf.tpu.storage import Coordinates, Storage
 
 _DENSE_SCATTERS = {
@@ -197,7 +197,7 @@ class _StoredVariable(MeshVariableBase):
         return np.array(self.numpy(), dtype=dtype, copy=copy)
 
 
-class MeshTPUVariable(ShardedVariable, _StoredVariable, tpu.TPUMirroredVariable):
+class MeshTPUVariable(ShardedMeshVariable, _StoredVariable, tpu.TPUMirroredVariable):
     """A weight, a slot or a counter: equal in all replicas, sharded within each."""
 
     is_sharded = True  # read by `tf_saving.patch_trackable_restore`
