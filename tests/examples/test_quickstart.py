@@ -10,7 +10,9 @@ def test_the_quickstart_resumes_what_it_stopped():
         losses = quickstart.main(steps_per_epoch=10)
         # The two epochs that end after the stop.
         assert len(losses) == 2 and losses[1] < losses[0] < 4.16, losses
-        """
+        """,
+        # It computes more than it compiles, so as users do, with the optimizer.
+        XLA_FLAGS="",
     )
     assert "Stopped after step 25" in printed
     assert "Epoch 1/4" in printed.partition("Stopped")[0]
