@@ -16,6 +16,7 @@ from gshard_tf.compat.xla_protos import (
     HloModuleProto,
     xla_data_pb2,
 )
+from gshard_tf.hlo.rewrites.editing import next_instruction_id
 from gshard_tf.spmd import lowering
 from gshard_tf.verification.measures import Measure
 
@@ -144,7 +145,7 @@ class EntryGraph:
         proto.ClearField("input_output_alias")
         [entry] = [c for c in proto.computations if c.id == self.entry.id]
         root = entry.instructions.add()
-        root.id = 1 + max(i.id for c in proto.computations for i in c.instructions)
+        root.id = next_instruction_id(proto)
         root.name = f"observed.{root.id}"
         root.opcode = "tuple"
         root.shape.element_type = xla_data_pb2.TUPLE

@@ -14,15 +14,24 @@ from gshard_tf.compat.xla_protos import HloInstructionProto as Instruction
 from gshard_tf.compat.xla_protos import ShapeProto as Shape
 
 
+def next_instruction_id(module: HloModuleProto) -> int:
+    """Returns an id that no instruction of a module has, nor any larger one.
+
+    Since TensorFlow 2.21 the upper half of an id is its computation's, and XLA tells
+    the instructions of a computation apart by the lower half alone.
+    """
+    return 1 + max(
+        instruction.id & 0xFFFFFFFF
+        for computation in module.computations
+        for instruction in computation.instructions
+    )
+
+
 class Editor:
     """Emits instructions before the one that is being edited."""
 
     def __init__(self, module: HloModuleProto):
-        self._next_id = 1 + max(
-            instruction.id
-            for computation in module.computations
-            for instruction in computation.instructions
-        )
+        self._next_id = next_instruction_id(module)
         self._next_computation = 1 + max(c.id for c in module.computations)
         self._known: dict[int, Instruction] = {}
         self._emitted: list[Instruction] = []

@@ -14,6 +14,7 @@ from gshard_tf.compat.xla_protos import (
     ShapeProto,
     xla_data_pb2,
 )
+from gshard_tf.hlo.rewrites.editing import next_instruction_id
 
 # An instruction's id, and a place in its nest of tuples.
 Value = tuple[int, tuple[int, ...]]
@@ -67,7 +68,7 @@ def compute_compared_maxima_once(module: HloModuleProto) -> bool:
     compared = _compared(module, same)
     if not compared:
         return False
-    last = max(i.id for c in module.computations for i in c.instructions)
+    last = next_instruction_id(module) - 1
     changed = False
     for computation in module.computations:
         for instruction in list(computation.instructions):

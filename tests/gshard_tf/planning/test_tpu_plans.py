@@ -24,7 +24,7 @@ def test_a_model_on_slices_that_are_not_there():
             try:
                 find_topology(name)
             except ValueError as error:
-                print(str(error).rpartition(": ")[2])
+                print(error)
         for chip in CHIPS.values():
             for shape in chip.slices:
                 find_topology(f"{chip.name}:{shape}")
@@ -119,9 +119,9 @@ def test_a_model_on_slices_that_are_not_there():
         """
     )
     lines = printed.strip().split("\n")
-    assert lines[0].startswith("v5")  # chips of a like name
-    assert lines[1].startswith("v5e:4x4, v5e:")
-    assert lines[2].startswith("v3:8x8, v3:")
+    assert "Chips: v5" in lines[0]  # of a like name
+    assert "knows: v5e:4x4, v5e:" in lines[1]
+    assert "knows: v3:8x8, v3:" in lines[2]
     assert lines[3] == "all slices known"
     assert lines[4:6] == ["True 4", "4"]
     assert lines[6] == "0 [] True"
