@@ -8,9 +8,21 @@ from tensorflow.compiler.xla import xla_data_pb2
 from tensorflow.compiler.xla.service import hlo_pb2
 
 import gshard_tf
-from gshard_tf.hlo.rewrites.editing import array_shape
+from gshard_tf.hlo.rewrites.editing import array_shape, next_instruction_id
 from gshard_tf.hlo.rewrites.recomputed_rounding import compute_rounding_once
 from gshard_tf.hlo.rewrites.shardings import MeshAxes
+
+
+def test_new_ids_are_new_in_each_computation():
+    """As in TensorFlow 2.21: the upper half of an id is its computation's."""
+    module = hlo_pb2.HloModuleProto()
+    for number, count in ((1, 6), (2, 2)):
+        computation = module.computations.add(id=number)
+        for local in range(1, count + 1):
+            computation.instructions.add(id=number << 32 | local)
+    known = {i.id & 0xFFFFFFFF for c in module.computations for i in c.instructions}
+    first = next_instruction_id(module)
+    assert first < 1 << 32 and not known & set(range(first, first + 9))
 
 
 def test_what_is_replaced_may_be_the_result():
