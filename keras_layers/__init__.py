@@ -12,6 +12,14 @@ from keras_layers.decoding import (
 from keras_layers.dropout import Dropout
 from keras_layers.embedding import TokenEmbedding, VocabularyProjection
 from keras_layers.feed_forward import FeedForward
+from keras_layers.losses import (
+    NegativeLogLikelihood,
+    Perplexity,
+    TokenAccuracy,
+    TokenCrossentropy,
+    TokenStatistics,
+    token_statistics,
+)
 from keras_layers.moe import (
     EinsumDispatcher,
     ExpertLoadImages,
@@ -53,12 +61,17 @@ __all__ = [
     "ExpertLoadImages",
     "MoELayer",
     "MultiHeadAttention",
+    "NegativeLogLikelihood",
+    "Perplexity",
     "Router",
     "RouterMetrics",
     "RouterStats",
     "Routing",
+    "TokenAccuracy",
     "TokenChoiceRouting",
+    "TokenCrossentropy",
     "TokenEmbedding",
+    "TokenStatistics",
     "Top2Router",
     "TopKRouter",
     "Transformer",
@@ -71,6 +84,7 @@ __all__ = [
     "replay_routing",
     "sample_decode",
     "stack_weights",
+    "token_statistics",
     "unstack_weights",
     "upcycle",
 ]

@@ -12,7 +12,12 @@ import gshard_tf
 from gshard_examples.translation.settings import Settings
 from gshard_examples.translation.vocabulary import PAD, Vocabulary
 from gshard_tf.optimizers import Adafactor
-from keras_layers import Transformer
+from keras_layers import (
+    NegativeLogLikelihood,
+    TokenAccuracy,
+    TokenCrossentropy,
+    Transformer,
+)
 
 
 @keras.saving.register_keras_serializable(package="gshard_tf_examples")
@@ -82,14 +87,18 @@ def make_model(settings: Settings, vocabulary: Vocabulary) -> keras.Model:
         dtype=settings.precision,
         name="translator",
     )
-    crossentropy = {"from_logits": True, "ignore_class": PAD}
     model.compile(
         optimizer=_optimizer(settings),
-        loss=keras.losses.SparseCategoricalCrossentropy(**crossentropy),
+        loss=TokenCrossentropy(
+            label_smoothing=settings.label_smoothing,
+            z_loss=settings.z_loss,
+            ignore_class=PAD,
+        ),
         weighted_metrics=[
-            # The loss holds the routers' balancing too; this is the translation's.
-            keras.metrics.SparseCategoricalCrossentropy(from_logits=True, name="nll"),
-            keras.metrics.SparseCategoricalAccuracy(name="token_accuracy"),
+            # The loss may hold smoothing, a z-loss and the routers' balancing too;
+            # this is the translation's.
+            NegativeLogLikelihood(name="nll"),
+            TokenAccuracy(name="token_accuracy"),
         ],
     )
     model.build([(None, None), (None, None)])

@@ -74,6 +74,12 @@ class Settings:
         "before decay: linear warm-up, or flat as in the paper",
         ("linear", "flat"),
     )
+    label_smoothing: float = _flag(
+        0.0, "share of each target that is spread over the vocabulary; often 0.1"
+    )
+    z_loss: float = _flag(
+        0.0, "coefficient of log(Z)^2, which keeps logits small; PaLM's: 1e-4"
+    )
     validation_pairs: int = _flag(1000, "pairs of the dev split to validate on")
     seed: int = _flag(0, "of everything random")
 
