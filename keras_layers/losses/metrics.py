@@ -43,7 +43,7 @@ class _TokenMean(keras.metrics.Mean):
                 a weight of 0.
             sample_weight: Weights of tokens, or of the first dimensions of labels.
         """
-        values = self.values(token_statistics(y_true, y_pred))
+        values = self.values(token_statistics(y_true, y_pred, reuse=True))
         mask = keras_mask(y_pred)
         if self.ignore_class is not None:
             valid = integer_labels(y_true, len(y_pred.shape)) != self.ignore_class
