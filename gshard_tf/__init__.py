@@ -8,7 +8,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gshard_tf import export, optimizers, random
+    from gshard_tf import data, export, optimizers, random
     from gshard_tf.callbacks.checkpoint import CheckpointCallback
     from gshard_tf.callbacks.nonfinite_guard import NonFiniteGuard
     from gshard_tf.callbacks.verify_first_step import VerifyFirstStep
@@ -55,6 +55,7 @@ __all__ = [
     "annotate",
     "random",
     "create_mesh",
+    "data",
     "initialize",
     "name_axes",
     "optimizers",
@@ -91,6 +92,7 @@ _HOME = {
     "optimizers": None,
     "random": None,
     "create_mesh": "sharding.mesh",
+    "data": None,
     "initialize": "runtime.initialize",
     "name_axes": "sharding.annotations",
     "logical_axes": "sharding.annotations",

@@ -1,11 +1,12 @@
 """Checks of the arguments and inputs of the `Transformer`."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 
 from keras_layers._arguments import check_int, check_token_id
+from keras_layers._segments import check_both_or_none, check_segment_ids
 
 
 def check_vocabularies(
@@ -86,18 +87,58 @@ def check_stackable(
         )
 
 
-def source_and_target(inputs: Any) -> tuple[Any, Any]:
-    """Returns the source and target in `inputs`, a pair or a dict."""
+class TransformerInputs(NamedTuple):
+    """What the model is called on.
+
+    Attributes:
+        source: `[B, L]`, ids.
+        target: `[B, T]`, ids.
+        source_segment_ids: `[B, L]`, or None: each row is one sequence.
+        target_segment_ids: `[B, T]`, or None.
+    """
+
+    source: Any
+    target: Any
+    source_segment_ids: Any = None
+    target_segment_ids: Any = None
+
+
+def transformer_inputs(inputs: Any) -> TransformerInputs:
+    """Returns what `inputs` consists of, for tensors or for their shapes.
+
+    Args:
+        inputs: A pair, a tuple of 4, or a dict.
+
+    Raises:
+        ValueError: for anything else, or segment ids of one side only.
+    """
+    names = TransformerInputs._fields
     if isinstance(inputs, Mapping):
-        if set(inputs) != {"source", "target"}:
+        if not set(names[:2]) <= set(inputs) <= set(names):
             raise ValueError(
-                'A dict of inputs must have the keys "source" and "target". '
+                'A dict of inputs must have the keys "source" and "target", and may '
+                'have "source_segment_ids" and "target_segment_ids". '
                 f"Received: {sorted(inputs)}"
             )
-        return inputs["source"], inputs["target"]
-    if not isinstance(inputs, list | tuple) or len(inputs) != 2:
+        found = TransformerInputs(**inputs)
+    elif isinstance(inputs, list | tuple) and len(inputs) in (2, 4):
+        found = TransformerInputs(*inputs)
+    else:
+        count = f" of {len(inputs)}" if isinstance(inputs, list | tuple) else ""
         raise ValueError(
-            "Inputs must be a pair (source_ids, target_ids) or a dict. "
-            f"Received: {type(inputs).__name__}"
+            "Inputs must be a pair (source_ids, target_ids), the same with "
+            "(..., source_segment_ids, target_segment_ids), or a dict. "
+            f"Received: {type(inputs).__name__}{count}"
         )
-    return inputs[0], inputs[1]
+    check_both_or_none(*zip(names[2:], found[2:], strict=True))
+    return found
+
+
+def checked_inputs(inputs: Any) -> TransformerInputs:
+    """Returns `transformer_inputs` of tensors, whose segment ids are checked."""
+    found = transformer_inputs(inputs)
+    source, target, source_segment_ids, target_segment_ids = found
+    if source_segment_ids is not None:
+        check_segment_ids("source_segment_ids", source_segment_ids, source.shape)
+        check_segment_ids("target_segment_ids", target_segment_ids, target.shape)
+    return found

@@ -9,6 +9,12 @@ import tensorflow as tf
 from gshard_tf import annotate, name_axes
 from keras_layers._arguments import check_int
 from keras_layers._padding import zero_padding
+from keras_layers._segments import (
+    check_both_or_none,
+    check_segment_ids,
+    real_tokens,
+    same_segment,
+)
 from keras_layers._shapes import static_shape
 from keras_layers.dropout import Dropout
 from keras_layers.initializers import matrix_fan
@@ -94,6 +100,8 @@ class MultiHeadAttention(keras.layers.Layer):
         memory_mask: tf.Tensor | None = None,
         causal: bool = False,
         training: bool | None = None,
+        segment_ids: tf.Tensor | None = None,
+        memory_segment_ids: tf.Tensor | None = None,
     ) -> tf.Tensor:
         """Attends from `inputs` `[B, T, M]` to `memory` `[B, L, M]` or to itself.
 
@@ -105,9 +113,19 @@ class MultiHeadAttention(keras.layers.Layer):
             memory_mask: `[B, L]` bool, False for padding of `memory`; likewise.
             causal: Whether position t sees only positions up to t.
             training: Whether to drop out.
+            segment_ids: `[B, T]` ints, for rows that hold several sequences: a query
+                sees the keys of its own segment only. 0 is padding, as False in `mask`
+                is; other numbers are arbitrary. None: each row is one sequence.
+            memory_segment_ids: `[B, L]`, the same of `memory`, and given if and only
+                if there is a memory and `segment_ids` are given. (In self-attention
+                keys have the segments of the queries.)
 
         Returns:
             `[B, T, M]`.
+
+        Raises:
+            ValueError: for inputs of other shapes, segment ids that are no integers,
+                those of one side only, or `causal` with a memory.
         """
         self._check_shapes(inputs.shape, None if memory is None else memory.shape)
         if causal and memory is not None:
@@ -115,19 +133,50 @@ class MultiHeadAttention(keras.layers.Layer):
                 "causal must be False with memory. Received: "
                 f"causal={causal}, memory of shape {memory.shape}"
             )
+        self._check_segments(inputs, memory, segment_ids, memory_segment_ids)
+        mask = real_tokens(mask, segment_ids)
         inputs = zero_padding(inputs, mask)
         if memory is None:
-            memory, memory_mask = inputs, mask
+            memory, memory_mask, memory_segment_ids = inputs, mask, segment_ids
         else:
+            memory_mask = real_tokens(memory_mask, memory_segment_ids)
             memory = zero_padding(memory, memory_mask)
-        visible = None
-        if memory_mask is not None:
+        segments, visible = None, None
+        if segment_ids is not None:
+            # Padding of either kind is in segment 0, so that there is no other mask.
+            keys = tf.where(tf.cast(memory_mask, tf.bool), memory_segment_ids, 0)
+            segments = (segment_ids, keys)
+        elif memory_mask is not None:
             visible = tf.cast(memory_mask, tf.bool)[:, None, None, :]  # [B, 1, 1, L]
         if causal:
             position = tf.range(tf.shape(inputs)[1])
             past = position[None, :] <= position[:, None]  # [T, L]
             visible = past if visible is None else tf.logical_and(visible, past)
-        return self._attend(inputs, self.project(memory), visible, training)
+        return self._attend(
+            inputs, self.project(memory), visible, training, segments=segments
+        )
+
+    @staticmethod
+    def _check_segments(
+        inputs: tf.Tensor,
+        memory: tf.Tensor | None,
+        segment_ids: tf.Tensor | None,
+        memory_segment_ids: tf.Tensor | None,
+    ) -> None:
+        check_segment_ids("segment_ids", segment_ids, inputs.shape[:2])
+        if memory is not None:
+            check_both_or_none(
+                ("segment_ids", segment_ids), ("memory_segment_ids", memory_segment_ids)
+            )
+            check_segment_ids(
+                "memory_segment_ids", memory_segment_ids, memory.shape[:2]
+            )
+        elif memory_segment_ids is not None:
+            raise ValueError(
+                "memory_segment_ids must be None without memory: keys have the "
+                "segment_ids of the queries. Received: memory_segment_ids of shape "
+                f"{tuple(memory_segment_ids.shape)}"
+            )
 
     @staticmethod
     def _check_shapes(inputs_shape: Any, memory_shape: Any) -> None:
@@ -260,13 +309,20 @@ class MultiHeadAttention(keras.layers.Layer):
         training: bool | None,
         dims: str = "BLND",
         kernels: DecodeKernels | None = None,
+        segments: tuple[tf.Tensor, tf.Tensor] | None = None,
     ) -> tf.Tensor:
-        """Attends with the scores in `projected`, of dimensions `dims`."""
+        """Attends with the scores in `projected`, of dimensions `dims`.
+
+        `segments` are ids of queries `[B, T]` and of keys `[B, L]`.
+        """
         inputs = tf.cast(inputs, self.compute_dtype)
         query = self._to_heads("query", inputs, kernels)  # [B, T, N, D]
         query = query * tf.cast(self.key_dim**-0.5, query.dtype)
 
-        def weighted_values(query, key, value, visible):
+        def weighted_values(query, key, value, visible, *segments):
+            if segments:
+                same = same_segment(*segments)  # [B, 1, T, L]
+                visible = same if visible is None else tf.logical_and(visible, same)
             scores = tf.einsum(f"BTND,{dims}->BNTL", query, key)
             scores = tf.cast(scores, tf.float32)
             if visible is not None:
@@ -276,7 +332,9 @@ class MultiHeadAttention(keras.layers.Layer):
             weights = self.dropout(weights, training=training)
             return tf.einsum(f"BNTL,{dims}->BTND", weights, value)
 
-        tensors = (query, projected["key"], projected["value"], visible)
+        # Segments, not their mask of all pairs, are what remat keeps.
+        keys_and_values = (projected["key"], projected["value"])
+        tensors = (query, *keys_and_values, visible, *(segments or ()))
         if self.remat and training:
             heads = rematerialize(self.dropout, weighted_values, *tensors)
         else:

@@ -10,6 +10,7 @@ from gshard_tf import annotate
 from keras_layers._arguments import check_choice, check_int, check_rate
 from keras_layers._padding import zero_padding
 from keras_layers._seeds import child_seed
+from keras_layers._segments import check_both_or_none, real_tokens
 from keras_layers._shapes import static_shape
 from keras_layers.attention import MultiHeadAttention
 from keras_layers.dropout import Dropout
@@ -200,21 +201,33 @@ class EncoderBlock(_Block):
         training: bool | None = None,
         decoding: bool = False,
         token_ids: tf.Tensor | None = None,
+        segment_ids: tf.Tensor | None = None,
     ) -> tf.Tensor:
-        """`inputs` `[B, L, M]`, `mask` `[B, L]` False for padding.
+        """`inputs` `[B, L, M]` -> the same.
 
-        `decoding` and `token_ids` `[B, L]` are for the experts (see `MoELayer.call`).
+        Args:
+            inputs: The tokens.
+            mask: `[B, L]` bool, False for padding.
+            training: Whether to drop out.
+            decoding: For the experts (see `MoELayer.call`).
+            token_ids: `[B, L]`, for the experts too.
+            segment_ids: `[B, L]` ints, the sequence of its row that a token belongs
+                to; 0 for padding (see `MultiHeadAttention.call`).
         """
 
-        def block(inputs, mask, token_ids):
+        def block(inputs, mask, token_ids, segment_ids):
+            mask = real_tokens(mask, segment_ids)
             inputs = zero_padding(inputs, mask)
             attended = self.self_attention(
-                self.attention_norm(inputs), mask=mask, training=training
+                self.attention_norm(inputs),
+                mask=mask,
+                training=training,
+                segment_ids=segment_ids,
             )
             x = self._residual(inputs, attended, training)
             return self._apply_feed_forward(x, mask, training, decoding, token_ids)
 
-        return self._run(block, training, inputs, mask, token_ids)
+        return self._run(block, training, inputs, mask, token_ids, segment_ids)
 
     def compute_output_shape(self, input_shape: Any) -> Any:
         return input_shape
@@ -260,6 +273,8 @@ class DecoderBlock(_Block):
         training: bool | None = None,
         token_ids: tf.Tensor | None = None,
         decoding: bool = False,
+        segment_ids: tf.Tensor | None = None,
+        memory_segment_ids: tf.Tensor | None = None,
     ) -> tf.Tensor:
         """`inputs` `[B, T, M]` attends to `memory` `[B, L, M]`, the encoder's output.
 
@@ -271,21 +286,48 @@ class DecoderBlock(_Block):
             training: Whether to drop out.
             token_ids: `[B, T]`, for the experts (see `MoELayer.call`).
             decoding: For the experts too.
+            segment_ids: `[B, T]` ints, the sequence of its row that a token belongs to;
+                0 for padding (see `MultiHeadAttention.call`).
+            memory_segment_ids: `[B, L]`, the same of `memory`. Both or none.
         """
+        check_both_or_none(
+            ("segment_ids", segment_ids), ("memory_segment_ids", memory_segment_ids)
+        )
 
-        def block(inputs, memory, mask, memory_mask, token_ids):
+        def block(
+            inputs,
+            memory,
+            mask,
+            memory_mask,
+            token_ids,
+            segment_ids,
+            memory_segment_ids,
+        ):
+            mask = real_tokens(mask, segment_ids)
             inputs = zero_padding(inputs, mask)
             attended = self.self_attention(
-                self.attention_norm(inputs), mask=mask, causal=True, training=training
+                self.attention_norm(inputs),
+                mask=mask,
+                causal=True,
+                training=training,
+                segment_ids=segment_ids,
             )
             x = self._residual(inputs, attended, training)
             attended = self.cross_attention(
-                self.cross_norm(x), memory, memory_mask=memory_mask, training=training
+                self.cross_norm(x),
+                memory,
+                memory_mask=memory_mask,
+                training=training,
+                segment_ids=segment_ids,
+                memory_segment_ids=memory_segment_ids,
             )
             x = self._residual(x, attended, training)
             return self._apply_feed_forward(x, mask, training, decoding, token_ids)
 
-        return self._run(block, training, inputs, memory, mask, memory_mask, token_ids)
+        segments = (segment_ids, memory_segment_ids)
+        return self._run(
+            block, training, inputs, memory, mask, memory_mask, token_ids, *segments
+        )
 
     def init_cache(
         self, memory: tf.Tensor, max_length: int, hypotheses: int = 1, flat: bool = True

@@ -136,6 +136,8 @@ class Stacked(keras.layers.Layer):
         training: bool | None = None,
         decoding: bool = False,
         token_ids: tf.Tensor | None = None,
+        segment_ids: tf.Tensor | None = None,
+        memory_segment_ids: tf.Tensor | None = None,
     ) -> tf.Tensor:
         """Runs `inputs` `[B, L, M]` through all blocks, with the blocks' arguments.
 
@@ -153,6 +155,8 @@ class Stacked(keras.layers.Layer):
             "mask": mask,
             "memory_mask": memory_mask,
             "token_ids": token_ids,
+            "segment_ids": segment_ids,
+            "memory_segment_ids": memory_segment_ids,
         }
         names = [name for name, x in tensors.items() if x is not None]
         options = {"training": training, **({"decoding": True} if decoding else {})}

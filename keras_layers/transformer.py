@@ -8,20 +8,24 @@ import tensorflow as tf
 
 from gshard_tf import annotate
 from keras_layers._arguments import check_int, check_rate
-from keras_layers._padding import unpadded_positions
 from keras_layers._seeds import child_seed
+from keras_layers._segments import (
+    check_segment_ids,
+    real_tokens,
+    segment_starts,
+    token_positions,
+)
 from keras_layers._transformer_arguments import (
     check_key_dim,
     check_moe_options,
     check_stackable,
     check_vocabularies,
-    source_and_target,
+    checked_inputs,
+    transformer_inputs,
 )
-from keras_layers.blocks import DecoderBlock, EncoderBlock
+from keras_layers._transformer_blocks import build_block, make_block, make_stack
 from keras_layers.dropout import Dropout
 from keras_layers.embedding import TokenEmbedding, VocabularyProjection, sinusoids
-from keras_layers.moe.options import block_moe_options
-from keras_layers.stacked import Stacked
 from keras_layers.transformer_decoding import TransformerDecoding
 
 
@@ -173,14 +177,14 @@ class Transformer(TransformerDecoding):
                 self.target_vocab_size, dtype=policy, name="projection"
             )
         if self.stacked:
-            self.encoder_stack = self._stack("encoder", self.num_encoder_layers)
-            self.decoder_stack = self._stack("decoder", self.num_decoder_layers)
+            self.encoder_stack = make_stack(self, "encoder", self.num_encoder_layers)
+            self.decoder_stack = make_stack(self, "decoder", self.num_decoder_layers)
         else:
             self.encoder_blocks = [
-                self._block("encoder", i) for i in range(self.num_encoder_layers)
+                make_block(self, "encoder", i) for i in range(self.num_encoder_layers)
             ]
             self.decoder_blocks = [
-                self._block("decoder", i) for i in range(self.num_decoder_layers)
+                make_block(self, "decoder", i) for i in range(self.num_decoder_layers)
             ]
         self.encoder_norm = keras.layers.LayerNormalization(
             epsilon=1e-6, dtype=policy, name="encoder_norm"
@@ -190,55 +194,6 @@ class Transformer(TransformerDecoding):
         )
         self.embedding_dropout = Dropout(
             self.dropout, seed=child_seed(self.seed, "embedding"), dtype=policy
-        )
-
-    def _block(self, side: str, index: int) -> EncoderBlock | DecoderBlock:
-        number = index + 1
-        options = None
-        if self.num_experts and number % self.moe_every == 0:
-            options = self.moe_options
-            if side == "decoder" and self.decoder_moe_options is not None:
-                options = self.decoder_moe_options
-            options = block_moe_options(options, self.seed, side, number)
-        make = EncoderBlock if side == "encoder" else DecoderBlock
-        return make(
-            num_heads=self.num_heads,
-            key_dim=self.key_dim,
-            hidden_dim=self.hidden_dim,
-            num_experts=None if options is None else self.num_experts,
-            dropout=self.dropout,
-            moe_options=options,
-            seed=child_seed(self.seed, side, number),
-            # A stack computes whole repetitions again by itself.
-            remat=False if self.stacked and self.remat is True else self.remat,
-            dtype=self.dtype_policy,
-            name=f"{side}_{number}",
-        )
-
-    def _build_block(self, block: EncoderBlock | DecoderBlock) -> None:
-        hidden = (None, None, self.model_dim)
-        if isinstance(block, DecoderBlock):
-            block.build(hidden, hidden)
-        else:
-            block.build(hidden)
-
-    def _stack(self, side: str, num_layers: int) -> Stacked:
-        unit = self.moe_every if self.num_experts else 1
-
-        def make_blocks(repetition: int) -> list[EncoderBlock | DecoderBlock]:
-            blocks = []
-            for index in range(repetition * unit, (repetition + 1) * unit):
-                blocks.append(self._block(side, index))
-                # Before the next is made: both draw from the global seed.
-                self._build_block(blocks[-1])
-            return blocks
-
-        return Stacked(
-            make_blocks,
-            num_layers // unit,
-            self.remat is True,
-            dtype=self.dtype_policy,
-            name=side,
         )
 
     def build(self, input_shape: Any = None) -> None:
@@ -252,7 +207,7 @@ class Transformer(TransformerDecoding):
             self.decoder_stack.build(hidden, hidden)
         else:
             for block in [*self.encoder_blocks, *self.decoder_blocks]:
-                self._build_block(block)
+                build_block(block, self.model_dim)
         self.encoder_norm.build(hidden)
         self.decoder_norm.build(hidden)
         if self.projection is not None:
@@ -269,15 +224,20 @@ class Transformer(TransformerDecoding):
 
         Args:
             inputs: A pair `(source_ids [B, L], target_ids [B, T])`, or a dict with
-                the keys "source" and "target".
+                the keys "source" and "target". For rows that hold several sentences
+                also `source_segment_ids` `[B, L]` and `target_segment_ids` `[B, T]`,
+                as third and fourth or under those keys: ints, equal for a sentence and
+                its translation, 0 for padding.
             training: Whether to drop out and to route at random.
             decoding: Whether no token may be dropped, so that the logits are those
                 of `decode_step`, fed one token after the other (`MoELayer.call`).
         """
-        source_ids, target_ids = source_and_target(inputs)
-        memory, memory_mask = self.encode(source_ids, training, decoding)
-        mask = self._target_mask(target_ids)
-        encoding = self._encoding(mask)  # [B, T, M]
+        source_ids, target_ids, source_segments, segments = checked_inputs(inputs)
+        memory, memory_mask = self.encode(
+            source_ids, training, decoding, source_segments
+        )
+        mask = self._target_mask(target_ids, segments)
+        encoding = self._encoding(mask, segments)  # [B, T, M]
         x = self._embed(self.target_embedding, target_ids, training, encoding)
         for layer in [self.decoder_stack] if self.stacked else self.decoder_blocks:
             x = layer(
@@ -288,6 +248,8 @@ class Transformer(TransformerDecoding):
                 training=training,
                 token_ids=target_ids,
                 decoding=decoding,
+                segment_ids=segments,
+                memory_segment_ids=source_segments,
             )
         return self._logits(x)
 
@@ -296,14 +258,17 @@ class Transformer(TransformerDecoding):
         source_ids: tf.Tensor,
         training: bool | None = None,
         decoding: bool = False,
+        segment_ids: tf.Tensor | None = None,
     ) -> tuple[tf.Tensor, tf.Tensor]:
         """Returns the encoder's output `[B, L, M]` and its mask `[B, L]`.
 
         With `decoding` no token is dropped, so that the output of a sequence depends
         neither on the others nor on their padding (see `MoELayer.call`).
+        `segment_ids` `[B, L]` are as in `call`.
         """
-        mask = self._mask(source_ids)
-        encoding = self._encoding(mask)  # [B, L, M]
+        check_segment_ids("segment_ids", segment_ids, source_ids.shape)
+        mask = self._mask(source_ids, segment_ids)
+        encoding = self._encoding(mask, segment_ids)  # [B, L, M]
         x = self._embed(self.source_embedding, source_ids, training, encoding)
         for layer in [self.encoder_stack] if self.stacked else self.encoder_blocks:
             x = layer(
@@ -312,6 +277,7 @@ class Transformer(TransformerDecoding):
                 training=training,
                 decoding=decoding,
                 token_ids=source_ids,
+                segment_ids=segment_ids,
             )
         return self.encoder_norm(x), mask
 
@@ -323,23 +289,22 @@ class Transformer(TransformerDecoding):
         """
         return "int32"
 
-    def _mask(self, ids: tf.Tensor) -> tf.Tensor:
-        # Keras's operation, because Keras asks for the mask of symbolic inputs too.
-        return keras.ops.not_equal(ids, self.pad_id)
+    def _mask(self, ids: tf.Tensor, segment_ids: tf.Tensor | None) -> tf.Tensor:
+        # Keras's operations, because Keras asks for the mask of symbolic inputs too.
+        return real_tokens(keras.ops.not_equal(ids, self.pad_id), segment_ids)
 
-    def _target_mask(self, ids: tf.Tensor) -> tf.Tensor:
-        mask = self._mask(ids)
+    def _target_mask(self, ids: tf.Tensor, segment_ids: tf.Tensor | None) -> tf.Tensor:
+        mask = keras.ops.not_equal(ids, self.pad_id)
         if self.bos_id == self.pad_id:
-            first = keras.ops.equal(keras.ops.arange(keras.ops.shape(ids)[1]), 0)
-            mask = keras.ops.logical_or(mask, first)
-        return mask
+            mask = keras.ops.logical_or(mask, segment_starts(ids, segment_ids))
+        return real_tokens(mask, segment_ids)
 
-    def _encoding(self, mask: tf.Tensor) -> tf.Tensor:
+    def _encoding(self, mask: tf.Tensor, segment_ids: tf.Tensor | None) -> tf.Tensor:
         """Encoding `[B, L, M]` of each token's position among the real ones."""
         # Computed for each position once and looked up: a sine costs more than a copy.
         encoding = sinusoids(tf.range(tf.shape(mask)[1]), self.model_dim)  # [L, M]
         return tf.gather(
-            tf.cast(encoding, self.compute_dtype), unpadded_positions(mask)
+            tf.cast(encoding, self.compute_dtype), token_positions(mask, segment_ids)
         )
 
     def _embed(
@@ -361,16 +326,17 @@ class Transformer(TransformerDecoding):
         return self.projection(x)
 
     def compute_mask(self, inputs: Any, previous_mask: Any = None) -> tf.Tensor:
-        return self._target_mask(source_and_target(inputs)[1])
+        inputs = transformer_inputs(inputs)
+        return self._target_mask(inputs.target, inputs.target_segment_ids)
 
     def compute_output_shape(self, input_shape: Any) -> Any:
-        target = source_and_target(input_shape)[1]
+        target = transformer_inputs(input_shape).target
         return (*target, self.target_vocab_size)
 
     def compute_output_spec(
         self, inputs: Any, training: bool | None = None, decoding: bool = False
     ) -> keras.KerasTensor:
-        target = source_and_target(inputs)[1]
+        target = checked_inputs(inputs).target
         # Logits are float32 whatever the policy computes in.
         return keras.KerasTensor((*target.shape, self.target_vocab_size), "float32")
 
