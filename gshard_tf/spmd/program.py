@@ -18,6 +18,7 @@ from gshard_tf.compat.xla import compiler_options, operation_that_failed
 from gshard_tf.hlo import parser
 from gshard_tf.hlo.collectives import Collective, collectives
 from gshard_tf.hlo.rewrites import partition_safely
+from gshard_tf.hlo.rewrites.wide_operands import fast_on_cpu
 from gshard_tf.runtime.device_arrays import Placement, assemble_batch, named_sharding
 from gshard_tf.sharding.partition_spec import spec_of
 from gshard_tf.spmd.lowering import LoweredStep
@@ -59,6 +60,7 @@ def jit_step(
     outputs += [captures[i] for i in step.updates]
     batch_axes = [axis for x in layouts.inputs for axis in spec_of(x)[:1] if axis]
     safe = partition_safely(step.hlo, dict(mesh.shape), batch_axes)
+    hlo = fast_on_cpu(safe.hlo) if _platform(mesh) == "cpu" else safe.hlo
     result_types = [_aval(spec) for spec in step.results]
     used = [None] * num_inputs + [
         None if x is None else named_sharding(x, mesh) for x in layouts.compute
@@ -69,7 +71,7 @@ def jit_step(
             arg if sharding is None else jax.lax.with_sharding_constraint(arg, sharding)
             for arg, sharding in zip(arguments, used, strict=True)
         ]
-        results = call_hlo(safe.hlo, args, result_types)
+        results = call_hlo(hlo, args, result_types)
         if keep_finite:
             old = [args[num_inputs + i] for i in step.updates]
             results[step.num_outputs :] = _kept_finite(old, results[step.num_outputs :])
@@ -87,6 +89,12 @@ def jit_step(
         keep_unused=True,
     )
     return jitted, [_aval(spec) for spec in step.inputs + step.captures], safe.notes
+
+
+def _platform(mesh: Any) -> str | None:
+    """The platform of a mesh's devices, "cpu" say; None for an abstract mesh."""
+    devices = getattr(mesh, "devices", None)
+    return None if devices is None else devices.flat[0].platform
 
 
 def _kept_finite(old: list[Any], new: list[Any]) -> list[Any]:

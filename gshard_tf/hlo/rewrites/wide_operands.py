@@ -1,0 +1,88 @@
+"""Rewrite of products whose first operand XLA's CPU compiler would copy transposed.
+
+The gradient of a weight is a product that contracts the first dimensions, the positions
+of the batch, of both operands. On a CPU, XLA transposes the first operand of such a
+product. For a table of the vocabulary that is the gradient of all logits, the largest
+tensor of the step.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from gshard_tf.compat.xla_protos import HloModuleProto
+from gshard_tf.hlo.rewrites.editing import (
+    Editor,
+    Instruction,
+    array_shape,
+    edit_module,
+)
+
+
+def fast_on_cpu(hlo: bytes) -> bytes:
+    """Returns a module of the same values, whose weight gradients copy less on a CPU.
+
+    Args:
+        hlo: A serialized `HloModuleProto`.
+    """
+    module = HloModuleProto.FromString(hlo)
+    return module.SerializeToString() if put_narrow_operands_first(module) else hlo
+
+
+def put_narrow_operands_first(module: HloModuleProto) -> int:
+    """Swaps the operands of products that contract positions, the wide one first.
+
+    Args:
+        module: A lowered step for a CPU. It is changed in place.
+
+    Returns:
+        The number of products that were changed.
+    """
+    return edit_module(module, _swapped)
+
+
+def _swapped(editor: Editor, old: Instruction) -> Instruction | None:
+    if old.opcode != "dot":
+        return None
+    numbers = old.dot_dimension_numbers
+    first, second = editor.operands(old)
+    batch = _leading(numbers.lhs_batch_dimensions, 0)
+    positions = _leading(numbers.lhs_contracting_dimensions, len(batch))
+    if (
+        not positions
+        or list(numbers.rhs_batch_dimensions) != batch
+        or list(numbers.lhs_batch_dimensions) != batch
+        or list(numbers.rhs_contracting_dimensions) != positions
+        or list(numbers.lhs_contracting_dimensions) != positions
+    ):
+        return None
+    start = len(batch) + len(positions)
+    shared = list(first.shape.dimensions[: len(batch)])
+    wide = list(first.shape.dimensions[start:])
+    narrow = list(second.shape.dimensions[start:])
+    if np.prod(wide) <= np.prod(narrow):
+        return None
+    element_type = old.shape.element_type
+    product = editor.copy(
+        old, [second, first], array_shape(element_type, [*shared, *narrow, *wide])
+    )
+    product.ClearField("sharding")
+    # Else the two would be simplified to what they were.
+    kept = editor.emit("opt-barrier", product.shape, [product])
+    count = len(shared)
+    order = [
+        *range(count),
+        *range(count + len(narrow), count + len(narrow) + len(wide)),
+        *range(count, count + len(narrow)),
+    ]
+    fields: dict[str, Any] = {"dimensions": order}
+    if old.HasField("sharding"):
+        fields["sharding"] = old.sharding
+    return editor.emit("transpose", old.shape, [kept], **fields)
+
+
+def _leading(dimensions: Sequence[int], start: int) -> list[int]:
+    """Returns the dimensions, if they are `start`, `start + 1`, ...; else none."""
+    expected = list(range(start, start + len(dimensions)))
+    return expected if list(dimensions) == expected else []
