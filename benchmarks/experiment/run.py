@@ -61,7 +61,7 @@ SIZES = {
         {
             "vocab_size": 32768,
             "batch_tokens": 16384,
-            "buckets": "48",
+            "row_lengths": "128,80",
             "encoder_layers": 6,
             "decoder_layers": 6,
             "model_dim": 512,
@@ -81,8 +81,7 @@ SIZES = {
         {
             "vocab_size": 8192,
             "batch_tokens": 1024,
-            # Two fifths of it are tokens, of corpus D; with 32 less than a quarter.
-            "buckets": "16",
+            "row_lengths": "64,40",
             "encoder_layers": 2,
             "decoder_layers": 2,
             "model_dim": 64,
@@ -102,7 +101,7 @@ SIZES = {
         {
             "vocab_size": 600,
             "batch_tokens": 64,
-            "buckets": "16",
+            "row_lengths": "32,32",
             "encoder_layers": 2,
             "decoder_layers": 2,
             "model_dim": 8,
@@ -186,32 +185,25 @@ def prepare(data: pathlib.Path, out: pathlib.Path, size_name: str) -> None:
 
 def _pack(corpus: Any, vocabulary: Any, settings: Any, out: pathlib.Path) -> None:
     """The batches of all steps, one after the other, and those of validation."""
-    from gshard_examples.translation.pipeline import (
-        Batches,
-        tokenize_pairs,
-        tokenize_split,
-    )
+    from gshard_examples.translation.packed_batches import PackedBatches
+    from gshard_examples.translation.tokens import tokenize_pairs, tokenize_split
     from gshard_examples.translation.train import sample_pairs
 
-    common = {
-        "batch_tokens": settings.batch_tokens,
-        "buckets": settings.bucket_lengths,
-    }
+    sizes = (settings.chosen_row_lengths, settings.batch_tokens)
     tags = settings.language_tags
     train = out / f"data-{settings.seed}"
     if not train.exists():
         say(f"packing {train}")
         tokens = tokenize_split(corpus, "train", vocabulary, tags, out / "cache")
-        batches = Batches(
-            tokens, temperature=settings.temperature, seed=settings.seed, **common
+        batches = PackedBatches(
+            tokens, *sizes, temperature=settings.temperature, seed=settings.seed
         )
         _write(train, itertools.islice(batches, settings.steps))
     dev = out / "data-dev"
     if not dev.exists():
         pairs = sample_pairs(corpus, "dev", settings.validation_pairs, tags)
-        _write(
-            dev, Batches(tokenize_pairs(pairs, vocabulary), training=False, **common)
-        )
+        tokens = tokenize_pairs(pairs, vocabulary)
+        _write(dev, PackedBatches(tokens, *sizes, training=False))
 
 
 def _write(folder: pathlib.Path, batches: Any) -> None:
@@ -227,20 +219,16 @@ def _write(folder: pathlib.Path, batches: Any) -> None:
 
 def _save_programs(folder: pathlib.Path, settings: Any, vocabulary: Any) -> None:
     import keras
-    import tensorflow as tf
 
     from gshard_examples.translation.model import make_model, make_strategy
+    from gshard_examples.translation.packed_batches import batch_spec
     from gshard_tf import export
 
     keras.utils.set_random_seed(settings.seed)
     strategy = make_strategy(settings)
     with strategy.scope():
         model = make_model(settings, vocabulary)
-    length = settings.bucket_lengths[0]
-    # As `pipeline.Batches` makes them: a multiple of eight rows.
-    shape = [max(1, round(settings.batch_tokens / length / 8)) * 8, length]
-    ids, weights = (tf.TensorSpec(shape, kind) for kind in (tf.int32, tf.float32))
-    batch = ((ids, ids), ids, weights)
+    batch = batch_spec(settings.chosen_row_lengths, settings.batch_tokens)
     program = export.step_program(model, "train", batch)
     export.save_state(model, folder / "start.npz")
     settings.write(folder)

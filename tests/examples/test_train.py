@@ -29,7 +29,7 @@ from gshard_examples.translation.translator import Translator
 from gshard_tf import CheckpointManager
 
 TINY = {
-    "buckets": "24",
+    "row_lengths": "48,40",
     "batch_tokens": 384,
     "encoder_layers": 2,
     "decoder_layers": 2,
@@ -322,12 +322,17 @@ def test_settings_are_checked_and_come_back(tmp_path):
         {"steps": 15},
         {"model_dim": 0},
         {"experts": -1},
-        {"buckets": "16;32"},
+        {"row_lengths": "64;40"},
+        {"row_lengths": "64,2"},
     ):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             Settings(**TINY | wrong)
     with pytest.raises(FileNotFoundError, match="Train one first"):
         Settings.read(pathlib.Path(tmp_path) / "nothing")
+    earlier = vars(settings) | {"buckets": "16,48"}
+    (tmp_path / "settings.json").write_text(json.dumps(earlier))
+    with pytest.raises(ValueError, match=r"earlier version .*\['buckets'\]"):
+        Settings.read(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -97,7 +97,7 @@ def unigram_cross_entropy(
 
     Args:
         training_ids: All ids that a decoder predicts in training (eos included), as
-            from `pipeline.TokenizedSplit.predicted_ids`.
+            from `tokens.TokenizedSplit.predicted_ids`.
         ids: The same of the split to measure on.
         vocabulary_size: Number of symbols.
         smoothing: Added to every symbol's count.

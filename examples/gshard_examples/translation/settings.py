@@ -35,8 +35,10 @@ class Settings:
     )
     vocab_model: str = _flag("bpe", "kind of vocabulary", ("bpe", "unigram"))
     batch_tokens: int = _flag(2048, "source positions per step, padding included")
-    buckets: str = _flag(
-        "16,48", "lengths that batches are padded to; each costs one compilation"
+    row_lengths: str = _flag(
+        "auto",
+        "positions of a row of sources and of targets, as 64,40; a row holds several "
+        "sentences. auto: such that both sides fill alike",
     )
     temperature: float = _flag(
         5.0, "of sampling languages: 1 as they are, larger evens them out"
@@ -53,7 +55,7 @@ class Settings:
     )
     capacity_factor: float = _flag(2.0, "expert slots per token, over both choices")
     group_size: int = _flag(
-        0, "S, tokens that are routed together; 0: each sentence is a group"
+        0, "S, tokens that are routed together; 0: each row is a group"
     )
     dropout: float = _flag(0.1, "dropout rate")
 
@@ -112,17 +114,23 @@ class Settings:
                 "steps must be a multiple of steps_per_epoch. Received: "
                 f"steps={self.steps}, steps_per_epoch={self.steps_per_epoch}"
             )
-        self.bucket_lengths  # noqa: B018 (raises if it is not a list of numbers)
+        self.chosen_row_lengths  # noqa: B018 (raises if it is not two lengths)
 
     @property
-    def bucket_lengths(self) -> tuple[int, ...]:
+    def chosen_row_lengths(self) -> tuple[int, int] | None:
+        """The row lengths of source and target, or None for "auto"."""
+        if self.row_lengths == "auto":
+            return None
         try:
-            return tuple(int(part) for part in self.buckets.split(","))
+            source, target = (int(part) for part in self.row_lengths.split(","))
         except ValueError:
+            source = target = 0
+        if min(source, target) < 3:
             raise ValueError(
-                "buckets must be whole numbers with commas between, such as 16,48. "
-                f"Received: {self.buckets!r}"
-            ) from None
+                "row_lengths must be auto, or those of source and target, 3 or more, "
+                f"with a comma between, such as 64,40. Received: {self.row_lengths!r}"
+            )
+        return source, target
 
     @property
     def language_tags(self) -> list[str] | None:
@@ -139,10 +147,21 @@ class Settings:
 
         Raises:
             FileNotFoundError: when there is no run in `folder`.
+            ValueError: when an earlier version wrote its settings.
         """
         path = local_path(folder, "run") / "settings.json"
         if not path.is_file():
             raise FileNotFoundError(
                 f"There is no run in {folder} (no settings.json). Train one first."
             )
-        return cls(**json.loads(path.read_text("utf-8")))
+        values = json.loads(path.read_text("utf-8"))
+        unknown = sorted(
+            set(values) - {field.name for field in dataclasses.fields(cls)}
+        )
+        if unknown:
+            raise ValueError(
+                f"The run in {folder} must have been made by this version. An earlier "
+                "version had other settings; name another folder with --run. "
+                f"Received: {unknown}"
+            )
+        return cls(**values)

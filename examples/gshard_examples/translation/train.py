@@ -23,8 +23,9 @@ import numpy as np
 from gshard_examples.translation.baselines import unigram_cross_entropy
 from gshard_examples.translation.corpus import Corpus, Pair
 from gshard_examples.translation.model import make_model, make_strategy, scope
-from gshard_examples.translation.pipeline import Batches, tokenize_pairs, tokenize_split
+from gshard_examples.translation.packed_batches import PackedBatches, choose_row_lengths
 from gshard_examples.translation.settings import Settings
+from gshard_examples.translation.tokens import tokenize_pairs, tokenize_split
 from gshard_examples.translation.vocabulary import Vocabulary
 from gshard_tf import (
     CheckpointCallback,
@@ -107,11 +108,14 @@ def train(
         sample_pairs(corpus, "dev", settings.validation_pairs, settings.language_tags),
         vocabulary,
     )
-    sizes = (settings.batch_tokens, settings.bucket_lengths)
-    batches = Batches(
+    row_lengths = settings.chosen_row_lengths
+    if row_lengths is None:
+        row_lengths = choose_row_lengths(tokens, settings.temperature)
+    sizes = (row_lengths, settings.batch_tokens)
+    batches = PackedBatches(
         tokens, *sizes, temperature=settings.temperature, seed=settings.seed
     )
-    validation = Batches(dev, *sizes, training=False)
+    validation = PackedBatches(dev, *sizes, training=False)
     log.info("training batches: %s", batches.summary())
     log.info("validation batches: %s", validation.summary())
 
