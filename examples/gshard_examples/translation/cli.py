@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 # Before TensorFlow loads: its C++ half logs a page of advice otherwise.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -122,12 +123,14 @@ def _add_settings(target: argparse.ArgumentParser) -> None:
     group = target.add_argument_group("settings")
     for field in dataclasses.fields(Settings):
         kind = type(field.default)
+        options: dict[str, Any] = {"type": kind, "choices": field.metadata["choices"]}
+        if kind is bool:
+            options = {"action": argparse.BooleanOptionalAction}
         group.add_argument(
             "--" + field.name.replace("_", "-"),
-            type=kind,
             default=field.default,
-            choices=field.metadata["choices"],
             help=field.metadata["help"],
+            **options,
         )
 
 

@@ -186,7 +186,14 @@ def check_same_run(run: Path, settings: Settings, vocabulary: Vocabulary) -> Non
         return
     _check_format(run)
     earlier = Settings.read(run)
-    may_differ = {"steps", "partitions", "device", "validation_pairs"}
+    may_differ = {"steps", "partitions", "mesh", "device", "validation_pairs"}
+    if earlier.decays_to_zero and settings.steps != earlier.steps:
+        raise ValueError(
+            f"The run in {run} was begun with schedule={earlier.schedule!r}, whose "
+            f"rate is 0 at the end, so steps={earlier.steps} must stay as it is. For "
+            "another length, name another folder with --run. "
+            f"Received: steps={settings.steps}"
+        )
     for name, value in vars(earlier).items():
         received = getattr(settings, name)
         if received != value and name not in may_differ:
