@@ -115,7 +115,7 @@ def test_scores_beside_the_baselines(run, corpus, tmp_path):
     assert set(scores) == {"model", "memory", "copy"}
     assert scores["copy"]["overall"]["pairs"] == len(pairs)
     assert (tmp_path / "scores.png").stat().st_size > 5_000
-    assert "memory chrF" in (tmp_path / "scores.txt").read_text()
+    assert "memory" in (tmp_path / "scores.txt").read_text()
 
 
 def test_scores_beside_apertium(run, corpus, tmp_path, monkeypatch):
