@@ -19,6 +19,7 @@ TRANSLATION = [
     "scikit-learn>=1.7,<2",
     "matplotlib>=3.10,<4",
     f"tensorboard{TENSORFLOW}",
+    "rich>=13,<16",
     "polib>=1.2,<2",
     "fluent.syntax>=0.19,<1",
     "javaproperties>=0.8.2,<1",

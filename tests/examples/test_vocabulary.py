@@ -3,6 +3,7 @@ import pytest
 import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import run_python
 
 from gshard_examples.translation.clean import normalize_text
 from gshard_examples.translation.vocabulary import (
@@ -211,3 +212,21 @@ def test_temperature():
     assert temperature_shares(counts, 1)["small"] == pytest.approx(1 / 10_001)
     assert temperature_shares(counts, 4)["small"] == pytest.approx(1 / 11)
     assert temperature_shares(counts, float("inf"))["small"] == 0.5
+
+
+def test_a_byte_order_mark_is_left_out(toy_vocabulary):
+    source = toy_vocabulary.encode_source(["de", "de"], ["\ufeffapplen", "applen"])
+    assert source[0].numpy().tolist() == source[1].numpy().tolist()
+
+
+def test_loading_says_nothing(toy_model):
+    """TensorFlow Text tells of a vocabulary without any rule, again and again."""
+    code = f"""
+        import os, sys
+        sys.stderr = None
+        from gshard_examples.translation.vocabulary import Vocabulary
+        os.dup2(1, 2)
+        found = Vocabulary({str(toy_model)!r})
+        found.decode(found.encode_target(["apple"]))
+    """
+    assert run_python(code) == ""

@@ -7,13 +7,17 @@ import dataclasses
 import logging
 import os
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 # Before TensorFlow loads: its C++ half logs a page of advice otherwise.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import gshard_tf
+from gshard_examples.translation.next_commands import next_commands  # noqa: E402
 from gshard_examples.translation.settings import Settings  # noqa: E402
+from gshard_examples.translation.stderr_lines import import_tensorflow  # noqa: E402
 from gshard_tf.io.locks import AlreadyRunningError  # noqa: E402
 from gshard_tf.io.paths import path_option  # noqa: E402
 
@@ -82,6 +86,13 @@ def make_parser() -> argparse.ArgumentParser:
         )
     for name in ("run", "prepare", "train"):
         _add_settings(parsers[name])
+    for name in ("run", "train"):
+        parsers[name].add_argument(
+            "--samples",
+            type=int,
+            default=4,
+            help="dev sentences whose translations are shown now and then; 0: none",
+        )
     parsers["translate"].add_argument(
         "language", help="language tag of all lines, as de"
     )
@@ -91,10 +102,16 @@ def make_parser() -> argparse.ArgumentParser:
     for name in ("run", "evaluate", "translate", "export"):
         group = parsers[name].add_argument_group("decoding")
         group.add_argument(
-            "--beam-size", type=int, default=4, help="hypotheses; 1 is greedy"
+            "--beam-size",
+            type=int,
+            default=argparse.SUPPRESS,
+            help="hypotheses; 1 is greedy (default: the best on dev pairs)",
         )
         group.add_argument(
-            "--alpha", type=float, default=0.8, help="of the length penalty"
+            "--alpha",
+            type=float,
+            default=argparse.SUPPRESS,
+            help="of the length penalty (default: the best on dev pairs)",
         )
     for name in ("run", "export"):
         group = parsers[name].add_argument_group("SavedModel")
@@ -122,12 +139,14 @@ def _add_settings(target: argparse.ArgumentParser) -> None:
     group = target.add_argument_group("settings")
     for field in dataclasses.fields(Settings):
         kind = type(field.default)
+        options: dict[str, Any] = {"type": kind, "choices": field.metadata["choices"]}
+        if kind is bool:
+            options = {"action": argparse.BooleanOptionalAction}
         group.add_argument(
             "--" + field.name.replace("_", "-"),
-            type=kind,
             default=field.default,
-            choices=field.metadata["choices"],
             help=field.metadata["help"],
+            **options,
         )
 
 
@@ -144,7 +163,12 @@ def main(arguments: list[str] | None = None) -> int:
         arguments = ["run", *arguments]
     options = make_parser().parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stdout)
-    logging.getLogger("gshard_examples").setLevel(logging.INFO)
+    # A run's train.log has what is below.
+    logging.getLogger().handlers[0].setLevel(logging.WARNING)
+    if getattr(options, "device", None) == "CPU":
+        # Else jax looks for a TPU wherever libtpu is, and tells that there is none.
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    import_tensorflow()
     try:
         _COMMANDS[options.command](options)
     except KeyboardInterrupt:
@@ -191,11 +215,13 @@ def _train(options: argparse.Namespace) -> None:
     from gshard_examples.translation.train import train
 
     settings, corpus, vocabulary = _prepare(options)
-    summary = train(options.run, settings, corpus, vocabulary, options.data / "cache")
-    print(
-        f"validation loss {summary['val_nll'][-1]:.3f} nats per token "
-        f"(first {summary['val_nll'][0]:.3f}; a unigram model "
-        f"{summary['unigram_nll']:.3f})"
+    train(
+        options.run,
+        settings,
+        corpus,
+        vocabulary,
+        options.data / "cache",
+        samples=options.samples,
     )
 
 
@@ -218,10 +244,41 @@ def _evaluate(options: argparse.Namespace) -> None:
     )
     out = options.run / f"evaluation-{name}"
     title = f"{name}: {len(pairs)} pairs"
+    if not _given_search(options):
+        _choose_decoding(options.run, corpus, settings, vocabulary, model)
     translator = Translator(model, vocabulary, **_search(options))
     evaluate(translator, corpus, pairs, out, title, print)
-    print((out / "scores.txt").read_text("utf-8"))
-    print(f"Plot and translations: {out}")
+    print("\n" + (out / "scores.txt").read_text("utf-8"))
+    print(f"Plot: {out / 'scores.png'}\nTranslations: {out / 'translations.tsv'}")
+
+
+def _choose_decoding(
+    run: Path, corpus: Any, settings: Settings, vocabulary: Any, model: Any
+) -> None:
+    """Chooses how to decode, unless that was done at the same checkpoint."""
+    from gshard_examples.translation.decoding_choice import (
+        choose_decoding,
+        chosen_at,
+        decoding_of,
+        dev_pairs,
+        write_choice,
+    )
+    from gshard_examples.translation.train import last_step
+
+    step = last_step(run)
+    if chosen_at(run) != step:
+        languages = settings.language_tags or vocabulary.languages
+        pairs = dev_pairs(corpus, languages, seed=settings.seed)
+        print(f"choosing how to decode, on {len(pairs)} dev pairs", flush=True)
+        start = time.perf_counter()
+        choice = choose_decoding(model, vocabulary, pairs)
+        write_choice(run, choice, step)
+        print(
+            f"{choice.best}: chrF {choice.chrf[choice.best]:.1f}, the best of "
+            f"{len(choice.chrf)} ways (in {time.perf_counter() - start:.0f} s)"
+        )
+    else:
+        print(f"{decoding_of(run)}, as chosen before")
 
 
 def _translate(options: argparse.Namespace) -> None:
@@ -239,7 +296,15 @@ def _translate(options: argparse.Namespace) -> None:
 
 
 def _search(options: argparse.Namespace) -> dict:
-    return {"beam_size": options.beam_size, "alpha": options.alpha}
+    """Beam size and alpha: those given, or else those of the run."""
+    from gshard_examples.translation.decoding_choice import decoding_of
+
+    return dataclasses.asdict(decoding_of(options.run, **_given_search(options)))
+
+
+def _given_search(options: argparse.Namespace) -> dict:
+    given = vars(options)
+    return {name: given[name] for name in ("beam_size", "alpha") if name in given}
 
 
 def _export(options: argparse.Namespace) -> None:
@@ -271,6 +336,12 @@ def _run(options: argparse.Namespace) -> None:
     _train(options)
     _evaluate(options)
     _export(options)
+    saved_model = options.saved_model or options.run / "saved_model"
+    print("\nTo go on:")
+    for text, command in next_commands(
+        options.run, options.data, _settings(options), saved_model
+    ):
+        print(f"  # {text}\n  {command}")
 
 
 _COMMANDS = {

@@ -85,8 +85,6 @@ def evaluate(
         write_scores(out / "scores-apertium.json", beside)
         table = format_table(beside, ("domain", "language"))
         tables += f"\nThe {len(some)} pairs of Apertium's languages\n\n{table}\n"
-    else:
-        progress("(no Apertium here to compare with)")
     write_file(out / "scores.txt", tables.encode())
     rows = [
         "\t".join((p.lang, p.source, p.english, t))

@@ -1,17 +1,18 @@
-"""The translator: a `Transformer`, its optimizer and schedule, its loss."""
+"""The translator: a `Transformer`, its loss and metrics, its mesh."""
 
 from __future__ import annotations
 
 import contextlib
+import math
 from typing import Any
 
 import keras
 import tensorflow as tf
 
 import gshard_tf
+from gshard_examples.translation.optimization import make_optimizer
 from gshard_examples.translation.settings import Settings
 from gshard_examples.translation.vocabulary import PAD, Vocabulary
-from gshard_tf.optimizers import Adafactor
 from keras_layers import (
     NegativeLogLikelihood,
     TokenAccuracy,
@@ -19,40 +20,37 @@ from keras_layers import (
     Transformer,
 )
 
-
-@keras.saving.register_keras_serializable(package="gshard_tf_examples")
-class InverseSquareRoot(keras.optimizers.schedules.LearningRateSchedule):
-    """`peak` until step `warmup`, then `peak * sqrt(warmup / step)` (paper, section 4).
-
-    Args:
-        peak: The highest rate. The paper's: 1 / sqrt(10,000) = 0.01.
-        warmup: Steps before it decays. The paper's: 10,000.
-        linear: Whether to rise linearly to the peak, as is usual with Adam, rather
-            than to start at it.
-    """
-
-    def __init__(self, peak: float, warmup: int, linear: bool = True):
-        super().__init__()
-        self.peak, self.warmup, self.linear = peak, warmup, linear
-
-    def __call__(self, step: Any) -> tf.Tensor:
-        step = tf.cast(step, tf.float32) + 1.0
-        warmup = float(self.warmup)
-        rise = tf.minimum(step / warmup, 1.0) if self.linear else 1.0
-        return self.peak * rise * tf.sqrt(warmup / tf.maximum(step, warmup))
-
-    def get_config(self) -> dict[str, Any]:
-        return {"peak": self.peak, "warmup": self.warmup, "linear": self.linear}
+_REMAT: dict[str, bool | str] = {"none": False, "attention": "attention", "all": True}
 
 
 def make_strategy(settings: Settings) -> gshard_tf.SpmdStrategy | None:
     """The strategy that settings ask for, or None for plain Keras."""
-    if not settings.partitions:
+    axes = settings.mesh_axes
+    if not axes:
         return None
     if settings.device == "CPU":
-        gshard_tf.request_cpu_devices(settings.partitions)
-    mesh = gshard_tf.create_mesh({"expert": settings.partitions}, settings.device)
-    return gshard_tf.SpmdStrategy(mesh)
+        gshard_tf.request_cpu_devices(math.prod(axes.values()))
+    mesh = gshard_tf.create_mesh(axes, settings.device)
+    return gshard_tf.SpmdStrategy(mesh, mesh_rules(settings))
+
+
+def mesh_rules(settings: Settings) -> gshard_tf.AxisRules:
+    """What is split over which of the mesh's axes `data`, `expert` and `model`.
+
+    Experts are split over `expert`, or else over `data`; tokens over `data`, or else
+    over `expert`, as in the paper; the widths of layers and the vocabulary over
+    `model`. What has no axis is not split.
+    """
+
+    def first(*names: str) -> str | None:
+        return next((name for name in names if name in settings.mesh_axes), None)
+
+    tokens, experts = first("data", "expert"), first("expert", "data")
+    rules = {"batch": tokens}
+    if settings.experts:
+        rules |= {"group": tokens, "expert": experts}
+    rules |= dict.fromkeys(("mlp", "heads", "vocab"), first("model"))
+    return gshard_tf.AxisRules(rules)
 
 
 def scope(strategy: tf.distribute.Strategy | None) -> Any:
@@ -69,6 +67,8 @@ def make_model(settings: Settings, vocabulary: Vocabulary) -> keras.Model:
         options = {
             "router": {"capacity_factor": settings.capacity_factor},
             "group_size": settings.group_size or None,
+            "aux_loss_coef": settings.aux_loss_coef,
+            "dropout": settings.expert_dropout,
         }
     model = Transformer(
         vocab_size,
@@ -78,17 +78,20 @@ def make_model(settings: Settings, vocabulary: Vocabulary) -> keras.Model:
         model_dim=settings.model_dim,
         hidden_dim=settings.hidden_dim,
         num_heads=settings.heads,
+        key_dim=settings.key_dim or None,
         num_experts=settings.experts or None,
         moe_options=options,
         dropout=settings.dropout,
         share_embeddings=True,
         pad_id=PAD,
         seed=settings.seed,
+        remat=_REMAT[settings.remat],
+        stacked=settings.stacked,
         dtype=settings.precision,
         name="translator",
     )
     model.compile(
-        optimizer=_optimizer(settings),
+        optimizer=make_optimizer(settings),
         loss=TokenCrossentropy(
             label_smoothing=settings.label_smoothing,
             z_loss=settings.z_loss,
@@ -103,13 +106,3 @@ def make_model(settings: Settings, vocabulary: Vocabulary) -> keras.Model:
     )
     model.build([(None, None), (None, None)])
     return model
-
-
-def _optimizer(settings: Settings) -> keras.optimizers.Optimizer:
-    rate = InverseSquareRoot(
-        settings.learning_rate, settings.warmup, settings.schedule == "linear"
-    )
-    if settings.optimizer == "adafactor":
-        return Adafactor(rate, beta_2_decay=-0.8, clip_threshold=1.0)
-    kind = {"adam": keras.optimizers.Adam, "adamw": keras.optimizers.AdamW}
-    return kind[settings.optimizer](rate, beta_2=0.98, epsilon=1e-9)

@@ -112,6 +112,8 @@ def format_table(
 ) -> str:
     """Formats the scores of one or more systems as a plain-text table.
 
+    Three systems fit a screen of 80 columns.
+
     Args:
         scores: System name -> `score`'s result, all of the same pairs.
         groupings: Which of `GROUPINGS` to show below the overall row.
@@ -127,9 +129,7 @@ def format_table(
                 f"groupings must be among {', '.join(GROUPINGS)}. "
                 f"Received: {grouping!r}"
             )
-    head = ["", "pairs"]
-    for system in scores:
-        head += [f"{system} chrF", f"{system} BLEU"]
+    head = ["chrF / BLEU", "pairs", *scores]
     lines: list[list[str] | None] = [head, None]
     lines.append(_row("all", [result["overall"] for result in scores.values()]))
     for grouping in groupings:
@@ -157,5 +157,5 @@ def format_table(
 def _row(name: str, cells: Sequence[dict | None]) -> list[str]:
     row = [name, str(max((cell["pairs"] for cell in cells if cell), default=0))]
     for cell in cells:
-        row += [f"{cell['chrf']:.1f}", f"{cell['bleu']:.1f}"] if cell else ["-", "-"]
+        row.append(f"{cell['chrf']:.1f} / {cell['bleu']:4.1f}" if cell else "-")
     return row

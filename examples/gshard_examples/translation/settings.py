@@ -14,6 +14,11 @@ from typing import Any
 from gshard_tf.io.atomic_files import write_file
 from gshard_tf.io.paths import local_path
 
+#: Schedules whose rate is 0 when the run ends.
+TO_ZERO = ("cosine", "linear-to-zero")
+#: Names that the axes of a mesh may have.
+MESH_AXES = ("data", "expert", "model")
+
 
 def _flag(default: Any, text: str, choices: tuple | None = None) -> Any:
     return dataclasses.field(
@@ -50,6 +55,7 @@ class Settings:
     model_dim: int = _flag(128, "M, width of the model")
     hidden_dim: int = _flag(512, "H, width of feed-forward layers and experts")
     heads: int = _flag(4, "N, attention heads")
+    key_dim: int = _flag(0, "D, width of a head; 0: M / N")
     experts: int = _flag(
         8, "E, experts of every other feed-forward layer; 0: a dense model"
     )
@@ -57,7 +63,23 @@ class Settings:
     group_size: int = _flag(
         0, "S, tokens that are routed together; 0: each row is a group"
     )
-    dropout: float = _flag(0.1, "dropout rate")
+    aux_loss_coef: float = _flag(
+        0.01, "weight in the loss of the routers' balancing; 0: none"
+    )
+    dropout: float = _flag(
+        0.1, "dropout rate of embeddings, attention, dense layers and residuals"
+    )
+    expert_dropout: float = _flag(
+        0.0, "dropout rate of the experts' hidden layer; higher to tune on few pairs"
+    )
+    remat: str = _flag(
+        "none",
+        "activations that are computed again for the gradient, to save memory",
+        ("none", "attention", "all"),
+    )
+    stacked: bool = _flag(
+        False, "loop over stacked blocks: compiles in the same time at any depth"
+    )
 
     # -- training
     steps: int = _flag(1000, "optimizer steps in all")
@@ -65,16 +87,23 @@ class Settings:
         100, "steps between validations and checkpoints; an 'epoch' to Keras"
     )
     optimizer: str = _flag("adam", "optimizer", ("adam", "adamw", "adafactor"))
+    beta_2: float = _flag(0.98, "decay of the second moment of adam and adamw")
+    weight_decay: float = _flag(
+        0.004, "of adamw: share of each weight that a step takes off, times its rate"
+    )
+    clip_norm: float = _flag(
+        0.0, "greatest norm of all gradients together; 0: they are not clipped"
+    )
     learning_rate: float = _flag(
         2e-3, "peak rate (for adafactor: relative to each weight's size)"
     )
-    warmup: int = _flag(
-        200, "steps at or up to the peak rate, before it decays as 1 / sqrt(step)"
-    )
+    warmup: int = _flag(200, "steps at or up to the peak rate, before it decays")
     schedule: str = _flag(
         "linear",
-        "before decay: linear warm-up, or flat as in the paper",
-        ("linear", "flat"),
+        "linear: a linear warm-up, then 1 / sqrt(step); flat: the peak from the start, "
+        "then 1 / sqrt(step), as in the paper; cosine, linear-to-zero: a linear "
+        "warm-up, then down to 0 at --steps, for a run that is not to be extended",
+        ("linear", "flat", *TO_ZERO),
     )
     label_smoothing: float = _flag(
         0.0, "share of each target that is spread over the vocabulary; often 0.1"
@@ -88,6 +117,12 @@ class Settings:
     # -- mesh
     partitions: int = _flag(
         8, "devices to partition over (virtual ones on a CPU); 0: plain Keras"
+    )
+    mesh: str = _flag(
+        "",
+        "axes and their sizes instead of partitions, such as data=2,expert=4: tokens "
+        "are split over data, experts over expert, widths over model; "
+        "empty: expert=PARTITIONS",
     )
     device: str = _flag("CPU", "kind of device", ("CPU", "GPU"))
     precision: str = _flag(
@@ -104,17 +139,40 @@ class Settings:
                 raise ValueError(
                     f"{name} must be at least 1. Received: {getattr(self, name)}"
                 )
-        for name in ("experts", "partitions", "group_size", "seed"):
+        not_negative = (
+            "experts partitions group_size seed key_dim aux_loss_coef weight_decay "
+            "clip_norm"
+        )
+        for name in not_negative.split():
             if getattr(self, name) < 0:
                 raise ValueError(
                     f"{name} must be at least 0. Received: {getattr(self, name)}"
                 )
+        for name in ("dropout", "expert_dropout", "beta_2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(
+                    f"{name} must be at least 0 and below 1. Received: "
+                    f"{getattr(self, name)}"
+                )
+        for field in dataclasses.fields(self):
+            choices = field.metadata["choices"]
+            if choices and getattr(self, field.name) not in choices:
+                raise ValueError(
+                    f"{field.name} must be one of {', '.join(choices)}. "
+                    f"Received: {getattr(self, field.name)!r}"
+                )
+        if self.decays_to_zero and self.warmup >= self.steps:
+            raise ValueError(
+                f"warmup must be less than steps with schedule={self.schedule!r}. "
+                f"Received: warmup={self.warmup}, steps={self.steps}"
+            )
         if self.steps % self.steps_per_epoch:
             raise ValueError(
                 "steps must be a multiple of steps_per_epoch. Received: "
                 f"steps={self.steps}, steps_per_epoch={self.steps_per_epoch}"
             )
         self.chosen_row_lengths  # noqa: B018 (raises if it is not two lengths)
+        self.mesh_axes  # noqa: B018 (raises if it is not a mesh)
 
     @property
     def chosen_row_lengths(self) -> tuple[int, int] | None:
@@ -131,6 +189,30 @@ class Settings:
                 f"with a comma between, such as 64,40. Received: {self.row_lengths!r}"
             )
         return source, target
+
+    @property
+    def decays_to_zero(self) -> bool:
+        """Whether the learning rate is 0 at the end, so that no step can follow."""
+        return self.schedule in TO_ZERO
+
+    @property
+    def mesh_axes(self) -> dict[str, int]:
+        """Names and sizes of the mesh's axes; none for plain Keras."""
+        if not self.mesh:
+            return {"expert": self.partitions} if self.partitions else {}
+        axes: dict[str, int] = {}
+        for part in self.mesh.split(","):
+            name, _, size = (text.strip() for text in part.partition("="))
+            if name not in MESH_AXES or name in axes or not size.isdecimal():
+                axes = {}
+                break
+            axes[name] = int(size)
+        if not all(axes.values()) or not axes:
+            raise ValueError(
+                f"mesh must be sizes of some of the axes {', '.join(MESH_AXES)}, such "
+                f"as data=2,expert=4. Received: {self.mesh!r}"
+            )
+        return axes
 
     @property
     def language_tags(self) -> list[str] | None:

@@ -1,29 +1,39 @@
 """Training a translator with plain `model.fit`, in a run folder that can be resumed.
 
-A run folder holds `settings.json`, `vocab.model`, `checkpoints/`, `history.csv` and
-`logs/`. A Keras epoch is `steps_per_epoch` steps; each ends with a validation and a
-checkpoint. A run that was stopped anywhere resumes from its last checkpoint, with the
-batches that would have come next.
+A run folder holds `settings.json`, `vocab.model`, `checkpoints/`, `history.csv`,
+`train.log` and `logs/`. A Keras epoch is `steps_per_epoch` steps; each ends with a
+validation and a checkpoint. A run that was stopped anywhere resumes from its last
+checkpoint, with the batches that would have come next.
 """
 
 from __future__ import annotations
 
+import contextlib
 import csv
+import functools
 import json
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
+from rich.console import Console
 
 from gshard_examples.translation.baselines import unigram_cross_entropy
 from gshard_examples.translation.corpus import Corpus, Pair
 from gshard_examples.translation.model import make_model, make_strategy, scope
 from gshard_examples.translation.packed_batches import PackedBatches, choose_row_lengths
+from gshard_examples.translation.progress import (
+    TrainingProgress,
+    log_file,
+    make_console,
+    print_samples,
+)
+from gshard_examples.translation.samples import Samples, is_due, sample_sentences
 from gshard_examples.translation.settings import Settings
 from gshard_examples.translation.tokens import tokenize_pairs, tokenize_split
 from gshard_examples.translation.vocabulary import Vocabulary
@@ -76,6 +86,7 @@ def train(
     vocabulary: Vocabulary,
     cache: Path | None = None,
     verbose: int = 1,
+    samples: int = 0,
 ) -> dict[str, Any]:
     """Trains, or resumes, the run in a folder.
 
@@ -85,7 +96,10 @@ def train(
         corpus: What to train and validate on.
         vocabulary: The vocabulary, which is copied into the run.
         cache: Folder for the tokenized corpus.
-        verbose: Keras's: 1 shows a progress bar, 2 a line per epoch.
+        verbose: 1 prints the progress (see `progress`), 0 nothing.
+        samples: Dev sentences, each in another language, whose translations are
+            printed after some of the validations. On a mesh they take a second copy
+            of the weights, on the host.
 
     Returns:
         A summary: steps, validation figures, those of a unigram model.
@@ -101,13 +115,25 @@ def train(
     check_same_run(run, settings, vocabulary)
     settings.write(run)
     write_file(run / "vocab.model", vocabulary.model_bytes)
+    with log_file(run / "train.log"):
+        return _train(run, settings, corpus, vocabulary, cache, verbose, samples)
 
+
+def _train(
+    run: Path,
+    settings: Settings,
+    corpus: Corpus,
+    vocabulary: Vocabulary,
+    cache: Path | None,
+    verbose: int,
+    samples: int,
+) -> dict[str, Any]:
     keras.utils.set_random_seed(settings.seed)
     tokens = tokenize_split(corpus, "train", vocabulary, settings.language_tags, cache)
-    dev = tokenize_pairs(
-        sample_pairs(corpus, "dev", settings.validation_pairs, settings.language_tags),
-        vocabulary,
+    dev_pairs = sample_pairs(
+        corpus, "dev", settings.validation_pairs, settings.language_tags
     )
+    dev = tokenize_pairs(dev_pairs, vocabulary)
     row_lengths = settings.chosen_row_lengths
     if row_lengths is None:
         row_lengths = choose_row_lengths(tokens, settings.temperature)
@@ -125,17 +151,18 @@ def train(
         # The layout report lists its slots.
         model.optimizer.build(model.trainable_variables)
     checkpoints = CheckpointManager(run / "checkpoints", max_to_keep=2)
-    done = max(checkpoints.steps(), default=0)
+    done = last_step(run)
     unigram = unigram_cross_entropy(
         tokens.predicted_ids(), dev.predicted_ids(), vocabulary.size
     )
-    log.info(
-        "%s weights; steps done: %d of %d; a unigram model has %.3f nats per token",
-        f"{model.count_params():,}",
-        done,
-        settings.steps,
-        unigram,
+    console = make_console()
+    about = (
+        f"{model.count_params():,} weights; {_devices(settings)}",
+        f"step {done:,} of {settings.steps:,}; loss of a unigram model: {unigram:.3f}",
     )
+    log.info("%s; %s", *about)
+    if verbose:
+        console.print(*about, sep="\n", soft_wrap=True)
     if strategy is not None:
         write_file(run / "layout.txt", f"{strategy.describe(model)}\n".encode())
     if done < settings.steps:
@@ -149,15 +176,31 @@ def train(
         ]
         if strategy is not None:
             callbacks.append(NonFiniteGuard())
-        model.fit(
-            dataset.dataset,
-            epochs=settings.steps // settings.steps_per_epoch,
-            steps_per_epoch=settings.steps_per_epoch,
-            validation_data=validation.dataset(),
-            shuffle=False,  # the batches are shuffled
-            verbose=verbose,
-            callbacks=callbacks,
-        )
+        shown: contextlib.AbstractContextManager = contextlib.nullcontext()
+        if verbose:
+            after = None
+            if samples:
+                after = _show_samples(
+                    console, model, settings, vocabulary, dev_pairs, samples
+                )
+            shown = TrainingProgress(
+                console,
+                settings.steps,
+                settings.steps_per_epoch,
+                _tokens_per_step(batches),
+                after,
+            )
+            callbacks.append(shown)
+        with shown:
+            model.fit(
+                dataset.dataset,
+                epochs=settings.steps // settings.steps_per_epoch,
+                steps_per_epoch=settings.steps_per_epoch,
+                validation_data=validation.dataset(),
+                shuffle=False,  # the batches are shuffled
+                verbose=0,
+                callbacks=callbacks,
+            )
     history = read_history(run)
     summary = {
         "steps": settings.steps,
@@ -171,6 +214,44 @@ def train(
     return summary
 
 
+def _devices(settings: Settings) -> str:
+    axes = settings.mesh_axes
+    if not axes:
+        return "no mesh"
+    sizes = " x ".join(f"{size} ({name})" for name, size in axes.items())
+    return f"mesh of {sizes} {settings.device} devices"
+
+
+def _tokens_per_step(batches: PackedBatches) -> float:
+    """Source and target tokens of a batch, on average; padding is none."""
+    tokens = batches.tokens
+    lengths = tokens.source_lengths + tokens.target_lengths
+    return float(lengths[batches.plan().examples].sum()) / batches.steps()
+
+
+def _show_samples(
+    console: Console,
+    model: keras.Model,
+    settings: Settings,
+    vocabulary: Vocabulary,
+    pairs: Sequence[Pair],
+    count: int,
+) -> Callable[[int], None]:
+    """What prints a few translations when enough steps are done."""
+    plain = None
+    if settings.mesh_axes:
+        plain = functools.partial(make_model, settings, vocabulary)
+    sentences = Samples(
+        model, plain, vocabulary, sample_sentences(pairs, count, settings.seed)
+    )
+
+    def after(step: int) -> None:
+        if is_due(step, settings.steps, settings.steps_per_epoch):
+            print_samples(console, sentences.translate())
+
+    return after
+
+
 def check_same_run(run: Path, settings: Settings, vocabulary: Vocabulary) -> None:
     """Checks that a folder is new, or holds a run that these settings resume.
 
@@ -180,7 +261,8 @@ def check_same_run(run: Path, settings: Settings, vocabulary: Vocabulary) -> Non
     """
     if not (run / "settings.json").is_file():
         # They are written first.
-        for name in ("vocab.model", "layout.txt", "history.csv", "summary.json"):
+        names = "vocab.model layout.txt history.csv summary.json train.log"
+        for name in names.split():
             if os.path.lexists(run / name):
                 raise FileExistsError(
                     "The run's folder must be new, or one with a settings.json. This "
@@ -190,7 +272,14 @@ def check_same_run(run: Path, settings: Settings, vocabulary: Vocabulary) -> Non
         return
     _check_format(run)
     earlier = Settings.read(run)
-    may_differ = {"steps", "partitions", "device", "validation_pairs"}
+    may_differ = {"steps", "partitions", "mesh", "device", "validation_pairs"}
+    if earlier.decays_to_zero and settings.steps != earlier.steps:
+        raise ValueError(
+            f"The run in {run} was begun with schedule={earlier.schedule!r}, whose "
+            f"rate is 0 at the end, so steps={earlier.steps} must stay as it is. For "
+            "another length, name another folder with --run. "
+            f"Received: steps={settings.steps}"
+        )
     for name, value in vars(earlier).items():
         received = getattr(settings, name)
         if received != value and name not in may_differ:
@@ -206,6 +295,11 @@ def check_same_run(run: Path, settings: Settings, vocabulary: Vocabulary) -> Non
             "another one, name another folder with --run. Received: a vocabulary of "
             f"{vocabulary.size} symbols, SHA-256 {vocabulary.sha256[:12]}..."
         )
+
+
+def last_step(run: Path) -> int:
+    """Returns the step of a run's last checkpoint, 0 without one."""
+    return max(CheckpointManager(run / "checkpoints").steps(), default=0)
 
 
 def load_model(run: Path) -> tuple[Settings, Vocabulary, keras.Model]:

@@ -76,6 +76,8 @@ class Translator(tf.Module):
             "tokenize": self._function(self._tokenize, _TEXTS, _LANGUAGES),
             "languages": self._function(self._languages),
         }
+        #: The whole beam, to rank by several `alpha`: see `decoding_choice`.
+        self.candidates = self._function(self._candidates, _TEXTS, _LANGUAGES)
 
     def translate(
         self, languages: Sequence[str], texts: Sequence[str], batch_size: int = CHUNK
@@ -108,33 +110,9 @@ class Translator(tf.Module):
     def _translate(self, texts: tf.Tensor, languages: tf.Tensor) -> dict[str, Any]:
         """Returns the best translation of each text, and all others of the beam."""
         source, truncated = self._source(texts, languages)
-        n = self.beam_size
-
-        def search(source: tf.Tensor) -> tuple[tf.Tensor, ...]:
-            hypotheses = beam_search(
-                self._model,
-                source,
-                self.max_target,
-                BOS,
-                EOS,
-                beam_size=n,
-                alpha=self.alpha,
-                num_results=n,
-                limits=length_limits(source, PAD, 2.0, 10),
-            )
-            return hypotheses.ids, hypotheses.scores, hypotheses.log_probs
-
-        ids, scores, log_probs = _in_chunks(
-            search,
-            source,
-            [
-                tf.TensorSpec([None, n, self.max_target], tf.int32),
-                tf.TensorSpec([None, n], tf.float32),
-                tf.TensorSpec([None, n], tf.float32),
-            ],
-        )
+        ids, scores, log_probs = self._search(source)
         texts = self._decode(tf.reshape(ids, [-1, self.max_target]))
-        texts = tf.reshape(texts, [-1, n])  # [B, n]
+        texts = tf.reshape(texts, [-1, self.beam_size])  # [B, n]
         # Without any text there is nothing to translate: tag and end alone.
         empty = tf.reduce_sum(tf.cast(source != PAD, tf.int32), axis=1) == 2
         texts = tf.where(empty[:, None], "", texts)
@@ -147,6 +125,16 @@ class Translator(tf.Module):
             "n_best": texts,
             # JSON has no infinity, the score of a hypothesis that there is not.
             "n_best_scores": tf.maximum(scores, -1e9),
+        }
+
+    def _candidates(self, texts: tf.Tensor, languages: tf.Tensor) -> dict[str, Any]:
+        """All translations that the beam ends with, `[B, n]`, and what ranks them."""
+        ids, _, log_probs = self._search(self._source(texts, languages)[0])
+        found = self._decode(tf.reshape(ids, [-1, self.max_target]))
+        return {
+            "translations": tf.reshape(found, [-1, self.beam_size]),
+            "log_probs": log_probs,
+            "tokens": tf.reduce_sum(tf.cast(ids != PAD, tf.int32), axis=-1),
         }
 
     def _encode(self, texts: tf.Tensor, languages: tf.Tensor) -> dict[str, Any]:
@@ -215,6 +203,34 @@ class Translator(tf.Module):
                 return fn(*arguments)
 
         return tf.function(with_weights, input_signature=list(specs), autograph=False)
+
+    def _search(self, source: tf.Tensor) -> list[tf.Tensor]:
+        """Ids `[B, n, T]` of the beam's n translations; scores, log-probabilities."""
+        n = self.beam_size
+
+        def search(source: tf.Tensor) -> tuple[tf.Tensor, ...]:
+            hypotheses = beam_search(
+                self._model,
+                source,
+                self.max_target,
+                BOS,
+                EOS,
+                beam_size=n,
+                alpha=self.alpha,
+                num_results=n,
+                limits=length_limits(source, PAD, 2.0, 10),
+            )
+            return hypotheses.ids, hypotheses.scores, hypotheses.log_probs
+
+        return _in_chunks(
+            search,
+            source,
+            [
+                tf.TensorSpec([None, n, self.max_target], tf.int32),
+                tf.TensorSpec([None, n], tf.float32),
+                tf.TensorSpec([None, n], tf.float32),
+            ],
+        )
 
     def _source(
         self, texts: tf.Tensor, languages: tf.Tensor

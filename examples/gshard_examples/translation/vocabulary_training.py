@@ -12,6 +12,7 @@ pieces, so the user's text can't pose as a tag.
 from __future__ import annotations
 
 import io
+import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -95,6 +96,13 @@ def training_text(
             yield lines[index]
 
 
+#: A byte-order mark, which Windows puts before a file's text, is left out. Else what
+#: goes in must come out: "…" stays "…". The corpus is in NFC, and
+#: `vocabulary.Vocabulary` puts the text it is given in NFC too. (Without any rule
+#: TensorFlow Text says so on standard error, whenever it loads the vocabulary.)
+_NORMALIZATION = "FEFF\t\n"
+
+
 def train_vocabulary(
     corpus: Corpus,
     path: str | Path,
@@ -138,6 +146,7 @@ def train_vocabulary(
     path = local_path(path)  # before the work
     try:
         import sentencepiece
+        from sentencepiece.sentencepiece_model_pb2 import ModelProto
     except ImportError as error:
         raise missing_packages(
             ["sentencepiece"], "vocabularies are trained with it"
@@ -163,34 +172,37 @@ def train_vocabulary(
     pairs = (pair for pair in corpus.iterate("train") if pair.lang in kept)
     model = io.BytesIO()
     try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=training_text(pairs, temperature, sentences, seed),
-            model_writer=model,
-            vocab_size=size,
-            model_type=model_type,
-            character_coverage=character_coverage,
-            byte_fallback=True,
-            # What goes in must come out: "…" stays "…".  The corpus is in NFC, and
-            # `vocabulary.Vocabulary` puts the text it is given in NFC too.
-            normalization_rule_name="identity",
-            control_symbols=[language_symbol(tag) for tag in tags],
-            user_defined_symbols=list(PLACEHOLDERS),
-            pad_id=PAD,
-            unk_id=UNK,
-            bos_id=BOS,
-            eos_id=EOS,
-            pad_piece="<pad>",
-            unk_piece="<unk>",
-            bos_piece="<s>",
-            eos_piece="</s>",
-            max_sentence_length=8_000,  # bytes
-            num_threads=1,  # float sums in another order would be another model
-            minloglevel=2,
-        )
+        with tempfile.NamedTemporaryFile("w", suffix=".tsv") as rules:
+            rules.write(_NORMALIZATION)
+            rules.flush()
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=training_text(pairs, temperature, sentences, seed),
+                model_writer=model,
+                vocab_size=size,
+                model_type=model_type,
+                character_coverage=character_coverage,
+                byte_fallback=True,
+                normalization_rule_tsv=rules.name,
+                control_symbols=[language_symbol(tag) for tag in tags],
+                user_defined_symbols=list(PLACEHOLDERS),
+                pad_id=PAD,
+                unk_id=UNK,
+                bos_id=BOS,
+                eos_id=EOS,
+                pad_piece="<pad>",
+                unk_piece="<unk>",
+                bos_piece="<s>",
+                eos_piece="</s>",
+                max_sentence_length=8_000,  # bytes
+                num_threads=1,  # float sums in another order would be another model
+                minloglevel=2,
+            )
     except (RuntimeError, OSError) as error:
         raise ValueError(
             f"SentencePiece could not train on this: {error}. Received: size={size}, "
             f"character_coverage={character_coverage}, languages={len(tags)}"
         ) from error
-    write_file(path, model.getvalue())
+    trained = ModelProto.FromString(model.getvalue())
+    trained.normalizer_spec.ClearField("normalization_rule_tsv")  # its name is random
+    write_file(path, trained.SerializeToString(deterministic=True))
     return path
