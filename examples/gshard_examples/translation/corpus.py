@@ -24,7 +24,13 @@ from gshard_examples.translation.languages import (
 )
 from gshard_examples.translation.package_files import sha256_of
 from gshard_examples.translation.sources import NAME_DOMAINS, Source, corpus_sources
-from gshard_examples.translation.split import SPLITS, assign_splits, message_key
+from gshard_examples.translation.split import (
+    PAIR_SPLITS,
+    SPLITS,
+    assign_splits,
+    choose_new_pairs,
+    message_key,
+)
 from gshard_tf.io.atomic_files import write_synced
 from gshard_tf.io.atomic_folders import Contents, new_folder
 from gshard_tf.io.paths import local_path
@@ -32,7 +38,7 @@ from gshard_tf.io.paths import local_path
 log = logging.getLogger(__name__)
 
 #: Goes up when the files or the meaning of the manifest change.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 COLUMNS = ("lang", "domain", "source", "english")
 #: What is in a corpus folder, and so may be replaced: vocabularies and caches too.
@@ -101,7 +107,8 @@ def prepare_corpus(
             language and less to train on.
         languages: Keep only these language tags (`"de"`, `"sr_Latn"`). The split
             is made before, on all languages, so a subset has the same held-out
-            messages as the whole.
+            messages as the whole. Of the new pairs it has those whose message another
+            language of the subset trains; the others are left out.
         folder: Where the package files of M and D lie.
         replace: Whether to replace a folder that is there already, with its
             vocabularies and caches, which belong to the old text. It must be empty, or
@@ -253,14 +260,39 @@ def _split(
     for tag, _, english in domain_of:
         languages_of[key_of[english]].add(base_language(tag))
     split_of = assign_splits(languages_of, held_out)
+    new_pairs = choose_new_pairs(
+        (tag, source, key_of[english])
+        for tag, source, english in domain_of
+        if split_of[key_of[english]] == "train"
+    )
     rows: dict[str, list[Pair]] = {split: [] for split in SPLITS}
     for (tag, source, english), domain in domain_of.items():
         if selected is None or tag in selected:
-            rows[split_of[key_of[english]]].append(Pair(tag, domain, source, english))
+            key = key_of[english]
+            split = new_pairs.get((tag, key)) or split_of[key]
+            rows[split].append(Pair(tag, domain, source, english))
+    if selected is not None:
+        _drop_unknown(rows, key_of)
     for pairs in rows.values():
         pairs.sort()
     progress("splitting", len(domain_of), len(domain_of))
     return rows
+
+
+def _drop_unknown(rows: dict[str, list[Pair]], key_of: dict[str, str]) -> None:
+    """Leaves out the new pairs whose message no other kept language trains.
+
+    They do not train either: the corpus of all languages tests on them.
+    """
+    known = defaultdict(set)
+    for pair in rows["train"]:
+        known[key_of[pair.english]].add(base_language(pair.lang))
+    for split in PAIR_SPLITS:
+        rows[split] = [
+            pair
+            for pair in rows[split]
+            if known[key_of[pair.english]] - {base_language(pair.lang)}
+        ]
 
 
 def _counts(pairs: Sequence[Pair]) -> dict:
@@ -374,7 +406,8 @@ def load_corpus(path: str | Path, verify: bool = True) -> Corpus:
     if version != FORMAT_VERSION:
         raise CorpusError(
             f"{path} has corpus format {version}; this program reads format "
-            f"{FORMAT_VERSION}. Prepare it again"
+            f"{FORMAT_VERSION}. Prepare it again: gshard-translate prepare --replace "
+            f"--data {path}"
         )
     for name, facts in manifest["files"].items():
         file = path / name
