@@ -330,33 +330,6 @@ def test_file_size_limit(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-# ------------------------------------------------------------------ users' own files
-
-
-@pytest.mark.parametrize(
-    ("data", "match"),
-    [
-        (b"", "is empty"),
-        (b"de\tgut\tgood\nde\t\xff\tgood\n", "line 2 is not UTF-8"),
-        (b"de\tgut\tgood\tbetter\n", "line 1.*Received: 4 columns"),
-        (b"german\tgut\tgood\n", "line 1.*'german'"),
-    ],
-)
-def test_users_files_are_checked(tmp_path, data, match):
-    path = tmp_path / "mine.tsv"
-    path.write_bytes(data)
-    with pytest.raises(ValueError, match=match):
-        corpora.read_pairs(path)
-
-
-def test_users_files(tmp_path):
-    path = tmp_path / "mine.tsv"
-    path.write_text("de\tgut\tgood\nsr_Latn\t" + "x" * 50_000 + "\n")
-    first, second = corpora.read_pairs(path)
-    assert first == ("de", "file", "gut", "good")
-    assert (second.lang, len(second.source), second.english) == ("sr_Latn", 50_000, "")
-
-
 # ------------------------------------------------------------------- the real thing
 
 S_PACKAGES = ("django", "plone.app.locales", "gramps", "pycountry")

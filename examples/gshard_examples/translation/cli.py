@@ -13,6 +13,10 @@ from pathlib import Path
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import gshard_tf
+from gshard_examples.translation.own_text_options import (  # noqa: E402
+    add_own_text,
+    own_corpus,
+)
 from gshard_examples.translation.settings import Settings  # noqa: E402
 from gshard_examples.translation.split import SPLITS  # noqa: E402
 from gshard_tf.io.locks import AlreadyRunningError  # noqa: E402
@@ -59,6 +63,8 @@ def make_parser() -> argparse.ArgumentParser:
         group.add_argument(
             "--packages", type=path_option, help="folder of the package files of M or D"
         )
+    for name in ("run", "prepare"):
+        add_own_text(parsers[name])
     parsers["prepare"].add_argument(
         "--replace",
         action="store_true",
@@ -171,7 +177,10 @@ def _prepare(options: argparse.Namespace) -> tuple:
 
     settings = _settings(options)
     replace = getattr(options, "replace", False)
-    if options.data.exists() and not replace:
+    own = own_corpus(options, replace) if hasattr(options, "tsv") else None
+    if own is not None:
+        corpus = own
+    elif options.data.exists() and not replace:
         corpus = load_corpus(options.data)
     else:
         print(f"Preparing corpus {options.corpus} in {options.data} ...", flush=True)
@@ -192,6 +201,8 @@ def _prepare(options: argparse.Namespace) -> tuple:
     if settings.language_tags:
         vocabulary.check_languages(settings.language_tags)
     counts = corpus.languages("train")
+    held = {split: sum(corpus.languages(split).values()) for split in HELD_OUT}
+    print("Held out: " + ", ".join(f"{split} {n:,}" for split, n in held.items()))
     print(
         f"{sum(counts.values()):,} training pairs in {len(counts)} languages; "
         f"{vocabulary.size:,} symbols"

@@ -19,7 +19,7 @@ import math
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from gshard_examples.translation.languages import base_language
 
@@ -85,7 +85,8 @@ def assign_splits(
     held_out: float,
     wide: int = WIDE,
     min_words: int = MIN_WORDS,
-    near_copy: float = NEAR_COPY,
+    near_copy: float | None = NEAR_COPY,
+    held_splits: Collection[str] = ("dev", "test"),
 ) -> dict[str, str]:
     """Gives every message a split.
 
@@ -95,7 +96,9 @@ def assign_splits(
             many go to `dev`.  0.2 suits the small corpus, 0.06 the large ones.
         wide: See `WIDE`.
         min_words: See `MIN_WORDS`.
-        near_copy: See `NEAR_COPY`.
+        near_copy: See `NEAR_COPY`. None: near-copies are not kept apart.
+        held_splits: Which of `dev` and `test` to make. What would go to the other
+            trains.
 
     Returns:
         Message key -> one of `SPLITS`.
@@ -113,10 +116,11 @@ def assign_splits(
     for key, languages in languages_of.items():
         rate = held_out if len(set(languages)) >= wide else held_out / 6
         draw = _uniform(key)
-        if len(key.split()) < min_words or draw >= 1.5 * rate:
-            splits[key] = "train"
-        else:
-            splits[key] = "test" if draw < rate else "dev"
+        held = "test" if draw < rate else "dev"
+        trains = len(key.split()) < min_words or draw >= 1.5 * rate
+        splits[key] = "train" if trains or held not in held_splits else held
+    if near_copy is None:
+        return splits
     training = [key for key, split in splits.items() if split == "train"]
     held_keys = [key for key, split in splits.items() if split != "train"]
     for key in near_copies(held_keys, training, near_copy):

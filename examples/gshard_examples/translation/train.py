@@ -22,6 +22,7 @@ import numpy as np
 
 from gshard_examples.translation.baselines import unigram_cross_entropy
 from gshard_examples.translation.corpus import Corpus, Pair
+from gshard_examples.translation.lengths import check_lengths
 from gshard_examples.translation.model import make_model, make_strategy, scope
 from gshard_examples.translation.pipeline import Batches, tokenize_pairs, tokenize_split
 from gshard_examples.translation.settings import Settings
@@ -91,27 +92,30 @@ def train(
 
     Raises:
         ValueError: when the folder holds a run of other settings or of an earlier
-            version, or is remote, `gs://` say.
+            version, or is remote, `gs://` say; or when half of the pairs or more are
+            too long (`lengths.check_lengths`).
         FileExistsError: when it holds no run, but a file that one would replace.
         OSError: when something cannot be written, as to a full disk.
     """
     run = local_path(run, "run")
     cache = None if cache is None else local_path(cache, "cache")
     check_same_run(run, settings, vocabulary)
-    settings.write(run)
-    write_file(run / "vocab.model", vocabulary.model_bytes)
-
     keras.utils.set_random_seed(settings.seed)
     tokens = tokenize_split(corpus, "train", vocabulary, settings.language_tags, cache)
     dev = tokenize_pairs(
         sample_pairs(corpus, "dev", settings.validation_pairs, settings.language_tags),
         vocabulary,
     )
+    longest = settings.bucket_lengths[-1]
+    check_lengths(tokens, (longest, longest), "--buckets")
     sizes = (settings.batch_tokens, settings.bucket_lengths)
     batches = Batches(
         tokens, *sizes, temperature=settings.temperature, seed=settings.seed
     )
     validation = Batches(dev, *sizes, training=False)
+    # Not before the data are found usable: what is written must stay as it is.
+    settings.write(run)
+    write_file(run / "vocab.model", vocabulary.model_bytes)
     log.info("training batches: %s", batches.summary())
     log.info("validation batches: %s", validation.summary())
 
