@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from collections import defaultdict
 from importlib import metadata
 from pathlib import Path
 
@@ -13,7 +14,12 @@ import pytest
 from gshard_examples.translation import corpus as corpora
 from gshard_examples.translation.corpus import CorpusError, load_corpus, prepare_corpus
 from gshard_examples.translation.languages import base_language
-from gshard_examples.translation.split import SPLITS, message_key, near_copies
+from gshard_examples.translation.split import (
+    PAIR_SPLITS,
+    SPLITS,
+    message_key,
+    near_copies,
+)
 
 from .conftest import (
     catalogue,
@@ -35,14 +41,33 @@ def hidden(folder):
 
 
 def assert_no_leak(corpus):
-    """No English message is on two sides, and `test` has no near-copy in `train`."""
+    """No English message is on two sides, and `test` has no near-copy in `train`.
+
+    New pairs have messages that train, in another language than theirs only.
+    """
+    pairs = {split: corpus.read(split) for split in SPLITS}
     keys = {
-        split: {message_key(pair.english) for pair in corpus.read(split)}
-        for split in SPLITS
+        split: {message_key(pair.english) for pair in pairs[split]} for split in SPLITS
     }
-    for i, one in enumerate(SPLITS):
-        for other in SPLITS[i + 1 :]:
+    new_messages = [split for split in SPLITS if split not in PAIR_SPLITS]
+    for i, one in enumerate(new_messages):
+        for other in new_messages[i + 1 :]:
             assert not keys[one] & keys[other], (one, other)
+    trained = {(pair.lang, message_key(pair.english)) for pair in pairs["train"]}
+    sources = {(pair.lang, pair.source.casefold()) for pair in pairs["train"]}
+    languages = defaultdict(set)
+    for tag, key in trained:
+        languages[key].add(base_language(tag))
+    held = [
+        {(pair.lang, message_key(pair.english)) for pair in pairs[split]}
+        for split in PAIR_SPLITS
+    ]
+    assert not held[0] & held[1] and not (held[0] | held[1]) & trained
+    for split in PAIR_SPLITS:
+        for pair in pairs[split]:
+            assert (pair.lang, pair.source.casefold()) not in sources
+            others = languages[message_key(pair.english)] - {base_language(pair.lang)}
+            assert others, pair
     for split in ("dev", "test"):
         assert not near_copies(keys[split], keys["train"])
         assert (
@@ -53,7 +78,7 @@ def assert_no_leak(corpus):
 
 def test_toy_corpus(toy_corpus):
     keys = assert_no_leak(toy_corpus)
-    assert all(keys[split] for split in ("train", "dev", "test"))
+    assert all(keys[split] for split in ("train", "dev", "test", *PAIR_SPLITS))
     pairs = {split: toy_corpus.read(split) for split in SPLITS}
     # Every translation of every message is somewhere, and is what it was.
     expected = {
@@ -98,9 +123,19 @@ def test_two_runs_give_the_same_bytes(toy_corpus, tmp_path):
 
 def test_a_subset_has_the_same_held_out_messages(toy_corpus, tmp_path):
     subset = make_toy_corpus(tmp_path / "subset", languages=["de", "sr_Latn"])
+    kept = {
+        split: [p for p in toy_corpus.read(split) if p.lang in ("de", "sr_Latn")]
+        for split in SPLITS
+    }
+    trained = {(p.lang, p.english) for p in kept["train"]}
+    other = {"de": "sr_Latn", "sr_Latn": "de"}
+    for split in PAIR_SPLITS:  # of messages that the subset trains
+        kept[split] = [p for p in kept[split] if (other[p.lang], p.english) in trained]
+        assert kept[split]
     for split in SPLITS:
-        kept = [p for p in toy_corpus.read(split) if p.lang in ("de", "sr_Latn")]
-        assert subset.read(split) == kept
+        assert subset.read(split) == kept[split]
+    alone = make_toy_corpus(tmp_path / "alone", languages=["de"])
+    assert alone.read("test_pairs") == [] != alone.read("test")
 
 
 def test_manifest(toy_corpus):
@@ -187,9 +222,12 @@ def test_damaged_corpora_are_refused(tmp_path):
     manifest.write_bytes(said[: len(said) // 2])
     with pytest.raises(CorpusError, match="damaged"):
         load_corpus(out)
-    manifest.write_bytes(said.replace(b'"format": 1', b'"format": 99'))
-    with pytest.raises(CorpusError, match="format 99"):
-        load_corpus(out)
+    # Format 1 had no pairs held out.
+    for earlier in (b"1", b"99"):
+        manifest.write_bytes(said.replace(b'"format": 2', b'"format": ' + earlier))
+        message = f"format {earlier.decode()}; .* prepare --replace --data .*{out.name}"
+        with pytest.raises(CorpusError, match=message):
+            load_corpus(out)
     manifest.unlink()
     with pytest.raises(CorpusError, match="half-written"):
         load_corpus(out)
@@ -292,33 +330,6 @@ def test_file_size_limit(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-# ------------------------------------------------------------------ users' own files
-
-
-@pytest.mark.parametrize(
-    ("data", "match"),
-    [
-        (b"", "is empty"),
-        (b"de\tgut\tgood\nde\t\xff\tgood\n", "line 2 is not UTF-8"),
-        (b"de\tgut\tgood\tbetter\n", "line 1.*Received: 4 columns"),
-        (b"german\tgut\tgood\n", "line 1.*'german'"),
-    ],
-)
-def test_users_files_are_checked(tmp_path, data, match):
-    path = tmp_path / "mine.tsv"
-    path.write_bytes(data)
-    with pytest.raises(ValueError, match=match):
-        corpora.read_pairs(path)
-
-
-def test_users_files(tmp_path):
-    path = tmp_path / "mine.tsv"
-    path.write_text("de\tgut\tgood\nsr_Latn\t" + "x" * 50_000 + "\n")
-    first, second = corpora.read_pairs(path)
-    assert first == ("de", "file", "gut", "good")
-    assert (second.lang, len(second.source), second.english) == ("sr_Latn", 50_000, "")
-
-
 # ------------------------------------------------------------------- the real thing
 
 S_PACKAGES = ("django", "plone.app.locales", "gramps", "pycountry")
@@ -338,6 +349,10 @@ def test_corpus_s(tmp_path):
     assert totals["english_messages"] == pytest.approx(22_841, rel=0.02)
     assert totals["languages_with"]["200"] == pytest.approx(111, abs=2)
     assert made.manifest["counts"]["test"]["pairs"] == pytest.approx(10_862, rel=0.1)
+    new_pairs = made.languages("test_pairs")
+    assert sum(new_pairs.values()) == pytest.approx(3_374, rel=0.1)
+    assert len(new_pairs) == pytest.approx(102, abs=3)
+    assert sum(count >= 20 for count in new_pairs.values()) > 70
     assert_no_leak(made)
     languages = {base_language(p.lang) for p in made.read("test")}
     assert len(languages) > 100

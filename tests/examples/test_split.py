@@ -1,4 +1,5 @@
 import itertools
+from collections import Counter
 
 import pytest
 from hypothesis import given
@@ -6,8 +7,10 @@ from hypothesis import strategies as st
 
 from gshard_examples.translation.split import (
     assign_splits,
+    choose_new_pairs,
     message_key,
     near_copies,
+    source_key,
 )
 
 from .conftest import messages
@@ -56,3 +59,65 @@ def test_shares_and_short_messages():
 def test_share_must_leave_something(held_out):
     with pytest.raises(ValueError, match="Received: held_out="):
         assign_splits({}, held_out)
+
+
+# ------------------------------------------------------------------------- new pairs
+
+
+def trained(languages, count=300):
+    return [
+        (tag, f"{tag} {message}", message_key(message))
+        for message in messages(count)
+        for tag in languages
+    ]
+
+
+def test_sizes_of_the_new_pairs():
+    split_of = choose_new_pairs(trained(["de", "fr"]) + trained(["ru"], 120))
+    sizes = Counter((tag, split) for (tag, _), split in split_of.items())
+    # A tenth of the messages that can be held out, at most 40; half of it for dev.
+    assert {tag: sizes[tag, "test_pairs"] for tag in ("de", "fr", "ru")} == {
+        "de": pytest.approx(30, abs=2),
+        "fr": pytest.approx(28, abs=4),  # not those that de holds out
+        "ru": pytest.approx(11, abs=2),
+    }
+    for tag in ("de", "fr", "ru"):
+        assert sizes[tag, "dev_pairs"] == sizes[tag, "test_pairs"] // 2
+    many = choose_new_pairs(trained(["de", "fr", "ru"], 1000))
+    sizes = Counter((tag, split) for (tag, _), split in many.items())
+    assert set(sizes.values()) == {40, 20}
+    assert choose_new_pairs(trained(["de", "fr"], 90)) == {}
+    assert choose_new_pairs(trained(["de"])) == {}
+    # The same language in another script does not know a message for the first.
+    assert choose_new_pairs(trained(["sr", "sr_Latn"])) == {}
+
+
+def test_new_pairs_do_not_depend_on_the_order():
+    pairs = trained(["de", "fr", "ru"])
+    assert choose_new_pairs(pairs[::-1]) == choose_new_pairs(pairs)
+
+
+def test_a_source_with_two_meanings_is_not_held_out():
+    pairs = trained(["de", "fr"])
+    # All of de's sources are the same words; fr's differ.
+    same = [(t, "Der, die - das!" if t == "de" else s, k) for t, s, k in pairs]
+    assert {tag for tag, _ in choose_new_pairs(same)} == {"fr"}
+    assert source_key("Der, die - das {1}!") == "der die das"
+
+
+rows = st.tuples(
+    st.sampled_from(["de", "fr", "sr", "sr_Latn"]),
+    st.sampled_from([f"s{letter}" for letter in "abcdefgh"]),
+    st.sampled_from([f"{letter} x y" for letter in "abcdef"]),
+)
+
+
+@given(st.lists(rows, max_size=40))
+def test_new_pairs_are_known_elsewhere_and_nowhere_here(training):
+    split_of = choose_new_pairs(training, most=2, least=1)
+    left = [row for row in training if (row[0], row[2]) not in split_of]
+    for tag, key in split_of:
+        base = tag.partition("_")[0]
+        assert any(k == key and t.partition("_")[0] != base for t, _, k in left)
+        sources = {s for t, s, k in training if (t, k) == (tag, key)}
+        assert not any(t == tag and s in sources for t, s, _ in left)

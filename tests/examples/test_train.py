@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -20,8 +21,9 @@ from gshard_examples.translation import (
     train,
     vocabulary_training,
 )
-from gshard_examples.translation.baselines import ApertiumResult
+from gshard_examples.translation.baselines import ApertiumResult, TranslationMemory
 from gshard_examples.translation.corpus import load_corpus, prepare_corpus
+from gshard_examples.translation.score import score
 from gshard_examples.translation.settings import Settings
 from gshard_examples.translation.translator import Translator
 from gshard_tf import CheckpointManager
@@ -108,14 +110,39 @@ def test_another_run_in_the_same_folder_is_refused(run, corpus, vocabulary):
 
 def test_scores_beside_the_baselines(run, corpus, tmp_path):
     _, vocabulary, model = train.load_model(run)
-    pairs = evaluate.choose(corpus.read("test"), 3, None, 0)
-    scores = evaluate.evaluate(
-        Translator(model, vocabulary), corpus, pairs, tmp_path, "toy", print
-    )
-    assert set(scores) == {"model", "memory", "copy"}
-    assert scores["copy"]["overall"]["pairs"] == len(pairs)
-    assert (tmp_path / "scores.png").stat().st_size > 5_000
-    assert "memory" in (tmp_path / "scores.txt").read_text()
+    sets = {
+        name: evaluate.choose(corpus.read(name), 3, None, 0)
+        for name in ("test", "test_pairs")
+    }
+    translator = Translator(model, vocabulary)
+    scores = evaluate.evaluate(translator, corpus, sets, tmp_path, print)
+    memory = TranslationMemory(corpus.read("train"))
+    for name, pairs in sets.items():
+        out = tmp_path / f"evaluation-{name}"
+        assert set(scores[name]) == {"model", "memory", "copy"}
+        assert scores[name]["copy"]["overall"]["pairs"] == len(pairs) > 0
+        assert (out / "scores.png").stat().st_size > 5_000
+        assert "memory chrF" in (out / "scores.txt").read_text()
+        # Each set has its own translations, and its own sources' neighbors.
+        alone = score(pairs, memory.translate(pairs), corpus.languages())
+        assert scores[name]["memory"] == alone
+        rows = (out / "translations.tsv").read_text("utf-8").splitlines()
+        said = translator.translate([p.lang for p in pairs], [p.source for p in pairs])
+        assert [tuple(row.split("\t")) for row in rows] == [
+            (p.lang, p.source, p.english, text)
+            for p, text in zip(pairs, said, strict=True)
+        ]
+
+
+def test_the_command_tests_on_new_messages_and_new_pairs(run, corpus, capsys):
+    command = ["evaluate", "--run", str(run), "--data", str(corpus.path)]
+    assert cli.main([*command, "--per-language", "2", "--beam-size", "1"]) == 0
+    printed = capsys.readouterr().out
+    for name in ("test", "test_pairs"):
+        assert re.search(rf"^{name}: \d+ pairs\n\n.*copy chrF", printed, re.MULTILINE)
+        assert (run / f"evaluation-{name}" / "scores.json").is_file()
+    assert cli.main([*command, "--per-language", "0"]) == 1
+    assert "Received: --split test test_pairs" in capsys.readouterr().err
 
 
 def test_scores_beside_apertium(run, corpus, tmp_path, monkeypatch):
@@ -129,12 +156,13 @@ def test_scores_beside_apertium(run, corpus, tmp_path, monkeypatch):
         lambda pairs: ApertiumResult(german, [pairs[i].english for i in german]),
     )
     translator = Translator(model, vocabulary)
-    evaluate.evaluate(translator, corpus, pairs, tmp_path, "toy", print)
-    beside = json.loads((tmp_path / "scores-apertium.json").read_text())
+    evaluate.evaluate(translator, corpus, {"toy": pairs}, tmp_path, print)
+    out = tmp_path / "evaluation-toy"
+    beside = json.loads((out / "scores-apertium.json").read_text())
     assert set(beside) == {"apertium", "model", "memory", "copy"}
     assert beside["apertium"]["overall"]["chrf"] == 100
     assert {s["overall"]["pairs"] for s in beside.values()} == {len(german)}
-    assert f"The {len(german)} pairs" in (tmp_path / "scores.txt").read_text()
+    assert f"The {len(german)} pairs" in (out / "scores.txt").read_text()
 
 
 def job(folder, corpus, vocabulary, **settings):
@@ -418,7 +446,7 @@ def test_remote_folders_are_refused_by_the_functions_too(tmp_path, monkeypatch):
         lambda: train.train("run", Settings(**TINY), None, None, cache=remote),
         lambda: train.load_model(remote),
         lambda: export.export(None, remote),
-        lambda: evaluate.evaluate(None, None, [], remote, "", print),
+        lambda: evaluate.evaluate(None, None, {}, remote, print),
         lambda: prepare_corpus(remote, sources=[]),
         lambda: load_corpus(remote),
         lambda: vocabulary_training.train_vocabulary(None, remote),

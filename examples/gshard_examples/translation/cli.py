@@ -16,11 +16,17 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import gshard_tf
 from gshard_examples.translation.next_commands import next_commands  # noqa: E402
+from gshard_examples.translation.own_text_options import (  # noqa: E402
+    add_own_text,
+    own_corpus,
+)
 from gshard_examples.translation.settings import Settings  # noqa: E402
+from gshard_examples.translation.split import SPLITS  # noqa: E402
 from gshard_examples.translation.stderr_lines import import_tensorflow  # noqa: E402
 from gshard_tf.io.locks import AlreadyRunningError  # noqa: E402
 from gshard_tf.io.paths import path_option  # noqa: E402
 
+HELD_OUT = [split for split in SPLITS if split != "train"]
 COMMANDS = {
     "run": "everything: prepare, train, evaluate, export (the default)",
     "prepare": "make the corpus and its vocabulary",
@@ -61,6 +67,13 @@ def make_parser() -> argparse.ArgumentParser:
         group.add_argument(
             "--packages", type=path_option, help="folder of the package files of M or D"
         )
+    for name in ("run", "prepare"):
+        add_own_text(parsers[name])
+    parsers["prepare"].add_argument(
+        "--replace",
+        action="store_true",
+        help="make the corpus again, with its vocabularies",
+    )
     for name in ("run", "train", "evaluate", "translate", "export"):
         parsers[name].add_argument(
             "--run",
@@ -72,9 +85,11 @@ def make_parser() -> argparse.ArgumentParser:
         group = parsers[name].add_argument_group("evaluation")
         group.add_argument(
             "--split",
-            default="test",
-            choices=("test", "test_near", "dev", "dev_near"),
-            help="held-out pairs; test_near holds near-copies of training messages",
+            nargs="+",
+            default=["test", "test_pairs"],
+            choices=HELD_OUT,
+            help="held-out pairs: of new messages (test), of messages that training "
+            "has in other languages (test_pairs), of near-copies (test_near)",
         )
         group.add_argument(
             "--per-language", type=int, default=20, help="at most so many pairs of each"
@@ -185,11 +200,17 @@ def _prepare(options: argparse.Namespace) -> tuple:
     from gshard_examples.translation.vocabulary import Vocabulary, train_vocabulary
 
     settings = _settings(options)
-    if options.data.exists():
+    replace = getattr(options, "replace", False)
+    own = own_corpus(options, replace) if hasattr(options, "tsv") else None
+    if own is not None:
+        corpus = own
+    elif options.data.exists() and not replace:
         corpus = load_corpus(options.data)
     else:
         print(f"Preparing corpus {options.corpus} in {options.data} ...", flush=True)
-        corpus = prepare_corpus(options.data, options.corpus, folder=options.packages)
+        corpus = prepare_corpus(
+            options.data, options.corpus, folder=options.packages, replace=replace
+        )
     path = options.data / f"vocab-{settings.vocab_model}-{settings.vocab_size}.model"
     if not path.exists():
         print(f"Training vocabulary {path} ...", flush=True)
@@ -204,6 +225,8 @@ def _prepare(options: argparse.Namespace) -> tuple:
     if settings.language_tags:
         vocabulary.check_languages(settings.language_tags)
     counts = corpus.languages("train")
+    held = {split: sum(corpus.languages(split).values()) for split in HELD_OUT}
+    print("Held out: " + ", ".join(f"{split} {n:,}" for split, n in held.items()))
     print(
         f"{sum(counts.values()):,} training pairs in {len(counts)} languages; "
         f"{vocabulary.size:,} symbols"
@@ -234,22 +257,33 @@ def _evaluate(options: argparse.Namespace) -> None:
 
     settings, vocabulary, model = load_model(options.run)
     corpus = load_corpus(options.data)
-    name = "udhr" if options.udhr else options.split
-    pairs = load_udhr(options.udhr) if options.udhr else corpus.read(options.split)
-    pairs = choose(
-        [p for p in pairs if p.lang in set(vocabulary.languages)],
-        options.per_language,
-        settings.language_tags,
-        settings.seed,
-    )
-    out = options.run / f"evaluation-{name}"
-    title = f"{name}: {len(pairs)} pairs"
+    sets = {split: corpus.read(split) for split in options.split}
+    if options.udhr:
+        sets = {"udhr": load_udhr(options.udhr)}
+    known = set(vocabulary.languages)
+    for name, pairs in list(sets.items()):
+        sets[name] = choose(
+            [p for p in pairs if p.lang in known],
+            options.per_language,
+            settings.language_tags,
+            settings.seed,
+        )
+        if not sets[name]:
+            print(f"{name} has no pair in the model's languages: left out.")
+            del sets[name]
+    if not sets:
+        raise ValueError(
+            "There must be pairs to translate in the model's languages. Received: "
+            f"--split {' '.join(options.split)}"
+        )
     if not _given_search(options):
         _choose_decoding(options.run, corpus, settings, vocabulary, model)
     translator = Translator(model, vocabulary, **_search(options))
-    evaluate(translator, corpus, pairs, out, title, print)
-    print("\n" + (out / "scores.txt").read_text("utf-8"))
-    print(f"Plot: {out / 'scores.png'}\nTranslations: {out / 'translations.tsv'}")
+    evaluate(translator, corpus, sets, options.run, print)
+    for name in sets:
+        out = options.run / f"evaluation-{name}"
+        print("\n" + (out / "scores.txt").read_text("utf-8"))
+        print(f"Plot: {out / 'scores.png'}\nTranslations: {out / 'translations.tsv'}")
 
 
 def _choose_decoding(

@@ -11,7 +11,7 @@ import json
 import logging
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -19,12 +19,19 @@ from typing import NamedTuple
 from gshard_examples.translation.clean import clean_pair
 from gshard_examples.translation.languages import (
     base_language,
-    is_tag,
     normalize_language,
 )
+from gshard_examples.translation.own_split import assign_own_splits
 from gshard_examples.translation.package_files import sha256_of
 from gshard_examples.translation.sources import NAME_DOMAINS, Source, corpus_sources
-from gshard_examples.translation.split import SPLITS, assign_splits, message_key
+from gshard_examples.translation.split import (
+    MIN_WORDS,
+    PAIR_SPLITS,
+    SPLITS,
+    assign_splits,
+    choose_new_pairs,
+    message_key,
+)
 from gshard_tf.io.atomic_files import write_synced
 from gshard_tf.io.atomic_folders import Contents, new_folder
 from gshard_tf.io.paths import local_path
@@ -32,7 +39,7 @@ from gshard_tf.io.paths import local_path
 log = logging.getLogger(__name__)
 
 #: Goes up when the files or the meaning of the manifest change.
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 COLUMNS = ("lang", "domain", "source", "english")
 #: What is in a corpus folder, and so may be replaced: vocabularies and caches too.
@@ -49,6 +56,9 @@ CORPUS = Contents(
 
 #: Share of the widely translated messages that are tested on, by corpus.
 DEFAULT_HELD_OUT = {"S": 0.2, "M": 0.06, "D": 0.06}
+
+#: The name of a corpus of somebody's own text; `own_text` prepares it.
+OWN = "own"
 
 #: Called with (what is being done, done so far, total or None).
 Progress = Callable[[str, int, int | None], None]
@@ -84,6 +94,7 @@ def prepare_corpus(
     replace: bool = False,
     progress: Progress | None = None,
     sources: Sequence[Source] | None = None,
+    held_out_sources: Mapping[str, Source] | None = None,
 ) -> Corpus:
     """Makes a corpus folder from message catalogues.
 
@@ -101,13 +112,16 @@ def prepare_corpus(
             language and less to train on.
         languages: Keep only these language tags (`"de"`, `"sr_Latn"`). The split
             is made before, on all languages, so a subset has the same held-out
-            messages as the whole.
+            messages as the whole. Of the new pairs it has those whose message another
+            language of the subset trains; the others are left out.
         folder: Where the package files of M and D lie.
         replace: Whether to replace a folder that is there already, with its
             vocabularies and caches, which belong to the old text. It must be empty, or
             hold a corpus and nothing else.
         progress: Called now and then with (activity, done, total or None).
         sources: The sources themselves, instead of those of a named corpus.
+        held_out_sources: `"dev"`, `"test"` or both -> a source of its pairs, instead
+            of those held out. Their messages leave what trains.
 
     Returns:
         The corpus, loaded.
@@ -124,9 +138,10 @@ def prepare_corpus(
     selected = _checked_languages(languages)
     if sources is None:
         sources = corpus_sources(corpus, folder)
-    if held_out is None:
+    if held_out is None and corpus != OWN:
         held_out = DEFAULT_HELD_OUT.get(corpus, 0.06)
-    assign_splits({}, held_out)  # complain about the option before the work
+    if held_out is not None:
+        assign_splits({}, held_out)  # complain about the option before the work
     options = {
         "held_out": held_out,
         "languages": sorted(selected) if selected is not None else None,
@@ -134,12 +149,15 @@ def prepare_corpus(
     progress = progress or (lambda activity, done, total: None)
     with new_folder(out_dir, replace, CORPUS) as partial:
         domain_of, reports = _extract(sources, progress)
-        if not domain_of:
-            raise ValueError(
-                "no usable sentence pair in "
-                + ", ".join(source.domain for source in sources)
-            )
-        rows = _split(domain_of, held_out, selected, progress)
+        _check_usable(domain_of, reports)
+        given = {}
+        for split, source in (held_out_sources or {}).items():
+            given[split], report = _extract([source], progress)
+            _check_usable(given[split], report)
+            reports |= report
+        progress("splitting", 0, None)
+        rows, decided = _split(domain_of, given, options, corpus == OWN)
+        progress("splitting", len(domain_of), len(domain_of))
         if not rows["train"]:
             raise ValueError(
                 f"no training pair is left. Received: languages={options['languages']}"
@@ -156,7 +174,7 @@ def prepare_corpus(
         manifest = {
             "format": FORMAT_VERSION,
             "corpus": corpus,
-            "options": options,
+            "options": options | decided,
             "sources": reports,
             "files": files,
             "counts": {split: _counts(rows[split]) for split in SPLITS},
@@ -241,26 +259,103 @@ def _extract(
     return domain_of, reports
 
 
+def _check_usable(found: Mapping, reports: Mapping[str, dict]) -> None:
+    if not found:
+        why = sum(
+            (Counter(report["skipped"]) for report in reports.values()), Counter()
+        )
+        listed = ", ".join(f"{reason}: {count}" for reason, count in why.most_common())
+        raise ValueError(
+            f"no usable sentence pair in {', '.join(reports)}"
+            + (f" ({listed})" if listed else "")
+        )
+
+
+#: (language tag, source, English) -> domain, as `_extract` returns it.
+DomainOf = Mapping[tuple[str, str, str], str]
+
+
 def _split(
-    domain_of: dict[tuple[str, str, str], str],
-    held_out: float,
-    selected: frozenset[str] | None,
-    progress: Progress,
-) -> dict[str, list[Pair]]:
-    progress("splitting", 0, None)
-    key_of = {english: message_key(english) for _, _, english in domain_of}
+    domain_of: DomainOf, given: Mapping[str, DomainOf], options: dict, own: bool
+) -> tuple[dict[str, list[Pair]], dict]:
+    """Splits the pairs.
+
+    Args:
+        domain_of: What is to be split.
+        given: Splits that come from elsewhere.
+        options: `held_out` and `languages`, as in the manifest.
+        own: Whether the rules are those of `own_split`.
+
+    Returns:
+        The pairs of each split, and what was decided, for the manifest.
+    """
+    key_of = {
+        english: message_key(english)
+        for found in (domain_of, *given.values())
+        for _, _, english in found
+    }
+    rows: dict[str, list[Pair]] = {split: [] for split in SPLITS}
+    decided: dict = {}
+    taken: set[str] = set()  # messages of given splits
+    removed = 0
+    for split in sorted(given, reverse=True):  # what is in both is in the test
+        for (tag, source, english), domain in given[split].items():
+            if key_of[english] not in taken:
+                rows[split].append(Pair(tag, domain, source, english))
+        taken |= {key_of[english] for _, _, english in given[split]}
     languages_of = defaultdict(set)
     for tag, _, english in domain_of:
-        languages_of[key_of[english]].add(base_language(tag))
-    split_of = assign_splits(languages_of, held_out)
-    rows: dict[str, list[Pair]] = {split: [] for split in SPLITS}
+        if key_of[english] in taken:
+            removed += 1
+        else:
+            languages_of[key_of[english]].add(base_language(tag))
+    min_words = MIN_WORDS
+    if own:
+        made = [split for split in ("dev", "test") if split not in given]
+        split_of, decided = assign_own_splits(languages_of, options["held_out"], made)
+        min_words = decided["min_words"]
+    else:
+        split_of = assign_splits(languages_of, options["held_out"])
+    if given:
+        log.info("%s pairs of held-out messages do not train", f"{removed:,}")
+        decided["removed"] = removed
+    new_pairs = choose_new_pairs(
+        (
+            (tag, source, key_of[english])
+            for tag, source, english in domain_of
+            if split_of.get(key_of[english]) == "train"
+        ),
+        min_words=min_words,
+    )
     for (tag, source, english), domain in domain_of.items():
-        if selected is None or tag in selected:
-            rows[split_of[key_of[english]]].append(Pair(tag, domain, source, english))
+        key = key_of[english]
+        if key not in taken:
+            split = new_pairs.get((tag, key)) or split_of[key]
+            rows[split].append(Pair(tag, domain, source, english))
+    if options["languages"] is not None:
+        selected = set(options["languages"])
+        for split, pairs in rows.items():
+            rows[split] = [pair for pair in pairs if pair.lang in selected]
+        _drop_unknown(rows, key_of)
     for pairs in rows.values():
         pairs.sort()
-    progress("splitting", len(domain_of), len(domain_of))
-    return rows
+    return rows, decided
+
+
+def _drop_unknown(rows: dict[str, list[Pair]], key_of: dict[str, str]) -> None:
+    """Leaves out the new pairs whose message no other kept language trains.
+
+    They do not train either: the corpus of all languages tests on them.
+    """
+    known = defaultdict(set)
+    for pair in rows["train"]:
+        known[key_of[pair.english]].add(base_language(pair.lang))
+    for split in PAIR_SPLITS:
+        rows[split] = [
+            pair
+            for pair in rows[split]
+            if known[key_of[pair.english]] - {base_language(pair.lang)}
+        ]
 
 
 def _counts(pairs: Sequence[Pair]) -> dict:
@@ -374,7 +469,8 @@ def load_corpus(path: str | Path, verify: bool = True) -> Corpus:
     if version != FORMAT_VERSION:
         raise CorpusError(
             f"{path} has corpus format {version}; this program reads format "
-            f"{FORMAT_VERSION}. Prepare it again"
+            f"{FORMAT_VERSION}. Prepare it again: gshard-translate prepare --replace "
+            f"--data {path}"
         )
     for name, facts in manifest["files"].items():
         file = path / name
@@ -392,44 +488,3 @@ def load_corpus(path: str | Path, verify: bool = True) -> Corpus:
                 "Prepare the corpus again"
             )
     return Corpus(path, manifest)
-
-
-def read_pairs(path: str | Path, domain: str = "file") -> list[Pair]:
-    """Reads a user's own tab-separated file: lang, source, and english if known.
-
-    Args:
-        path: UTF-8 text, one example a line: `lang<TAB>source[<TAB>english]`.
-        domain: The domain that the pairs are given.
-
-    Raises:
-        ValueError: The file is empty, is not UTF-8, or a line has no two or three
-            columns or does not start with a language tag; the error has the number
-            of the line.
-    """
-    path = Path(path)
-    pairs = []
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                text = line.decode("utf-8").rstrip("\r\n")
-            except UnicodeDecodeError as error:
-                raise ValueError(
-                    f"{path}, line {number} is not UTF-8: {error.reason} at byte "
-                    f"{error.start}"
-                ) from error
-            columns = text.split("\t")
-            if len(columns) not in (2, 3):
-                raise ValueError(
-                    f"{path}, line {number}: lang, source and perhaps english were "
-                    f"expected, separated by tabs. Received: {len(columns)} columns"
-                )
-            lang, source, *english = columns
-            if not is_tag(lang):
-                raise ValueError(
-                    f"{path}, line {number}: a language tag such as de or sr_Latn was "
-                    f"expected first. Received: {lang[:40]!r}"
-                )
-            pairs.append(Pair(lang, domain, source, english[0] if english else ""))
-    if not pairs:
-        raise ValueError(f"{path} is empty")
-    return pairs

@@ -8,8 +8,10 @@ the less usual one (`sr_Latn`, `zh_Hant`).  Regions are merged.
 
 from __future__ import annotations
 
+import difflib
 import re
 import unicodedata
+from collections.abc import Sequence
 
 # Retired, private or macro codes -> the code that the rest of the corpus uses.
 _ALIASES = {
@@ -221,6 +223,34 @@ def base_language(tag: str) -> str:
 def is_tag(text: str) -> bool:
     """Says whether `text` has the form of a language tag (`xx`, `xxx_Script`)."""
     return _TAG.fullmatch(text) is not None
+
+
+def check_tags(tags: Sequence[str], known: Sequence[str], whose: str) -> None:
+    """Checks language tags that somebody gave.
+
+    Args:
+        tags: What was given.
+        known: The tags that there are.
+        whose: What they are the languages of, for the error: `"vocabulary"`.
+
+    Raises:
+        ValueError: One is not known; the nearest ones are named.
+    """
+    there = set(known)
+    for tag in dict.fromkeys(tags):
+        if tag in there:
+            continue
+        language = base_language(normalize_language(tag) or tag)
+        near = [k for k in known if base_language(k) == language]
+        near += difflib.get_close_matches(tag, known, n=5, cutoff=0.5)
+        near += [k for k in known if k[:1] == tag[:1]]
+        near = list(dict.fromkeys(near))
+        shape = "" if is_tag(tag) else " (tags look like de or sr_Latn)"
+        hint = f"; near it: {', '.join(near[:5])}" if near else ""
+        raise ValueError(
+            f"a tag of one of the {len(there)} languages of this {whose} was "
+            f"expected{shape}{hint}. Received: {tag!r}"
+        )
 
 
 def script_of(tag: str) -> str:

@@ -25,6 +25,7 @@ from rich.console import Console
 
 from gshard_examples.translation.baselines import unigram_cross_entropy
 from gshard_examples.translation.corpus import Corpus, Pair
+from gshard_examples.translation.lengths import check_lengths
 from gshard_examples.translation.model import make_model, make_strategy, scope
 from gshard_examples.translation.packed_batches import PackedBatches, choose_row_lengths
 from gshard_examples.translation.progress import (
@@ -106,15 +107,14 @@ def train(
 
     Raises:
         ValueError: when the folder holds a run of other settings or of an earlier
-            version, or is remote, `gs://` say.
+            version, or is remote, `gs://` say; or when half of the pairs or more are
+            too long (`lengths.check_lengths`).
         FileExistsError: when it holds no run, but a file that one would replace.
         OSError: when something cannot be written, as to a full disk.
     """
     run = local_path(run, "run")
     cache = None if cache is None else local_path(cache, "cache")
     check_same_run(run, settings, vocabulary)
-    settings.write(run)
-    write_file(run / "vocab.model", vocabulary.model_bytes)
     with log_file(run / "train.log"):
         return _train(run, settings, corpus, vocabulary, cache, verbose, samples)
 
@@ -137,11 +137,15 @@ def _train(
     row_lengths = settings.chosen_row_lengths
     if row_lengths is None:
         row_lengths = choose_row_lengths(tokens, settings.temperature)
+    check_lengths(tokens, row_lengths, "--row-lengths")
     sizes = (row_lengths, settings.batch_tokens)
     batches = PackedBatches(
         tokens, *sizes, temperature=settings.temperature, seed=settings.seed
     )
     validation = PackedBatches(dev, *sizes, training=False)
+    # Not before the data are found usable: what is written must stay as it is.
+    settings.write(run)
+    write_file(run / "vocab.model", vocabulary.model_bytes)
     log.info("training batches: %s", batches.summary())
     log.info("validation batches: %s", validation.summary())
 

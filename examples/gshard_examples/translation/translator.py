@@ -93,17 +93,11 @@ class Translator(tf.Module):
                 f"{len(languages)} tags and {len(texts)} texts"
             )
         self.vocabulary.check_languages(languages)
-        order = sorted(range(len(texts)), key=lambda i: len(texts[i].encode()))
-        translations: list[str] = [""] * len(texts)
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
-            result = self.functions["translate"](
-                tf.constant([texts[i] for i in rows]),
-                tf.constant([languages[i] for i in rows]),
-            )
-            for i, text in zip(rows, result["translations"].numpy(), strict=True):
-                translations[i] = text.decode("utf-8")
-        return translations
+        return by_length(self._translate_some, texts, languages, batch_size)
+
+    def _translate_some(self, texts: list[str], languages: list[str]) -> list[str]:
+        result = self.functions["translate"](tf.constant(texts), tf.constant(languages))
+        return [text.decode("utf-8") for text in result["translations"].numpy()]
 
     # ------------------------------------------------------------- the signatures
 
@@ -257,6 +251,34 @@ class Translator(tf.Module):
         return tf.strings.unicode_transcode(
             self.vocabulary.decode(ids), "UTF-8", "UTF-8", errors="replace"
         )
+
+
+def by_length(
+    translate: Callable[[list[str], list[str]], list[str]],
+    texts: Sequence[str],
+    languages: Sequence[str],
+    batch_size: int = CHUNK,
+) -> list[str]:
+    """Translates texts of like length together, so that little of a batch is padding.
+
+    Args:
+        translate: Given some texts and as many tags, at least one; returns their
+            translations.
+        texts: Any number of texts.
+        languages: The tag of each.
+        batch_size: The most texts that `translate` is given at once.
+
+    Returns:
+        The translation of each text, in their order.
+    """
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i].encode()))
+    translations = [""] * len(texts)
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        found = translate([texts[i] for i in rows], [languages[i] for i in rows])
+        for i, text in zip(rows, found, strict=True):
+            translations[i] = text
+    return translations
 
 
 def _first_bytes(texts: tf.Tensor, ids: int) -> tuple[tf.Tensor, tf.Tensor]:

@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from gshard_examples.translation.languages import is_tag
+from gshard_examples.translation.languages import check_tags
 from gshard_examples.translation.package_files import missing_packages
 from gshard_examples.translation.vocabulary_training import (
     BOS,
@@ -137,17 +136,7 @@ class Vocabulary(tf.Module):
         Raises:
             ValueError: One is not of this vocabulary; the nearest ones are named.
         """
-        for tag in dict.fromkeys(tags):
-            if tag in self._tag_ids:
-                continue
-            near = difflib.get_close_matches(tag, self.languages, n=5, cutoff=0.5)
-            near += [k for k in self.languages if k[:1] == tag[:1] and k not in near]
-            shape = "" if is_tag(tag) else " (tags look like de or sr_Latn)"
-            hint = f"; near it: {', '.join(near[:5])}" if near else ""
-            raise ValueError(
-                f"a tag of one of the {len(self.languages)} languages of this "
-                f"vocabulary was expected{shape}{hint}. Received: {tag!r}"
-            )
+        check_tags(tags, self.languages, "vocabulary")
 
     def encode_source(
         self,
