@@ -1,9 +1,10 @@
 """Segments: several sequences in one row of the batch, none of which sees another.
 
 Segment ids are ints, one for each position: 0 is padding, any other number names a
-sequence of the row. Layers pass them on as `[B, L]`. Each attention makes its mask
-`[B, 1, T, L]` of them where it selects scores: XLA compares within that loop and stores
-no mask, as it would one that is made beforehand and shared.
+sequence of the row. Layers pass them on as `[B, L]`, and each attention compares them
+where it selects scores. A mask `[B, 1, T, L]` made once for all layers would save
+nothing: XLA merges equal comparisons (its TPU compiler stores one mask for a model, its
+CPU compiler none), and remat would keep the mask in place of the ids.
 """
 
 from typing import Any
@@ -100,8 +101,8 @@ def segment_starts(ids: Any, segment_ids: Any) -> Any:
 def _earlier_of_segment(segment_ids: Any) -> Any:
     """Whether [b, t] has [b, l] before it, in its segment: bool `[B, L, L]`.
 
-    A comparison of all pairs, as attention makes one for each head: no order of the
-    segments is assumed, and XLA sums it without storing it.
+    All pairs, as in attention, but once for a model and without its heads: so segments
+    may stand in any order, and apart.
     """
     position = keras.ops.arange(keras.ops.shape(segment_ids)[1])
     earlier = keras.ops.less(position[None, :], position[:, None])  # [L, L]

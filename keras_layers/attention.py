@@ -115,7 +115,8 @@ class MultiHeadAttention(keras.layers.Layer):
             training: Whether to drop out.
             segment_ids: `[B, T]` ints, for rows that hold several sequences: a query
                 sees the keys of its own segment only. 0 is padding, as False in `mask`
-                is; other numbers are arbitrary. None: each row is one sequence.
+                is; other numbers are arbitrary. A query of whose segment there is no
+                key gets 0. None: each row is one sequence.
             memory_segment_ids: `[B, L]`, the same of `memory`, and given if and only
                 if there is a memory and `segment_ids` are given. (In self-attention
                 keys have the segments of the queries.)
@@ -329,6 +330,9 @@ class MultiHeadAttention(keras.layers.Layer):
                 # Finite, so that a row without any visible position gives no NaN.
                 scores = tf.where(visible, scores, -1e30)
             weights = tf.cast(tf.nn.softmax(scores, axis=-1), query.dtype)
+            if segments:
+                # Where no key is visible, the softmax is even over all other segments.
+                weights = tf.where(visible, weights, tf.zeros([], weights.dtype))
             weights = self.dropout(weights, training=training)
             return tf.einsum(f"BNTL,{dims}->BTND", weights, value)
 

@@ -1,0 +1,485 @@
+"""Several sentences in a row are as each of them in a row of its own."""
+
+import collections
+import re
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracles import algorithm1 as oracle
+from packed_rows import one_to_a_row, packed, sentences
+from parity import assert_close, run_on_mesh, run_plain
+
+from keras_layers import DecoderBlock, EncoderBlock, MultiHeadAttention, Transformer
+from keras_layers._segments import segment_starts, token_positions
+
+WORDS, LENGTH = 20, 16
+PAIRS = sentences(5, WORDS)
+WHERE = ("right", "left", "within", "junk")
+#: Nothing is dropped: a group is a row, and what a row has room for depends on what
+#: else it holds. Not among them: expert choice, whose experts choose the best tokens of
+#: a row, and random second experts and jitter, whose numbers go by a token's place in
+#: the row.
+ROUTERS = {
+    "dense": None,
+    "top_k": {"kind": "top_k", "capacity_factor": "dropless"},
+    "top_k sigmoid": {
+        "kind": "top_k",
+        "scores": "sigmoid",
+        "capacity_factor": "dropless",
+    },
+    # Of 4 experts: room for every token in each.
+    "top2": {"capacity_factor": 4.0, "second_expert_policy": "all"},
+    "hash": {"kind": "hash", "capacity_factor": 4.0},
+}
+
+
+def transformer(router="top_k", **arguments):
+    defaults = {
+        "num_encoder_layers": 1,
+        "num_decoder_layers": 2,
+        "model_dim": 8,
+        "hidden_dim": 16,
+        "num_heads": 2,
+        "num_experts": None,
+        "moe_every": 1,
+        "dropout": 0.0,
+        "seed": 0,
+    }
+    if ROUTERS[router]:
+        options = {"router": ROUTERS[router], "aux_loss_coef": 0.0}
+        defaults.update(num_experts=4, moe_options=options)
+    keras.utils.set_random_seed(1)
+    model = Transformer(WORDS, WORDS, **{**defaults, **arguments})
+    model.build()
+    return model
+
+
+def summed_loss(model, inputs, training):
+    """Logits, and the sum of each real token's loss of predicting itself."""
+    logits = model(inputs, training=training)
+    losses = keras.losses.sparse_categorical_crossentropy(
+        inputs[1], logits, from_logits=True
+    )
+    real = tf.cast(keras.src.backend.get_keras_mask(logits), losses.dtype)
+    return logits, tf.reduce_sum(losses * real)
+
+
+def weights_of(model):
+    return [w.value for w in model.trainable_variables]
+
+
+def outcome_unpacked(model, pairs, training):
+    """Logits of each sentence, and loss and gradients summed over them."""
+    logits, total, each = [], 0.0, []
+    for source, target in pairs:
+        with tf.GradientTape() as tape:
+            found, loss = summed_loss(model, (source[None], target[None]), training)
+        gradients = tape.gradient(loss, weights_of(model), unconnected_gradients="zero")
+        each.append([tf.convert_to_tensor(g).numpy() for g in gradients])
+        logits.append(found[0].numpy())
+        total += float(loss)
+    return logits, total, [sum(of_weight) for of_weight in zip(*each, strict=True)]
+
+
+def check_packed(model, pairs, expected, inputs, places, training, rtol=1e-5):
+    with tf.GradientTape() as tape:
+        logits, loss = summed_loss(model, inputs, training)
+    gradients = tape.gradient(loss, weights_of(model), unconnected_gradients="zero")
+    alone, total, sums = expected
+    for i in range(len(pairs)):
+        row, at = places[i]
+        assert_close(logits.numpy()[row, at], alone[i], rtol, f"logits of {i}")
+    assert_close(float(loss), total, rtol, "loss")
+    for weight, found, known in zip(
+        model.trainable_variables, gradients, sums, strict=True
+    ):
+        assert_close(tf.convert_to_tensor(found), known, 2 * rtol, weight.path)
+    assert sum(np.any(known != 0) for known in sums) > 10
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_packed_is_unpacked(router):
+    model = transformer(router)
+    expected = outcome_unpacked(model, PAIRS, True)
+    for where in WHERE:
+        inputs, places = packed(PAIRS, 3, LENGTH, where)
+        check_packed(model, PAIRS, expected, inputs, places, True)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"remat": True},
+        {"remat": "attention"},
+        {"stacked": True},
+        {"stacked": True, "remat": True},
+        {"tie_output": False, "share_embeddings": True, "key_dim": 3},
+    ],
+)
+def test_stacked_or_computed_again(arguments):
+    model = transformer(**arguments)
+    expected = outcome_unpacked(model, PAIRS[:3], True)
+    inputs, places = packed(PAIRS[:3], 2, LENGTH, "within")
+    check_packed(model, PAIRS[:3], expected, inputs, places, True)
+
+
+def test_without_drops_for_decoding():
+    """Routers that drop do not with `decoding`, whatever a row holds."""
+    options = {"router": {"capacity_factor": 0.5}, "aux_loss_coef": 0.0}
+    model = transformer(num_experts=4, moe_options=options)
+    inputs, places = packed(PAIRS, 5, 2 * LENGTH)
+    logits = model(inputs, decoding=True).numpy()
+    dropping = model(inputs).numpy()
+    apart = 0.0
+    for i, (source, target) in enumerate(PAIRS):
+        alone = model((source[None], target[None]), decoding=True)[0]
+        row, at = places[i]
+        assert_close(logits[row, at], alone, 1e-5, f"logits of {i}")
+        apart = max(apart, np.abs(dropping[row, at] - alone).max())
+    assert apart > 1e-3
+
+
+def test_targets_that_begin_with_padding():
+    model = transformer("dense", bos_id=0)
+    pairs = [(source, np.concatenate([[0], target])) for source, target in PAIRS]
+    expected = outcome_unpacked(model, pairs, True)
+    for where in ("right", "left", "junk"):
+        inputs, places = packed(pairs, 3, LENGTH + 5, where)
+        check_packed(model, pairs, expected, inputs, places, True)
+        mask = model.compute_mask(inputs)
+        np.testing.assert_array_equal(mask, inputs[3] != 0)
+
+
+def test_mixed_precision():
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    model = transformer("dense")
+    expected = outcome_unpacked(model, PAIRS, True)
+    inputs, places = packed(PAIRS, 3, LENGTH, "within")
+    # Sums in another order, rounded to 8 bits.
+    check_packed(model, PAIRS, expected, inputs, places, True, 0.02)
+
+
+def test_no_segment_sees_another():
+    """Exactly: what other segments and padding hold does not enter a sum."""
+    model = transformer(num_decoder_layers=1)
+    inputs, places = packed(PAIRS, 3, LENGTH, "within")
+    logits = model(inputs).numpy()
+    rng = np.random.default_rng(1)
+    for i in range(3):
+        row, at = places[i]
+        name = inputs[3][row, at[0]]
+        changed = []
+        for ids, segments in (inputs[0::2], inputs[1::2]):
+            others = rng.integers(3, WORDS, ids.shape)
+            changed.append(np.where((segments == name) | (ids == 0), ids, others))
+        found = model((*changed, *inputs[2:])).numpy()
+        np.testing.assert_allclose(
+            found[row, at], logits[row, at], rtol=1e-6, atol=1e-7
+        )
+        assert np.abs(found - logits).max() > 1e-2
+        # Of its own segment it sees the source and the targets before.
+        source = inputs[0].copy()
+        first = np.flatnonzero((inputs[2][row] == name) & (source[row] != 0))[0]
+        source[row, first] = 3 + (source[row, first] - 2) % (WORDS - 3)
+        found = model((source, *inputs[1:])).numpy()
+        difference = np.abs(found - logits).max(axis=-1)
+        assert difference[row, at].min() > 1e-5
+        others = np.ones_like(difference, bool)
+        others[row, at] = False
+        assert difference[others & (inputs[1] != 0)].max() < 1e-6
+
+
+def naive(layer, inputs, memory, segments, memory_segments, mask, memory_mask, causal):
+    """Attention of each segment alone, over arrays that hold nothing else."""
+    kernels = [
+        w.numpy()
+        for w in (
+            layer.query_kernel,
+            layer.key_kernel,
+            layer.value_kernel,
+            layer.output_kernel,
+        )
+    ]
+    expected = np.full(inputs.shape, np.nan, np.float32)
+    for b in range(len(inputs)):
+        for name in set(segments[b]) - {0}:
+            at = (segments[b] == name) & mask[b]
+            seen = (memory_segments[b] == name) & memory_mask[b]
+            if not seen.any():
+                expected[b, at] = 0.0
+                continue
+            expected[b, at] = oracle.attention(
+                inputs[b, at], memory[b, seen], *kernels, causal=causal
+            )
+    return expected
+
+
+@pytest.mark.parametrize("kind", ["self", "causal", "cross"])
+@settings(max_examples=15)
+@given(
+    length=st.sampled_from([1, 4, 7]),
+    names=st.integers(1, 4),
+    masked=st.booleans(),
+    remat=st.booleans(),
+    dtype=st.sampled_from(["int32", "int64", "uint8"]),
+    seed=st.integers(0, 2**31),
+)
+def test_attention_against_an_oracle(kind, length, names, masked, remat, dtype, seed):
+    """Segments in any order and in pieces, some without keys, NaN in padding."""
+    rng = np.random.default_rng(seed)
+    layer = MultiHeadAttention(2, 3, seed=1, remat=remat)
+    sides, known = [], []
+    for size in (length, 5 if kind == "cross" else length):
+        x = rng.normal(size=(2, size, 4)).astype("float32")
+        segments = rng.integers(0, names + 1, (2, size)).astype(dtype)
+        mask = rng.random((2, size)) < (0.7 if masked else 2)
+        known.append((x, segments, mask))
+        hidden = ~mask | (segments == 0)
+        sides.append((np.where(hidden[..., None], np.float32(np.nan), x), mask))
+    (x, mask), (memory, memory_mask) = sides
+    (clean, segments, _), (clean_memory, memory_segments, _) = known
+    arguments = {"mask": mask if masked else None, "segment_ids": segments}
+    if kind == "cross":
+        arguments.update(
+            memory=memory,
+            memory_mask=memory_mask if masked else None,
+            memory_segment_ids=memory_segments,
+        )
+    else:
+        clean_memory, memory_segments, memory_mask = clean, segments, mask
+    outputs = layer(x, causal=kind == "causal", training=True, **arguments).numpy()
+    expected = naive(
+        layer,
+        clean,
+        clean_memory,
+        segments,
+        memory_segments,
+        mask,
+        memory_mask,
+        kind == "causal",
+    )
+    real = mask & (segments != 0)
+    np.testing.assert_allclose(outputs[real], expected[real], rtol=1e-4, atol=1e-5)
+    assert np.all(np.isfinite(outputs))
+
+
+@settings(max_examples=30)
+@given(st.lists(st.tuples(st.integers(0, 3), st.booleans()), min_size=1, max_size=12))
+def test_positions_and_starts(tokens):
+    names, mask = (np.array(part) for part in zip(*tokens, strict=True))
+    positions = token_positions(tf.constant(mask[None]), tf.constant(names[None]))[0]
+    starts = segment_starts(names[None], tf.constant(names[None]))[0]
+    for t, name in enumerate(names):
+        before = [i for i in range(t) if names[i] == name]
+        assert positions[t] == sum(mask[i] for i in before)
+        assert starts[t] == (not before)
+
+
+@pytest.mark.parametrize("make", [EncoderBlock, DecoderBlock])
+@pytest.mark.parametrize("remat", [False, True])
+def test_blocks(make, remat):
+    options = {"router": {"kind": "top_k", "capacity_factor": "dropless"}}
+    block = make(2, 4, 8, 4, dropout=0.0, moe_options=options, seed=0, remat=remat)
+    rng = np.random.default_rng(0)
+    x, memory = rng.normal(size=(2, 1, 9, 6)).astype("float32")
+    segments = np.array([[7, 7, 7, 2, 2, 0, 0, 4, 4]])
+    memory_segments = np.array([[2, 7, 7, 4, 4, 4, 4, 0, 0]])
+    decodes = make is DecoderBlock
+    arguments = {"segment_ids": segments}
+    if decodes:
+        arguments.update(memory=memory, memory_segment_ids=memory_segments)
+    outputs = block(x, training=True, **arguments)
+    for name in (7, 2, 4):
+        at = segments[0] == name
+        alone = {"memory": memory[:, memory_segments[0] == name]} if decodes else {}
+        expected = block(x[:, at], training=True, **alone)
+        np.testing.assert_allclose(outputs[:, at], expected, rtol=1e-4, atol=1e-5)
+
+
+def rows_for_fit():
+    """As dict, tuple, and one sentence to a row; labels of each."""
+    pairs = sentences(20, WORDS, seed=3)
+    inputs, _ = packed(pairs, 3, LENGTH, "within", seed=1)
+    inputs = [np.pad(x, [[0, 8 - len(x)], [0, 0]]) for x in inputs]
+    names = ("source", "target", "source_segment_ids", "target_segment_ids")
+    return dict(zip(names, inputs, strict=True)), one_to_a_row(pairs)
+
+
+def compiled(router, **arguments):
+    model = transformer(router, **arguments)
+    model.compile(
+        keras.optimizers.SGD(0.5),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        weighted_metrics=["accuracy"],
+        jit_compile=False,
+    )
+    return model
+
+
+def fit(model, inputs):
+    target = inputs["target"] if isinstance(inputs, dict) else inputs[1]
+    data = tf.data.Dataset.from_tensors((inputs, target))
+    history = model.fit(data, epochs=2, verbose=0).history
+    return {name: history[name] for name in ("loss", "accuracy")}
+
+
+@pytest.mark.parametrize("router", ["dense", "top_k"])
+def test_training_on_one_and_on_eight_partitions(router):
+    rows, alone = rows_for_fit()
+    plain = run_plain(lambda: compiled(router), lambda model: fit(model, alone))
+    weights = [w.numpy() for w in plain.model.trainable_variables]
+    assert plain.result["loss"][1] < plain.result["loss"][0]
+    for partitions in (1, 8):
+        run = run_on_mesh(
+            lambda: compiled(router), lambda model: fit(model, rows), partitions
+        )
+        assert_close(run.result, plain.result, 1e-5, f"logs of {partitions}")
+        found = [w.numpy() for w in run.model.trainable_variables]
+        assert_close(found, weights, 1e-5, f"weights of {partitions}")
+        (program,) = run.strategy.programs
+        kinds = {c.kind for c in program.collectives()}
+        assert kinds <= {"all-reduce", "all-to-all"}
+
+
+def test_stacked_on_eight_partitions():
+    rows, alone = rows_for_fit()
+    arguments = {"stacked": True, "remat": True}
+    plain = run_plain(lambda: compiled("top_k"), lambda model: fit(model, alone))
+    run = run_on_mesh(
+        lambda: compiled("top_k", **arguments), lambda model: fit(model, rows)
+    )
+    # Other initial weights than the unstacked model has; so both in the stacked form.
+    again = run_plain(
+        lambda: compiled("top_k", **arguments), lambda model: fit(model, alone)
+    )
+    assert_close(run.result, again.result, 1e-5, "logs")
+    assert plain.result != run.result
+
+
+def test_remat_keeps_ids_and_no_mask_of_pairs():
+    rows, _ = rows_for_fit()
+    rows = {name: np.pad(x, [[0, 0], [0, 23 - LENGTH]]) for name, x in rows.items()}
+
+    def masks(remat):
+        run = run_on_mesh(
+            lambda: compiled("dense", remat=remat), lambda model: fit(model, rows), 1
+        )
+        (program,) = run.strategy.programs
+        # Instructions of the program itself, not of its fused loops.
+        text = re.sub(
+            r"^%?fused\S* .*?^}", "", program.compiled.as_text(), flags=re.M | re.S
+        )
+        return collections.Counter(
+            re.findall(r"= pred\[8,(?:1,)?23,23\]\S* (\S+?)\(", text)
+        )
+
+    assert not masks("attention")
+
+
+def test_a_functional_model_of_a_dict(tmp_path):
+    rows, _ = rows_for_fit()
+    symbols = {name: keras.Input([None], dtype="int32", name=name) for name in rows}
+    inner = transformer()
+    logits = inner(symbols)
+    assert logits.shape == (None, None, WORDS)
+    model = keras.Model(symbols, logits)
+    expected = inner(rows)
+    np.testing.assert_allclose(model(rows), expected, atol=1e-6)
+    np.testing.assert_allclose(model.predict(rows, verbose=0), expected, atol=1e-5)
+    mask = keras.src.backend.get_keras_mask(model(rows))
+    real = (rows["target"] != 0) & (rows["target_segment_ids"] != 0)
+    np.testing.assert_array_equal(mask, real)
+    model.save(tmp_path / "model.keras")
+    copy = keras.saving.load_model(tmp_path / "model.keras")
+    np.testing.assert_allclose(copy(rows), expected, atol=1e-6)
+
+
+def test_a_functional_model_of_attention():
+    x, memory = keras.Input([None, 6]), keras.Input([5, 6])
+    ids, memory_ids = (
+        keras.Input([None], dtype="int32"),
+        keras.Input([5], dtype="int32"),
+    )
+    layer = MultiHeadAttention(2, 4)
+    outputs = layer(x, memory, segment_ids=ids, memory_segment_ids=memory_ids)
+    assert outputs.shape == (None, None, 6)
+    model = keras.Model([x, memory, ids, memory_ids], outputs)
+    rng = np.random.default_rng(0)
+    values = [rng.normal(size=(2, n, 6)).astype("float32") for n in (3, 5)]
+    names = [rng.integers(0, 3, (2, n)) for n in (3, 5)]
+    expected = layer(*values, segment_ids=names[0], memory_segment_ids=names[1])
+    np.testing.assert_allclose(model([*values, *names]), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("as_dict", [True, False])
+def test_saving_and_exporting(tmp_path, as_dict):
+    rows, _ = rows_for_fit()
+    rows = {name: x.astype("int32") for name, x in rows.items()}
+    inputs = rows if as_dict else tuple(rows.values())
+    model = transformer("top_k")
+    expected = model(inputs)
+    assert model.compute_output_shape(tuple(x.shape for x in rows.values())) == (
+        8,
+        LENGTH,
+        WORDS,
+    )
+    model.save(tmp_path / "model.keras")
+    copy = keras.saving.load_model(tmp_path / "model.keras")
+    np.testing.assert_allclose(copy(inputs), expected, atol=1e-6)
+    model.export(tmp_path / "saved", verbose=False)
+    served = tf.saved_model.load(tmp_path / "saved").serve(inputs)
+    np.testing.assert_allclose(served, expected, atol=1e-5)
+
+
+def test_bad_segments():
+    x = np.zeros([2, 4, 6], "float32")
+    names = np.ones([2, 4], int)
+    layer = MultiHeadAttention(2, 4)
+    one_only = "both or not at all. Received: segment_ids only"
+    for call, message in (
+        (lambda: layer(x, segment_ids=names[0]), r"shape \(4,\), dtype int64"),
+        (lambda: layer(x, segment_ids=names[:, :3]), r"shape \(2, 3\), dtype int64"),
+        (lambda: layer(x, segment_ids=names * 1.0), "dtype float32"),
+        (lambda: layer(x, segment_ids=names > 0), "dtype bool"),
+        (lambda: layer(x, x, segment_ids=names), one_only),
+        (
+            lambda: layer(x, x, memory_segment_ids=names),
+            "Received: memory_segment_ids only",
+        ),
+        (
+            lambda: layer(x, segment_ids=names, memory_segment_ids=names),
+            "memory_segment_ids must be None without memory",
+        ),
+        (
+            lambda: layer(x, x, segment_ids=names, memory_segment_ids=names[:, :1]),
+            r"memory_segment_ids must be integers.*shape \(2, 1\)",
+        ),
+        (lambda: DecoderBlock(2, 4, 8)(x, x, segment_ids=names), one_only),
+        (lambda: EncoderBlock(2, 4, 8)(x, segment_ids=names * 1.0), "dtype float32"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_bad_inputs_of_a_transformer():
+    model = transformer("dense")
+    ids = np.full([2, 4], 3)
+    for inputs, message in (
+        ({"source": ids, "target": ids, "segments": ids}, r"Received: .*'segments'"),
+        (
+            {"source": ids, "target": ids, "target_segment_ids": ids},
+            "Received: target_segment_ids only",
+        ),
+        ((ids, ids, ids, None), "Received: source_segment_ids only"),
+        ((ids, ids, ids), "Received: tuple of 3"),
+        ((ids, ids, ids, ids * 1.0), "target_segment_ids must be integers"),
+        ((ids, ids, ids[:, 1:], ids), r"source_segment_ids must be .*\(2, 3\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model(inputs)
+    with pytest.raises(ValueError, match="segment_ids must be integers"):
+        model.encode(ids, segment_ids=ids[0])
