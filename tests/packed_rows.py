@@ -49,9 +49,9 @@ def packed(pairs, per_row, length, where="right", seed=0):
             each = zip(
                 numbers, names[row], np.split(at, ends[:-1]), parts, strict=False
             )
-            for i, name, where_i, part in each:
-                ids[row, where_i], segments[row, where_i] = part, name
-                places[i] = (row, where_i)
+            for i, name, place, part in each:
+                ids[row, place], segments[row, place] = part, name
+                places[i] = (row, place)
         sides.append((ids, segments))
     (source, source_segments), (target, target_segments) = sides
     return (source, target, source_segments, target_segments), places

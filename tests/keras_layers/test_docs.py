@@ -8,13 +8,13 @@ GUIDE = pathlib.Path(__file__).resolve().parents[2] / "docs" / "layers.md"
 
 def test_examples_of_the_guide(capsys):
     blocks = re.findall(r"```python\n(.*?)```", GUIDE.read_text(), re.DOTALL)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     scope = {}
     for block in blocks:
         exec(compile(block, str(GUIDE), "exec"), scope)
         for line in re.findall(r"^print\(.*\)\n# (.*)$", block, re.MULTILINE):
             assert line in capsys.readouterr().out
-    assert scope["logits"].shape == (4, 12, 1000)
+    assert scope["logits"].shape == (1, 8, 1000)
     assert scope["ids"].shape == (4, 8)
 
 
