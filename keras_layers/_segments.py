@@ -62,11 +62,11 @@ def real_tokens(mask: Any, segment_ids: Any) -> Any:
 def same_segment(queries: tf.Tensor, keys: tf.Tensor) -> tf.Tensor:
     """Whether a query sees a key: `[B, T]`, `[B, L]` ids -> `[B, 1, T, L]` bool.
 
-    Nothing sees a key of segment 0.
+    Padding, in segment 0, sees padding only.
     """
     queries = tf.cast(queries, tf.int32)[:, None, :, None]
     keys = tf.cast(keys, tf.int32)[:, None, None, :]
-    return tf.logical_and(tf.equal(queries, keys), tf.not_equal(keys, 0))
+    return tf.equal(queries, keys)
 
 
 def token_positions(mask: tf.Tensor, segment_ids: tf.Tensor | None) -> tf.Tensor:

@@ -115,8 +115,8 @@ class MultiHeadAttention(keras.layers.Layer):
             training: Whether to drop out.
             segment_ids: `[B, T]` ints, for rows that hold several sequences: a query
                 sees the keys of its own segment only. 0 is padding, as False in `mask`
-                is; other numbers are arbitrary. A query of whose segment there is no
-                key gets 0. None: each row is one sequence.
+                is; other numbers are arbitrary. A query whose segment has no key in
+                `memory` gets 0. None: each row is one sequence.
             memory_segment_ids: `[B, L]`, the same of `memory`, and given if and only
                 if there is a memory and `segment_ids` are given. (In self-attention
                 keys have the segments of the queries.)
@@ -153,9 +153,15 @@ class MultiHeadAttention(keras.layers.Layer):
             position = tf.range(tf.shape(inputs)[1])
             past = position[None, :] <= position[:, None]  # [T, L]
             visible = past if visible is None else tf.logical_and(visible, past)
-        return self._attend(
+        outputs = self._attend(
             inputs, self.project(memory), visible, training, segments=segments
         )
+        if segments is not None and memory is not inputs:
+            # Where no key is visible, the softmax is even over all other segments. (In
+            # self-attention a token sees itself.)
+            sees = tf.reduce_any(same_segment(*segments), axis=-1)[:, 0]  # [B, T]
+            outputs = zero_padding(outputs, sees)
+        return outputs
 
     @staticmethod
     def _check_segments(
@@ -330,9 +336,6 @@ class MultiHeadAttention(keras.layers.Layer):
                 # Finite, so that a row without any visible position gives no NaN.
                 scores = tf.where(visible, scores, -1e30)
             weights = tf.cast(tf.nn.softmax(scores, axis=-1), query.dtype)
-            if segments:
-                # Where no key is visible, the softmax is even over all other segments.
-                weights = tf.where(visible, weights, tf.zeros([], weights.dtype))
             weights = self.dropout(weights, training=training)
             return tf.einsum(f"BNTL,{dims}->BTND", weights, value)
 
