@@ -21,6 +21,7 @@ def blocks(name):
         "annotations.md",
         "checkpoints.md",
         "multihost.md",
+        "packing.md",
         "strategies.md",
         "verify.md",
     ],
