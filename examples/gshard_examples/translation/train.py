@@ -46,7 +46,7 @@ from gshard_tf import (
     training_state,
 )
 from gshard_tf.io.atomic_files import write_file
-from gshard_tf.io.paths import local_path
+from gshard_tf.io.paths import local_path, make_folder
 
 log = logging.getLogger(__name__)
 
@@ -115,7 +115,7 @@ def train(
     run = local_path(run, "run")
     cache = None if cache is None else local_path(cache, "cache")
     check_same_run(run, settings, vocabulary)
-    with log_file(run / "train.log"):
+    with log_file(make_folder(run, "run") / "train.log"):
         return _train(run, settings, corpus, vocabulary, cache, verbose, samples)
 
 
