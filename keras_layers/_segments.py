@@ -60,7 +60,7 @@ def real_tokens(mask: Any, segment_ids: Any) -> Any:
 
 
 def same_segment(queries: tf.Tensor, keys: tf.Tensor) -> tf.Tensor:
-    """Whether a query sees a key: `[B, T]`, `[B, L]` ids -> `[B, 1, T, L]` bool.
+    """Mask of the keys a query sees: `[B, T]`, `[B, L]` ids -> `[B, 1, T, L]` bool.
 
     Padding, in segment 0, sees padding only.
     """
@@ -99,7 +99,7 @@ def segment_starts(ids: Any, segment_ids: Any) -> Any:
 
 
 def _earlier_of_segment(segment_ids: Any) -> Any:
-    """Whether [b, t] has [b, l] before it, in its segment: bool `[B, L, L]`.
+    """Mask `[B, L, L]`, True where [b, t] has [b, l] before it in its segment.
 
     All pairs, as in attention, but once for a model and without its heads: so segments
     may stand in any order, and apart.

@@ -88,7 +88,7 @@ def check_stackable(
 
 
 class TransformerInputs(NamedTuple):
-    """What the model is called on.
+    """Arguments of a call of the model.
 
     Attributes:
         source: `[B, L]`, ids.

@@ -336,7 +336,7 @@ class Transformer(TransformerDecoding):
     def compute_output_spec(
         self, inputs: Any, training: bool | None = None, decoding: bool = False
     ) -> keras.KerasTensor:
-        # Not checked: MirroredStrategy builds from means of its replicas, floats all.
+        # Not checked: on replicas Keras builds from means of their batches, all floats.
         target = transformer_inputs(inputs).target
         # Logits are float32 whatever the policy computes in.
         return keras.KerasTensor((*target.shape, self.target_vocab_size), "float32")
