@@ -35,7 +35,7 @@ def make_strategy(settings: Settings) -> gshard_tf.SpmdStrategy | None:
 
 
 def mesh_rules(settings: Settings) -> gshard_tf.AxisRules:
-    """What is split over which of the mesh's axes `data`, `expert` and `model`.
+    """Rules that split over the mesh's axes `data`, `expert` and `model`.
 
     Experts are split over `expert`, or else over `data`; tokens over `data`, or else
     over `expert`, as in the paper; the widths of layers and the vocabulary over

@@ -192,7 +192,7 @@ class Settings:
 
     @property
     def decays_to_zero(self) -> bool:
-        """Whether the learning rate is 0 at the end, so that no step can follow."""
+        """True if the learning rate is 0 at the end, so that no step can follow."""
         return self.schedule in TO_ZERO
 
     @property

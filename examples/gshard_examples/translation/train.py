@@ -241,7 +241,7 @@ def _show_samples(
     pairs: Sequence[Pair],
     count: int,
 ) -> Callable[[int], None]:
-    """What prints a few translations when enough steps are done."""
+    """Returns a function that prints a few translations when they are due."""
     plain = None
     if settings.mesh_axes:
         plain = functools.partial(make_model, settings, vocabulary)

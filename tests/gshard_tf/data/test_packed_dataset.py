@@ -91,7 +91,8 @@ def test_going_on():
 
 def test_examples_of_one_length():
     examples = tf.data.Dataset.from_tensor_slices({"a": [[1, 2], [3, 4], [5, 6]]})
-    [batch] = PackedDataset(examples, {"a": 5}, batch_size=2).dataset.as_numpy_iterator()
+    packed = PackedDataset(examples, {"a": 5}, batch_size=2)
+    [batch] = packed.dataset.as_numpy_iterator()
     assert batch["a"].tolist() == [[1, 2, 3, 4, 0], [5, 6, 0, 0, 0]]
     assert batch["a_segment_ids"].tolist() == [[1, 1, 2, 2, 0], [1, 1, 0, 0, 0]]
 

@@ -155,7 +155,9 @@ def test_rows_laid_out(case, pad):
         for number in range(len(plan)):
             ids, numbers = [], []
             for k, example in enumerate(plan.row(number), 1):
-                ids += range(starts[example] + 10, starts[example] + length[example] + 10)
+                ids += range(
+                    starts[example] + 10, starts[example] + length[example] + 10
+                )
                 numbers += [k] * length[example]
             rest = limit - len(ids)
             assert rows[number].tolist() == ids + [pad] * rest
@@ -174,7 +176,9 @@ def test_rows_selected():
 def test_no_examples():
     plan = plan_rows(np.zeros((0, 2), int), (4, 4))
     assert len(plan) == plan.too_long == 0
-    rows, segments = lay_out(plan, np.zeros(0, int), np.zeros(0, int), np.zeros(0, int), 4)
+    rows, segments = lay_out(
+        plan, np.zeros(0, int), np.zeros(0, int), np.zeros(0, int), 4
+    )
     assert rows.shape == segments.shape == (0, 4)
 
 
