@@ -18,6 +18,7 @@ from keras_layers.losses import (
     TokenAccuracy,
     TokenCrossentropy,
     TokenStatistics,
+    projected_statistics,
     token_statistics,
 )
 from keras_layers.moe import (
@@ -80,6 +81,7 @@ __all__ = [
     "expert_capacity",
     "greedy_decode",
     "length_limits",
+    "projected_statistics",
     "record_routing",
     "replay_routing",
     "sample_decode",

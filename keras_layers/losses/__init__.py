@@ -6,6 +6,7 @@ from keras_layers.losses.metrics import (
     Perplexity,
     TokenAccuracy,
 )
+from keras_layers.losses.projected import projected_statistics
 from keras_layers.losses.statistics import TokenStatistics, token_statistics
 
 __all__ = [
@@ -14,5 +15,6 @@ __all__ = [
     "TokenAccuracy",
     "TokenCrossentropy",
     "TokenStatistics",
+    "projected_statistics",
     "token_statistics",
 ]

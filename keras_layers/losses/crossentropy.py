@@ -7,6 +7,7 @@ import tensorflow as tf
 
 from gshard_tf.compat.keras_masks import set_keras_mask
 from keras_layers._arguments import check_coefficient, check_rate
+from keras_layers.losses.projected import unpack
 from keras_layers.losses.statistics import integer_labels, token_statistics
 
 
@@ -26,6 +27,9 @@ class TokenCrossentropy(keras.losses.Loss):
             from drifting (PaLM, section 5: 1e-4).
         ignore_class: A label that is left out: its positions have a loss of 0 and do
             not count in the mean. None: none.
+        from_statistics: Whether predictions are packed statistics `[..., 4]`, which a
+            model returns whose logits never exist whole (see
+            `VocabularyProjection`), and not logits.
         reduction: Keras's.
         name: Its name in logs.
 
@@ -40,16 +44,21 @@ class TokenCrossentropy(keras.losses.Loss):
         ignore_class: int | None = None,
         reduction: str | None = "sum_over_batch_size",
         name: str = "token_crossentropy",
+        from_statistics: bool = False,
     ):
         # Whatever Keras's default dtype: logarithms of sums need it.
         super().__init__(name=name, reduction=reduction, dtype="float32")
         self.label_smoothing = check_rate("label_smoothing", label_smoothing)
         self.z_loss = check_coefficient("z_loss", z_loss)
         self.ignore_class = ignore_class
+        self.from_statistics = bool(from_statistics)
 
     def call(self, y_true: Any, y_pred: Any) -> tf.Tensor:
         """Losses `[...]` of labels `[...]` and logits `[..., V]`."""
-        statistics = token_statistics(y_true, y_pred)
+        if self.from_statistics:
+            statistics = unpack(y_pred)
+        else:
+            statistics = token_statistics(y_true, y_pred)
         target = statistics.label_logit
         if self.label_smoothing:
             target += self.label_smoothing * (statistics.mean_logit - target)
@@ -69,5 +78,6 @@ class TokenCrossentropy(keras.losses.Loss):
             label_smoothing=self.label_smoothing,
             z_loss=self.z_loss,
             ignore_class=self.ignore_class,
+            from_statistics=self.from_statistics,
         )
         return config

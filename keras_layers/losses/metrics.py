@@ -7,6 +7,7 @@ import tensorflow as tf
 
 from gshard_tf.compat.keras_masks import keras_mask
 from gshard_tf.compat.keras_metrics import set_direction
+from keras_layers.losses.projected import unpack
 from keras_layers.losses.statistics import (
     TokenStatistics,
     integer_labels,
@@ -21,11 +22,20 @@ class _TokenMean(keras.metrics.Mean):
         name: Its name in logs.
         dtype: Of the sums; Keras's.
         ignore_class: A label that is left out. None: none.
+        from_statistics: Whether predictions are packed statistics `[..., 4]`, as for
+            `TokenCrossentropy`.
     """
 
-    def __init__(self, name: str, dtype: Any = None, ignore_class: int | None = None):
+    def __init__(
+        self,
+        name: str,
+        dtype: Any = None,
+        ignore_class: int | None = None,
+        from_statistics: bool = False,
+    ):
         super().__init__(name=name, dtype=dtype)
         self.ignore_class = ignore_class
+        self.from_statistics = bool(from_statistics)
 
     def values(self, statistics: TokenStatistics) -> tf.Tensor:
         """Returns the value of each token, `[...]`."""
@@ -43,7 +53,10 @@ class _TokenMean(keras.metrics.Mean):
                 a weight of 0.
             sample_weight: Weights of tokens, or of the first dimensions of labels.
         """
-        values = self.values(token_statistics(y_true, y_pred, reuse=True))
+        if self.from_statistics:
+            values = self.values(unpack(tf.convert_to_tensor(y_pred)))
+        else:
+            values = self.values(token_statistics(y_true, y_pred, reuse=True))
         mask = keras_mask(y_pred)
         if self.ignore_class is not None:
             valid = integer_labels(y_true, len(y_pred.shape)) != self.ignore_class
@@ -54,7 +67,11 @@ class _TokenMean(keras.metrics.Mean):
         return super().update_state(values, sample_weight)
 
     def get_config(self) -> dict[str, Any]:
-        return {**super().get_config(), "ignore_class": self.ignore_class}
+        config = super().get_config()
+        config.update(
+            ignore_class=self.ignore_class, from_statistics=self.from_statistics
+        )
+        return config
 
 
 def _masked_weights(weights: Any, mask: tf.Tensor) -> tf.Tensor:
@@ -79,12 +96,18 @@ class NegativeLogLikelihood(_TokenMean):
         name: Its name in logs.
         dtype: Of the sums; Keras's.
         ignore_class: A label that is left out. None: none.
+        from_statistics: Whether predictions are packed statistics `[..., 4]`, as for
+            `TokenCrossentropy`.
     """
 
     def __init__(
-        self, name: str = "nll", dtype: Any = None, ignore_class: int | None = None
+        self,
+        name: str = "nll",
+        dtype: Any = None,
+        ignore_class: int | None = None,
+        from_statistics: bool = False,
     ):
-        super().__init__(name, dtype, ignore_class)
+        super().__init__(name, dtype, ignore_class, from_statistics)
         set_direction(self, "down")
 
     def values(self, statistics: TokenStatistics) -> tf.Tensor:
@@ -99,6 +122,8 @@ class Perplexity(NegativeLogLikelihood):
         name: Its name in logs.
         dtype: Of the sums; Keras's.
         ignore_class: A label that is left out. None: none.
+        from_statistics: Whether predictions are packed statistics `[..., 4]`, as for
+            `TokenCrossentropy`.
     """
 
     def __init__(
@@ -106,8 +131,9 @@ class Perplexity(NegativeLogLikelihood):
         name: str = "perplexity",
         dtype: Any = None,
         ignore_class: int | None = None,
+        from_statistics: bool = False,
     ):
-        super().__init__(name, dtype, ignore_class)
+        super().__init__(name, dtype, ignore_class, from_statistics)
 
     def result(self) -> tf.Tensor:
         return tf.exp(super().result())
@@ -124,6 +150,8 @@ class TokenAccuracy(_TokenMean):
         name: Its name in logs.
         dtype: Of the sums; Keras's.
         ignore_class: A label that is left out. None: none.
+        from_statistics: Whether predictions are packed statistics `[..., 4]`, as for
+            `TokenCrossentropy`.
     """
 
     def __init__(
@@ -131,8 +159,9 @@ class TokenAccuracy(_TokenMean):
         name: str = "token_accuracy",
         dtype: Any = None,
         ignore_class: int | None = None,
+        from_statistics: bool = False,
     ):
-        super().__init__(name, dtype, ignore_class)
+        super().__init__(name, dtype, ignore_class, from_statistics)
         set_direction(self, "up")
 
     def values(self, statistics: TokenStatistics) -> tf.Tensor:

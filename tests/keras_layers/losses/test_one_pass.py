@@ -56,7 +56,7 @@ def passes(program, opcode, size):
         shapes = instruction.arrays
         if opcode == "reduce":
             shapes = computation[instruction.operands[0]].arrays
-        if any(len(a.dims) == 3 and a.dims[-1] == size for a in shapes):
+        if any(len(a.dims) > 1 and a.dims[-1] == size for a in shapes):
             count += times
     return count
 
@@ -69,7 +69,6 @@ def test_one_exponential_for_loss_gradient_and_metrics():
     assert passes(program, "reduce", V) == 3
     program = train({"data": 1}, make_loss=of_keras)[1]
     assert passes(program, "exponential", V) == 2
-    assert passes(program, "reduce", V) > 3
 
 
 @pytest.mark.parametrize(
