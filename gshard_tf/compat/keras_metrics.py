@@ -1,4 +1,4 @@
-"""The direction in which values of a Keras metric are better."""
+"""The direction in which a Keras metric gets better."""
 
 from typing import Literal
 
