@@ -13,7 +13,12 @@ from gshard_examples.translation.baselines import (
 )
 from gshard_examples.translation.corpus import Pair
 from gshard_examples.translation.report import plot_scores
-from gshard_examples.translation.score import format_table, score, write_scores
+from gshard_examples.translation.score import (
+    format_table,
+    overall_chrf,
+    score,
+    write_scores,
+)
 
 PAIRS = [
     Pair("de", "django", "Die rote Katze", "The red cat sits here"),
@@ -65,6 +70,11 @@ def test_perfect_and_empty_translations():
 def test_what_cannot_be_scored(pairs, said, match):
     with pytest.raises(ValueError, match=match):
         score(pairs, said)
+
+
+def test_chrf_alone():
+    said = copy_source(PAIRS)
+    assert overall_chrf(PAIRS, said) == score(PAIRS, said)["overall"]["chrf"]
 
 
 def test_table_json_and_plot(tmp_path):

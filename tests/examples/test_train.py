@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,13 +17,16 @@ from processes import PYTHONPATH, run_python
 
 from gshard_examples.translation import (
     cli,
+    decoding_choice,
     evaluate,
     export,
     train,
     vocabulary_training,
 )
+from gshard_examples.translation import translator as translator_module
 from gshard_examples.translation.baselines import ApertiumResult, TranslationMemory
 from gshard_examples.translation.corpus import load_corpus, prepare_corpus
+from gshard_examples.translation.samples import sample_sentences
 from gshard_examples.translation.score import score
 from gshard_examples.translation.settings import Settings
 from gshard_examples.translation.translator import Translator
@@ -318,6 +322,77 @@ def test_the_saved_model_answers_saved_model_cli(saved_model):
     assert done.returncode == 0, done.stderr[-2000:]
     [expected] = translator.translate(["de"], ["gardenen hammeren"])
     assert repr(expected.encode())[2:-1] in done.stdout
+
+
+def test_evaluate_chooses_how_to_decode_on_dev_pairs(
+    run, corpus, tmp_path, monkeypatch, capsys
+):
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    seen = []
+    choose = decoding_choice.choose_decoding
+
+    def watched(model, vocabulary, pairs):
+        seen.append(pairs)
+        return choose(model, vocabulary, pairs[:4], beam_sizes=(1, 2), alphas=(1.0,))
+
+    monkeypatch.setattr(decoding_choice, "choose_decoding", watched)
+    command = ["evaluate", "--run", str(folder), "--data", str(corpus.path)]
+    command += ["--per-language", "1"]
+    # Both given: nothing is chosen.
+    assert cli.main([*command, "--beam-size", "3", "--alpha", "0.7"]) == 0
+    assert not seen and not (folder / "decoding.json").exists()
+    assert cli.main(command) == 0
+    assert {pair for pair in seen[0]} <= set(corpus.read("dev"))
+    record = json.loads((folder / "decoding.json").read_text())
+    assert record["step"] == 30 and record["pairs"] == 4
+    # Once for each checkpoint.
+    assert cli.main(command) == 0 and len(seen) == 1
+    printed = capsys.readouterr().out
+    assert "the best of 2 ways" in printed and "as chosen before" in printed
+
+
+def test_what_was_chosen_is_what_translates_and_is_exported(
+    run, tmp_path, monkeypatch, capsys
+):
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    (folder / "decoding.json").write_text('{"beam_size": 3, "alpha": 1.5, "step": 1}')
+    made = []
+
+    class Watched(Translator):
+        def __init__(self, *arguments, **options):
+            made.append((options["beam_size"], options["alpha"]))
+            super().__init__(*arguments, **options)
+
+    monkeypatch.setattr(translator_module, "Translator", Watched)
+    for flags in ([], ["--beam-size", "1"], ["--alpha", "0.5"]):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
+        assert cli.main(["translate", "de", "--run", str(folder), *flags]) == 0
+    assert cli.main(["export", "--run", str(folder)]) == 0
+    assert made == [(3, 1.5), (1, 1.5), (3, 0.5), (3, 1.5)]
+
+
+def test_samples_change_nothing_and_are_what_the_model_says(
+    run, corpus, vocabulary, tmp_path, capsys
+):
+    folder = tmp_path / "shown"
+    settings = Settings(**TINY | {"steps": 10})
+    train.train(folder, settings, corpus, vocabulary, samples=2)
+    [row] = train.read_history(folder)
+    assert without_time(row) == without_time(train.read_history(run)[0])
+    lines = capsys.readouterr().out.splitlines()
+    said = [line for line in lines if line.split()[:1] == ["model"]]
+    assert len(said) == 2 and len(lines) == 2 + 2 + 3 * 2
+    _, vocabulary, model = train.load_model(folder)
+    dev = train.sample_pairs(corpus, "dev", settings.validation_pairs)
+    pairs = sample_sentences(dev, 2)
+    texts = Translator(model, vocabulary, beam_size=1).translate(
+        [p.lang for p in pairs], [p.source for p in pairs]
+    )
+    for line, text in zip(said, texts, strict=True):
+        assert f"model  {text}".startswith(line.strip().removesuffix("…"))
+    assert "encoder_2_moe_dropped" in (folder / "train.log").read_text()
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ import tensorflow as tf
 
 from gshard_examples.translation.corpus import Corpus, Pair
 from gshard_examples.translation.evaluate import choose
-from gshard_examples.translation.score import score
+from gshard_examples.translation.score import overall_chrf
 from gshard_examples.translation.translator import CHUNK, Translator
 from gshard_examples.translation.vocabulary import Vocabulary
 from gshard_tf.io.atomic_files import write_file
@@ -31,7 +31,7 @@ from keras_layers.decoding import length_penalty
 BEAM_SIZES = (1, 2, 4)
 ALPHAS = (0.6, 0.8, 1.0, 1.2, 1.5)
 #: Pairs of the dev split that are translated, once for each beam size.
-PAIRS = 250
+PAIRS = 200
 FILE = "decoding.json"
 
 
@@ -109,6 +109,9 @@ def choose_decoding(
     Raises:
         ValueError: There is no pair, or one in a language that is not known.
     """
+    if not pairs:
+        raise ValueError("there must be pairs to decide on. Received: 0 pairs")
+    vocabulary.check_languages([pair.lang for pair in pairs])
     chrf = {}
     for beam_size in beam_sizes:
         tried = alphas if beam_size > 1 else [Decoding.alpha]
@@ -117,8 +120,7 @@ def choose_decoding(
         beams = _beams(translator, pairs)
         for alpha in tried:
             texts = [beam.best(alpha) for beam in beams]
-            found = score(pairs, texts)["overall"]["chrf"]
-            chrf[Decoding(beam_size, alpha)] = found
+            chrf[Decoding(beam_size, alpha)] = overall_chrf(pairs, texts)
     # The first of those with the most.
     best = max(chrf, key=lambda decoding: chrf[decoding])
     return Choice(best, chrf, len(pairs))
@@ -131,9 +133,13 @@ class _Beam:
     texts: list[bytes]
     log_probs: np.ndarray
     tokens: np.ndarray
+    ended: np.ndarray
 
     def best(self, alpha: float) -> str:
         scores = self.log_probs / length_penalty(self.tokens, alpha).numpy()
+        if self.ended.any():
+            # As in the search: before any that was still growing at its limit.
+            scores = np.where(self.ended, scores, -np.inf)
         return self.texts[int(np.argmax(scores))].decode("utf-8")
 
 
@@ -147,11 +153,10 @@ def _beams(translator: Translator, pairs: Sequence[Pair]) -> list[_Beam]:
             tf.constant([pairs[i].source for i in rows]),
             tf.constant([pairs[i].lang for i in rows]),
         )
-        parts = [
-            found[name].numpy() for name in ("translations", "log_probs", "tokens")
-        ]
-        for i, texts, log_probs, tokens in zip(rows, *parts, strict=True):
-            beams[i] = _Beam(list(texts), log_probs, tokens)
+        names = ("translations", "log_probs", "tokens", "ended")
+        parts = [found[name].numpy() for name in names]
+        for i, texts, *figures in zip(rows, *parts, strict=True):
+            beams[i] = _Beam(list(texts), *figures)
     return [beams[i] for i in range(len(pairs))]
 
 

@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 WINDOW = 50
 #: Seconds between two looks at the loss, which has to come from the devices.
 REFRESH = 0.5
-COLUMNS = ("   step", "train loss", "dev loss", "accuracy", "tokens/s", "min left")
+COLUMNS = ("   step", "train loss", "dev loss", "accuracy", "  tokens/s", "min left")
 
 
 def make_console() -> Console:
@@ -148,7 +148,7 @@ class TrainingProgress(keras.callbacks.Callback):
             self._live.stop()
 
     def on_train_begin(self, logs: dict | None = None) -> None:
-        self._console.print("  ".join(COLUMNS))
+        self._console.print("  ".join(COLUMNS), soft_wrap=True)
 
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
         self._pace.epoch_begins()
@@ -193,7 +193,8 @@ class TrainingProgress(keras.callbacks.Callback):
     def _show(self, doing: str) -> None:
         if self._live is None:
             return
-        parts = [f"step {self._done:,} of {self._steps:,}", doing]
+        # 80 columns hold all of it.
+        parts = [f"{self._done:,}/{self._steps:,} {doing}"]
         for text, value in (
             (f"loss {_number(self._loss)}", self._loss),
             (
@@ -208,7 +209,7 @@ class TrainingProgress(keras.callbacks.Callback):
             if value is not None:
                 parts.append(text)
         line = Table.grid(padding=(0, 1))
-        bar = ProgressBar(self._steps, self._done, width=20)
+        bar = ProgressBar(self._steps, self._done, width=10)
         text = Text(" · ".join(parts), no_wrap=True, overflow="ellipsis")
         line.add_row(bar, text)
         self._live.update(line, refresh=True)
@@ -234,6 +235,8 @@ def print_samples(console: Console, rows: Sequence[tuple[str, str, str, str]]) -
         for name, text in zip(names, texts, strict=True):
             # No control characters, whatever a model says.
             shown = "".join(c if c.isprintable() else " " for c in text)
-            line = Text(f"{name:>11}  {shown}", no_wrap=True, overflow="ellipsis")
+            line = Text(
+                f"{name:>11}  {shown}".rstrip(), no_wrap=True, overflow="ellipsis"
+            )
             line.truncate(console.width, overflow="ellipsis")
             console.print(line)

@@ -10,6 +10,7 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from gshard_examples.translation.corpus import Pair
 from gshard_examples.translation.languages import (
@@ -57,11 +58,7 @@ def score(
         )
     if not pairs:
         raise ValueError("there must be pairs to score. Received: 0 pairs")
-    try:
-        from sacrebleu.metrics import BLEU, CHRF
-    except ImportError as error:
-        raise missing_packages(["sacrebleu"], "scores are computed with it") from error
-    bleu, chrf = BLEU(), CHRF()
+    bleu, chrf = _metrics()
 
     def scored(positions: Sequence[int]) -> dict:
         hypotheses = [translations[i] for i in positions]
@@ -99,6 +96,22 @@ def score(
         "chrf": str(chrf.get_signature()),
     }
     return result
+
+
+def overall_chrf(pairs: Sequence[Pair], translations: Sequence[str]) -> float:
+    """Returns `score(pairs, translations)["overall"]["chrf"]`, and counts only that."""
+    _, chrf = _metrics()
+    references = [[pair.english for pair in pairs]]
+    return round(chrf.corpus_score(list(translations), references).score, 2)
+
+
+def _metrics() -> tuple[Any, Any]:
+    """BLEU and chrF of sacrebleu."""
+    try:
+        from sacrebleu.metrics import BLEU, CHRF
+    except ImportError as error:
+        raise missing_packages(["sacrebleu"], "scores are computed with it") from error
+    return BLEU(), CHRF()
 
 
 def write_scores(path: str | Path, scores: Mapping[str, dict]) -> None:

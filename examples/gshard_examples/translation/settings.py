@@ -141,14 +141,14 @@ class Settings:
                 )
         not_negative = (
             "experts partitions group_size seed key_dim aux_loss_coef weight_decay "
-            "clip_norm"
+            "clip_norm z_loss"
         )
         for name in not_negative.split():
             if getattr(self, name) < 0:
                 raise ValueError(
                     f"{name} must be at least 0. Received: {getattr(self, name)}"
                 )
-        for name in ("dropout", "expert_dropout", "beta_2"):
+        for name in ("dropout", "expert_dropout", "beta_2", "label_smoothing"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(
                     f"{name} must be at least 0 and below 1. Received: "

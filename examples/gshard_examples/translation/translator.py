@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -129,6 +130,7 @@ class Translator(tf.Module):
             "translations": tf.reshape(found, [-1, self.beam_size]),
             "log_probs": log_probs,
             "tokens": tf.reduce_sum(tf.cast(ids != PAD, tf.int32), axis=-1),
+            "ended": tf.reduce_any(ids == EOS, axis=-1),
         }
 
     def _encode(self, texts: tf.Tensor, languages: tf.Tensor) -> dict[str, Any]:
@@ -192,11 +194,14 @@ class Translator(tf.Module):
     # ---------------------------------------------------------------- their parts
 
     def _function(self, fn: Callable, *specs: tf.TensorSpec) -> Any:
-        def with_weights(*arguments: tf.Tensor) -> dict[str, Any]:
-            with self.weights.in_use():
-                return fn(*arguments)
-
+        # A partial of its own for each: TensorFlow counts how often functions of the
+        # same code are traced, and takes several translators for one traced anew.
+        with_weights = functools.partial(self._with_weights, fn)
         return tf.function(with_weights, input_signature=list(specs), autograph=False)
+
+    def _with_weights(self, fn: Callable, *arguments: tf.Tensor) -> dict[str, Any]:
+        with self.weights.in_use():
+            return fn(*arguments)
 
     def _search(self, source: tf.Tensor) -> list[tf.Tensor]:
         """Ids `[B, n, T]` of the beam's n translations; scores, log-probabilities."""
