@@ -46,7 +46,7 @@ from gshard_tf import (
     training_state,
 )
 from gshard_tf.io.atomic_files import write_file
-from gshard_tf.io.paths import local_path, make_folder
+from gshard_tf.io.paths import local_path
 
 log = logging.getLogger(__name__)
 
@@ -115,19 +115,6 @@ def train(
     run = local_path(run, "run")
     cache = None if cache is None else local_path(cache, "cache")
     check_same_run(run, settings, vocabulary)
-    with log_file(make_folder(run, "run") / "train.log"):
-        return _train(run, settings, corpus, vocabulary, cache, verbose, samples)
-
-
-def _train(
-    run: Path,
-    settings: Settings,
-    corpus: Corpus,
-    vocabulary: Vocabulary,
-    cache: Path | None,
-    verbose: int,
-    samples: int,
-) -> dict[str, Any]:
     keras.utils.set_random_seed(settings.seed)
     tokens = tokenize_split(corpus, "train", vocabulary, settings.language_tags, cache)
     dev_pairs = sample_pairs(
@@ -146,6 +133,22 @@ def _train(
     # Not before the data are found usable: what is written must stay as it is.
     settings.write(run)
     write_file(run / "vocab.model", vocabulary.model_bytes)
+    with log_file(run / "train.log"):
+        return _train(
+            run, settings, vocabulary, batches, validation, dev_pairs, verbose, samples
+        )
+
+
+def _train(
+    run: Path,
+    settings: Settings,
+    vocabulary: Vocabulary,
+    batches: PackedBatches,
+    validation: PackedBatches,
+    dev_pairs: Sequence[Pair],
+    verbose: int,
+    samples: int,
+) -> dict[str, Any]:
     log.info("training batches: %s", batches.summary())
     log.info("validation batches: %s", validation.summary())
 
@@ -157,7 +160,9 @@ def _train(
     checkpoints = CheckpointManager(run / "checkpoints", max_to_keep=2)
     done = last_step(run)
     unigram = unigram_cross_entropy(
-        tokens.predicted_ids(), dev.predicted_ids(), vocabulary.size
+        batches.tokens.predicted_ids(),
+        validation.tokens.predicted_ids(),
+        vocabulary.size,
     )
     console = make_console()
     about = (
