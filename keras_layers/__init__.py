@@ -12,6 +12,15 @@ from keras_layers.decoding import (
 from keras_layers.dropout import Dropout
 from keras_layers.embedding import TokenEmbedding, VocabularyProjection
 from keras_layers.feed_forward import FeedForward
+from keras_layers.losses import (
+    NegativeLogLikelihood,
+    Perplexity,
+    TokenAccuracy,
+    TokenCrossentropy,
+    TokenStatistics,
+    projected_statistics,
+    token_statistics,
+)
 from keras_layers.moe import (
     EinsumDispatcher,
     ExpertLoadImages,
@@ -53,12 +62,17 @@ __all__ = [
     "ExpertLoadImages",
     "MoELayer",
     "MultiHeadAttention",
+    "NegativeLogLikelihood",
+    "Perplexity",
     "Router",
     "RouterMetrics",
     "RouterStats",
     "Routing",
+    "TokenAccuracy",
     "TokenChoiceRouting",
+    "TokenCrossentropy",
     "TokenEmbedding",
+    "TokenStatistics",
     "Top2Router",
     "TopKRouter",
     "Transformer",
@@ -67,10 +81,12 @@ __all__ = [
     "expert_capacity",
     "greedy_decode",
     "length_limits",
+    "projected_statistics",
     "record_routing",
     "replay_routing",
     "sample_decode",
     "stack_weights",
+    "token_statistics",
     "unstack_weights",
     "upcycle",
 ]

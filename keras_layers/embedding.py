@@ -9,6 +9,8 @@ import tensorflow as tf
 from gshard_tf import annotate, name_axes
 from keras_layers._arguments import check_int
 from keras_layers._shapes import at_each_position, check_positions, position_axes
+from keras_layers.losses.projected import pack, projected_statistics
+from keras_layers.losses.statistics import TokenStatistics, token_statistics
 
 
 @keras.saving.register_keras_serializable(package="gshard_tf")
@@ -101,12 +103,17 @@ class VocabularyProjection(keras.layers.Layer):
 
     Args:
         vocab_size: V.
+        block_length: How many positions are projected at a time where labels are
+            given (see `projected_statistics`). None: all.
     """
 
-    def __init__(self, vocab_size: int, **kwargs: Any):
+    def __init__(self, vocab_size: int, block_length: int | None = None, **kwargs: Any):
         vocab_size = check_int("vocab_size", vocab_size, 1)
+        if block_length is not None:
+            block_length = check_int("block_length", block_length, 1)
         super().__init__(**kwargs)
         self.vocab_size = vocab_size
+        self.block_length = block_length
         self.supports_masking = True
 
     def build(self, input_shape: Any) -> None:
@@ -118,22 +125,35 @@ class VocabularyProjection(keras.layers.Layer):
         )
         name_axes(self.kernel, ("embed", "vocab"))
 
-    def call(self, inputs: tf.Tensor) -> tf.Tensor:
-        """`[..., M]` -> logits `[..., V]` in float32."""
+    def call(self, inputs: tf.Tensor, labels: tf.Tensor | None = None) -> tf.Tensor:
+        """`[..., M]` -> logits `[..., V]` in float32, or statistics of them.
+
+        Args:
+            inputs: `[..., M]`; `[B, T, M]` for blocks.
+            labels: `[...]`. With them the result is packed statistics `[..., 4]`, for
+                `TokenCrossentropy(from_statistics=True)` and metrics alike.
+        """
         inputs = tf.cast(inputs, self.compute_dtype)
+        if labels is not None and self.block_length is not None:
+            kernel = tf.convert_to_tensor(self.kernel)
+            return pack(
+                projected_statistics(labels, inputs, kernel, self.block_length, True)
+            )
         logits = at_each_position(inputs, self.kernel)
         names = position_axes(len(logits.shape))
-        return annotate(tf.cast(logits, tf.float32), (*names, "vocab"))
+        logits = annotate(tf.cast(logits, tf.float32), (*names, "vocab"))
+        return logits if labels is None else pack(token_statistics(labels, logits))
 
     def compute_output_shape(self, input_shape: Any) -> Any:
         return (*input_shape[:-1], self.vocab_size)
 
-    def compute_output_spec(self, inputs: Any) -> keras.KerasTensor:
-        return keras.KerasTensor(self.compute_output_shape(inputs.shape), "float32")
+    def compute_output_spec(self, inputs: Any, labels: Any = None) -> keras.KerasTensor:
+        last = self.vocab_size if labels is None else len(TokenStatistics._fields)
+        return keras.KerasTensor((*inputs.shape[:-1], last), "float32")
 
     def get_config(self) -> dict[str, Any]:
         config = super().get_config()
-        config.update(vocab_size=self.vocab_size)
+        config.update(vocab_size=self.vocab_size, block_length=self.block_length)
         return config
 
 

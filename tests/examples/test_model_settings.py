@@ -92,6 +92,12 @@ def test_the_experts_settings():
         assert layer.experts.dropout.rate == 0.0
 
 
+def test_the_losss_settings():
+    loss = make(label_smoothing=0.1, z_loss=1e-4).loss
+    assert (loss.label_smoothing, loss.z_loss) == (0.1, 1e-4)
+    assert (make().loss.label_smoothing, make().loss.z_loss) == (0.0, 0.0)
+
+
 # ------------------------------------------------------------------------ the mesh
 
 
@@ -203,6 +209,8 @@ def test_schedules_come_back_from_their_config(schedule):
         {"expert_dropout": 1.0},
         {"dropout": -0.1},
         {"beta_2": 1.0},
+        {"label_smoothing": 1.0},
+        {"z_loss": -1e-4},
         {"remat": "some"},
         {"schedule": "sine"},
         {"warmup": 100, "steps": 100, "schedule": "cosine"},

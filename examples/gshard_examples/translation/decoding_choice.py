@@ -1,4 +1,4 @@
-"""How a run's translations are searched for: chosen on dev pairs, kept with the run.
+"""Beam size and length penalty of a run: chosen on dev pairs, kept with the run.
 
 A wider beam does not always translate better: a model that is unsure of its source
 gives most probability to short and frequent sentences, and a better search finds them.

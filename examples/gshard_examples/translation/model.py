@@ -13,7 +13,12 @@ import gshard_tf
 from gshard_examples.translation.optimization import make_optimizer
 from gshard_examples.translation.settings import Settings
 from gshard_examples.translation.vocabulary import PAD, Vocabulary
-from keras_layers import Transformer
+from keras_layers import (
+    NegativeLogLikelihood,
+    TokenAccuracy,
+    TokenCrossentropy,
+    Transformer,
+)
 
 _REMAT: dict[str, bool | str] = {"none": False, "attention": "attention", "all": True}
 
@@ -30,7 +35,7 @@ def make_strategy(settings: Settings) -> gshard_tf.SpmdStrategy | None:
 
 
 def mesh_rules(settings: Settings) -> gshard_tf.AxisRules:
-    """What is split over which of the mesh's axes `data`, `expert` and `model`.
+    """Rules of what is split over the mesh's axes `data`, `expert` and `model`.
 
     Experts are split over `expert`, or else over `data`; tokens over `data`, or else
     over `expert`, as in the paper; the widths of layers and the vocabulary over
@@ -85,14 +90,18 @@ def make_model(settings: Settings, vocabulary: Vocabulary) -> keras.Model:
         dtype=settings.precision,
         name="translator",
     )
-    crossentropy = {"from_logits": True, "ignore_class": PAD}
     model.compile(
         optimizer=make_optimizer(settings),
-        loss=keras.losses.SparseCategoricalCrossentropy(**crossentropy),
+        loss=TokenCrossentropy(
+            label_smoothing=settings.label_smoothing,
+            z_loss=settings.z_loss,
+            ignore_class=PAD,
+        ),
         weighted_metrics=[
-            # The loss holds the routers' balancing too; this is the translation's.
-            keras.metrics.SparseCategoricalCrossentropy(from_logits=True, name="nll"),
-            keras.metrics.SparseCategoricalAccuracy(name="token_accuracy"),
+            # The loss may hold smoothing, a z-loss and the routers' balancing too;
+            # this is the translation's.
+            NegativeLogLikelihood(name="nll"),
+            TokenAccuracy(name="token_accuracy"),
         ],
     )
     model.build([(None, None), (None, None)])

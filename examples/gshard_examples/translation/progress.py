@@ -1,4 +1,4 @@
-"""What a person sees of a training run: a line per validation, and a moving one.
+"""Progress of a training run for a person: a line per validation, and a moving one.
 
 On a terminal the moving line has the step, the loss, tokens per second and the minutes
 left. Elsewhere there is a line per validation, and no control character. All figures,
@@ -60,7 +60,7 @@ def log_file(path: Path) -> Iterator[None]:
 
 
 class Pace:
-    """How long steps and validations take, and so how long a run will.
+    """Durations of steps and validations, and so of the rest of a run.
 
     Args:
         steps: Steps of the run.

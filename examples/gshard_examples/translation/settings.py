@@ -103,6 +103,12 @@ class Settings:
         "warm-up, then down to 0 at --steps, for a run that is not to be extended",
         ("linear", "flat", *TO_ZERO),
     )
+    label_smoothing: float = _flag(
+        0.0, "share of each target that is spread over the vocabulary; often 0.1"
+    )
+    z_loss: float = _flag(
+        0.0, "coefficient of log(Z)^2, which keeps logits small; PaLM's: 1e-4"
+    )
     validation_pairs: int = _flag(1000, "pairs of the dev split to validate on")
     seed: int = _flag(0, "of everything random")
 
@@ -133,14 +139,14 @@ class Settings:
                 )
         not_negative = (
             "experts partitions group_size seed key_dim aux_loss_coef weight_decay "
-            "clip_norm"
+            "clip_norm z_loss"
         )
         for name in not_negative.split():
             if getattr(self, name) < 0:
                 raise ValueError(
                     f"{name} must be at least 0. Received: {getattr(self, name)}"
                 )
-        for name in ("dropout", "expert_dropout", "beta_2"):
+        for name in ("dropout", "expert_dropout", "beta_2", "label_smoothing"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(
                     f"{name} must be at least 0 and below 1. Received: "
@@ -178,7 +184,7 @@ class Settings:
 
     @property
     def decays_to_zero(self) -> bool:
-        """Whether the learning rate is 0 at the end, so that no step can follow."""
+        """True where the learning rate is 0 at the end, so that no step can follow."""
         return self.schedule in TO_ZERO
 
     @property

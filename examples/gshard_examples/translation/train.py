@@ -235,7 +235,7 @@ def _show_samples(
     pairs: Sequence[Pair],
     count: int,
 ) -> Callable[[int], None]:
-    """What prints a few translations when enough steps are done."""
+    """Returns what prints a few translations when enough steps are done."""
     plain = None
     if settings.mesh_axes:
         plain = functools.partial(make_model, settings, vocabulary)
