@@ -1,4 +1,4 @@
-"""Which values of a Keras metric are better."""
+"""The direction in which a Keras metric gets better."""
 
 from typing import Literal
 
