@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -85,9 +86,11 @@ def load(
         path: The folder of a run (`gshard-translate train --run`), whose last
             checkpoint is taken, or that of a SavedModel (`gshard-translate export`).
             What is in it decides which it is.
-        beam_size: Hypotheses of beam search, for a run: 1 is greedy and fastest, 4 the
-            default. In a SavedModel it was decided by its export.
-        alpha: Exponent of beam search's length penalty, for a run; 0.8 by default.
+        beam_size: Hypotheses of beam search, for a run: 1 is greedy and fastest. By
+            default the number that `gshard-translate evaluate` chose on dev pairs, or
+            4 where it has not been run. In a SavedModel it was decided by its export.
+        alpha: Exponent of beam search's length penalty, for a run; by default the one
+            that was chosen likewise, or 0.8.
             Larger values prefer longer translations.
 
     Returns:
@@ -127,11 +130,13 @@ def load(
 
 
 def _load_run(folder: Path, options: dict) -> LoadedTranslator:
+    from gshard_examples.translation.decoding_choice import decoding_of
     from gshard_examples.translation.train import load_model
     from gshard_examples.translation.translator import Translator
 
     _, vocabulary, model = load_model(folder)
-    translator = Translator(model, vocabulary, **options)
+    search = dataclasses.asdict(decoding_of(folder, **options))
+    translator = Translator(model, vocabulary, **search)
     return LoadedTranslator(
         folder,
         vocabulary.languages,
