@@ -18,11 +18,11 @@ from collections.abc import Iterator
 
 import numpy as np
 import tensorflow as tf
-from gshard_tf.data import LOOKAHEAD, RowPlan, lay_out, plan_rows
 
 from gshard_examples.translation.sampling import LanguageSampler
 from gshard_examples.translation.tokens import TokenizedSplit
 from gshard_examples.translation.vocabulary import BOS, EOS, PAD
+from gshard_tf.data import LOOKAHEAD, RowPlan, lay_out, plan_rows
 
 #: Batch sizes are multiples of this, so that a batch divides over a mesh of 8.
 BATCH_MULTIPLE = 8
