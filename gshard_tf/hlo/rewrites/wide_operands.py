@@ -6,7 +6,6 @@ product. For a table of the vocabulary that is the gradient of all logits, the l
 tensor of the step.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -46,43 +45,30 @@ def _swapped(editor: Editor, old: Instruction) -> Instruction | None:
     if old.opcode != "dot":
         return None
     numbers = old.dot_dimension_numbers
-    first, second = editor.operands(old)
-    batch = _leading(numbers.lhs_batch_dimensions, 0)
-    positions = _leading(numbers.lhs_contracting_dimensions, len(batch))
+    positions = list(range(len(numbers.lhs_contracting_dimensions)))
     if (
         not positions
-        or list(numbers.rhs_batch_dimensions) != batch
-        or list(numbers.lhs_batch_dimensions) != batch
-        or list(numbers.rhs_contracting_dimensions) != positions
+        # Products for each expert have an order of their own.
+        or numbers.lhs_batch_dimensions
         or list(numbers.lhs_contracting_dimensions) != positions
+        or list(numbers.rhs_contracting_dimensions) != positions
     ):
         return None
-    start = len(batch) + len(positions)
-    shared = list(first.shape.dimensions[: len(batch)])
-    wide = list(first.shape.dimensions[start:])
-    narrow = list(second.shape.dimensions[start:])
+    first, second = editor.operands(old)
+    wide = list(first.shape.dimensions[len(positions) :])
+    narrow = list(second.shape.dimensions[len(positions) :])
     if np.prod(wide) <= np.prod(narrow):
         return None
-    element_type = old.shape.element_type
     product = editor.copy(
-        old, [second, first], array_shape(element_type, [*shared, *narrow, *wide])
+        old, [second, first], array_shape(old.shape.element_type, [*narrow, *wide])
     )
     product.ClearField("sharding")
     # Else the two would be simplified to what they were.
     kept = editor.emit("opt-barrier", product.shape, [product])
-    count = len(shared)
-    order = [
-        *range(count),
-        *range(count + len(narrow), count + len(narrow) + len(wide)),
-        *range(count, count + len(narrow)),
-    ]
-    fields: dict[str, Any] = {"dimensions": order}
+    rank = len(narrow) + len(wide)
+    fields: dict[str, Any] = {
+        "dimensions": [*range(len(narrow), rank), *range(len(narrow))]
+    }
     if old.HasField("sharding"):
         fields["sharding"] = old.sharding
     return editor.emit("transpose", old.shape, [kept], **fields)
-
-
-def _leading(dimensions: Sequence[int], start: int) -> list[int]:
-    """Returns the dimensions, if they are `start`, `start + 1`, ...; else none."""
-    expected = list(range(start, start + len(dimensions)))
-    return expected if list(dimensions) == expected else []
