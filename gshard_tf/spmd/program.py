@@ -31,6 +31,7 @@ def jit_step(
     layouts: StepLayouts,
     donate: bool = True,
     keep_finite: bool = False,
+    platform: str | None = None,
 ) -> tuple[Any, list[Any], tuple[str, ...]]:
     """A step as a function of jax, neither traced nor compiled yet.
 
@@ -44,6 +45,7 @@ def jit_step(
         keep_finite: Whether a step that makes NaN or infinity of a finite number leaves
             every variable as it is. A last result then says which it would have made
             not finite: one truth value for each of `step.updates`.
+        platform: The platform that it is compiled for, "cpu" say. None: more than one.
 
     Returns:
         The `jax.jit` function; the `jax.ShapeDtypeStruct`s of its arguments; and what
@@ -60,7 +62,7 @@ def jit_step(
     outputs += [captures[i] for i in step.updates]
     batch_axes = [axis for x in layouts.inputs for axis in spec_of(x)[:1] if axis]
     safe = partition_safely(step.hlo, dict(mesh.shape), batch_axes)
-    hlo = fast_on_cpu(safe.hlo) if _platform(mesh) == "cpu" else safe.hlo
+    hlo = fast_on_cpu(safe.hlo) if platform == "cpu" else safe.hlo
     result_types = [_aval(spec) for spec in step.results]
     used = [None] * num_inputs + [
         None if x is None else named_sharding(x, mesh) for x in layouts.compute
@@ -89,12 +91,6 @@ def jit_step(
         keep_unused=True,
     )
     return jitted, [_aval(spec) for spec in step.inputs + step.captures], safe.notes
-
-
-def _platform(mesh: Any) -> str | None:
-    """The platform of a mesh's devices, "cpu" say; None for an abstract mesh."""
-    devices = getattr(mesh, "devices", None)
-    return None if devices is None else devices.flat[0].platform
 
 
 def _kept_finite(old: list[Any], new: list[Any]) -> list[Any]:
@@ -145,10 +141,11 @@ class SpmdProgram:
             # The module carries GSPMD annotations; jax says on each compilation
             # that it hands them to GSPMD's propagation, which is what we ask for.
             warnings.filterwarnings("ignore", message=".*GSPMD.*")
+            platform = mesh.devices.flat[0].platform
             jitted, shapes, self.rewrites = jit_step(
-                step, mesh, layouts, donate, keep_finite
+                step, mesh, layouts, donate, keep_finite, platform
             )
-            options = compiler_options(mesh.devices.flat[0].platform)
+            options = compiler_options(platform)
             lowered = jitted.lower(*shapes)
             try:
                 self.compiled = lowered.compile(compiler_options=options)
