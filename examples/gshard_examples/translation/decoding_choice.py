@@ -21,6 +21,7 @@ import tensorflow as tf
 
 from gshard_examples.translation.corpus import Corpus, Pair
 from gshard_examples.translation.evaluate import choose
+from gshard_examples.translation.sampling import draw_pairs
 from gshard_examples.translation.score import overall_chrf
 from gshard_examples.translation.translator import CHUNK, Translator
 from gshard_examples.translation.vocabulary import Vocabulary
@@ -76,10 +77,7 @@ def dev_pairs(
     pairs = [p for p in corpus.read("dev") if p.lang in set(languages)]
     count = len({p.lang for p in pairs}) or 1
     even = choose(pairs, -(-most // count), None, seed)
-    if len(even) <= most:
-        return even
-    kept = np.random.default_rng(seed).choice(len(even), most, replace=False)
-    return [even[i] for i in sorted(kept)]
+    return draw_pairs(even, most, np.random.default_rng(seed))
 
 
 def choose_decoding(

@@ -16,6 +16,7 @@ from gshard_examples.translation.baselines import (
 )
 from gshard_examples.translation.corpus import Corpus, Pair
 from gshard_examples.translation.report import plot_scores
+from gshard_examples.translation.sampling import draw_pairs
 from gshard_examples.translation.score import format_table, score, write_scores
 from gshard_examples.translation.translator import Translator
 from gshard_tf.io.atomic_files import write_file
@@ -33,11 +34,7 @@ def choose(
     generator = np.random.default_rng(seed)
     chosen = []
     for tag in sorted(by_language):
-        rows = by_language[tag]
-        if len(rows) > per_language:
-            picked = generator.choice(len(rows), per_language, replace=False)
-            rows = [rows[i] for i in sorted(picked)]
-        chosen += rows
+        chosen += draw_pairs(by_language[tag], per_language, generator)
     return chosen
 
 

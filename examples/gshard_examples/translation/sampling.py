@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
+from gshard_examples.translation.corpus import Pair
 from gshard_examples.translation.tokens import TokenizedSplit
 from gshard_examples.translation.vocabulary_training import temperature_shares
+
+
+def draw_pairs(
+    pairs: Sequence[Pair], most: int, generator: np.random.Generator
+) -> list[Pair]:
+    """Returns at most `most` of the pairs, drawn evenly, in the order they have."""
+    if len(pairs) <= most:
+        return list(pairs)
+    chosen = generator.choice(len(pairs), most, replace=False)
+    return [pairs[i] for i in sorted(chosen)]
 
 
 class LanguageSampler:

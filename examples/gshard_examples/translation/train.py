@@ -35,6 +35,7 @@ from gshard_examples.translation.progress import (
     print_samples,
 )
 from gshard_examples.translation.samples import Samples, is_due, sample_sentences
+from gshard_examples.translation.sampling import draw_pairs
 from gshard_examples.translation.settings import Settings
 from gshard_examples.translation.tokens import tokenize_pairs, tokenize_split
 from gshard_examples.translation.vocabulary import Vocabulary
@@ -360,7 +361,4 @@ def sample_pairs(
     """Returns at most `most` pairs of a split, drawn evenly: always the same ones."""
     selected = None if languages is None else set(languages)
     pairs = [p for p in corpus.read(split) if selected is None or p.lang in selected]
-    if len(pairs) <= most:
-        return pairs
-    chosen = np.random.default_rng(seed).choice(len(pairs), most, replace=False)
-    return [pairs[i] for i in sorted(chosen)]
+    return draw_pairs(pairs, most, np.random.default_rng(seed))
