@@ -49,10 +49,8 @@ def padded_batches(tokens: TokenizedSplit, settings: Settings, count: int):
         inside = generator.permutation(pairs[bucket == number])
         whole = len(inside) // size
         chunks += [(length, rows) for rows in np.split(inside[: whole * size], whole)]
-    order = generator.permutation(len(chunks))[:count]
-    return [
-        _padded(tokens, rows, length) for length, rows in (chunks[i] for i in order)
-    ]
+    chosen = [chunks[i] for i in generator.permutation(len(chunks))[:count]]
+    return [_padded(tokens, rows, length) for length, rows in chosen]
 
 
 def _padded(tokens: TokenizedSplit, rows: np.ndarray, length: int) -> Batch:
@@ -99,17 +97,15 @@ def _side(settings: Settings, vocabulary: Vocabulary, batches: list, old: bool):
     weight = tf.TensorSpec([None, None], tf.float32)
     data = tf.data.Dataset.from_generator(
         generate, output_signature=(inputs, any_length, weight)
-    ).apply(tf.data.experimental.assert_cardinality(len(batches)))
-    data = data.cache()
+    )
+    known = tf.data.experimental.assert_cardinality(len(batches))
+    data = data.apply(known).cache()
 
     def train() -> None:
         model.fit(data, verbose=0, shuffle=False)
 
-    as_xla_orders = mock.patch.object(program, "fast_on_cpu", lambda hlo: hlo)
-    if old:
-        with as_xla_orders:
-            train()
-    else:
+    fast = (lambda hlo: hlo) if old else program.fast_on_cpu
+    with mock.patch.object(program, "fast_on_cpu", fast):
         train()
     return train
 

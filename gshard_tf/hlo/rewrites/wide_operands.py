@@ -22,23 +22,13 @@ from gshard_tf.hlo.rewrites.editing import (
 def fast_on_cpu(hlo: bytes) -> bytes:
     """Returns a module of the same values, whose weight gradients copy less on a CPU.
 
+    In products that contract positions the narrower operand comes first.
+
     Args:
         hlo: A serialized `HloModuleProto`.
     """
     module = HloModuleProto.FromString(hlo)
-    return module.SerializeToString() if put_narrow_operands_first(module) else hlo
-
-
-def put_narrow_operands_first(module: HloModuleProto) -> int:
-    """Swaps the operands of products that contract positions, the wide one first.
-
-    Args:
-        module: A lowered step for a CPU. It is changed in place.
-
-    Returns:
-        The number of products that were changed.
-    """
-    return edit_module(module, _swapped)
+    return module.SerializeToString() if edit_module(module, _swapped) else hlo
 
 
 def _swapped(editor: Editor, old: Instruction) -> Instruction | None:
@@ -48,7 +38,7 @@ def _swapped(editor: Editor, old: Instruction) -> Instruction | None:
     positions = list(range(len(numbers.lhs_contracting_dimensions)))
     if (
         not positions
-        # Products for each expert have an order of their own.
+        # Swapped, the compiler drops the names of products for each expert.
         or numbers.lhs_batch_dimensions
         or list(numbers.lhs_contracting_dimensions) != positions
         or list(numbers.rhs_contracting_dimensions) != positions
