@@ -1,7 +1,7 @@
 """Settings of a run; each field is a command-line flag.
 
-The defaults finish in about 15 minutes on two CPU cores. What a run used is in its
-`settings.json`, where later commands (resuming, translating) read it.
+The defaults are for two CPU cores; README.md says how long they take. What a run used
+is in its `settings.json`, where later commands (resuming, translating) read it.
 """
 
 from __future__ import annotations
