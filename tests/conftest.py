@@ -18,8 +18,10 @@ os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import hypothesis
 import jax
+import keras
 import pytest
 import tensorflow as tf
+from tensorflow.python.framework import ops
 
 import gshard_tf
 
@@ -36,6 +38,21 @@ tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
 # The first call of many a property compiles something.
 hypothesis.settings.register_profile("gshard", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("gshard")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _free_what_the_module_traced():
+    """Collect garbage once a module, and let TensorFlow's graphs go.
+
+    Its registry keeps the gradient function of each traced `tf.custom_gradient`, and
+    with it the graph, for as long as the process lives: ten gigabytes in all.
+    """
+    yield
+    keras.backend.clear_session(free_memory=False)
+    gradients = ops.gradient_registry._registry
+    for name in [name for name in gradients if name.startswith("CustomGradient-")]:
+        del gradients[name]
+    gc.collect()
 
 
 @pytest.hookimpl(tryfirst=True)

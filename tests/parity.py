@@ -100,7 +100,7 @@ def strategy_of(mesh: int | dict[str, int] = 8, **kwargs) -> gshard_tf.SpmdStrat
 
 
 def run_plain(make: Callable, use: Callable) -> Run:
-    keras.backend.clear_session()
+    keras.backend.clear_session(free_memory=False)
     keras.utils.set_random_seed(7)
     model = make()
     if model.jit_compile and getattr(model, "compiled", False):
@@ -110,7 +110,7 @@ def run_plain(make: Callable, use: Callable) -> Run:
 
 
 def run_on_mesh(make: Callable, use: Callable, mesh=8, **kwargs) -> Run:
-    keras.backend.clear_session()
+    keras.backend.clear_session(free_memory=False)
     keras.utils.set_random_seed(7)
     strategy = strategy_of(mesh, **kwargs)
     with strategy.scope():

@@ -212,7 +212,7 @@ def test_backup_and_restore_after_a_real_interruption(tmp_path):
     parity.run_on_mesh(make, start)
     assert list((tmp_path / "backup").iterdir())
     # A new process would make the model anew, with other initial weights.
-    keras.backend.clear_session()
+    keras.backend.clear_session(free_memory=False)
     keras.utils.set_random_seed(99)
     strategy = parity.strategy_of(2)
     with strategy.scope():

@@ -28,7 +28,7 @@ def blocks(name):
 )
 def test_examples(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    keras.backend.clear_session()
+    keras.backend.clear_session(free_memory=False)
     names = {"__name__": "example"}
     for block in blocks(name):
         printed = io.StringIO()

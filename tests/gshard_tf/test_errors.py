@@ -59,7 +59,7 @@ def test_rule_for_an_axis_that_the_mesh_lacks():
 
 
 def test_model_made_outside_the_scope():
-    keras.backend.clear_session()
+    keras.backend.clear_session(free_memory=False)
     model = parity.classifier()
     strategy = gshard_tf.SpmdStrategy(MESH)
     with strategy.scope():

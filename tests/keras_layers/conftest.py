@@ -13,7 +13,7 @@ for folder in (TESTS.parent, TESTS):
 @pytest.fixture(autouse=True)
 def _fresh_keras():
     """Fixed seeds, and no graph, name or policy left from the test before."""
-    keras.backend.clear_session()
+    keras.backend.clear_session(free_memory=False)
     keras.utils.set_random_seed(1234)
     yield
     keras.config.set_dtype_policy("float32")

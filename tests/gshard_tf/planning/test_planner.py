@@ -32,10 +32,10 @@ def batch(rows=CORES):
 def made(tmp_path_factory):
     """A plan, the folder that it is cached in, and the program that really runs."""
     folder = tmp_path_factory.mktemp("plans")
-    keras.backend.clear_session()
+    keras.backend.clear_session(free_memory=False)
     planned = gshard_tf.plan(moe_model, "cpu:8", batch=batch(), cache=folder)
     strategy = gshard_tf.SpmdStrategy(gshard_tf.create_mesh({"expert": CORES}))
-    keras.backend.clear_session()
+    keras.backend.clear_session(free_memory=False)
     with strategy.scope():
         model = moe_model()
     x, y = (np.zeros(spec.shape, np.float32) for spec in batch())
@@ -113,14 +113,14 @@ def test_a_plan_of_the_same_program_is_not_made_again(made, monkeypatch):
         raise AssertionError("compiled again")
 
     monkeypatch.setattr(planner, "compile_step", compile_step)
-    keras.backend.clear_session()
+    keras.backend.clear_session(free_memory=False)
     again = gshard_tf.plan(moe_model, "cpu:8", batch=batch(), cache=folder)
     assert again == planned
     with pytest.raises(AssertionError, match="compiled again"):
         gshard_tf.plan(moe_model, "cpu:8", batch=batch(16), cache=folder)
     # A broken file is no plan, and is made anew.
     (folder / f"{planned.key}.json").write_text("{")
-    keras.backend.clear_session()
+    keras.backend.clear_session(free_memory=False)
     with (
         pytest.warns(UserWarning, match="is broken"),
         pytest.raises(AssertionError, match="compiled again"),
@@ -130,7 +130,7 @@ def test_a_plan_of_the_same_program_is_not_made_again(made, monkeypatch):
 
 def test_a_model_is_planned_like_the_function_that_makes_it(made):
     planned, _, _ = made
-    keras.backend.clear_session()
+    keras.backend.clear_session(free_memory=False)
     model = moe_model()
     before = [np.array(w) for w in model.get_weights()]
     again = gshard_tf.plan(model, "cpu:8", batch=batch(), cache=False)
@@ -300,7 +300,7 @@ def test_bad_arguments_say_what_would_be_right():
 
 def test_a_function_that_takes_the_scope_away_is_told():
     def build():
-        keras.backend.clear_session()
+        keras.backend.clear_session(free_memory=False)
         return moe_model()
 
     with pytest.raises(ValueError, match="must not call keras.backend.clear_session"):

@@ -17,7 +17,7 @@ WHOLE = (None, None)
 def optimized(optimizer, mesh=8, rules=None, dense=None):
     """A strategy, and a compiled and built model; makes the optimizer and the layer."""
     strategy = parity.strategy_of(mesh, rules=rules)
-    keras.backend.clear_session()
+    keras.backend.clear_session(free_memory=False)
     with strategy.scope():
         model = keras.Sequential(
             [

@@ -37,7 +37,7 @@ def gradient_step(model, optimizer):
 
 
 def plain_losses():
-    keras.backend.clear_session()
+    keras.backend.clear_session(free_memory=False)
     keras.utils.set_random_seed(7)
     model, optimizer = parity.classifier(), keras.optimizers.Adam(1e-2)
     step = gradient_step(model, optimizer)
@@ -45,7 +45,7 @@ def plain_losses():
 
 
 def make(strategy):
-    keras.backend.clear_session()
+    keras.backend.clear_session(free_memory=False)
     keras.utils.set_random_seed(7)
     with strategy.scope():
         model, optimizer = parity.classifier(), keras.optimizers.Adam(1e-2)

@@ -59,7 +59,7 @@ def late():
 
 
 def start():
-    keras.backend.clear_session()
+    keras.backend.clear_session(free_memory=False)
     keras.utils.set_random_seed(7)
 
 

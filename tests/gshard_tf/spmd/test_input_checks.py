@@ -40,7 +40,7 @@ def classifier(embed=None, ignore_class=None, dtype="int32"):
 
 def message(make, use, mesh=None, **options):
     """What `use` of a model raises, or None; on no mesh, for None."""
-    keras.backend.clear_session()
+    keras.backend.clear_session(free_memory=False)
     keras.utils.set_random_seed(7)
     if mesh is None:
         model = make()
