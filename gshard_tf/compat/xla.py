@@ -5,8 +5,9 @@ import re
 # XLA's CPU compiler drops optimization barriers before it fuses, and so computes again
 # what a barrier holds. Without that pass they stay to the end, and cost nothing there.
 # On an upgrade, check that an `opt-barrier` is in the text of a compiled program: XLA
-# ignores the name of a pass that it does not have.
-_CPU = {"xla_disable_hlo_passes": "cse_barrier_expander"}
+# ignores the name of a pass that it does not have. The other pass makes one kernel of a
+# loop over little data, which cannot hold a barrier: the compiler would refuse it.
+_CPU = {"xla_disable_hlo_passes": "cse_barrier_expander,small-while-loop-hoisting"}
 
 
 def compiler_options(platform: str) -> dict[str, str]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from gshard_tf.compat.xla import compiler_options
 from gshard_tf.export import program_file
 from gshard_tf.export.manifest import (
     Manifest,
@@ -124,7 +125,8 @@ class LoadedProgram:
                 jax.ShapeDtypeStruct(t.shape, np.dtype(t.dtype))
                 for t in [*manifest.inputs, *manifest.state]
             ]
-            self.compiled = jitted.lower(*shapes).compile()
+            options = compiler_options(devices[0].platform)
+            self.compiled = jitted.lower(*shapes).compile(compiler_options=options)
         self._constants = self._put(constants) if constants else {}
 
     def put_state(self, arrays: Mapping[str, Any]) -> State:
