@@ -131,8 +131,9 @@ def settings_of(size: Size, languages: Sequence[str], experts: int, seed: int) -
     if not experts:
         # Every other layer has two experts' width for a token: three halves on average.
         chosen["hidden_dim"] = chosen["hidden_dim"] * 3 // 2
+    schedule = {"schedule": "linear", "learning_rate": 2e-3}
     return Settings(
-        **chosen,
+        **(schedule | chosen),
         languages=",".join(languages),
         experts=experts,
         seed=seed,

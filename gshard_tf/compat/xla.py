@@ -10,9 +10,9 @@ import re
 _CPU = {"xla_disable_hlo_passes": "cse_barrier_expander,small-while-loop-hoisting"}
 
 
-def compiler_options(platform: str) -> dict[str, str]:
+def compiler_options(platform: str) -> dict[str, str | bool]:
     """The options that programs are compiled with for a platform, such as "cpu"."""
-    return dict(_CPU) if platform == "cpu" else {}
+    return {**_CPU} if platform == "cpu" else {}
 
 
 def operation_that_failed(message: str) -> str | None:

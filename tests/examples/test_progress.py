@@ -169,6 +169,7 @@ def test_samples_are_shown_a_few_times_and_at_last(epochs, due):
     "settings",
     [
         {},
+        {"schedule": "linear", "steps": 300},
         {"languages": "de,fr", "stacked": True, "dropout": 0.0, "mesh": "data=2"},
         {"schedule": "cosine", "languages": "sr_Latn", "steps": 500},
     ],

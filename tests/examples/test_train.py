@@ -45,6 +45,7 @@ TINY = {
     "steps_per_epoch": 10,
     "learning_rate": 5e-3,
     "warmup": 10,
+    "schedule": "linear",
     "validation_pairs": 32,
 }
 

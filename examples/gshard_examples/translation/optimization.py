@@ -80,6 +80,7 @@ def make_schedule(
     """The learning rate by step, as settings ask for it."""
     peak, warmup = settings.learning_rate, settings.warmup
     if settings.decays_to_zero:
+        warmup = min(warmup, max(1, settings.steps // 2))
         return DecayToZero(peak, warmup, settings.steps, settings.schedule == "cosine")
     return InverseSquareRoot(peak, warmup, settings.schedule == "linear")
 

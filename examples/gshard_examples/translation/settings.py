@@ -95,14 +95,19 @@ class Settings:
         0.0, "greatest norm of all gradients together; 0: they are not clipped"
     )
     learning_rate: float = _flag(
-        2e-3, "peak rate (for adafactor: relative to each weight's size)"
+        6e-3, "peak rate (for adafactor: relative to each weight's size)"
     )
-    warmup: int = _flag(200, "steps at or up to the peak rate, before it decays")
+    warmup: int = _flag(
+        200,
+        "steps at or up to the peak rate, before it decays; at most half of --steps "
+        "where the rate ends at 0",
+    )
     schedule: str = _flag(
-        "linear",
-        "linear: a linear warm-up, then 1 / sqrt(step); flat: the peak from the start, "
-        "then 1 / sqrt(step), as in the paper; cosine, linear-to-zero: a linear "
-        "warm-up, then down to 0 at --steps, for a run that is not to be extended",
+        "linear-to-zero",
+        "cosine, linear-to-zero: a linear warm-up, then down to 0 at --steps, for a "
+        "run that is not to be extended; linear: a linear warm-up, then 1 / sqrt(step),"
+        " so that more --steps can follow; flat: the peak from the start, then "
+        "1 / sqrt(step), as in the paper",
         ("linear", "flat", *TO_ZERO),
     )
     label_smoothing: float = _flag(
@@ -161,11 +166,6 @@ class Settings:
                     f"{field.name} must be one of {', '.join(choices)}. "
                     f"Received: {getattr(self, field.name)!r}"
                 )
-        if self.decays_to_zero and self.warmup >= self.steps:
-            raise ValueError(
-                f"warmup must be less than steps with schedule={self.schedule!r}. "
-                f"Received: warmup={self.warmup}, steps={self.steps}"
-            )
         if self.steps % self.steps_per_epoch:
             raise ValueError(
                 "steps must be a multiple of steps_per_epoch. Received: "
