@@ -21,6 +21,7 @@ import jax
 import keras
 import pytest
 import tensorflow as tf
+from tensorflow.python.data.ops import dataset_ops
 from tensorflow.python.framework import ops
 
 import gshard_tf
@@ -34,6 +35,17 @@ jax.devices()
 gc.freeze()
 # Graphs that run a few small steps are not worth optimizing.
 tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
+
+
+def _without_autotuning(dataset):
+    options = tf.data.Options()
+    options.autotune.enabled = False
+    return dataset.with_options(options)
+
+
+# TensorFlow tunes each iterator in a thread that may sleep for up to a minute, and who
+# drops the iterator waits for it. This is called with what is about to be iterated.
+dataset_ops.DatasetV2._apply_debug_options = _without_autotuning
 
 # The first call of many a property compiles something.
 hypothesis.settings.register_profile("gshard", deadline=None, print_blob=True)
