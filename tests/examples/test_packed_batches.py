@@ -12,7 +12,7 @@ from gshard_examples.translation.packed_batches import (
     choose_row_lengths,
 )
 from gshard_examples.translation.tokens import tokenize_pairs, tokenize_split
-from gshard_examples.translation.vocabulary import BOS, EOS, PAD
+from gshard_examples.translation.vocabulary import BOS, EOS, PAD, UNK
 
 ROWS = (48, 40)
 
@@ -101,6 +101,34 @@ def test_going_on_in_the_middle(train, offset):
     assert batches.locate(start) == (1, offset)
     with pytest.raises(ValueError, match="step=-1"):
         batches.locate(-1)
+
+
+def test_word_dropout_hides_words_and_nothing_else(train):
+    def batches(rate, training=True):
+        made = PackedBatches(train, ROWS, 384, training, seed=3, word_dropout=rate)
+        return list(itertools.islice(made, 5))
+
+    whole, hidden, again = batches(0.0), batches(0.3), batches(0.3)
+    words = dropped = 0
+    for one, other, repeated in zip(whole, hidden, again, strict=True):
+        assert same(other, repeated)
+        # All of it is to be predicted.
+        for a, b in zip(one[1:], other[1:], strict=True):
+            np.testing.assert_array_equal(a, b)
+        for name, ids in one[0].items():
+            left = other[0][name]
+            if name in ("source", "target"):
+                segments = one[0][f"{name}_segment_ids"]
+                first = np.diff(segments, axis=1, prepend=0) != 0
+                assert not ((left != ids) & (first | (ids <= EOS))).any()
+                assert set(left[left != ids]) <= {UNK}
+                words += np.sum(~first & (ids > EOS))
+                dropped += np.sum(left != ids)
+            else:
+                np.testing.assert_array_equal(left, ids)
+    assert words > 1000 and abs(dropped / words - 0.3) < 0.05
+    for a, b in zip(batches(0.0, False), batches(0.3, False), strict=True):
+        assert same(a, b)
 
 
 def test_evaluation_sees_every_pair_once(toy_corpus, toy_vocabulary):

@@ -21,7 +21,7 @@ import tensorflow as tf
 
 from gshard_examples.translation.sampling import LanguageSampler
 from gshard_examples.translation.tokens import TokenizedSplit
-from gshard_examples.translation.vocabulary import BOS, EOS, PAD
+from gshard_examples.translation.vocabulary import BOS, EOS, PAD, UNK
 from gshard_tf.data import LOOKAHEAD, RowPlan, lay_out, plan_rows
 
 #: Batch sizes are multiples of this, so that a batch divides over a mesh of 8.
@@ -122,6 +122,8 @@ class PackedBatches:
         temperature: See `vocabulary_training.temperature_shares`; in training only.
         seed: Decides sampling and order.
         lookahead: Of `gshard_tf.data.plan_rows`.
+        word_dropout: Share of the ids that the model reads as "unknown", in training
+            only: on both sides, but for tags and bos. It predicts all of them.
 
     Attributes:
         shapes: ((B, Ls), (B, Lt)), of every batch.
@@ -141,6 +143,7 @@ class PackedBatches:
         temperature: float = 5.0,
         seed: int = 0,
         lookahead: int = LOOKAHEAD,
+        word_dropout: float = 0.0,
     ) -> None:
         self.shapes = batch_shapes(row_lengths, batch_tokens)
         (size, source), (_, target) = self.shapes
@@ -150,6 +153,7 @@ class PackedBatches:
         self.training = training
         self.seed = seed
         self.lookahead = lookahead
+        self.word_dropout = word_dropout if training else 0.0
         lengths = np.stack([tokens.source_lengths, tokens.target_lengths], axis=1)
         fits = (lengths <= row_lengths).all(axis=1)
         self.too_long = int(np.sum(~fits))
@@ -250,6 +254,10 @@ class PackedBatches:
         target_out, _ = lay_out(
             rows, tokens.target, starts + 1, lengths, target_length, PAD
         )
+        if self.word_dropout:
+            generator = np.random.default_rng([self.seed, epoch, number, 2])
+            self._drop_words(source, source_segments, generator)
+            self._drop_words(target, target_segments, generator)
         inputs = {
             "source": self._filled_up(source, EOS),
             "source_segment_ids": self._filled_up(source_segments, 1),
@@ -258,6 +266,14 @@ class PackedBatches:
         }
         target_out = self._filled_up(target_out, PAD)
         return inputs, target_out, (target_out != PAD).astype(np.float32)
+
+    def _drop_words(
+        self, ids: np.ndarray, segments: np.ndarray, generator: np.random.Generator
+    ) -> None:
+        """Replaces ids [r, L] in place: words alone, no tag (a source's first id)."""
+        first = np.diff(segments, axis=1, prepend=0) != 0
+        dropped = generator.random(ids.shape) < self.word_dropout
+        ids[dropped & ~first & (ids > EOS)] = UNK
 
     def _filled_up(self, rows: np.ndarray, first: int) -> np.ndarray:
         """Returns [r, L] as [B, L]: rows of one id, `first`, and padding are added."""

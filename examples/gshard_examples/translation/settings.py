@@ -72,6 +72,9 @@ class Settings:
     expert_dropout: float = _flag(
         0.0, "dropout rate of the experts' hidden layer; higher to tune on few pairs"
     )
+    word_dropout: float = _flag(
+        0.0, "share of source and target ids that the model is not shown in training"
+    )
     remat: str = _flag(
         "none",
         "activations that are computed again for the gradient, to save memory",
@@ -153,7 +156,13 @@ class Settings:
                 raise ValueError(
                     f"{name} must be at least 0. Received: {getattr(self, name)}"
                 )
-        for name in ("dropout", "expert_dropout", "beta_2", "label_smoothing"):
+        for name in (
+            "dropout",
+            "expert_dropout",
+            "word_dropout",
+            "beta_2",
+            "label_smoothing",
+        ):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(
                     f"{name} must be at least 0 and below 1. Received: "

@@ -128,7 +128,11 @@ def train(
     check_lengths(tokens, row_lengths, "--row-lengths")
     sizes = (row_lengths, settings.batch_tokens)
     batches = PackedBatches(
-        tokens, *sizes, temperature=settings.temperature, seed=settings.seed
+        tokens,
+        *sizes,
+        temperature=settings.temperature,
+        seed=settings.seed,
+        word_dropout=settings.word_dropout,
     )
     validation = PackedBatches(dev, *sizes, training=False)
     # Not before the data are found usable: what is written must stay as it is.
