@@ -7,7 +7,6 @@ inside, so that one process holds one project.
 
 import dataclasses
 import importlib
-import importlib.metadata
 import os
 import sys
 import types
@@ -16,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.harness.installed import missing
 from benchmarks.moe.steps import (
     Shape,
     Side,
@@ -45,13 +45,7 @@ class Peer:
 
     def missing(self) -> list[str]:
         """Returns the packages to install, with their versions."""
-        absent = []
-        for name, version in self.packages.items():
-            try:
-                importlib.metadata.version(name)
-            except importlib.metadata.PackageNotFoundError:
-                absent.append(f"{name}=={version}")
-        return absent
+        return [f"{name}=={self.packages[name]}" for name in missing(self.packages)]
 
 
 def gated_width(shape: Shape) -> int:

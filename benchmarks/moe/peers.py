@@ -28,18 +28,15 @@ import dataclasses
 import json
 import os
 import statistics
-import subprocess
-import sys
-import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-from benchmarks.harness import memory
+from benchmarks.harness import memory, served
 from benchmarks.harness.command_line import circumstances, make_parser, say
+from benchmarks.harness.served import Side, SideError
 from benchmarks.moe.peer_blocks import (
     OUR_WAYS,
     OURS,
@@ -50,90 +47,45 @@ from benchmarks.moe.steps import Shape
 
 SHAPE = Shape(experts=16, model_dim=512, hidden_dim=1536, groups=4, group_size=512)
 TINY = Shape(experts=4, model_dim=24, hidden_dim=48, groups=2, group_size=32)
-MARK = "@@ "
-# Seconds for one answer: half a minute for the slowest start, a few for a step.
-LIMIT = 300
 
 
 # ----------------------------------------------------------------- in the process
 
 
 def serve(block: str, way: str, shape: Shape) -> None:
-    """Answers, on stdout, the commands that come on stdin, one a line."""
+    """Answers "step" with seconds, "memory" with the bytes that a step grows by."""
     make = OURS[block] if block in OURS else PEERS[block].make
     side = make(shape, way)
     result = side()
     outputs = outputs_of(result)
-    served = float((abs(outputs).max(axis=-1) > 0).mean())
+    dispatched = float((abs(outputs).max(axis=-1) > 0).mean())
     del result, outputs
     side()
-    _answer({"served": served})
-    for command in sys.stdin:
-        if command.strip() == "step":
-            start = time.perf_counter()
-            side()
-            _answer(time.perf_counter() - start)
-        elif command.strip() == "memory":
-            memory.reset_peak()
-            before = memory.resident()
-            side()
-            _answer(memory.peak() - before)
-        else:
-            return
 
+    def step() -> float:
+        start = time.perf_counter()
+        side()
+        return time.perf_counter() - start
 
-def _answer(value: Any) -> None:
-    print(MARK + json.dumps(value), flush=True)
+    def grown() -> int:
+        memory.reset_peak()
+        before = memory.resident()
+        side()
+        return memory.peak() - before
+
+    served.serve(dispatched, {"step": step, "memory": grown})
 
 
 # --------------------------------------------------------------- outside of it
 
 
-class Block:
-    """A block in its process."""
+class Block(Side):
+    """A block in its process; `hello` is the share of tokens that an expert took."""
 
     def __init__(self, block: str, way: str, shape: Shape):
-        self.name, self.way = block, way
-        self.errors = tempfile.TemporaryFile("w+")
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.moe.peers", "--serve", block, way,
-             json.dumps(dataclasses.asdict(shape))],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors,
-            text=True,
-        )  # fmt: skip
-        self.served = self._read()["served"]
-
-    def ask(self, command: str) -> Any:
-        self.process.stdin.write(command + "\n")
-        self.process.stdin.flush()
-        return self._read()
-
-    def _read(self) -> Any:
-        # A process that hangs is ended, or one peer would stop all.
-        clock = threading.Timer(LIMIT, self.process.kill)
-        clock.start()
-        try:
-            for line in self.process.stdout:
-                if line.startswith(MARK):
-                    return json.loads(line[len(MARK) :])
-        finally:
-            clock.cancel()
-        self.errors.seek(0)
-        last = self.errors.read().strip()[-2000:]
-        self.close()
-        raise BlockError(
-            f"{self.name} ({self.way}) ended, or was ended after {LIMIT} s: {last}"
-        )
-
-    def close(self) -> None:
-        self.process.stdin.close()
-        self.process.wait()
-        self.process.stdout.close()
-        self.errors.close()
-
-
-class BlockError(RuntimeError):
-    """A block's process ended by itself; its last words."""
+        self.way = way
+        arguments = ["--serve", block, way, json.dumps(dataclasses.asdict(shape))]
+        super().__init__(f"{block} ({way})", "benchmarks.moe.peers", arguments)
 
 
 @contextlib.contextmanager
@@ -174,7 +126,7 @@ def compare(theirs: Block, ours: Block, shape: Shape, rounds: int) -> dict[str, 
         result[f"{name}_seconds"] = seconds
         result[f"{name}_megabytes"] = grown[name] / 1e6
         result[f"{name}_useful_tokens_per_second"] = (
-            block.served * shape.tokens / seconds
+            block.hello * shape.tokens / seconds
         )
     return result
 
@@ -197,7 +149,7 @@ def run(names: list[str], shape: Shape, rounds: int) -> dict[str, Any]:
                 try:
                     with fastest(name, peer.ways, shape) as theirs:
                         rows[name] = compare(theirs, ours, shape, rounds)
-                except BlockError as error:
+                except SideError as error:
                     failed[name] = str(error)
                     say(f"{name} failed: {error}")
                     continue

@@ -4,15 +4,13 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 
 import numpy as np
 import pytest
 import tensorflow as tf
 from processes import ROOT
 
-from benchmarks.harness import memory, timing
-from benchmarks.moe import peers
+from benchmarks.harness import memory, served, timing
 from benchmarks.moe.peer_blocks import OURS, PEERS, Peer
 from benchmarks.moe.scaling import routing_bytes
 from benchmarks.moe.steps import (
@@ -41,6 +39,7 @@ def run_script(name, *arguments):
     return json.loads(lines[0])
 
 
+@pytest.mark.slow
 def test_limit():
     result = run_script("moe.limit")
     for key in ("over_gemm", "over_gemm_program", "over_gemm_ops", "over_best_gemm"):
@@ -50,6 +49,7 @@ def test_limit():
     assert result["machine"]["cores"] >= 1
 
 
+@pytest.mark.slow
 def test_scaling(tmp_path):
     picture = tmp_path / "scaling.png"
     result = run_script("moe.scaling", "--plot", str(picture))
@@ -145,17 +145,7 @@ def test_peak_memory_counts_from_its_reset():
     assert 0.9 * block.nbytes < grown < 1.5 * block.nbytes
 
 
-def test_a_peer_that_hangs_is_ended(monkeypatch):
-    monkeypatch.setattr(peers, "LIMIT", 0.5)
-    block = peers.Block.__new__(peers.Block)
-    block.name, block.way = "sleeper", "jit"
-    block.errors = tempfile.TemporaryFile("w+")
-    block.process = subprocess.Popen(
-        [sys.executable, "-c", "import time; time.sleep(60)"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    with pytest.raises(peers.BlockError, match=r"sleeper .* ended after 0.5 s"):
-        block.ask("step")
-    assert block.process.returncode
+def test_a_side_that_hangs_is_ended():
+    # It waits for its standard input, and never says a word.
+    with pytest.raises(served.SideError, match="sleeper ended, or was ended after 1 s"):
+        served.Side("sleeper", "code", ["-q"], limit=1)

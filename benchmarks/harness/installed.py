@@ -1,0 +1,15 @@
+"""Which packages of peers there are."""
+
+import importlib.metadata
+from collections.abc import Iterable
+
+
+def missing(packages: Iterable[str]) -> list[str]:
+    """Returns those of the distributions that are not installed."""
+    absent = []
+    for name in packages:
+        try:
+            importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            absent.append(name)
+    return absent
