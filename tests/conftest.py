@@ -67,6 +67,11 @@ def _free_what_the_module_traced():
     gc.collect()
 
 
+def pytest_xdist_auto_num_workers(config):
+    """One worker more than cores: some wait for the processes that they started."""
+    return min(4, (os.cpu_count() or 1) + 1)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     """`@pytest.mark.broad(n)`: by default one case of n runs; the others are slow."""

@@ -121,7 +121,8 @@ class Copy:
         os.environ.pop("PYTHONPATH", None)
         import pytest
 
-        options = ["-n", "0", "-q", "-x", "-p", "no:cacheprovider"]
+        # Those that a mutant names run, slow ones too.
+        options = ["-n", "0", "-q", "-x", "-p", "no:cacheprovider", "-m", ""]
         code = pytest.main([*options, f"--basetemp={scratch / 'pytest'}", *tests])
         sys.stdout.flush()
         sys.stderr.flush()

@@ -41,6 +41,7 @@ def measure(folder, *arguments):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_a_folder_of_programs_is_measured_without_tensorflow(folder):
     result = json.loads(measure(folder, "--json"))
     assert result["platform"] == "cpu" and result["matmul_tflops"] > 0

@@ -128,6 +128,7 @@ def test_the_script_tells_what_is_caught_from_what_survives(tmp_path):
     assert (ROOT / quick.file).read_text("utf-8") == before
 
 
+@pytest.mark.slow
 def test_a_script_that_is_ended_leaves_nothing_behind(tmp_path):
     script = subprocess.Popen(
         [sys.executable, "-m", "benchmarks.mutants", "--only", QUICK],

@@ -93,12 +93,13 @@ def test_differences():
 
 
 def test_a_few_cases():
-    found = partition_fuzz.fuzz(minutes=10, seed=0, cases=24)
-    assert found["cases"] >= 20
-    assert found["ok"] >= 18
+    found = partition_fuzz.fuzz(minutes=10, seed=0, cases=14)
+    assert found["cases"] >= 10
+    assert found["ok"] >= 9
     assert found["wrong"] == found["crashed"] == 0, found["failures"]
 
 
+@pytest.mark.slow
 def test_a_planted_fault_is_found_and_its_script_shows_it(tmp_path):
     found = partition_fuzz.fuzz(
         minutes=5,

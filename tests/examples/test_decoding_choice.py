@@ -63,6 +63,7 @@ def searched(model, toy_vocabulary, pairs):
     return {way: said_by(model, toy_vocabulary, pairs, way) for way in ways}
 
 
+@pytest.mark.slow
 def test_the_searches_differ(searched):
     """Else the tests below could not fail."""
     assert len({tuple(texts) for texts in searched.values()}) == len(searched)

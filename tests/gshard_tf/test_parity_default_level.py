@@ -167,6 +167,7 @@ def checks(cases, meshes):
     )
 
 
+@pytest.mark.slow
 def test_layers_of_keras():
     run(checks(KERAS, MESHES))
 
@@ -175,6 +176,7 @@ def test_layers_of_this_package():
     run(checks({name: ("rows", layers) for name, layers in OURS.items()}, MESHES[1:]))
 
 
+@pytest.mark.slow
 def test_models_of_this_package():
     run(checks({name: ("ids", layers) for name, layers in MODELS.items()}, MESHES))
 

@@ -327,7 +327,8 @@ def fit(model, inputs):
     return {name: history[name] for name in ("loss", "accuracy")}
 
 
-@pytest.mark.parametrize("router", ["dense", "top_k"])
+@pytest.mark.broad(2)
+@pytest.mark.parametrize("router", ["top_k", "dense"])
 def test_training_on_one_and_on_eight_partitions(router):
     rows, alone = rows_for_fit()
     plain = run_plain(lambda: compiled(router), lambda model: fit(model, alone))

@@ -60,6 +60,7 @@ def assigning(concrete):
 BIASED = {"kind": "top_k", "scores": "sigmoid", "bias_update_rate": 0.1, "jitter": 0.1}
 
 
+@pytest.mark.broad(2)
 @pytest.mark.parametrize("kind", [*KINDS, "biased"])
 def test_a_graph_of_inference_assigns_nothing(kind):
     biased = (lambda: mixture(BIASED, dropout=0.1, num_shared_experts=1), X, None)
@@ -73,6 +74,7 @@ def test_a_graph_of_inference_assigns_nothing(kind):
     assert assigning(train.get_concrete_function(x))
 
 
+@pytest.mark.broad(2)
 @pytest.mark.parametrize("kind", KINDS)
 def test_evaluation_counts_what_it_counts_eagerly(kind):
     make, x, y = KINDS[kind]

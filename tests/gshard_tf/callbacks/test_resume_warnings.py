@@ -67,17 +67,18 @@ def run(folder, x=None, stop_after=None, rate=0.1, seed=7, callbacks=(), **kwarg
 # What fit is given, how, and what is said of it 3 steps into an epoch.
 AGAIN, SHUFFLED = "its first batches are trained again", "shuffled in another order"
 DATA = {
-    "arrays": (lambda: None, {"shuffle": False}, None),
-    "arrays, shuffled, a seed": (lambda: None, {"shuffle": True}, None),
     "arrays, shuffled": (lambda: None, {"shuffle": True, "seed": None}, SHUFFLED),
-    "arrays, steps": (lambda: None, {"steps_per_epoch": 8}, AGAIN),
-    "PyDataset": (Rows, {"shuffle": False}, None),
-    "PyDataset, shuffled": (Rows, {"shuffle": True}, SHUFFLED),
+    "arrays": (lambda: None, {"shuffle": False}, None),
     "generator": (generator, {"steps_per_epoch": 8}, AGAIN),
+    "arrays, shuffled, a seed": (lambda: None, {"shuffle": True}, None),
+    "PyDataset": (Rows, {"shuffle": False}, None),
+    "arrays, steps": (lambda: None, {"steps_per_epoch": 8}, AGAIN),
     "tf.data": (dataset, {"steps_per_epoch": 8}, AGAIN),
+    "PyDataset, shuffled": (Rows, {"shuffle": True}, SHUFFLED),
 }
 
 
+@pytest.mark.broad(2)
 @pytest.mark.parametrize("kind", DATA)
 def test_data_that_is_not_where_it_was(tmp_path, kind):
     make, options, expected = DATA[kind]

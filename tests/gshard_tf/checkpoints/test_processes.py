@@ -207,6 +207,7 @@ def test_sigterm_to_some_and_given_again(one, tmp_path, count, who):
     assert_same_losses(tmp_path, count, one)  # each step once
 
 
+@pytest.mark.slow
 def test_a_process_that_exits_ends_all(tmp_path):
     codes, errors, seconds = run(2, tmp_path, "do=exit", "step=3", patience=100)
     assert codes == [ABORTED_BY_ANOTHER] * 2, errors
@@ -298,6 +299,7 @@ def test_wrong_arguments(arguments):
         gshard_tf.initialize(**arguments)
 
 
+@pytest.mark.broad(2)
 @pytest.mark.parametrize("index", [0, 1])
 def test_the_others_never_start(index):
     given = f"'127.0.0.1:{free_port()}', 2, {index}, step_timeout=1"

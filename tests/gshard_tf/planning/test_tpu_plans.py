@@ -10,6 +10,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+@pytest.mark.slow
 def test_a_model_on_slices_that_are_not_there():
     # One process: libtpu stays once it is loaded.
     printed = run_python(

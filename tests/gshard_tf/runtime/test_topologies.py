@@ -16,6 +16,7 @@ def test_without_the_compiler_a_sentence_says_how_to_get_it(monkeypatch):
         devices.topology_devices("v5e:2x4")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not HAVE_COMPILER, reason="needs libtpu: the extra aot")
 def test_the_layer_compiles_for_tpus_and_wastes_nothing():
     # In a process of its own: libtpu stays once it is loaded.

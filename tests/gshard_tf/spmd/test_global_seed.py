@@ -141,6 +141,7 @@ def test_a_variable_that_is_no_generator_is_refused():
         strategy.run(tf.function(lambda x: x * stray), args=(tf.constant(X),))
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_goes_on_with_the_same_noise(tmp_path):
     """A checkpoint has the state of the generator, wherever it was made."""
 

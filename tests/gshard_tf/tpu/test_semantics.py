@@ -41,6 +41,7 @@ def test_fit_with_dropout_and_callbacks(one_replica):
     assert {"loss", "mae", "moe_dropped", "learning_rate"} <= set(one_replica["names"])
 
 
+@pytest.mark.slow
 def test_a_step_on_several_replicas_of_two_axes():
     run = run_script("tiny_step.py", json.dumps({"data": 2, "model": 2}))
     assert run["size"] == [2, 4]

@@ -73,6 +73,7 @@ def two_optimizers():
     return model
 
 
+@pytest.mark.broad(2)
 @pytest.mark.parametrize("make", [with_everything, half, two_optimizers])
 def test_what_is_equal_stays_as_it_was(make):
     def fit(model):

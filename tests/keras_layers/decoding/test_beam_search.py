@@ -60,6 +60,7 @@ def expected(log_probs_after, ids, limits, **options):
     return found_ids, scores, log_probs
 
 
+@pytest.mark.broad(3)
 @pytest.mark.parametrize("early_stop", [True, False])
 @pytest.mark.parametrize(
     ("beam_size", "alpha", "num_results"), [(3, 0.0, 3), (4, 0.8, 2)]
