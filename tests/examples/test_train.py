@@ -209,7 +209,7 @@ def job(folder, corpus, vocabulary, **settings):
     """
 
 
-@pytest.mark.broad(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGINT])
 def test_the_command_goes_on_after(kind, corpus, vocabulary, tmp_path):
     """Stopped in the middle of an epoch; what is there is whole, and it finishes."""

@@ -120,7 +120,7 @@ class Saved:
         return self.folder / f"{mode}.gshard"
 
 
-@pytest.fixture(scope="module", params=[1, 8])
+@pytest.fixture(scope="module", params=[pytest.param(1, marks=pytest.mark.slow), 8])
 def saved(request, tmp_path_factory):
     """The same for one and for eight partitions, trained by both for 100 steps."""
     folder = tmp_path_factory.mktemp(f"export{request.param}")

@@ -10,17 +10,11 @@ from processes import run_python
 FOLDER = pathlib.Path(__file__).parent / "golden"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
 ON_TPU = ("v3", "v5e")
-# The others take half a minute each.
-QUICK = ("transformer-v5e-2x4",)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
-        for name in NAMES
-    ],
-)
+# Each takes from a quarter of a minute to a minute.
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
 def test_a_plan_is_as_recorded(name):
     if any(chip in name for chip in ON_TPU):
         if importlib.util.find_spec("libtpu") is None:
