@@ -128,10 +128,20 @@ def run_on_mesh(function, make_layers, inputs, axes, rules, paths):
         raise (strategy.last_error or error) from error
 
 
-def differences(ours, theirs):
+def least_scale(inputs):
+    """What an array counts as being as large as: a hundredth of the inputs.
+
+    What is 0 because numbers of the inputs' size cancel may be their rounding.
+    """
+    sizes = [np.max(np.abs(x), initial=0.0) for x in inputs if x.dtype.kind == "f"]
+    return max(1e-12, 1e-2 * float(max(sizes, default=0.0)))
+
+
+def differences(ours, theirs, least=1e-12):
     """Largest difference of each array, relative to the largest value it should have.
 
-    Gradients that are nothing but the rounding of larger ones are compared with those.
+    Gradients that are nothing but the rounding of larger ones are compared with those,
+    and what is smaller than `least` with that.
     """
     relative = []
     for group, wanted in zip(ours, theirs, strict=True):
@@ -145,7 +155,7 @@ def differences(ours, theirs):
                 relative.append(0.0)
             else:
                 a, b = a.astype("float64"), b.astype("float64")
-                scale = max(own, 1e-2 * max(largest), 1e-12)
+                scale = max(own, 1e-2 * max(largest), least)
                 worst = float(np.max(np.abs(a - b)) / scale)
                 relative.append(worst if np.isfinite(worst) else float("inf"))
     return relative
@@ -192,7 +202,8 @@ def check(function, make_layers, inputs, axes, rules, paths, want=None):
             verdict = "unusable"
         said = f"{type(error).__name__}: {error}"
         return {"verdict": verdict, "said": said[:1000]}
-    errors = differences(got, want)
+    least = least_scale(inputs)
+    errors = differences(got, want, least)
     if max(errors) <= TOLERANCE:
         return {"verdict": "ok"}
     try:
@@ -206,9 +217,10 @@ def check(function, make_layers, inputs, axes, rules, paths, want=None):
         else x
         for x in inputs
     ]
-    rounding = differences(run_plain(function, make_layers, shaken), want)
-    own = differences(one, want)
-    ours = [min(pair) for pair in zip(errors, differences(got, one), strict=True)]
+    rounding = differences(run_plain(function, make_layers, shaken), want, least)
+    own = differences(one, want, least)
+    to_one = differences(got, one, least)
+    ours = [min(pair) for pair in zip(errors, to_one, strict=True)]
     allowed = [max(TOLERANCE, 30 * r) for r in rounding]
     wrong = [i for i, e in enumerate(ours) if e > allowed[i]]
     verdict = "shaky"
@@ -217,7 +229,11 @@ def check(function, make_layers, inputs, axes, rules, paths, want=None):
     elif any(e > a for e, a in zip(own, allowed, strict=True)):
         verdict = "one_device"
         compiled = run_plain(function, make_layers, inputs, (True,))
-        own = [*own, "; TensorFlow's own compiler:", *differences(compiled, want)]
+        own = [
+            *own,
+            "; TensorFlow's own compiler:",
+            *differences(compiled, want, least),
+        ]
     sizes = {"outputs": len(want[0]), "gradients": len(want[1])}
     return {
         "verdict": verdict,

@@ -90,6 +90,12 @@ def test_differences():
     # A gradient that is the rounding of another's values.
     tiny = [np.float32([1e-9]), np.float32([2e-9])]
     assert max(harness.differences([[a, tiny[0]]], [[a, tiny[1]]])) < 1e-6
+    # What should be 0 and is the rounding of numbers near 1; and what is not.
+    zero, rounded, off = (np.full([2], x) for x in (0.0, 2e-7, 1e-4))
+    least = harness.least_scale([np.float32([1.5, -0.5]), np.int32([70])])
+    assert least == pytest.approx(0.015)
+    assert max(harness.differences([[zero]], [[rounded]], least)) < harness.TOLERANCE
+    assert max(harness.differences([[zero]], [[off]], least)) > harness.TOLERANCE
 
 
 def test_a_few_cases():
