@@ -129,7 +129,7 @@ def run_on_mesh(function, make_layers, inputs, axes, rules, paths):
 
 
 def least_scale(inputs):
-    """What an array counts as being as large as: a hundredth of the inputs.
+    """Returns the least size that an array counts as having: 1% of the inputs'.
 
     What is 0 because numbers of the inputs' size cancel may be their rounding.
     """

@@ -1,4 +1,4 @@
-"""Which packages of peers there are."""
+"""Packages of peers, and those that are not there."""
 
 import importlib.metadata
 from collections.abc import Iterable

@@ -135,12 +135,3 @@ def assemble(
                 gc.collect(0)
                 uncollected = 0
         return jax.make_array_from_single_device_arrays(shape, sharding, placed)
-
-
-def assemble_batch(array: np.ndarray, shape: tuple[int, ...], sharding: Any) -> Any:
-    """An argument of `shape` of which every process has all rows, or its own rows."""
-    import jax
-
-    if array.shape == shape:
-        return assemble(shape, sharding, lambda region: cut(array, region))
-    return jax.make_array_from_process_local_data(sharding, array, shape)

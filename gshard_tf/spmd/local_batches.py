@@ -1,10 +1,13 @@
-"""This process's rows of a global batch."""
+"""Global batches, and the rows of them that each process has."""
 
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
+from gshard_tf.runtime.device_arrays import assemble
 from gshard_tf.runtime.process_group import group
+from gshard_tf.sharding.regions import cut
 
 
 def process_local_rows(batch: Any) -> Any:
@@ -28,7 +31,7 @@ def process_local_rows(batch: Any) -> Any:
     """
     index, count = group().index, group().count
 
-    def cut(tensor: Any) -> Any:
+    def local(tensor: Any) -> Any:
         rows = tensor.shape[0]
         if rows is not None and rows % count:
             raise ValueError(
@@ -41,4 +44,19 @@ def process_local_rows(batch: Any) -> Any:
             size = rows // count
         return tensor[index * size : (index + 1) * size]
 
-    return tf.nest.map_structure(cut, batch)
+    return tf.nest.map_structure(local, batch)
+
+
+def assemble_batch(array: np.ndarray, shape: tuple[int, ...], sharding: Any) -> Any:
+    """Returns a step's argument on the devices.
+
+    Args:
+        array: All of it, or this process's rows.
+        shape: The whole shape.
+        sharding: How the devices hold it.
+    """
+    import jax
+
+    if array.shape == shape:
+        return assemble(shape, sharding, lambda region: cut(array, region))
+    return jax.make_array_from_process_local_data(sharding, array, shape)

@@ -35,6 +35,33 @@ class SkippedStep:
         return lowering.pack(self.arguments, self.arrays)
 
 
+def kept_finite(old: list[Any], new: list[Any]) -> list[Any]:
+    """Returns the new values, or all old ones if any is not finite; and which is not.
+
+    Args:
+        old: Traced values of the variables that a step updates, before it.
+        new: The same after it.
+
+    Returns:
+        The values that stay, and a boolean for each variable, `[number]`, last.
+    """
+    from jax import numpy as jnp
+
+    each = [
+        # What was not finite before (a metric that begins at infinity) may stay so.
+        jnp.any(~jnp.isfinite(after) & jnp.isfinite(before))
+        if jnp.issubdtype(after.dtype, jnp.inexact)
+        else jnp.bool_(False)
+        for before, after in zip(old, new, strict=True)
+    ]
+    broken = jnp.stack(each) if each else jnp.zeros([0], bool)
+    stays = jnp.any(broken)
+    kept = [
+        jnp.where(stays, before, after) for before, after in zip(old, new, strict=True)
+    ]
+    return [*kept, broken]
+
+
 def is_finite(values: Any) -> bool:
     """Returns whether a nest of arrays and tensors has neither NaN nor infinity."""
     return all(

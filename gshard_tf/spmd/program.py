@@ -19,9 +19,11 @@ from gshard_tf.hlo import parser
 from gshard_tf.hlo.collectives import Collective, collectives
 from gshard_tf.hlo.rewrites import partition_safely
 from gshard_tf.hlo.rewrites.wide_operands import fast_on_cpu
-from gshard_tf.runtime.device_arrays import Placement, assemble_batch, named_sharding
+from gshard_tf.runtime.device_arrays import Placement, named_sharding
 from gshard_tf.sharding.partition_spec import spec_of
+from gshard_tf.spmd.local_batches import assemble_batch
 from gshard_tf.spmd.lowering import LoweredStep
+from gshard_tf.spmd.nonfinite import kept_finite
 from gshard_tf.spmd.step_layouts import StepLayouts
 
 
@@ -76,7 +78,7 @@ def jit_step(
         results = call_hlo(hlo, args, result_types)
         if keep_finite:
             old = [args[num_inputs + i] for i in step.updates]
-            results[step.num_outputs :] = _kept_finite(old, results[step.num_outputs :])
+            results[step.num_outputs :] = kept_finite(old, results[step.num_outputs :])
         return results
 
     if keep_finite:
@@ -91,25 +93,6 @@ def jit_step(
         keep_unused=True,
     )
     return jitted, [_aval(spec) for spec in step.inputs + step.captures], safe.notes
-
-
-def _kept_finite(old: list[Any], new: list[Any]) -> list[Any]:
-    """The new values, or all the old ones if any became not finite; and which did."""
-    from jax import numpy as jnp
-
-    each = [
-        # What was not finite before (a metric that begins at infinity) may stay so.
-        jnp.any(~jnp.isfinite(after) & jnp.isfinite(before))
-        if jnp.issubdtype(after.dtype, jnp.inexact)
-        else jnp.bool_(False)
-        for before, after in zip(old, new, strict=True)
-    ]
-    broken = jnp.stack(each) if each else jnp.zeros([0], bool)
-    stays = jnp.any(broken)
-    kept = [
-        jnp.where(stays, before, after) for before, after in zip(old, new, strict=True)
-    ]
-    return [*kept, broken]
 
 
 class SpmdProgram:
