@@ -305,7 +305,10 @@ class CheckpointManager:
             state: The variables to restore; see `training_state`.
             step: The step of the checkpoint; None: the newest.
             dataset: The input to move to its position.
-            rename, missing, extra: The allowed differences; see `matching.match`.
+            rename: `(pattern, source)` pairs: a variable whose whole name matches the
+                pattern takes the array of the source; see `matching.match`.
+            missing: Patterns for variables that the checkpoint need not have.
+            extra: Patterns for arrays that need not be taken.
             accept: Called with the manifest before any array is read; raises where it
                 does not accept it.
 

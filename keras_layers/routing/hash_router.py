@@ -36,8 +36,8 @@ class HashRouter(Router):
     Args:
         num_experts: E, at least 2.
         capacity_factor: C = ceil(S * factor / E).
-        seed: Which hash; None is 0.
-        **kwargs: Of `Router`; there are no logits to jitter, cap or initialize.
+        **kwargs: Of `Router`. `seed` selects the hash; None is 0. There are no logits
+            to jitter, cap or initialize.
 
     Raises:
         ValueError: for an argument out of its range, or without `token_ids`.
