@@ -20,6 +20,7 @@ def blocks(name):
     [
         "annotations.md",
         "checkpoints.md",
+        "getting_started.md",
         "multihost.md",
         "packing.md",
         "strategies.md",
