@@ -62,6 +62,13 @@ TEST = [
     # Keras 2, whose models train under the strategy too.
     f"tf_keras{TENSORFLOW}",
 ]
+# The site: docs/ and mkdocs.yml. Ruff lays out the signatures of the reference.
+DOCS = [
+    "mkdocs>=1.6,<2",
+    "mkdocs-material>=9.7,<10",
+    "mkdocstrings[python]>=1.0.7,<2",
+    "ruff>=0.14,<1",
+]
 
 setup(
     name="gshard-tf",
@@ -103,6 +110,7 @@ setup(
         "serve": SERVE,
         "benchmarks": BENCHMARKS,
         "aot": AOT,
+        "docs": DOCS,
         "test": TRANSLATION + SERVE + AOT + TEST,
     },
     entry_points={
