@@ -112,7 +112,9 @@ def describe(
     variables = list(model.variables)
     optimizer = getattr(model, "optimizer", None)
     if optimizer is not None:
-        variables += optimizer.variables
+        slots = optimizer.variables
+        # A method of Keras 2's legacy optimizers.
+        variables += slots() if callable(slots) else slots
     rows = [summarize_variable(v.path, owned(v), layouts) for v in variables]
     return LayoutReport(axis_sizes(layouts.mesh), rows, layouts.warnings())
 

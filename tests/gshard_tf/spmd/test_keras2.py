@@ -87,7 +87,7 @@ def test_a_model_trains_as_in_plain_keras_2(optimizer):
     assert strategy.programs, "nothing ran on the mesh"
 
 
-@pytest.mark.parametrize("optimizer", ["Adam", "Adafactor"])
+@pytest.mark.parametrize("optimizer", ["Adam", "Adafactor", "legacy Adam"])
 def test_path_rules_match_weights_and_slots_follow(optimizer):
     strategy = parity.strategy_of({"data": 2, "model": 2}, rules=RULES)
     model, _ = fitted(lambda: classifier(optimizer), strategy, IDS, TARGETS)
@@ -99,6 +99,9 @@ def test_path_rules_match_weights_and_slots_follow(optimizer):
     if optimizer == "Adam":
         assert found["Adam/m/embedding/embeddings"] == ("model", None)
         assert found["Adam/v/hidden/kernel"] == (None, "model")
+    elif optimizer == "legacy Adam":
+        assert found["Adam/embedding/embeddings/m"] == ("model", None)
+        assert found["Adam/hidden/kernel/v"] == (None, "model")
     else:
         assert found["Adafactor/r/embedding/embeddings"] == ("model",)
         assert found["Adafactor/c/embedding/embeddings"] == (None,)
