@@ -1,0 +1,68 @@
+"""Each example of one file runs, in a short form, and shows what it says."""
+
+import importlib.util
+import re
+
+import pytest
+from processes import run_python
+
+
+def needs(package):
+    return pytest.mark.skipif(
+        importlib.util.find_spec(package) is None, reason=f"{package} is not installed"
+    )
+
+
+def layout(printed, weight):
+    """The layout in the line of `weight`, as `describe` prints it."""
+    [found] = re.findall(rf"^{re.escape(weight)} +\S+ +(\S+)", printed, flags=re.M)
+    return found
+
+
+@needs("sklearn")
+def test_the_digits_are_learned_by_split_experts():
+    printed = run_python(
+        """
+        from gshard_examples import vision
+        vision.BLOCKS, vision.WIDTH, vision.HIDDEN = 1, 16, 16
+        scores = vision.main(epochs=2, steps_per_epoch=40)
+        # One of ten is right by chance.
+        assert scores["accuracy"] > 0.5, scores
+        """
+    )
+    assert layout(printed.partition("Of 448")[0], "moe_0/experts/wi") == "expert,-,-"
+    assert layout(printed.partition("Of 448")[0], "classes/kernel") == "-,-"
+
+
+def test_the_upcycled_model_starts_at_the_loss_of_the_dense_one():
+    printed = run_python(
+        """
+        from gshard_examples import upcycle
+        upcycle.BLOCKS, upcycle.LENGTH, upcycle.WIDTH, upcycle.HIDDEN = 1, 16, 16, 32
+        losses = upcycle.main(dense_steps=30, sparse_steps=30)
+        # It knows nothing at log(128).
+        assert losses["dense"] < 4.0 < 4.85, losses
+        # The copies have noise of a percent.
+        assert abs(losses["upcycled"] - losses["dense"]) < 0.01, losses
+        assert losses["sparse"] < losses["upcycled"] - 0.05, losses
+        """
+    )
+    assert layout(printed, "feed_forward_0/experts/wo") == "expert,-,-"
+    assert "dense_longer" in printed
+
+
+@pytest.mark.slow
+def test_the_language_model_learns_and_continues_a_text():
+    printed = run_python(
+        """
+        from gshard_examples import language_model
+        language_model.BLOCKS, language_model.WIDTH = 1, 32
+        history = language_model.main(steps=50, continuation=20)
+        for losses in history["loss"], history["val_loss"]:
+            assert len(losses) == 5
+            # It knows nothing at log(256).
+            assert losses[-1] < losses[0] < 5.55, losses
+        """
+    )
+    assert layout(printed, "moe_0/experts/wi") == "expert,-,-"
+    assert len(printed.partition("The statement is ")[2]) >= 20
