@@ -66,3 +66,23 @@ def test_the_language_model_learns_and_continues_a_text():
     )
     assert layout(printed, "moe_0/experts/wi") == "expert,-,-"
     assert len(printed.partition("The statement is ")[2]) >= 20
+
+
+@pytest.mark.slow
+@needs("keras_hub")
+def test_a_gemma_split_by_paths_has_the_losses_of_plain_keras():
+    printed = run_python(
+        """
+        import numpy as np
+        from gshard_examples import tensor_parallel
+        losses, expected = tensor_parallel.main(steps=20, compared=5)
+        np.testing.assert_allclose(losses[:5], expected, rtol=1e-4)
+        assert losses[-1] < losses[0] - 1, losses
+        """
+    )
+    assert layout(printed, "token_embedding/embeddings") == "model,-"
+    attention = "decoder_block_0/attention"
+    assert layout(printed, f"{attention}/query/kernel") == "model,-,-"
+    assert layout(printed, f"{attention}/attention_output/kernel") == "model,-,-"
+    assert layout(printed, "decoder_block_0/ffw_gating_2/kernel") == "-,model"
+    assert layout(printed, "decoder_block_0/ffw_linear/kernel") == "model,-"
