@@ -49,6 +49,8 @@ BENCHMARKS = [
     "mesh-tensorflow>=0.1.21,<0.2",
     "matplotlib>=3.10,<4",
 ]
+# What gshard_examples.model_garden trains. It needs TensorFlow 2.20.
+MODEL_GARDEN = ["tf-models-official~=2.20.0", "tf_keras~=2.20.0"]
 # The TPU compiler, for planning; no TPU is needed. It exists for Linux on x86-64.
 AOT = ["libtpu>=0.0.52,<0.1; platform_system=='Linux' and platform_machine=='x86_64'"]
 TEST = [
@@ -109,6 +111,7 @@ setup(
         "translation": TRANSLATION,
         "serve": SERVE,
         "benchmarks": BENCHMARKS,
+        "model-garden": MODEL_GARDEN,
         "aot": AOT,
         "docs": DOCS,
         "test": TRANSLATION + SERVE + AOT + TEST,

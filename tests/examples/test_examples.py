@@ -86,3 +86,22 @@ def test_a_gemma_split_by_paths_has_the_losses_of_plain_keras():
     assert layout(printed, f"{attention}/attention_output/kernel") == "model,-,-"
     assert layout(printed, "decoder_block_0/ffw_gating_2/kernel") == "-,model"
     assert layout(printed, "decoder_block_0/ffw_linear/kernel") == "model,-"
+
+
+@pytest.mark.slow
+@needs("official")
+def test_a_bert_of_the_model_garden_trains_with_its_own_optimizer():
+    printed = run_python(
+        """
+        import numpy as np
+        from gshard_examples import model_garden
+        losses, expected = model_garden.main(steps=60, compared=5)
+        np.testing.assert_allclose(losses[:5], expected, rtol=1e-4)
+        assert losses[-1] < losses[0] - 0.1, losses
+        """
+    )
+    block = "bert_encoder_v2/transformer/layer_0"
+    assert layout(printed, f"{block}/self_attention/key/kernel") == "-,model,-"
+    assert layout(printed, f"{block}/output/kernel") == "model,-"
+    slot = "AdamWeightDecay/bert_encoder_v2/word_embeddings/embeddings/v"
+    assert layout(printed, slot) == "model,-"
