@@ -114,7 +114,7 @@ setup(
         "model-garden": MODEL_GARDEN,
         "aot": AOT,
         "docs": DOCS,
-        "test": TRANSLATION + SERVE + AOT + TEST,
+        "test": TRANSLATION + SERVE + AOT + DOCS + TEST,
     },
     entry_points={
         "console_scripts": [
