@@ -179,16 +179,17 @@ def _bart(sizes: dict[str, Any]) -> Any:
 def _nllb_moe(sizes: dict[str, Any]) -> Any:
     import transformers
 
+    # As many places as ours, for the largest batch: it takes a number, not a factor.
+    capacity = 2 * sizes["batch_tokens"] // sizes["experts"]
     config = transformers.NllbMoeConfig(
         encoder_sparse_step=2,
         decoder_sparse_step=2,
         num_experts=sizes["experts"],
         second_expert_policy="sampling",
+        expert_capacity=capacity,
         output_router_logits=True,
         **_both_sides(sizes),
     )
-    # 2 * tokens / experts places, as ours; the constructor takes a number alone.
-    config.expert_capacity = None
     return transformers.NllbMoeForConditionalGeneration(config)
 
 
