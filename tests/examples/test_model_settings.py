@@ -230,7 +230,7 @@ def test_a_run_that_ends_at_zero_is_not_extended(tmp_path):
     Settings(schedule="cosine").write(tmp_path)
     vocabulary = types.SimpleNamespace(sha256="")
     train.check_same_run(tmp_path, Settings(schedule="cosine"), vocabulary)
-    with pytest.raises(ValueError, match="steps=1000 must stay"):
+    with pytest.raises(ValueError, match="steps=1500 must stay"):
         train.check_same_run(
             tmp_path, Settings(schedule="cosine", steps=2000), vocabulary
         )

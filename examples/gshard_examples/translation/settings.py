@@ -85,7 +85,7 @@ class Settings:
     )
 
     # -- training
-    steps: int = _flag(1000, "optimizer steps in all")
+    steps: int = _flag(1500, "optimizer steps in all")
     steps_per_epoch: int = _flag(
         100, "steps between validations and checkpoints; an 'epoch' to Keras"
     )
@@ -124,7 +124,9 @@ class Settings:
 
     # -- mesh
     partitions: int = _flag(
-        8, "devices to partition over (virtual ones on a CPU); 0: plain Keras"
+        2,
+        "devices to partition over; 0: plain Keras. Those of a CPU are virtual: more "
+        "than it has cores are slower",
     )
     mesh: str = _flag(
         "",
