@@ -80,50 +80,20 @@ def count(batches: list[Pairs]) -> int:
 
 
 def ours(pairs: Pairs, options: dict[str, Any]) -> tuple[Train, int]:
-    import keras
-    import tensorflow as tf
-
-    from gshard_examples.translation.model import make_model, make_strategy, scope
+    from benchmarks.translator_throughput import count_ids, make_side, read_corpus
     from gshard_examples.translation.packed_batches import (
         PackedBatches,
         choose_row_lengths,
     )
     from gshard_examples.translation.settings import Settings
-    from gshard_examples.translation.tokens import tokenize_split
-    from gshard_examples.translation.vocabulary import Vocabulary
 
     settings = Settings(partitions=options["partitions"], **options["sizes"])
-    corpus, vocabulary, tokens = _corpus(options["data"], Vocabulary, tokenize_split)
+    vocabulary, tokens = read_corpus(Path(options["data"]))
     lengths = choose_row_lengths(tokens, settings.temperature)
     packed = PackedBatches(tokens, lengths, settings.batch_tokens)
     batches = [packed.batch(0, i) for i in range(options["steps"])]
-    keras.utils.set_random_seed(0)
-    with scope(make_strategy(settings)):
-        model = make_model(settings, vocabulary)
-    inputs, target, weight = batches[0]
-    data = tf.data.Dataset.from_generator(
-        lambda: iter(batches),
-        output_signature=tf.nest.map_structure(
-            tf.TensorSpec.from_tensor,
-            tf.nest.map_structure(tf.constant, (inputs, target, weight)),
-        ),
-    )
-    known = tf.data.experimental.assert_cardinality(len(batches))
-    data = data.apply(known).cache()
-    useful = sum(
-        int((inputs["source"] != PAD).sum() + weight.sum())
-        for inputs, _, weight in batches
-    )
-    return lambda: model.fit(data, verbose=0, shuffle=False), useful
-
-
-def _corpus(folder: str, vocabulary: Any, tokenize: Any) -> tuple[Any, Any, Any]:
-    from gshard_examples.translation.corpus import load_corpus
-
-    corpus = load_corpus(folder)
-    [file] = Path(folder).glob("vocab-*.model")
-    found = vocabulary(file)
-    return corpus, found, tokenize(corpus, "train", found)
+    source, _, target, _ = np.sum([count_ids(batch) for batch in batches], axis=0)
+    return make_side(settings, vocabulary, batches), int(source + target)
 
 
 def torch_side(
@@ -308,14 +278,13 @@ def answer(name: str, options: dict[str, Any]) -> None:
 
 def write_pairs(path: Path, folder: Path, sizes: dict[str, Any], steps: int) -> int:
     """Writes the sentences of our first batches; returns the vocabulary's size."""
+    from benchmarks.translator_throughput import read_corpus
     from gshard_examples.translation.packed_batches import (
         PackedBatches,
         choose_row_lengths,
     )
-    from gshard_examples.translation.tokens import tokenize_split
-    from gshard_examples.translation.vocabulary import Vocabulary
 
-    _, vocabulary, tokens = _corpus(str(folder), Vocabulary, tokenize_split)
+    vocabulary, tokens = read_corpus(folder)
     packed = PackedBatches(tokens, choose_row_lengths(tokens), sizes["batch_tokens"])
     rows = packed.plan(0).select(np.arange(packed.batch_size * steps))
     arrays = {}

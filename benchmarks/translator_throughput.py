@@ -63,7 +63,14 @@ def _padded(tokens: TokenizedSplit, rows: np.ndarray, length: int) -> Batch:
     return (source, target), labels, (labels != PAD).astype(np.float32)
 
 
-def _ids(batch: Batch) -> tuple[int, int, int, int]:
+def read_corpus(folder: Path) -> tuple[Vocabulary, TokenizedSplit]:
+    """Returns the vocabulary of a prepared corpus, and its training split."""
+    [file] = folder.glob("vocab-*.model")
+    vocabulary = Vocabulary(file)
+    return vocabulary, tokenize_split(load_corpus(folder), "train", vocabulary)
+
+
+def count_ids(batch: Batch) -> tuple[int, int, int, int]:
     """Source tokens, source positions, target tokens, target positions."""
     inputs, labels, weight = batch
     source = inputs["source"] if isinstance(inputs, dict) else inputs[0]
@@ -81,7 +88,9 @@ def _keras_losses(model: keras.Model) -> None:
     )
 
 
-def _side(settings: Settings, vocabulary: Vocabulary, batches: list, old: bool):
+def make_side(
+    settings: Settings, vocabulary: Vocabulary, batches: list, old: bool = False
+):
     """Returns a function that trains on all batches once, compiled already."""
     keras.utils.set_random_seed(0)
     with scope(make_strategy(settings)):
@@ -123,9 +132,7 @@ def main() -> None:
         sizes = {"model_dim": 16, "hidden_dim": 32, "heads": 2, "batch_tokens": 512}
         options.steps = 2
     settings = Settings(**sizes)
-    [file] = options.data.glob("vocab-*.model")
-    vocabulary = Vocabulary(file)
-    tokens = tokenize_split(load_corpus(options.data), "train", vocabulary)
+    vocabulary, tokens = read_corpus(options.data)
     row_lengths = choose_row_lengths(tokens, settings.temperature)
     packed = PackedBatches(tokens, row_lengths, settings.batch_tokens)
     sides = {
@@ -135,7 +142,7 @@ def main() -> None:
     result: dict[str, Any] = {"row_lengths": list(row_lengths)}
     useful = {}
     for name, batches in sides.items():
-        counts = np.sum([_ids(batch) for batch in batches], axis=0)
+        counts = np.sum([count_ids(batch) for batch in batches], axis=0)
         useful[name] = int(counts[0] + counts[2])
         suffix = "" if name == "after" else "_before"
         result[f"fill_source{suffix}"] = round(counts[0] / counts[1], 3)
@@ -144,7 +151,7 @@ def main() -> None:
         say(f"{partitions} partitions")
         some = Settings(partitions=partitions, **sizes)
         calls = {
-            name: _side(some, vocabulary, batches, name == "before")
+            name: make_side(some, vocabulary, batches, name == "before")
             for name, batches in sides.items()
         }
         times = timing.alternate(calls, options.rounds, warm_up=0)

@@ -68,18 +68,23 @@ def test_the_language_model_learns_and_continues_a_text():
     assert len(printed.partition("The statement is ")[2]) >= 20
 
 
+def trained_beside_one_device(example, steps, fall):
+    """Runs an example whose first losses are those of one device, and then fall."""
+    return run_python(
+        f"""
+        import numpy as np
+        from gshard_examples import {example}
+        losses, expected = {example}.main(steps={steps}, compared=5)
+        np.testing.assert_allclose(losses[:5], expected, rtol=1e-4)
+        assert losses[-1] < losses[0] - {fall}, losses
+        """
+    )
+
+
 @pytest.mark.slow
 @needs("keras_hub")
 def test_a_gemma_split_by_paths_has_the_losses_of_plain_keras():
-    printed = run_python(
-        """
-        import numpy as np
-        from gshard_examples import tensor_parallel
-        losses, expected = tensor_parallel.main(steps=20, compared=5)
-        np.testing.assert_allclose(losses[:5], expected, rtol=1e-4)
-        assert losses[-1] < losses[0] - 1, losses
-        """
-    )
+    printed = trained_beside_one_device("tensor_parallel", steps=20, fall=1)
     assert layout(printed, "token_embedding/embeddings") == "model,-"
     attention = "decoder_block_0/attention"
     assert layout(printed, f"{attention}/query/kernel") == "model,-,-"
@@ -91,15 +96,7 @@ def test_a_gemma_split_by_paths_has_the_losses_of_plain_keras():
 @pytest.mark.slow
 @needs("official")
 def test_a_bert_of_the_model_garden_trains_with_its_own_optimizer():
-    printed = run_python(
-        """
-        import numpy as np
-        from gshard_examples import model_garden
-        losses, expected = model_garden.main(steps=60, compared=5)
-        np.testing.assert_allclose(losses[:5], expected, rtol=1e-4)
-        assert losses[-1] < losses[0] - 0.1, losses
-        """
-    )
+    printed = trained_beside_one_device("model_garden", steps=60, fall=0.1)
     block = "bert_encoder_v2/transformer/layer_0"
     assert layout(printed, f"{block}/self_attention/key/kernel") == "-,model,-"
     assert layout(printed, f"{block}/output/kernel") == "model,-"
