@@ -1,5 +1,6 @@
 """The versions of what this package stands on, checked when it is first used."""
 
+import contextlib
 import functools
 import importlib.metadata
 import re
@@ -87,6 +88,18 @@ def check_tpu_versions() -> None:
             "it calls and abort the process when TensorFlow is imported. Received: "
             f"tensorflow-tpu {wheel}, libtpu {libtpu or 'not installed'}. Install: pip "
             f"install 'tensorflow-tpu=={TPU_WHEEL}' 'libtpu=={LIBTPU}'"
+        )
+
+
+def check_tensorflow_leaves_tpu() -> None:
+    """Raises `ImportError` where TensorFlow would hold the TPU that jax is to run."""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        version = importlib.metadata.version("tensorflow-tpu")
+        raise ImportError(
+            "SpmdStrategy runs a TPU by jax, so TensorFlow must be one that leaves it "
+            "alone. Install: pip uninstall tensorflow-tpu libtpu; pip install "
+            "tensorflow 'jax[tpu]'. (gshard_tf.tpu_strategy is for the other one.) "
+            f"Received: tensorflow-tpu {version}"
         )
 
 

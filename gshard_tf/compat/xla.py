@@ -9,9 +9,26 @@ import re
 # loop over little data, which cannot hold a barrier: the compiler would refuse it.
 _CPU = {"xla_disable_hlo_passes": "cse_barrier_expander,small-while-loop-hoisting"}
 
+# Calls by name that XLA itself expands on every platform, before any code is made: its
+# annotations, and decompositions. On an upgrade, see that the table of
+# `python -m benchmarks.platforms` has no other.
+PORTABLE_CALLS = frozenset(
+    {
+        "Sharding",
+        "SPMDFullToShardShape",
+        "SPMDShardToFullShape",
+        "Eigh",
+        "ProductOfElementaryHouseholderReflectors",
+        "Qr",
+    }
+)
+
 
 def compiler_options(platform: str) -> dict[str, str | bool]:
-    """The options that programs are compiled with for a platform, such as "cpu"."""
+    """The options that programs are compiled with for a platform, such as "cpu".
+
+    A TPU's and a GPU's compiler get none: their defaults are what their makers tune.
+    """
     return {**_CPU} if platform == "cpu" else {}
 
 

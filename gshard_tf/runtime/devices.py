@@ -6,6 +6,9 @@ import importlib.util
 import os
 from typing import TYPE_CHECKING, Any
 
+from gshard_tf.compat.versions import check_tensorflow_leaves_tpu
+from gshard_tf.runtime.process_group import group
+
 if TYPE_CHECKING:  # the runner has no TensorFlow
     from tensorflow.experimental import dtensor
 
@@ -43,24 +46,46 @@ def request_cpu_devices(count: int) -> None:
             ) from error
 
 
+# jax's packages for each device type.
+_PACKAGES = {
+    "cpu": "jax",
+    "gpu": "jax[cuda12]' or 'jax[cuda13]",
+    "tpu": "jax[tpu]",
+}
+
+
 def mesh_devices(mesh: dtensor.Mesh) -> list[Any]:
     """Returns the jax devices of a mesh, in its order.
 
+    It is jax's: all devices of the first process, then those of the next.
+
     Raises:
-        ValueError: when there are fewer than the mesh needs.
+        ValueError: when there are fewer than the mesh needs, or none of its type.
+        ImportError: for a mesh of TPU devices, where TensorFlow would hold the TPU.
     """
     import jax
 
     from gshard_tf.sharding.mesh import axis_sizes
 
     kind = mesh.device_type().lower()
+    if kind == "tpu":
+        check_tensorflow_leaves_tpu()
     try:
         devices = jax.devices(kind)
-    except RuntimeError as error:
+    # It only asserts where it lacks the plugin of a platform.
+    except (RuntimeError, AssertionError) as error:
         raise ValueError(
-            f"The mesh is over {mesh.device_type()} devices, and jax finds none here: "
-            f"{error}"
+            f"The mesh is over {mesh.device_type()} devices, and jax finds none here. "
+            f"{_how_to_get(kind)} Received: {error or repr(error)}"
         ) from error
+    devices = sorted(devices, key=lambda device: device.process_index)
+    if jax.process_index(kind) != group().index and group().count > 1:
+        raise ValueError(
+            f"`process_id` must be the number that the {mesh.device_type()} runtime "
+            "gives to this process: devices would be taken for another's. Received: "
+            f"process_id={group().index}, and the runtime's number is "
+            f"{jax.process_index(kind)}"
+        )
     if len(devices) < mesh.size:
         hint = (
             f"Call gshard_tf.request_cpu_devices({mesh.size}) before anything else "
@@ -79,6 +104,18 @@ def mesh_devices(mesh: dtensor.Mesh) -> list[Any]:
             f"Received: a mesh of {mesh.size} of {len(devices)} devices"
         )
     return used
+
+
+def _how_to_get(kind: str) -> str:
+    platforms = os.environ.get("JAX_PLATFORMS")
+    if platforms and not {kind, "cuda"} & set(platforms.split(",")):
+        return f"The environment's JAX_PLATFORMS={platforms} leaves them out."
+    if kind == "tpu" and importlib.util.find_spec("libtpu") is None:
+        return "jax has no plugin for TPUs: pip install 'jax[tpu]'."
+    return (
+        "The machine must have one that no other process holds, and jax its plugin: "
+        f"pip install '{_PACKAGES[kind]}'."
+    )
 
 
 def cpu_devices(count: int) -> list[Any]:

@@ -17,6 +17,7 @@ from gshard_tf.compat.jax_hlo import call_hlo, hlo_as_text
 from gshard_tf.compat.xla import compiler_options, operation_that_failed
 from gshard_tf.hlo import parser
 from gshard_tf.hlo.collectives import Collective, collectives
+from gshard_tf.hlo.custom_calls import check_portable
 from gshard_tf.hlo.rewrites import partition_safely
 from gshard_tf.hlo.rewrites.wide_operands import fast_on_cpu
 from gshard_tf.runtime.device_arrays import Placement, named_sharding
@@ -63,6 +64,8 @@ def jit_step(
     outputs = [named_sharding(x, mesh) for x in layouts.outputs]
     outputs += [captures[i] for i in step.updates]
     batch_axes = [axis for x in layouts.inputs for axis in spec_of(x)[:1] if axis]
+    if platform not in ("cpu", None):
+        check_portable(step.hlo, platform)
     safe = partition_safely(step.hlo, dict(mesh.shape), batch_axes)
     hlo = fast_on_cpu(safe.hlo) if platform == "cpu" else safe.hlo
     result_types = [_aval(spec) for spec in step.results]

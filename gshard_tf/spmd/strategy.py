@@ -15,6 +15,7 @@ from gshard_tf.compat.keras_fit import BuildingMayFail, read_no_batch_to_build
 from gshard_tf.compat.tf_graphs import is_compiled_by_tensorflow
 from gshard_tf.runtime.device_arrays import Placement
 from gshard_tf.runtime.process_group import group
+from gshard_tf.runtime.visible_gpus import hide_gpus_from_tensorflow
 from gshard_tf.sharding.layout_report import LayoutReport
 from gshard_tf.sharding.rules import AxisRules
 from gshard_tf.spmd.base import MeshExtended, MeshStrategy
@@ -43,7 +44,8 @@ class SpmdStrategy(MeshStrategy, tf.distribute.Strategy):
     ```
 
     Args:
-        mesh: A mesh from `gshard_tf.create_mesh`, over CPU or GPU devices.
+        mesh: A mesh from `gshard_tf.create_mesh`. Its devices are jax's: CPU, GPU or
+            TPU. TensorFlow stays on the CPU, where it traces; GPUs are hidden from it.
         rules: An `AxisRules`; defaults to the paper's layout for the mesh,
             `AxisRules.default(mesh)`.
         check_numerics: Whether to look for NaN and infinity in every step's
@@ -63,8 +65,10 @@ class SpmdStrategy(MeshStrategy, tf.distribute.Strategy):
             another id, and gives NaN for a label.
 
     Raises:
-        ValueError: when the mesh does not fit the devices, a rule does not fit the
-            mesh, or `check_inputs` is invalid.
+        ValueError: when the mesh does not fit the devices, jax finds none of its type,
+            a rule does not fit the mesh, or `check_inputs` is invalid.
+        ImportError: for a mesh of TPU devices where tensorflow-tpu is installed.
+        RuntimeError: for a mesh of GPU devices when TensorFlow has started with them.
     """
 
     extended: "SpmdExtended"
@@ -82,15 +86,14 @@ class SpmdStrategy(MeshStrategy, tf.distribute.Strategy):
                 "`mesh` must be a tf.experimental.dtensor.Mesh, as "
                 f"gshard_tf.create_mesh makes one. Received: mesh={mesh!r}"
             )
-        if mesh.device_type() == "TPU":
-            raise ValueError(
-                "The mesh of an SpmdStrategy must be over CPU or GPU devices; for TPUs "
-                "use gshard_tf.tpu_strategy. Received: a mesh of TPU devices"
-            )
+        placement = Placement(mesh)
+        if mesh.device_type() == "GPU":
+            # Before the strategy starts TensorFlow.
+            hide_gpus_from_tensorflow()
         super().__init__(
             SpmdExtended(
                 self,
-                mesh,
+                placement,
                 rules,
                 check_numerics,
                 process_local_batches,
@@ -130,14 +133,14 @@ class SpmdExtended(MeshExtended):
     def __init__(
         self,
         container: SpmdStrategy,
-        mesh: dtensor.Mesh,
+        placement: Placement,
         rules: AxisRules | None,
         check_numerics: bool,
         process_local_batches: bool,
         input_checks: InputChecks,
     ):
-        super().__init__(container, mesh, rules)
-        self.placement = Placement(mesh)
+        super().__init__(container, placement.mesh, rules)
+        self.placement = placement
         self.check_numerics = check_numerics
         self._process_local_batches = process_local_batches
         self.input_checks = input_checks

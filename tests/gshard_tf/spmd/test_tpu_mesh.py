@@ -1,0 +1,150 @@
+"""A mesh of TPU devices: compiled by libtpu, and run on CPU devices in their place."""
+
+import importlib.util
+
+import parity
+import pytest
+from processes import run_python
+
+import gshard_tf
+from gshard_tf.runtime import device_arrays, devices
+
+HAVE_COMPILER = importlib.util.find_spec("libtpu") is not None
+X, Y = parity.data(32)
+
+
+def use(model):
+    history = model.fit(X, Y, batch_size=16, epochs=2, shuffle=False, verbose=0)
+    evaluated = model.evaluate(X, Y, batch_size=16, verbose=0)
+    return [history.history, evaluated, model.predict(X, batch_size=16, verbose=0)]
+
+
+def test_fit_on_a_mesh_of_tpu_devices_is_that_of_plain_keras(monkeypatch):
+    """The mesh says TPU, and CPU devices stand in."""
+    monkeypatch.setattr(
+        device_arrays, "mesh_devices", lambda mesh: devices.cpu_devices(mesh.size)
+    )
+    strategy = gshard_tf.SpmdStrategy(gshard_tf.create_mesh({"expert": 8}, "TPU"))
+    monkeypatch.setattr(parity, "strategy_of", lambda mesh: strategy)
+    parity.assert_equal_runs(parity.compiled, use)
+    assert strategy.mesh.device_type() == "TPU" and len(strategy.programs) == 3
+
+
+# In a process of its own: libtpu stays once it is loaded.
+_COMPILE = """
+import os, sys
+os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+sys.path.insert(0, {tests!r})
+import collections, keras, numpy as np, tensorflow as tf
+import gshard_tf, parity
+from gshard_tf.runtime.device_arrays import Placement
+from gshard_tf.runtime.devices import topology_devices
+from gshard_tf.spmd.executable import compile_step
+
+gshard_tf.request_cpu_devices(8)
+x, y = parity.data(32)
+strategy = parity.strategy_of(8)
+
+
+def compiled():
+    model = parity.classifier(dropout=0.1)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile("adam", loss, metrics=["accuracy"])
+    return model
+
+
+with strategy.scope():
+    model = compiled()
+model.fit(x, y, batch_size=16, verbose=0)
+model.evaluate(x, y, batch_size=16, verbose=0)
+model.predict(x, batch_size=16, verbose=0)
+specs = tf.TensorSpec([16, 8, 4]), tf.TensorSpec([16], tf.int32)
+batches = {{"train": specs, "evaluate": specs, "predict": specs[:1]}}
+
+
+def of(kinds_and_runs):
+    counts = collections.Counter()
+    for kind, runs in kinds_and_runs:
+        counts[kind] += runs
+    return dict(sorted(counts.items()))
+
+
+for topology in {topologies}:
+    target = topology_devices(topology)
+    mesh = gshard_tf.create_mesh({{"expert": len(target)}}, "TPU")
+    assert len(target) == 8, topology
+    for mode, program in zip(batches, strategy.programs, strict=True):
+        step = program.step  # the one that ran on CPU devices
+        found = compile_step(
+            strategy.extended.layouts, step, Placement(mesh, target)
+        )
+        memory = found.compiled.memory_analysis()
+        plan = gshard_tf.plan(
+            compiled, topology, mesh, batch=batches[mode], mode=mode, cache=False
+        )
+        ours = of((c.kind, c.runs) for c in found.collectives())
+        theirs = of((c.kind, c.count) for c in plan.communication)
+        assert ours == theirs, (topology, mode, ours, theirs)
+        got = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+        planned = plan.memory.arguments, plan.memory.temporaries
+        # A plan counts what stays in memory beside the step, slots in `predict` say.
+        assert got[0] == planned[0] if mode == "train" else got[0] < planned[0], got
+        assert got[1] == planned[1], (topology, mode, got, planned)
+        # What a step is given and gives back, as the runtime will lay it out.
+        into, out = found.compiled.input_shardings[0], found.compiled.output_shardings
+        wanted = program.compiled.input_shardings[0]
+        given = step.inputs + step.captures
+        for new, old, value in zip(into, wanted, given, strict=True):
+            shape = tuple(value.shape)
+            assert new.shard_shape(shape) == old.shard_shape(shape), value
+        for i, new in zip(step.updates, out[step.num_outputs :], strict=True):
+            old = into[len(step.inputs) + i]
+            assert new.is_equivalent_to(old, len(step.captures[i].shape))
+        print(topology, mode, ours, got, planned)
+"""
+
+
+def compile_for(*topologies):
+    from processes import ROOT
+
+    code = _COMPILE.format(tests=str(ROOT / "tests"), topologies=topologies)
+    return run_python(code, timeout=600, JAX_PLATFORMS="cpu").splitlines()
+
+
+@pytest.mark.skipif(not HAVE_COMPILER, reason="needs libtpu: the extra aot")
+def test_the_steps_that_ran_compile_for_a_tpu_as_planned():
+    lines = compile_for("v5e:2x4")
+    assert len(lines) == 3
+    assert "'all-to-all': 3" in lines[0] and "'all-to-all': 2" in lines[2]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HAVE_COMPILER, reason="needs libtpu: the extra aot")
+def test_the_steps_that_ran_compile_for_other_tpus_as_planned():
+    assert len(compile_for("v6e:2x4", "v4:2x2x1", "v5p:2x2x2")) == 9
+
+
+def test_tensorflow_for_tpus_is_refused(monkeypatch):
+    from gshard_tf.compat import versions
+
+    monkeypatch.setattr(versions.importlib.metadata, "version", lambda name: "2.20.0")
+    with pytest.raises(ImportError, match="pip uninstall tensorflow-tpu libtpu; pip"):
+        devices.mesh_devices(gshard_tf.create_mesh({"x": 1}, "TPU"))
+
+
+def test_without_a_plugin_a_sentence_says_how_to_get_it(monkeypatch):
+    monkeypatch.delenv("JAX_PLATFORMS")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"pip install 'jax\[tpu\]'.*Received: "):
+        devices.mesh_devices(gshard_tf.create_mesh({"x": 1}, "TPU"))
+    with pytest.raises(ValueError, match=r"pip install 'jax\[cuda12\]' or 'jax\[cuda"):
+        devices.mesh_devices(gshard_tf.create_mesh({"x": 1}, "GPU"))
+
+
+def test_another_number_than_the_runtimes_is_refused(monkeypatch):
+    """On a pod, the TPU itself numbers the processes."""
+    from gshard_tf.runtime.process_group import ProcessGroup
+
+    monkeypatch.setattr(devices, "group", lambda: ProcessGroup(1, 2))
+    with pytest.raises(ValueError, match="process_id=1, and the runtime's number is 0"):
+        devices.mesh_devices(gshard_tf.create_mesh({"x": 8}))
