@@ -1,5 +1,6 @@
 """One compiled step: feeds it, runs it, and writes the state back."""
 
+import dataclasses
 import functools
 import json
 import weakref
@@ -33,6 +34,31 @@ if TYPE_CHECKING:
 STATE_VARIABLES = (MeshVariable, BorrowedVariable)
 
 
+@dataclasses.dataclass(frozen=True)
+class StartedStep:
+    """A step that runs on the devices, or has ended there.
+
+    Attributes:
+        outputs: Its outputs, on the devices.
+        discard: Called when it failed, so that nobody takes what it made for values.
+    """
+
+    outputs: Sequence[Any]
+    discard: Callable[[], None]
+
+    def is_ready(self) -> bool:
+        """Returns whether the outputs can be read without waiting."""
+        return all(output.is_ready() for output in self.outputs)
+
+    def read(self) -> list[np.ndarray]:
+        """Returns the outputs, once they are there; raises what went wrong."""
+        try:
+            return [np.asarray(output) for output in self.outputs]
+        except Exception:
+            self.discard()
+            raise
+
+
 class Executable:
     """A program and the variables that it runs on; compiled when first called."""
 
@@ -52,7 +78,8 @@ class Executable:
         self.program: SpmdProgram | None = None
         self.constants: dict[int, Any] = {}
 
-    def __call__(self, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+    def __call__(self, arrays: Sequence[np.ndarray]) -> StartedStep:
+        """Starts the step for arrays of these shapes."""
         extended, step = self.extended, self.step
         with extended.transfer.lock:
             program = self.program
@@ -73,8 +100,9 @@ class Executable:
             count = extended.steps_run[self.name]
             with collective_section(f"step {count} of {self.name}"):
                 outputs, updated = program(inputs, captures)
-                # Until all devices are done, they may read the arguments' memory.
-                program.wait([*updated, *outputs])
+                if group().count > 1:
+                    # The watchdog times the section, so the step ends in it.
+                    program.wait([*updated, *outputs])
             if program.keep_finite:
                 *updated, broken = updated
             if extended.check_numerics:
@@ -85,12 +113,19 @@ class Executable:
                         f"the new value of {step.captures[step.updates[i]].path!r}"
                     ),
                 )
-            # At once: the old values are gone, their memory is reused.
+            # At once: the old values are gone, their memory is reused. Whoever reads a
+            # new one waits for the step.
             for i, value in zip(step.updates, updated, strict=True):
                 step.captures[i].set_device_copy(value)
             if program.keep_finite and np.any(broken):
                 self._note_skipped(np.asarray(broken), arrays)
-            return [np.asarray(output) for output in outputs]
+            return StartedStep(outputs, self._discard)
+
+    def _discard(self) -> None:
+        with self.extended.transfer.lock:
+            for i in self.step.updates:
+                if isinstance(self.step.captures[i], MeshVariable):
+                    self.step.captures[i].discard_device_copy()
 
     def _put(self, layout: dtensor.Layout, array: np.ndarray) -> Any:
         return self.extended.placement.put(array, layout)

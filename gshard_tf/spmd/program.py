@@ -154,7 +154,16 @@ class SpmdProgram:
                     for each in zip(arrays, shapes, self.input_shardings, strict=True)
                 ]
         with jax.enable_x64(True):
-            return jax.device_put(list(arrays), self.input_shardings)
+            return [
+                # Copies: the arrays' memory is the caller's, who may use it again
+                # before it has reached the devices.
+                jax.make_array_from_callback(
+                    array.shape,
+                    sharding,
+                    lambda index, array=array: array[index].copy(),
+                )
+                for array, sharding in zip(arrays, self.input_shardings, strict=True)
+            ]
 
     def __call__(
         self, inputs: Sequence[Any], captures: Sequence[Any]

@@ -10,14 +10,16 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from gshard_tf.compat.keras_loops import steps_of_loop
 from gshard_tf.compat.keras_seeds import global_seed_state
 from gshard_tf.compat.keras_threads import keras_state, use_keras_state
 from gshard_tf.sharding.mesh import without_mesh
 from gshard_tf.spmd import lowering
 from gshard_tf.spmd.base import owned
 from gshard_tf.spmd.borrowed_variable import BorrowedVariable
-from gshard_tf.spmd.executable import Executable
+from gshard_tf.spmd.executable import Executable, StartedStep
 from gshard_tf.spmd.index_uses import index_uses
+from gshard_tf.spmd.loop_results import LoopResults, can_overlap
 
 if TYPE_CHECKING:
     from gshard_tf.spmd.strategy import SpmdExtended
@@ -50,6 +52,7 @@ class Step:
         )
         self.keras_state = keras_state()
         self.executables: dict[Any, Executable] = {}
+        self.loop_results = LoopResults(1)
 
     def trace(self, specs: list[tf.TensorSpec]) -> tuple[Any, Any]:
         return self._trace(self.fn, specs)
@@ -81,23 +84,58 @@ class Step:
             self._compile_for(specs, function, structure)
         tensors, self.tensors = self.tensors, []
         _keep_with_graph(self)
-        outputs = tf.numpy_function(
-            _WeakCall(self),
-            tensors,
-            [output.dtype for output in function.outputs],
-            stateful=True,
-            name="gshard_step",
-        )
-        if not function.outputs:
-            # An operation without results; it runs because it is stateful.
-            outputs = []
+        outputs = self._call(tensors, [output.dtype for output in function.outputs])
         for output, traced in zip(outputs, function.outputs, strict=True):
             output.set_shape(traced.shape)
         return lowering.pack(structure, outputs)
 
+    def _call(self, tensors: list[tf.Tensor], dtypes: list[tf.DType]) -> list[Any]:
+        steps = steps_of_loop()
+        if steps == 1 or not dtypes or not can_overlap():
+            outputs = tf.numpy_function(
+                _WeakCall(self, Step.run),
+                tensors,
+                dtypes,
+                stateful=True,
+                name="gshard_step",
+            )
+            # An operation without results runs because it is stateful.
+            return outputs if dtypes else []
+        # Two operations: the next step may start before the results of this one are
+        # read. The second is not stateful, so nothing waits for it.
+        self.loop_results = LoopResults(steps)
+        number = tf.numpy_function(
+            _WeakCall(self, Step.start_in_loop),
+            tensors,
+            tf.int64,
+            stateful=True,
+            name="gshard_step",
+        )
+        return tf.numpy_function(
+            _WeakCall(self, Step.read_in_loop),
+            [number],
+            dtypes,
+            stateful=False,
+            name="gshard_results",
+        )
+
     def run(self, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Runs the program for arrays of these shapes."""
-        try:
+        started = self._start(arrays)
+        with self._errors_kept():
+            return started.read()
+
+    def start_in_loop(self, arrays: Sequence[np.ndarray]) -> np.int64:
+        """Starts a step of Keras's loop; returns its number."""
+        return np.int64(self.loop_results.put(self._start(arrays)))
+
+    def read_in_loop(self, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Returns the results of a step of Keras's loop by its number."""
+        with self._errors_kept():
+            return self.loop_results.read(int(arrays[0]))
+
+    def _start(self, arrays: Sequence[np.ndarray]) -> StartedStep:
+        with self._errors_kept():
             executable = self._executable(arrays)
             if self.extended.input_checks.is_due(self):
                 executable.check_inputs(arrays)
@@ -106,6 +144,11 @@ class Step:
                 check, self.extended.before_step = self.extended.before_step, None
                 check(self, executable.step, arrays)
             return executable(arrays)
+
+    @contextlib.contextmanager
+    def _errors_kept(self) -> Iterator[None]:
+        try:
+            yield
         except Exception as error:
             # TensorFlow makes a `tf.errors` of it with the same message.
             self.extended.last_error = error
@@ -160,17 +203,18 @@ class _WeakCall:
     refers to a model, its state on the devices and the compiled programs.
     """
 
-    def __init__(self, step: Step):
+    def __init__(self, step: Step, method: Callable[[Step, Sequence[np.ndarray]], Any]):
         self.step = weakref.ref(step)
+        self.method = method
 
-    def __call__(self, *arrays: np.ndarray) -> list[np.ndarray]:
+    def __call__(self, *arrays: np.ndarray) -> Any:
         step = self.step()
         if step is None:
             raise RuntimeError(
                 "A graph must keep the steps that it calls. Received: a call of a step "
                 "that no longer exists."
             )
-        return step.run(arrays)
+        return self.method(step, arrays)
 
 
 def _keep_with_graph(step: Step) -> None:

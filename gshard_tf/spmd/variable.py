@@ -139,6 +139,11 @@ class MeshVariable(ShardedMeshVariable, ResourceVariable):
             # A function of the user's reads the resource directly.
             self._sync_host()
 
+    def discard_device_copy(self) -> None:
+        """Makes the value count as lost: the step that was to make it has failed."""
+        if self._device_copy is not None:
+            self._device_copy.delete()
+
     @property
     def device_copy(self) -> Any:
         """The value on the devices, or None if only the host has it."""
