@@ -53,6 +53,9 @@ class Step:
         self.keras_state = keras_state()
         self.executables: dict[Any, Executable] = {}
         self.loop_results = LoopResults(1)
+        # Of a step that is started alone, once it is traced.
+        self.structure: Any = None
+        self.output_specs: list[tf.TensorSpec] = []
 
     def trace(self, specs: list[tf.TensorSpec]) -> tuple[Any, Any]:
         return self._trace(self.fn, specs)
@@ -74,6 +77,35 @@ class Step:
 
     def call_from_graph(self) -> Any:
         """Puts a call of the program into the graph that is being traced."""
+        function, structure, tensors = self._into_graph()
+        outputs = self._call(tensors, [output.dtype for output in function.outputs])
+        for output, traced in zip(outputs, function.outputs, strict=True):
+            output.set_shape(traced.shape)
+        return lowering.pack(structure, outputs)
+
+    def start_from_graph(self, put: Callable[["Step", StartedStep], int]) -> tf.Tensor:
+        """Puts a start of the program into the graph that is being traced.
+
+        Args:
+            put: Called with this step and each of its runs; returns a number for it.
+
+        Returns:
+            The number.
+        """
+        function, self.structure, tensors = self._into_graph()
+        self.output_specs = [
+            tf.TensorSpec(output.shape, output.dtype) for output in function.outputs
+        ]
+
+        def start(step: Step, arrays: Sequence[np.ndarray]) -> np.int64:
+            return np.int64(put(step, step.start(arrays)))
+
+        return tf.numpy_function(
+            _WeakCall(self, start), tensors, tf.int64, stateful=True, name="gshard_step"
+        )
+
+    def _into_graph(self) -> tuple[Any, Any, list[tf.Tensor]]:
+        """Traces the step; returns it, what it returns, and its arguments."""
         specs = self.extended.global_specs(self.tensors)
         function, structure = self.trace(specs)
         # With what the trace made: Keras's global seed generator, say.
@@ -84,10 +116,7 @@ class Step:
             self._compile_for(specs, function, structure)
         tensors, self.tensors = self.tensors, []
         _keep_with_graph(self)
-        outputs = self._call(tensors, [output.dtype for output in function.outputs])
-        for output, traced in zip(outputs, function.outputs, strict=True):
-            output.set_shape(traced.shape)
-        return lowering.pack(structure, outputs)
+        return function, structure, tensors
 
     def _call(self, tensors: list[tf.Tensor], dtypes: list[tf.DType]) -> list[Any]:
         steps = steps_of_loop()
@@ -121,20 +150,24 @@ class Step:
 
     def run(self, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Runs the program for arrays of these shapes."""
-        started = self._start(arrays)
-        with self._errors_kept():
-            return started.read()
+        return self.read(self.start(arrays))
 
     def start_in_loop(self, arrays: Sequence[np.ndarray]) -> np.int64:
         """Starts a step of Keras's loop; returns its number."""
-        return np.int64(self.loop_results.put(self._start(arrays)))
+        return np.int64(self.loop_results.put(self.start(arrays)))
 
     def read_in_loop(self, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Returns the results of a step of Keras's loop by its number."""
         with self._errors_kept():
             return self.loop_results.read(int(arrays[0]))
 
-    def _start(self, arrays: Sequence[np.ndarray]) -> StartedStep:
+    def read(self, started: StartedStep) -> list[np.ndarray]:
+        """Returns the results of a step, once it has ended."""
+        with self._errors_kept():
+            return started.read()
+
+    def start(self, arrays: Sequence[np.ndarray]) -> StartedStep:
+        """Starts the program for arrays of these shapes."""
         with self._errors_kept():
             executable = self._executable(arrays)
             if self.extended.input_checks.is_due(self):

@@ -19,6 +19,7 @@ from gshard_tf.runtime.visible_gpus import hide_gpus_from_tensorflow
 from gshard_tf.sharding.layout_report import LayoutReport
 from gshard_tf.sharding.rules import AxisRules
 from gshard_tf.spmd.base import MeshExtended, MeshStrategy
+from gshard_tf.spmd.eager_run import EagerRun
 from gshard_tf.spmd.input_checks import InputChecks
 from gshard_tf.spmd.nonfinite import SkippedStep
 from gshard_tf.spmd.program import SpmdProgram
@@ -155,7 +156,7 @@ class SpmdExtended(MeshExtended):
             None
         )
         self.last_error: Exception | None = None
-        self._graph_functions: weakref.WeakKeyDictionary[Callable, Callable] = (
+        self._eager_runs: weakref.WeakKeyDictionary[Callable, EagerRun] = (
             weakref.WeakKeyDictionary()
         )
 
@@ -215,24 +216,13 @@ class SpmdExtended(MeshExtended):
             isinstance(fn, tf.types.experimental.PolymorphicFunction)
             and not tf.config.functions_run_eagerly()
         ):
-            return self._in_graph(fn)(args, kwargs)
+            if fn not in self._eager_runs:
+                self._eager_runs[fn] = EagerRun(self, fn)
+            return self._eager_runs[fn](args, kwargs)
         # Eager mode runs operation by operation, on the host, as everywhere in
         # TensorFlow: for debugging (`run_eagerly=True` of one model,
         # `tf.config.run_functions_eagerly` of all functions).
         return super()._call_for_each_replica(fn, args, kwargs)
-
-    def _in_graph(self, fn: Callable) -> Callable:
-        """A function that runs `fn` as a step; the same one for the same `fn`."""
-        if fn not in self._graph_functions:
-            # Held weakly, so that the program goes when the user's function goes.
-            proxy = weakref.proxy(fn)
-
-            @tf.function(autograph=False)
-            def run(args, kwargs):
-                return self._call_for_each_replica(proxy, args, kwargs)
-
-            self._graph_functions[fn] = run
-        return self._graph_functions[fn]
 
 
 def _check_not_compiled() -> None:

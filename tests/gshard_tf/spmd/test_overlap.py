@@ -5,6 +5,7 @@ started: where a step waited for another, the test would wait until it fails.
 """
 
 import threading
+import time
 
 import numpy as np
 import parity
@@ -31,7 +32,10 @@ class Result:
         return len(self.started) >= self.last
 
     def __array__(self, dtype=None, copy=None):
-        assert self.is_ready(), "read before the last step of the execution started"
+        end = time.monotonic() + 20
+        while not self.is_ready():
+            assert time.monotonic() < end, "a step waits for the results of another"
+            time.sleep(0.001)
         Result.reads += 1
         return np.asarray(self.value)
 
@@ -108,6 +112,28 @@ def test_a_step_without_results_waits_for_nothing(monkeypatch):
     np.testing.assert_array_equal(total.numpy(), [4.0, 5.0])
 
 
+def test_a_loop_that_reads_nothing_waits_for_nothing(started):
+    """Each result is there when the last step has started, and not before."""
+    steps = started(5)
+    strategy = parity.strategy_of(2)
+    with strategy.scope():
+        total = tf.Variable([1.0, 2.0])
+
+    @tf.function
+    def step(x):
+        total.assign_add(x)
+        return {"sum": tf.reduce_sum(total), "name": None}
+
+    results = [strategy.run(step, args=(tf.ones([2]),)) for _ in range(5)]
+    assert len(steps) == 5
+    # In any order, by an operation, a function and numpy.
+    assert float(results[4]["sum"] + 1.0) == 14.0
+    assert float(tf.function(lambda x: 2.0 * x)(results[0]["sum"])) == 10.0
+    assert [r["sum"].numpy() for r in results] == [5.0, 7.0, 9.0, 11.0, 13.0]
+    assert results[0]["name"] is None and results[0]["sum"].shape == []
+    np.testing.assert_array_equal(total.numpy(), [6.0, 7.0])
+
+
 def test_a_loop_that_uses_all_results_gets_all_of_them():
     """Only Keras's own loop is known to drop results."""
     strategy = parity.strategy_of(2)
@@ -162,6 +188,23 @@ def test_a_step_that_fails_on_the_device_leaves_no_values(
     assert "the device is gone" in str(model.distribute_strategy.last_error)
     with pytest.raises(RuntimeError, match="was lost in a step.*checkpoint"):
         model.get_weights()
+
+
+def test_an_error_belongs_to_the_results_of_its_step(monkeypatch):
+    strategy = parity.strategy_of(2)
+    step = tf.function(lambda x: x + 1.0)
+    x = tf.zeros([2])
+    good = strategy.run(step, args=(x,))
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            SpmdProgram, "__call__", lambda *_: ([Broken(np.ones(2), (), 0)], [])
+        )
+        bad = strategy.run(step, args=(x,))
+        with pytest.raises(tf.errors.UnknownError, match="the device is gone"):
+            bad.numpy()
+    after = strategy.run(step, args=(x,))
+    np.testing.assert_array_equal(good, after)
+    assert "the device is gone" in str(strategy.last_error)
 
 
 class Ready:
