@@ -1,1 +1,1 @@
-"""What runs where: operations and layers by platform, and the overhead of `fit`."""
+"""Platforms: operations and layers by platform, and the overhead of `fit`."""

@@ -1,4 +1,4 @@
-"""What runs where, without a TPU or a GPU; and what `fit` adds to a step.
+"""Platforms without a TPU or a GPU: what compiles; and what `fit` adds to a step.
 
     python -m benchmarks.platforms [--json] [--quick] [--topology NAME]
 

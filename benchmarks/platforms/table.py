@@ -1,4 +1,4 @@
-"""Which operations and layers of Keras run where: the table of `platforms`."""
+"""Table of the operations and layers of Keras that compile for each platform."""
 
 import warnings
 from typing import Any

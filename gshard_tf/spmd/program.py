@@ -155,13 +155,7 @@ class SpmdProgram:
                 ]
         with jax.enable_x64(True):
             return [
-                # Copies: the arrays' memory is the caller's, who may use it again
-                # before it has reached the devices.
-                jax.make_array_from_callback(
-                    array.shape,
-                    sharding,
-                    lambda index, array=array: array[index].copy(),
-                )
+                _copied(array, sharding)
                 for array, sharding in zip(arrays, self.input_shardings, strict=True)
             ]
 
@@ -201,6 +195,18 @@ class SpmdProgram:
             name = getattr(value, "path", "constant")
             rows.append((name, math.prod(shape) * size, math.prod(local) * size))
         return rows
+
+
+def _copied(array: np.ndarray, sharding: Any) -> Any:
+    """A copy on the devices, which may not have arrived there yet.
+
+    The array's memory is the caller's, who may use it again before.
+    """
+    import jax
+
+    return jax.make_array_from_callback(
+        array.shape, sharding, lambda index: np.array(array[index])
+    )
 
 
 def _raise_with_operation(error: RuntimeError, mesh_shape: dict[str, int]) -> None:
