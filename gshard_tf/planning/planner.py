@@ -28,6 +28,7 @@ from gshard_tf.planning.plan import Plan
 from gshard_tf.planning.program_facts import program_facts, uncounted_loops
 from gshard_tf.planning.records import OutOfMemory, Weight
 from gshard_tf.planning.reshards import ReshardClassifier, annotations
+from gshard_tf.runtime.core_order import order_cores
 from gshard_tf.runtime.device_arrays import Placement
 from gshard_tf.sharding.layout_report import summarize_variable
 from gshard_tf.sharding.mesh import axis_sizes, create_mesh
@@ -135,8 +136,9 @@ def plan(
         return cached
 
     start = time.perf_counter()
+    devices = order_cores(hardware.devices, device_mesh.shape())
     program, oom = _compile(
-        strategy, step, Placement(device_mesh, hardware.devices), hardware, layers
+        strategy, step, Placement(device_mesh, devices), hardware, layers
     )
     compile_seconds = time.perf_counter() - start
     written_module = parser.parse(written_text)

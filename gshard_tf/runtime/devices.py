@@ -7,6 +7,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from gshard_tf.compat.versions import check_tensorflow_leaves_tpu
+from gshard_tf.runtime.core_order import order_cores
 from gshard_tf.runtime.process_group import group
 
 if TYPE_CHECKING:  # the runner has no TensorFlow
@@ -57,7 +58,8 @@ _PACKAGES = {
 def mesh_devices(mesh: dtensor.Mesh) -> list[Any]:
     """Returns the jax devices of a mesh, in its order.
 
-    It is jax's: all devices of the first process, then those of the next.
+    They are all devices of the first process, then those of the next; of a whole TPU
+    slice as `order_cores` says.
 
     Raises:
         ValueError: when there are fewer than the mesh needs, or none of its type.
@@ -103,7 +105,7 @@ def mesh_devices(mesh: dtensor.Mesh) -> list[Any]:
             f"A mesh must have devices of all {jax.process_count()} processes. "
             f"Received: a mesh of {mesh.size} of {len(devices)} devices"
         )
-    return used
+    return order_cores(used, mesh.shape())
 
 
 def _how_to_get(kind: str) -> str:

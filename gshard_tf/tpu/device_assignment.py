@@ -7,6 +7,7 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.experimental import dtensor
 
+from gshard_tf.runtime.core_order import matching_directions
 from gshard_tf.sharding.mesh import axis_sizes
 
 
@@ -38,7 +39,9 @@ def assign_cores(
     # (Every divisor of the slice's size is the size of some box.)
     boxes = _boxes(slice_shape, mesh.size)
     sizes = [int(n) for n in mesh.shape() if n > 1]
-    fitting = [(box, order) for box in boxes if (order := _directions(box, sizes))]
+    fitting = [
+        (box, order) for box in boxes if (order := matching_directions(box, sizes))
+    ]
     box = fitting[0][0] if fitting else boxes[0]
     built = tf.tpu.experimental.DeviceAssignment.build(
         topology, computation_shape=box, num_replicas=cores // mesh.size
@@ -59,13 +62,3 @@ def _boxes(slice_shape: list[int], size: int) -> list[tuple[int, ...]]:
     divisors = [[d for d in range(1, n + 1) if n % d == 0] for n in slice_shape]
     fitting = [box for box in itertools.product(*divisors) if math.prod(box) == size]
     return sorted(fitting, key=lambda box: (-box[3], max(box[:3]), [-n for n in box]))
-
-
-def _directions(box: tuple[int, ...], sizes: list[int]) -> tuple[int, ...] | None:
-    """Returns directions of a box, fastest first, that match the axes of a mesh."""
-    axis_steps = set(itertools.accumulate(reversed(sizes), lambda a, b: a * b))
-    for order in itertools.permutations((3, 0, 1, 2)):
-        steps = itertools.accumulate((box[d] for d in order), lambda a, b: a * b)
-        if axis_steps <= set(steps):
-            return order
-    return None

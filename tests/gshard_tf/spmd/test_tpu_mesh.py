@@ -37,6 +37,8 @@ os.environ["TPU_SKIP_MDS_QUERY"] = "1"
 sys.path.insert(0, {tests!r})
 import collections, keras, numpy as np, tensorflow as tf
 import gshard_tf, parity
+from gshard_tf.planning.chips import CHIPS
+from gshard_tf.runtime.core_order import order_cores
 from gshard_tf.runtime.device_arrays import Placement
 from gshard_tf.runtime.devices import topology_devices
 from gshard_tf.spmd.executable import compile_step
@@ -70,7 +72,10 @@ def of(kinds_and_runs):
 
 
 for topology in {topologies}:
-    target = topology_devices(topology)
+    target = order_cores(topology_devices(topology), [8])
+    places = np.array([device.coords for device in target])
+    hops = np.abs(places - np.roll(places, -1, axis=0)).sum(axis=1)
+    assert set(hops) <= {{0, 1}}, hops  # 0: two cores of a chip
     mesh = gshard_tf.create_mesh({{"expert": len(target)}}, "TPU")
     assert len(target) == 8, topology
     for mode, program in zip(batches, strategy.programs, strict=True):
@@ -79,17 +84,19 @@ for topology in {topologies}:
             strategy.extended.layouts, step, Placement(mesh, target)
         )
         memory = found.compiled.memory_analysis()
-        plan = gshard_tf.plan(
-            compiled, topology, mesh, batch=batches[mode], mode=mode, cache=False
-        )
         ours = of((c.kind, c.runs) for c in found.collectives())
-        theirs = of((c.kind, c.count) for c in plan.communication)
-        assert ours == theirs, (topology, mode, ours, theirs)
         got = memory.argument_size_in_bytes, memory.temp_size_in_bytes
-        planned = plan.memory.arguments, plan.memory.temporaries
-        # A plan counts what stays in memory beside the step, slots in `predict` say.
-        assert got[0] == planned[0] if mode == "train" else got[0] < planned[0], got
-        assert got[1] == planned[1], (topology, mode, got, planned)
+        planned = None
+        if topology.split(":")[0] in CHIPS:
+            plan = gshard_tf.plan(
+                compiled, topology, mesh, batch=batches[mode], mode=mode, cache=False
+            )
+            theirs = of((c.kind, c.count) for c in plan.communication)
+            assert ours == theirs, (topology, mode, ours, theirs)
+            planned = plan.memory.arguments, plan.memory.temporaries
+            # A plan counts what stays in memory beside the step, slots say.
+            assert got[0] == planned[0] if mode == "train" else got[0] < planned[0], got
+            assert got[1] == planned[1], (topology, mode, got, planned)
         # What a step is given and gives back, as the runtime will lay it out.
         into, out = found.compiled.input_shardings[0], found.compiled.output_shardings
         wanted = program.compiled.input_shardings[0]
@@ -122,6 +129,8 @@ def test_the_steps_that_ran_compile_for_a_tpu_as_planned():
 @pytest.mark.skipif(not HAVE_COMPILER, reason="needs libtpu: the extra aot")
 def test_the_steps_that_ran_compile_for_other_tpus_as_planned():
     assert len(compile_for("v6e:2x4", "v4:2x2x1", "v5p:2x2x2")) == 9
+    # Not among the chips of a plan.
+    assert "'all-to-all': 3" in compile_for("tpu7x:2x2x1")[0]
 
 
 def test_tensorflow_for_tpus_is_refused(monkeypatch):
