@@ -3,6 +3,7 @@
 import dataclasses
 import warnings
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -49,8 +50,10 @@ class VariableLayouts:
         self._unlinked: list[weakref.ref] = []
         self._patterns_used: set[str] = set()
         self._large: dict[str, int] = {}
-        # Of a large weight by its name: the sizes that do not divide, and their axes.
-        self._uneven: dict[str, list[tuple[int, str]]] = {}
+        # Of a size that does not divide, and its mesh axis: the weights that have it.
+        self._uneven: dict[tuple[int, str], list[str]] = {}
+        self._batch_divides = False
+        self._uneven_batch: tuple[int, str] | None = None
         self._warned: set[str] = set()
 
     def register(self, variable: MeshVariableBase, reference: Any) -> None:
@@ -188,9 +191,11 @@ class VariableLayouts:
         stored, uneven = _storable(layout, shape)
         if uneven:
             rule += f"; dimension {uneven} does not divide: whole"
-            if int(np.prod(shape)) * variable.dtype.size > LARGE_BYTES:
-                specs = layout.sharding_specs
-                self._uneven[name] = [(shape[d], specs[d]) for d in uneven]
+            for d in (
+                uneven if len(shape) > 1 else ()
+            ):  # of a bias, its kernel's will do
+                each = shape[d], layout.sharding_specs[d]
+                self._uneven.setdefault(each, []).append(name)
         return LayoutDecision(stored, rule)
 
     def batch_layout(self, shape: tf.TensorShape) -> dtensor.Layout:
@@ -202,8 +207,22 @@ class VariableLayouts:
         axes = ["batch", *[None] * (shape.rank - 1)] if shape.rank else []
         return _storable(self.rules.layout(axes, self.mesh), tuple(shape))[0]
 
+    def note_batch(self, shapes: Sequence[tf.TensorShape]) -> None:
+        """Records whether the inputs of a program divide.
+
+        One that does not may be the last of an epoch, after others that do.
+        """
+        axis = self.rules.rules.get("batch")
+        sizes = {shape[0] for shape in shapes if shape.rank}
+        if axis is None or not sizes:
+            return
+        if any(size % self.mesh.dim_size(axis) == 0 for size in sizes):
+            self._batch_divides = True
+        elif not self._batch_divides and max(sizes) > 1:
+            self._uneven_batch = max(sizes), axis
+
     def warnings(self) -> list[str]:
-        """Likely mistakes: rules that matched nothing, large weights without a rule."""
+        """Likely mistakes: rules that matched nothing, what does not divide, ..."""
         messages = [
             f"The path pattern {pattern.pattern!r} matched no weight."
             for pattern, _ in self.rules.paths
@@ -221,12 +240,19 @@ class VariableLayouts:
             for name, size in self._large.items()
         ]
         if self._uneven:
-            name, sizes = next(iter(self._uneven.items()))
+            whole = "; ".join(
+                f"{self._fitting(*each)} ({names[0]!r}"
+                + (f" and {len(names) - 1} more)" if len(names) > 1 else ")")
+                for each, names in self._uneven.items()
+            )
             messages.append(
-                "Large weights have a dimension that does not divide by its mesh axis, "
-                "and so are whole on every device along it. The first of "
-                f"{len(self._uneven)} is {name!r}: "
-                f"{' and '.join(self._fitting(*each) for each in sizes)}."
+                "Dimensions of weights that do not divide by their mesh axis are whole "
+                f"on every device along it: {whole}."
+            )
+        if self._uneven_batch:
+            messages.append(
+                "The batch does not divide by its mesh axis, so that every device is "
+                f"given all of it: {self._fitting(*self._uneven_batch)}."
             )
         return messages
 

@@ -41,6 +41,7 @@ def step_layouts(layouts: VariableLayouts, step: LoweredStep) -> StepLayouts:
             captures.append(dtensor.Layout.replicated(layouts.mesh, value.shape.rank))
             compute.append(None)
     outputs = [spec.shape for spec in step.results[: step.num_outputs]]
+    layouts.note_batch([spec.shape for spec in step.inputs])
     return StepLayouts(
         [layouts.batch_layout(spec.shape) for spec in step.inputs],
         [

@@ -192,6 +192,29 @@ def test_uneven_weights_are_stored_whole_and_said_to_be():
     kernel = found["sequential/dense/kernel"]
     assert kernel.layout == (None, None) and kernel.bytes_per_device == kernel.bytes
     assert "dimension [1] does not divide: whole" in kernel.rule
+    # One sentence for all of them, the small ones too.
+    [complaint] = strategy.describe(model).warnings
+    assert "6 over the 4 devices of 'model', where 4 or 8 would do" in complaint
+    assert "3 over the 4 devices of 'model', where 4 would do" in complaint
+    assert "('sequential/experts/wi' and 1 more)" in complaint
+
+
+def test_complains_once_of_a_batch_that_does_not_divide():
+    layouts = parity.strategy_of({"expert": 4}).extended.layouts
+
+    def warned(*shapes):
+        layouts.note_batch([tf.TensorShape(shape) for shape in shapes])
+        return layouts.warnings()
+
+    assert warned([], [1, 8]) == []  # one example, to predict
+    expected = "all of it: 10 over the 4 devices of 'expert', where 8 or 12 would do."
+    [complaint] = warned([10, 8], [10])
+    assert complaint.endswith(expected)
+    assert warned([8, 8], [8]) == [complaint]
+    other = parity.strategy_of({"expert": 4}).extended.layouts
+    for shape in ([12, 8], [10, 8]):  # the last of an epoch
+        other.note_batch([tf.TensorShape(shape)])
+    assert other.warnings() == []
 
 
 # -- complaints ----------------------------------------------------------------------
@@ -238,14 +261,14 @@ def test_does_not_complain_of_a_large_weight_on_one_device():
     assert complaints(dense=large, mesh=1) == []
 
 
-def test_complains_once_of_large_weights_that_do_not_divide():
+def test_complains_once_of_weights_that_do_not_divide():
     rules = gshard_tf.AxisRules(
         {"expert": "expert", "vocab": "expert"},
         paths=[(".*/dense/kernel", (None, "vocab"))],
     )
     uneven = lambda: keras.layers.Dense(10_001, use_bias=False)  # noqa: E731
     [complaint] = complaints(dense=uneven, rules=rules)
-    assert complaint.startswith("Large weights have a dimension that does not divide")
+    assert complaint.startswith("Dimensions of weights that do not divide")
     assert (
         "10001 over the 8 devices of 'expert', where 10000 or 10008 would" in complaint
     )
