@@ -125,6 +125,12 @@ def check() -> None:
     """
     check_versions()
     check_tpu_versions()
-    import keras
-
+    try:
+        import keras
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"Keras could not import its backend: {error}. gshard_tf runs on the "
+            'TensorFlow one: set KERAS_BACKEND=tensorflow, or "backend": '
+            '"tensorflow" in ~/.keras/keras.json'
+        ) from error
     check_backend(keras.backend.backend())

@@ -290,7 +290,7 @@ def _export(
     import jax
     from jax import export
 
-    mesh = create_mesh(sizes)
+    mesh = create_mesh(sizes, "CPU")  # of abstract devices: any type
 
     def on_mesh(tensors: Iterable[Tensor]) -> list[dtensor.Layout]:
         return [layout_of(fit_layout(tensor, sizes), mesh) for tensor in tensors]

@@ -177,7 +177,7 @@ def _split(returned: Any) -> tuple[Any, Any]:
 
 def _returned_batch(function: Callable[[], Any], options: argparse.Namespace) -> Any:
     """Returns the batch that the function returns, by running it once."""
-    mesh = create_mesh(options.mesh or {"expert": 1})
+    mesh = create_mesh(options.mesh or {"expert": 1}, "CPU")
     axes = {axis for _, axis in options.rule if axis is not None}
     if axes - set(mesh.dim_names):
         raise ValueError(

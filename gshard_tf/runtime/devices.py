@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 from typing import TYPE_CHECKING, Any
 
 from gshard_tf.compat.versions import check_tensorflow_leaves_tpu
@@ -15,10 +16,11 @@ if TYPE_CHECKING:  # the runner has no TensorFlow
 
 
 def request_cpu_devices(count: int) -> None:
-    """Requests `count` virtual CPU devices; call it once, before any strategy.
+    """Requests `count` virtual CPU devices; call it before anything uses jax.
 
     They are threads of this process: they do not make a laptop faster, but let it run
-    the program of a larger machine.
+    the program of a larger machine. A strategy requests the devices of its mesh by
+    itself, which is too late when something else has started jax.
 
     Args:
         count: The number of devices, at least that of the mesh.
@@ -41,9 +43,9 @@ def request_cpu_devices(count: int) -> None:
         if started < count:
             raise RuntimeError(
                 f"jax has already started with {started} CPU device(s), and their "
-                "number cannot change any more. Call "
-                f"gshard_tf.request_cpu_devices({count}) before anything else uses "
-                "jax."
+                "number cannot change any more. Restart the process (in a notebook, "
+                f"the kernel), and call gshard_tf.request_cpu_devices({count}) before "
+                "anything else uses jax."
             ) from error
 
 
@@ -55,11 +57,20 @@ _PACKAGES = {
 }
 
 
+def _forced() -> int:
+    """Returns the number of CPU devices that `XLA_FLAGS` asks for; 0: none."""
+    flag = r"--xla_force_host_platform_device_count=(\d+)"
+    counts = re.findall(flag, os.environ.get("XLA_FLAGS", ""))
+    return int(counts[-1]) if counts else 0
+
+
 def mesh_devices(mesh: dtensor.Mesh) -> list[Any]:
     """Returns the jax devices of a mesh, in its order.
 
     They are all devices of the first process, then those of the next; of a whole TPU
     slice as `order_cores` says.
+
+    Before jax starts, the virtual devices of a CPU mesh are requested here.
 
     Raises:
         ValueError: when there are fewer than the mesh needs, or none of its type.
@@ -72,6 +83,14 @@ def mesh_devices(mesh: dtensor.Mesh) -> list[Any]:
     kind = mesh.device_type().lower()
     if kind == "tpu":
         check_tensorflow_leaves_tpu()
+    # Each process has as many.
+    count = -(-mesh.size // group().count)
+    late = ""
+    if kind == "cpu" and count > max(jax.config.jax_num_cpu_devices, _forced()):
+        try:
+            request_cpu_devices(count)
+        except RuntimeError as error:
+            late = f" {error}"
     try:
         devices = jax.devices(kind)
     # It only asserts where it lacks the plugin of a platform.
@@ -89,15 +108,9 @@ def mesh_devices(mesh: dtensor.Mesh) -> list[Any]:
             f"{jax.process_index(kind)}"
         )
     if len(devices) < mesh.size:
-        hint = (
-            f"Call gshard_tf.request_cpu_devices({mesh.size}) before anything else "
-            "uses jax, or make a smaller mesh."
-            if kind == "cpu"
-            else "Make a smaller mesh."
-        )
         raise ValueError(
             f"The mesh {axis_sizes(mesh)} needs {mesh.size} {mesh.device_type()} "
-            f"devices and jax sees {len(devices)}. {hint}"
+            f"devices and jax sees {len(devices)}. Make a smaller mesh.{late}"
         )
     used = devices[: mesh.size]
     if len({device.process_index for device in used}) < jax.process_count():

@@ -16,6 +16,8 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.experimental import dtensor
 
+from gshard_tf.compat.jax_devices import default_device_type
+
 if TYPE_CHECKING:
     from gshard_tf.sharding.rules import AxisRules
 
@@ -23,7 +25,8 @@ DEVICE_TYPES = ("CPU", "GPU", "TPU")
 
 
 def create_mesh(
-    axes: Mapping[str, int] | Sequence[tuple[str, int]], device_type: str = "CPU"
+    axes: Mapping[str, int] | Sequence[tuple[str, int]],
+    device_type: str | None = None,
 ) -> dtensor.Mesh:
     """Makes a `dtensor.Mesh` of named axes, without asking for the devices.
 
@@ -34,11 +37,13 @@ def create_mesh(
     Args:
         axes: Names and sizes, outermost first. Neighbours on the *last* axis are
             neighbours on the interconnect, so put there what communicates most.
-        device_type: `"CPU"`, `"GPU"` or `"TPU"`. Defaults to `"CPU"`, whose virtual
-            devices `gshard_tf.request_cpu_devices` asks for.
+        device_type: `"CPU"`, `"GPU"` or `"TPU"`. Defaults to what jax takes here
+            (`JAX_PLATFORMS`, else a TPU, a GPU, or the CPU), which is found out without
+            starting jax. A strategy over the mesh of a CPU asks for its devices.
 
     Returns:
         A `tf.experimental.dtensor.Mesh`; partition `i` is device `i` of that type.
+        `mesh.device_type()` says which that is.
 
     Raises:
         ValueError: for no axis, a repeated name, a size below 1 or an unknown
@@ -61,7 +66,7 @@ def create_mesh(
                 "The size of a mesh axis must be a whole number of at least 1. "
                 f"Received: {name}={size!r}"
             )
-    kind = str(device_type).upper()
+    kind = default_device_type() if device_type is None else str(device_type).upper()
     if kind not in DEVICE_TYPES:
         raise ValueError(
             f"`device_type` must be one of {DEVICE_TYPES}. "

@@ -4,8 +4,10 @@
 TensorFlow's own half, and shares the mixin.
 """
 
+import contextlib
 import threading
 from collections.abc import Callable
+from types import TracebackType
 from typing import Any
 
 import keras
@@ -68,11 +70,48 @@ def owned(variable: tf.Variable | keras.Variable, strategy: MeshStrategy) -> Any
         name = getattr(variable, "path", getattr(variable, "name", variable))
         raise ValueError(
             "A variable must be made inside the strategy's scope to be on its mesh. "
-            "Make the model, and compile it, inside `with strategy.scope():`."
+            "Make the model, and call its `compile`, `quantize` and `enable_lora`, "
+            "inside `with strategy.scope():`."
             f"{strategy.unowned_hint} Received: the variable {name!r}, which was not "
             f"made inside this {type(strategy).__name__}'s scope"
         )
     return value
+
+
+class ExplainedScope(contextlib.AbstractContextManager):
+    """A strategy's scope that says where an optimizer from outside should be made.
+
+    Keras asks the strategy that was in scope when the optimizer was made for the slots.
+    TensorFlow's error for that names two objects, and not what to do.
+
+    Args:
+        scope: The scope.
+    """
+
+    def __init__(self, scope: contextlib.AbstractContextManager):
+        self._scope = scope
+
+    def __enter__(self) -> Any:
+        return self._scope.__enter__()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> bool | None:
+        handled = self._scope.__exit__(kind, error, trace)
+        if (
+            not handled
+            and isinstance(error, RuntimeError)
+            and "Mixing different tf.distribute.Strategy" in str(error)
+        ):
+            raise ValueError(
+                "The optimizer must be made, and `compile` called, inside `with "
+                "strategy.scope():`, as the model was. Received: an optimizer of "
+                f"another scope, or of none. (TensorFlow says: {error})"
+            ) from error
+        return handled
 
 
 class MeshExtended(OneDeviceExtended):

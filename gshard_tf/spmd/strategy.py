@@ -18,7 +18,7 @@ from gshard_tf.runtime.process_group import group
 from gshard_tf.runtime.visible_gpus import hide_gpus_from_tensorflow
 from gshard_tf.sharding.layout_report import LayoutReport
 from gshard_tf.sharding.rules import AxisRules
-from gshard_tf.spmd.base import MeshExtended, MeshStrategy
+from gshard_tf.spmd.base import ExplainedScope, MeshExtended, MeshStrategy
 from gshard_tf.spmd.eager_run import EagerRun
 from gshard_tf.spmd.input_checks import InputChecks
 from gshard_tf.spmd.nonfinite import SkippedStep
@@ -188,8 +188,8 @@ class SpmdExtended(MeshExtended):
     def owns(self, value: Any) -> bool:
         return getattr(value, "transfer", None) is self.transfer
 
-    def _scope(self, strategy: tf.distribute.Strategy) -> BuildingMayFail:
-        return BuildingMayFail(super()._scope(strategy))
+    def _scope(self, strategy: tf.distribute.Strategy) -> ExplainedScope:
+        return ExplainedScope(BuildingMayFail(super()._scope(strategy)))
 
     def _experimental_distribute_dataset(self, dataset: Any, options: Any) -> Any:
         # One replica takes the global batch, and the program cuts it up; a

@@ -24,8 +24,8 @@ def raises(message, error=ValueError):
 
 def test_mesh_larger_than_the_devices():
     with raises(
-        r"\{'expert': 16\} needs 16 CPU devices and jax sees 8\. "
-        r"Call gshard_tf\.request_cpu_devices\(16\) before"
+        r"\{'expert': 16\} needs 16 CPU devices and jax sees 8\. Make a smaller mesh\. "
+        r".*Restart the process .* call gshard_tf\.request_cpu_devices\(16\) before"
     ):
         parity.strategy_of(16)
 
@@ -88,8 +88,19 @@ def test_optimizer_made_outside_the_scope():
     with gshard_tf.SpmdStrategy(MESH).scope():
         model = parity.classifier()
         model.compile(optimizer, "sparse_categorical_crossentropy")
-    with raises("Mixing different tf.distribute.Strategy", error=RuntimeError):
+    with raises("optimizer must be made, and `compile` called, inside `with strategy"):
         model.fit(X, Y, **FIT)
+
+
+def test_compile_and_lora_outside_the_scope():
+    with gshard_tf.SpmdStrategy(MESH).scope():
+        model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
+    model.compile("adam", "sparse_categorical_crossentropy")
+    with raises("optimizer must be made, and `compile` called, inside `with strategy"):
+        model.fit(X[:, 0], Y, **FIT)
+    model.layers[0].enable_lora(2)
+    with raises("call its `compile`, `quantize` and `enable_lora`, inside.*lora"):
+        model.predict(X[:, 0], verbose=0)
 
 
 def test_model_of_another_strategy():

@@ -6,7 +6,7 @@ import parity
 import pytest
 import tensorflow as tf
 
-from gshard_tf.compat.keras_fit import BuildingMayFail, TFEpochIterator
+from gshard_tf.compat.keras_fit import TFEpochIterator
 
 
 def test_an_epoch_iterator_asks_its_strategy_for_the_dataset():
@@ -25,7 +25,6 @@ def test_an_epoch_iterator_asks_its_strategy_for_the_dataset():
 
 def test_a_scope_hides_no_error_but_those_of_building():
     scope = parity.strategy_of({"data": 2}).scope()
-    assert isinstance(scope, BuildingMayFail)
     with pytest.raises(ZeroDivisionError), scope:
         raise ZeroDivisionError
 

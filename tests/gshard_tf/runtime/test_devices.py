@@ -16,35 +16,22 @@ def test_asking_again_for_what_there_is():
     gshard_tf.request_cpu_devices(8)
     gshard_tf.request_cpu_devices(2)
     with pytest.raises(
-        RuntimeError, match=r"started with 8 CPU device\(s\).*request_cpu_devices\(9\)"
+        RuntimeError,
+        match=r"started with 8 CPU device\(s\).*Restart.*request_cpu_devices\(9\)",
     ):
         gshard_tf.request_cpu_devices(9)
 
 
-def test_after_tensorflow_has_started():
+def test_a_strategy_requests_the_devices_of_its_mesh():
     printed = run_python(
         """
         import tensorflow as tf
         tf.constant(1.0) + 1.0
-        import gshard_tf
-        gshard_tf.request_cpu_devices(3)
+        import gshard_tf, jax
+        jax.config.update("jax_num_cpu_devices", 1)  # as if for a smaller mesh
         strategy = gshard_tf.SpmdStrategy(gshard_tf.create_mesh({"expert": 3}))
         print(strategy.run(tf.function(lambda x: x * 2.0), args=(21.0,)))
-        """
-    )
-    assert "42" in printed
-
-
-def test_after_jax_has_started():
-    printed = run_python(
-        """
-        import jax
-        jax.numpy.ones([2]) + 1
-        import gshard_tf
-        try:
-            gshard_tf.request_cpu_devices(4)
-        except RuntimeError as error:
-            print(error)
+        print(len(jax.devices()))
         try:
             gshard_tf.SpmdStrategy(gshard_tf.create_mesh({"expert": 4}))
         except ValueError as error:
@@ -53,10 +40,59 @@ def test_after_jax_has_started():
         gshard_tf.SpmdStrategy(gshard_tf.create_mesh({"expert": 1}))
         """
     )
-    first, second = printed.splitlines()
-    assert "jax has already started with 1 CPU device(s)" in first
-    assert "request_cpu_devices(4) before anything else uses jax" in first
-    assert "needs 4 CPU devices and jax sees 1" in second
+    value, count, late = printed.splitlines()
+    assert "42" in value and count == "3"
+    assert "needs 4 CPU devices and jax sees 3. Make a smaller mesh" in late
+    assert "jax has already started with 3 CPU device(s)" in late
+    assert "(in a notebook, the kernel), and call gshard_tf.request_cpu_devices(4)" in (
+        late
+    )
+
+
+def test_a_strategy_takes_the_devices_that_xla_was_told_to_make():
+    run_python(
+        """
+        import gshard_tf, jax
+        gshard_tf.SpmdStrategy(gshard_tf.create_mesh({"expert": 1}))
+        assert len(jax.devices()) == 2
+        """,
+        XLA_FLAGS="--xla_force_host_platform_device_count=2",
+    )
+
+
+def test_platforms_that_are_not_there():
+    printed = run_python(
+        """
+        import gshard_tf
+        mesh = gshard_tf.create_mesh({"expert": 2})
+        print(mesh.device_type())
+        for mesh in (mesh, gshard_tf.create_mesh({"expert": 2}, "CPU")):
+            try:
+                gshard_tf.SpmdStrategy(mesh)
+            except ValueError as error:
+                print(error)
+        """,
+        JAX_PLATFORMS="cuda",
+    )
+    kind, *errors = printed.splitlines()
+    assert kind == "GPU"
+    for error, kind in zip(errors, ("GPU", "CPU"), strict=True):
+        assert f"over {kind} devices, and jax finds none" in error
+        assert "Received: JAX_PLATFORMS='cuda'" in error
+
+
+def test_another_backend_of_keras():
+    printed = run_python(
+        """
+        import gshard_tf
+        try:
+            gshard_tf.create_mesh({"expert": 2})
+        except ImportError as error:
+            print(error)
+        """,
+        KERAS_BACKEND="torch",  # installed or not
+    )
+    assert "KERAS_BACKEND=tensorflow" in printed
 
 
 def test_importing_and_annotating_start_no_runtime_of_jax():

@@ -1,0 +1,36 @@
+"""The kind of device that jax will take, known before jax starts."""
+
+import importlib.metadata
+import importlib.util
+
+# Names of `JAX_PLATFORMS`; the same kind of device may have several.
+_KINDS = {"cuda": "GPU", "rocm": "GPU", "gpu": "GPU", "tpu": "TPU", "cpu": "CPU"}
+
+
+def default_device_type() -> str:
+    """Returns the type of `jax.devices()[0]`: `"CPU"`, `"GPU"` or `"TPU"`.
+
+    It does not start jax, whose number of CPU devices could not be chosen any more, and
+    which would take a TPU away from TensorFlow.
+
+    Relies on: `jax._src.xla_bridge.backends_are_initialized`, and, for what jax would
+    find, the functions of `jax._src.hardware_utils` that jax asks itself. The entry
+    points `jax_plugins` are public: a build of jax for GPUs has one. On an upgrade,
+    watch: these names, and whether jax still prefers TPUs, then GPUs, then CPUs.
+    """
+    import jax
+    from jax._src import hardware_utils, xla_bridge
+
+    if xla_bridge.backends_are_initialized():
+        return _KINDS.get(jax.default_backend(), "CPU")
+    if jax.config.jax_platforms:
+        return _KINDS.get(jax.config.jax_platforms.partition(",")[0], "CPU")
+    chips, _ = hardware_utils.num_available_tpu_chips_and_device_id()
+    if chips and importlib.util.find_spec("libtpu") is not None:
+        return "TPU"
+    plugins = importlib.metadata.entry_points(group="jax_plugins")
+    if hardware_utils.has_visible_nvidia_gpu() and any(
+        "cuda" in plugin.name for plugin in plugins
+    ):
+        return "GPU"
+    return "CPU"
