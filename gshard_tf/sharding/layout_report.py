@@ -1,7 +1,8 @@
 """`strategy.describe(model)`: the layout of every weight, and the reason for it."""
 
 import dataclasses
-from collections.abc import Callable
+import html
+from collections.abc import Callable, Sequence
 
 import keras
 import numpy as np
@@ -10,6 +11,10 @@ from gshard_tf.sharding.mesh import axis_sizes
 from gshard_tf.sharding.partition_spec import PartitionSpec, spec_of
 from gshard_tf.sharding.sharded_variable import MeshVariableBase
 from gshard_tf.sharding.variable_layouts import VariableLayouts
+
+_HEAD = ("weight", "shape", "layout", "bytes/device", "decided by")
+# The column of `_HEAD` that is aligned to the right.
+_NUMBER = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,12 +48,14 @@ class LayoutReport:
         warnings: Likely mistakes, in sentences.
         rewrites: Changes that the latest program needed for the partitioner, in
             sentences.
+        device_type: `"CPU"`, `"GPU"` or `"TPU"`.
     """
 
     mesh: dict[str, int]
     rows: list[VariableSummary]
     warnings: list[str]
     rewrites: tuple[str, ...] = ()
+    device_type: str = "CPU"
 
     @property
     def bytes(self) -> int:
@@ -61,8 +68,42 @@ class LayoutReport:
         return sum(row.bytes_per_device for row in self.rows)
 
     def __str__(self) -> str:
-        head = ("weight", "shape", "layout", "bytes/device", "decided by")
-        body = [
+        body = self._cells()
+        widths = [max(map(len, column)) for column in zip(_HEAD, *body, strict=True)]
+        lines = [
+            "  ".join(
+                cell.rjust(width) if i == _NUMBER else cell.ljust(width)
+                for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+            ).rstrip()
+            for line in [_HEAD, *body]
+        ]
+        lines.insert(1, "-" * max(map(len, lines)))
+        lines.append(self._total())
+        lines += [f"* {rewrite}" for rewrite in self.rewrites]
+        return "\n".join(lines + [f"! {warning}" for warning in self.warnings])
+
+    def _repr_html_(self) -> str:
+        """The table, as notebooks show it, in their own colors."""
+
+        def row(cells: Sequence[str], tag: str) -> str:
+            return "".join(
+                f'<{tag} style="text-align: {"right" if i == _NUMBER else "left"}">'
+                f"{html.escape(cell)}</{tag}>"
+                for i, cell in enumerate(cells)
+            )
+
+        lines = [f"<tr>{row(cells, 'td')}</tr>" for cells in self._cells()]
+        notes = [f"<li>{html.escape(text)}</li>" for text in self.rewrites]
+        notes += [f"<li><b>{html.escape(text)}</b></li>" for text in self.warnings]
+        return (
+            '<div style="overflow-x: auto"><table>'
+            f"<thead><tr>{row(_HEAD, 'th')}</tr></thead>"
+            f"<tbody>{''.join(lines)}</tbody></table>"
+            f"<p>{html.escape(self._total())}</p><ul>{''.join(notes)}</ul></div>"
+        )
+
+    def _cells(self) -> list[tuple[str, ...]]:
+        return [
             (
                 row.path,
                 "x".join(map(str, row.shape)) or "scalar",
@@ -72,21 +113,12 @@ class LayoutReport:
             )
             for row in self.rows
         ]
-        widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
-        lines = [
-            "  ".join(
-                cell.rjust(width) if i == 3 else cell.ljust(width)
-                for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-            ).rstrip()
-            for line in [head, *body]
-        ]
-        lines.insert(1, "-" * max(map(len, lines)))
-        lines.append(
-            f"{len(self.rows)} variables on mesh {self.mesh}: {self.bytes:,} bytes, "
-            f"{self.bytes_per_device:,} per device"
+
+    def _total(self) -> str:
+        return (
+            f"{len(self.rows)} variables on mesh {self.mesh} of {self.device_type} "
+            f"devices: {self.bytes:,} bytes, {self.bytes_per_device:,} per device"
         )
-        lines += [f"* {rewrite}" for rewrite in self.rewrites]
-        return "\n".join(lines + [f"! {warning}" for warning in self.warnings])
 
 
 def describe(
@@ -116,7 +148,12 @@ def describe(
         # A method of Keras 2's legacy optimizers.
         variables += slots() if callable(slots) else slots
     rows = [summarize_variable(v.path, owned(v), layouts) for v in variables]
-    return LayoutReport(axis_sizes(layouts.mesh), rows, layouts.warnings())
+    return LayoutReport(
+        axis_sizes(layouts.mesh),
+        rows,
+        layouts.warnings(),
+        device_type=layouts.mesh.device_type(),
+    )
 
 
 def summarize_variable(

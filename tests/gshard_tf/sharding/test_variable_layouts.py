@@ -1,6 +1,7 @@
 """Where weights and slots are stored, and that the compiled program agrees."""
 
 import warnings
+from xml.etree import ElementTree
 
 import keras
 import numpy as np
@@ -312,9 +313,27 @@ sgd/sequential_experts_wi_momentum    8x4x6   expert,-,-            96  slot of 
 sgd/sequential_experts_wo_momentum    8x6x4   expert,-,-            96  slot of its weight
 sgd/sequential_dense_kernel_momentum  32x3    -,-                  384  replicated, as its weight
 sgd/sequential_dense_bias_momentum    3       -                     12  replicated, as its weight
-11 variables on mesh {'expert': 8}: 3,892 bytes, 1,204 per device
+11 variables on mesh {'expert': 8} of CPU devices: 3,892 bytes, 1,204 per device
 ! The path pattern '.*/kernle' matched no weight."""  # noqa: E501
     )
+
+
+def test_describe_is_a_table_in_a_notebook():
+    rules = gshard_tf.AxisRules(
+        {"expert": "expert"}, paths=[("a<b>&", ("expert", None))]
+    )
+    strategy, model = optimized("sgd", rules=rules)
+    page = strategy.describe(model)._repr_html_()
+    cells = [cell.text for cell in ElementTree.fromstring(page).iter("td")]
+    assert cells[:5] == [
+        "sequential/experts/wi",
+        "8x4x6",
+        "expert,-,-",
+        "96",
+        "axes (expert, embed, mlp)",
+    ]
+    assert "The path pattern &#x27;a&lt;b&gt;&amp;&#x27; matched" in page
+    assert "color" not in page  # the notebook's own, light or dark
 
 
 def test_describe_needs_a_built_model_of_this_strategy():
