@@ -12,9 +12,15 @@ from gshard_tf.checkpoints.errors import CorruptCheckpointError
 from gshard_tf.checkpoints.manifest import Manifest
 from gshard_tf.io.paths import path_option
 
+DAMAGED, BAD_INPUT = 1, 2
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; returns 0, or 1 when a checkpoint is damaged."""
+    """Runs the command.
+
+    Returns:
+        0; 1 when a checkpoint is damaged; 2 when those asked for are not there.
+    """
     parser = argparse.ArgumentParser(prog="gshard-checkpoints", description=__doc__)
     parser.add_argument(
         "--version", action="version", version=f"%(prog)s {gshard_tf.__version__}"
@@ -24,30 +30,52 @@ def main(arguments: Sequence[str] | None = None) -> int:
     showing = commands.add_parser("show", help="the arrays of one checkpoint")
     verifying = commands.add_parser("verify", help="read every byte and check it")
     for command in (listing, showing, verifying):
-        command.add_argument("folder", type=path_option, help="the run's folder")
+        command.add_argument(
+            "folder", type=path_option, help="of the checkpoints, or of their run"
+        )
         command.add_argument(
             "--step", type=int, help="which one; else all, or the last"
         )
         command.add_argument("--json", action="store_true", help="for other programs")
     options = parser.parse_args(arguments)
     try:
-        rows = _rows(options.folder, options.step, options.command)
-    except OSError as error:
-        print(error, file=sys.stderr)
-        return 1
-    if not rows:
-        print(f"{options.folder} has no checkpoints", file=sys.stderr)
-        return 1
+        folder = _checkpoint_folder(options.folder)
+        rows = _rows(folder, options.step, options.command)
+    except (OSError, ValueError) as error:
+        print(f"gshard-checkpoints: {error}", file=sys.stderr)
+        return BAD_INPUT
     if options.json:
         print(json.dumps(rows, indent=1))
     elif options.command == "show":
         _print_arrays(rows[0])
     else:
         _print_rows(rows)
-    return int(any(row["problem"] for row in rows))
+    return DAMAGED if any(row["problem"] for row in rows) else 0
+
+
+def _checkpoint_folder(folder: Path) -> Path:
+    """Returns the folder that holds the steps: a run's may be its `checkpoints`.
+
+    Raises:
+        FileNotFoundError: when there are no checkpoints.
+    """
+    for path in (folder, folder / "checkpoints"):
+        if step_folders.steps(path):
+            return path
+    raise FileNotFoundError(
+        f"FOLDER must have checkpoints, or a folder 'checkpoints' that has. "
+        f"Received: {folder}"
+    )
 
 
 def _rows(folder: Path, step: int | None, command: str) -> list[dict]:
+    existing = step_folders.steps(folder)
+    if step is not None and step not in existing:
+        raise ValueError(
+            f"--step must be one of {', '.join(map(str, existing))}. There is no such "
+            f"step in {folder}. Received: --step {step}"
+        )
+
     def shown() -> list[int]:
         steps = step_folders.steps(folder) if step is None else [step]
         return steps[-1:] if command == "show" else steps

@@ -9,6 +9,7 @@ from gshard_examples.translation import (
     cli,
     evaluate,
     export,
+    package_files,
     train,
     vocabulary_training,
 )
@@ -50,9 +51,19 @@ def test_settings_are_checked_and_come_back(tmp_path):
         (["train", "--steps", "15"], "multiple of steps_per_epoch"),
         (["translate", "de", "--run", "/nonexistent/run"], "Train one first"),
         (["evaluate", "--run", "/nonexistent/run"], "Train one first"),
+        (["prepare", "--data", "/nonexistent/S"], "Not installed: sentencepiece"),
+        (["prepare", "--data", "/nonexistent/M", "--corpus", "M"], "folder=None"),
     ],
 )
-def test_the_command_answers_mistakes_with_a_sentence(arguments, message, capsys):
+def test_the_command_answers_mistakes_with_a_sentence_at_once(
+    arguments, message, capsys, monkeypatch
+):
+    def slow():
+        raise AssertionError("TensorFlow takes seconds to start")
+
+    monkeypatch.setattr(cli, "import_tensorflow", slow)
+    if "sentencepiece" in message:
+        monkeypatch.setattr(package_files, "find_spec", lambda module: None)
     assert cli.main(arguments) == 1
     assert message in capsys.readouterr().err
 

@@ -20,7 +20,9 @@ from gshard_examples.translation.own_text_options import (  # noqa: E402
     add_own_text,
     own_corpus,
 )
+from gshard_examples.translation.package_files import check_installed  # noqa: E402
 from gshard_examples.translation.settings import Settings  # noqa: E402
+from gshard_examples.translation.sources import corpus_sources  # noqa: E402
 from gshard_examples.translation.split import SPLITS  # noqa: E402
 from gshard_examples.translation.stderr_lines import import_tensorflow  # noqa: E402
 from gshard_tf.io.locks import AlreadyRunningError  # noqa: E402
@@ -183,8 +185,9 @@ def main(arguments: list[str] | None = None) -> int:
     if getattr(options, "device", None) == "CPU":
         # Else jax looks for a TPU wherever libtpu is, and tells that there is none.
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    import_tensorflow()
     try:
+        _check_early(options)
+        import_tensorflow()
         _COMMANDS[options.command](options)
     except KeyboardInterrupt:
         print("\nStopped. The same command resumes from the last checkpoint.")
@@ -193,6 +196,24 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"gshard-translate: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _check_early(options: argparse.Namespace) -> None:
+    """Raises what can be known before TensorFlow starts, which takes seconds."""
+    if options.command in ("evaluate", "translate", "export"):
+        Settings.read(options.run)
+        return
+    _settings(options)
+    check_installed(
+        {"sentencepiece": "sentencepiece", "tensorflow-text": "tensorflow_text"},
+        "vocabularies are made and read with them",
+    )
+    replace = getattr(options, "replace", False)
+    if replace or not options.data.exists():
+        own = getattr(options, "tsv", None) or getattr(options, "moses", None)
+        if not own:
+            corpus_sources(options.corpus, options.packages)
+            check_installed({"polib": "polib"}, "catalogues are read with polib")
 
 
 def _prepare(options: argparse.Namespace) -> tuple:

@@ -8,8 +8,9 @@ import shutil
 import subprocess
 import tarfile
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, cast
 
@@ -31,6 +32,21 @@ def missing_packages(names: Iterable[str], why: str) -> MissingPackageError:
     return MissingPackageError(
         f"{why}. Not installed: {listed}. Install them with: pip install '{EXTRA}'"
     )
+
+
+def check_installed(modules: Mapping[str, str], why: str) -> None:
+    """Checks that packages can be imported, without importing them.
+
+    Args:
+        modules: The module of each package.
+        why: What they are for.
+
+    Raises:
+        MissingPackageError: One is not installed.
+    """
+    missing = [name for name, module in modules.items() if find_spec(module) is None]
+    if missing:
+        raise missing_packages(missing, why)
 
 
 def installed_files(

@@ -207,7 +207,16 @@ def test_the_command(two, capsys):
     capsys.readouterr()
     assert command(["show", str(two)]) == 0
     assert "model/a  [4, 3]  float32" in capsys.readouterr().out
-    assert command(["list", str(two / "nothing")]) == 1
+    assert command(["list", str(two / "nothing")]) == 2
+    assert "must have checkpoints" in capsys.readouterr().err
+    assert command(["verify", str(two), "--step", "7"]) == 2
+    output = capsys.readouterr()
+    assert output.out == "" and "--step must be one of 1, 2. There is no" in output.err
+    # The folder of a run that keeps them in one of its own.
+    two.parent.joinpath("run").mkdir()
+    two.rename(two.parent / "run" / "checkpoints")
+    assert command(["list", str(two.parent / "run")]) == 0
+    assert capsys.readouterr().out.count("step") == 2
 
 
 def test_two_runs_in_one_folder(tmp_path):

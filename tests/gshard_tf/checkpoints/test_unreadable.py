@@ -173,7 +173,7 @@ def test_a_folder_that_cannot_be_listed(two, monkeypatch, capsys):
     with pytest.raises(OSError, match="cannot be listed") as caught:
         gshard_tf.CheckpointManager(two).restore(variables())
     assert caught.value.errno == errno.EIO and str(two) in str(caught.value)
-    assert command(["list", str(two)]) == 1
+    assert command(["list", str(two)]) == 2
     assert "cannot be listed" in capsys.readouterr().err
 
 
