@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         shard,
         split,
     )
+    from gshard_tf.sharding.layout_map import LayoutMapRules
     from gshard_tf.sharding.mesh import active_mesh, create_mesh, use_mesh
     from gshard_tf.sharding.rules import AxisRules
     from gshard_tf.spmd.local_batches import process_local_rows
@@ -42,6 +43,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AxisRules",
     "CheckpointManager",
+    "LayoutMapRules",
     "NonFiniteGuard",
     "Plan",
     "ResumableDataset",
@@ -78,6 +80,7 @@ __all__ = [
 _HOME = {
     "AxisRules": "sharding.rules",
     "CheckpointManager": "checkpoints.manager",
+    "LayoutMapRules": "sharding.layout_map",
     "NonFiniteGuard": "callbacks.nonfinite_guard",
     "Plan": "planning.plan",
     "ResumableDataset": "checkpoints.dataset",

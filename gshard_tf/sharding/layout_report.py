@@ -10,7 +10,7 @@ import numpy as np
 from gshard_tf.sharding.mesh import axis_sizes
 from gshard_tf.sharding.partition_spec import PartitionSpec, spec_of
 from gshard_tf.sharding.sharded_variable import MeshVariableBase
-from gshard_tf.sharding.variable_layouts import VariableLayouts
+from gshard_tf.sharding.variable_layouts import WHOLE_SLOT, VariableLayouts
 
 _HEAD = ("weight", "shape", "layout", "bytes/device", "decided by")
 # The column of `_HEAD` that is aligned to the right.
@@ -66,6 +66,18 @@ class LayoutReport:
     def bytes_per_device(self) -> int:
         """Bytes that each device holds."""
         return sum(row.bytes_per_device for row in self.rows)
+
+    @property
+    def whole(self) -> list[str]:
+        """Paths of weights of two and more dimensions that no device holds a part of.
+
+        Slots are not listed: they are as their weights.
+        """
+        return [
+            row.path
+            for row in self.rows
+            if len(row.shape) > 1 and not any(row.layout) and row.rule != WHOLE_SLOT
+        ]
 
     def __str__(self) -> str:
         body = self._cells()

@@ -54,6 +54,10 @@ class AxisRules:
     ```
     """
 
+    # Whether a weight of two or more dimensions that no rule mentions was forgotten,
+    # however small it is.
+    lists_all_weights = False
+
     def __init__(
         self,
         rules: Mapping[str, str | None],
@@ -145,8 +149,17 @@ class AxisRules:
         self._used.update(logical for logical in axes if logical is not None)
         return dtensor.Layout(specs, mesh)
 
-    def path_axes(self, path: str) -> tuple[str, tuple[str | None, ...]] | None:
-        """The pattern that matches a weight's path, and its axes, or None."""
+    def path_axes(
+        self, path: str, rank: int | None = None
+    ) -> tuple[str, tuple[str | None, ...]] | None:
+        """The pattern that matches a weight's path, and its axes, or None.
+
+        Args:
+            path: The path.
+            rank: The number of dimensions of the weight, for rules whose patterns may
+                name fewer. Those here may not.
+        """
+        del rank
         matches = [(p.pattern, axes) for p, axes in self.paths if p.fullmatch(path)]
         if len(matches) > 1:
             raise ValueError(

@@ -12,6 +12,9 @@ from tensorflow.experimental import dtensor
 
 from gshard_tf.compat.keras_variables import current_variable
 from gshard_tf.sharding.annotations import logical_axes
+from gshard_tf.sharding.mesh import axis_sizes
+from gshard_tf.sharding.neighbors import splits_against_neighbors
+from gshard_tf.sharding.partition_spec import PartitionSpec, spec_of
 from gshard_tf.sharding.rules import AxisRules
 from gshard_tf.sharding.sharded_variable import MeshVariableBase
 
@@ -19,6 +22,7 @@ from gshard_tf.sharding.sharded_variable import MeshVariableBase
 LARGE_BYTES = 1 << 20
 
 NO_RULE = "no rule: replicated"
+WHOLE_SLOT = "replicated, as its weight"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +56,9 @@ class VariableLayouts:
         self._large: dict[str, int] = {}
         # Of a size that does not divide, and its mesh axis: the weights that have it.
         self._uneven: dict[tuple[int, str], list[str]] = {}
+        # Shape and layout of each weight, of two and more dimensions, of a pattern.
+        self._patterned: dict[str, tuple[tuple[int, ...], PartitionSpec]] = {}
+        self._unmentioned: list[str] = []
         self._batch_divides = False
         self._uneven_batch: tuple[int, str] | None = None
         self._warned: set[str] = set()
@@ -140,7 +147,7 @@ class VariableLayouts:
         owner = variable.owner
         name = variable.path
         shape = tuple(variable.shape)
-        pattern = self.rules.path_axes(name)
+        pattern = self.rules.path_axes(name, len(shape))
         if pattern is not None:
             self._patterns_used.add(pattern[0])
         # The path of a slot may hold that of its weight, whose pattern then matches
@@ -154,7 +161,10 @@ class VariableLayouts:
                     "or a pattern that does not match it: a pattern must match the "
                     f"whole path. Received: paths=[({pattern[0]!r}, {pattern[1]!r})]"
                 )
-            return self._from_axes(pattern[1], variable, f"path {pattern[0]!r}")
+            decision = self._from_axes(pattern[1], variable, f"path {pattern[0]!r}")
+            if variable.reference is None and len(shape) > 1:
+                self._patterned[name] = shape, spec_of(decision.storage)
+            return decision
         axes = None if owner is None else logical_axes(owner)
         if axes is not None:
             return self._from_axes(axes, variable, f"axes {_names(axes)}")
@@ -164,12 +174,15 @@ class VariableLayouts:
                 weight.storage.sharding_specs[dim]
                 for dim in variable.reference_dims or ()
             ]
-            rule = "replicated, as its weight"
+            rule = WHOLE_SLOT
             if any(spec != dtensor.UNSHARDED for spec in specs):
                 rule = "slot of its weight"
             return LayoutDecision(dtensor.Layout(specs, self.mesh), rule)
         size = int(np.prod(shape)) * variable.dtype.size
-        if size > LARGE_BYTES and self.mesh.size > 1:
+        if self.rules.lists_all_weights:
+            if len(shape) > 1:
+                self._unmentioned.append(name)
+        elif size > LARGE_BYTES and self.mesh.size > 1:
             self._large[name] = size
         return LayoutDecision(dtensor.Layout.replicated(self.mesh, len(shape)), NO_RULE)
 
@@ -180,7 +193,7 @@ class VariableLayouts:
         return (
             reference is not None
             and len(variable.shape) != len(reference.shape)
-            and self.rules.path_axes(reference.path) == pattern
+            and self.rules.path_axes(reference.path, len(variable.shape)) == pattern
         )
 
     def _from_axes(
@@ -239,6 +252,12 @@ class VariableLayouts:
             "(an axis of None says that replicating it is meant)."
             for name, size in self._large.items()
         ]
+        if self._unmentioned:
+            messages.append(
+                "The layout map mentions none of these weights of two and more "
+                f"dimensions, which every device holds whole: {self._unmentioned}."
+            )
+        messages += splits_against_neighbors(self._patterned, axis_sizes(self.mesh))
         if self._uneven:
             whole = "; ".join(
                 f"{self._fitting(*each)} ({names[0]!r}"

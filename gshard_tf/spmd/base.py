@@ -16,6 +16,7 @@ from tensorflow.experimental import dtensor
 
 from gshard_tf.compat.keras_variables import backend_variable
 from gshard_tf.compat.tf_distribute import OneDeviceExtended
+from gshard_tf.sharding.layout_map import as_rules
 from gshard_tf.sharding.layout_report import LayoutReport, describe
 from gshard_tf.sharding.mesh import use_mesh
 from gshard_tf.sharding.rules import AxisRules
@@ -123,7 +124,8 @@ class MeshExtended(OneDeviceExtended):
     Args:
         container: The strategy.
         mesh: The mesh.
-        rules: Its rules; None: the paper's layout, `AxisRules.default(mesh)`.
+        rules: Its rules, or a map of Keras; None: the paper's layout,
+            `AxisRules.default(mesh)`.
 
     Raises:
         ValueError: when a rule does not fit the mesh.
@@ -133,12 +135,9 @@ class MeshExtended(OneDeviceExtended):
         self,
         container: tf.distribute.Strategy,
         mesh: dtensor.Mesh,
-        rules: AxisRules | None,
+        rules: AxisRules | keras.distribution.LayoutMap | None,
     ):
-        rules = AxisRules.default(mesh) if rules is None else rules
-        if not isinstance(rules, AxisRules):
-            raise ValueError(f"`rules` must be an AxisRules. Received: rules={rules!r}")
-        rules.check(mesh)
+        rules = as_rules(rules, mesh)
         super().__init__(container, "/cpu:0")
         self.mesh = mesh
         self.layouts = VariableLayouts(mesh, rules)

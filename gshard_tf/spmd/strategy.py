@@ -16,6 +16,7 @@ from gshard_tf.compat.tf_graphs import is_compiled_by_tensorflow
 from gshard_tf.runtime.device_arrays import Placement
 from gshard_tf.runtime.process_group import group
 from gshard_tf.runtime.visible_gpus import hide_gpus_from_tensorflow
+from gshard_tf.sharding.layout_map import as_mesh
 from gshard_tf.sharding.layout_report import LayoutReport
 from gshard_tf.sharding.rules import AxisRules
 from gshard_tf.spmd.base import ExplainedScope, MeshExtended, MeshStrategy
@@ -45,10 +46,12 @@ class SpmdStrategy(MeshStrategy, tf.distribute.Strategy):
     ```
 
     Args:
-        mesh: A mesh from `gshard_tf.create_mesh`. Its devices are jax's: CPU, GPU or
-            TPU. TensorFlow stays on the CPU, where it traces; GPUs are hidden from it.
-        rules: An `AxisRules`; defaults to the paper's layout for the mesh,
-            `AxisRules.default(mesh)`.
+        mesh: A mesh from `gshard_tf.create_mesh`, or a `keras.distribution.DeviceMesh`.
+            Its devices are jax's: CPU, GPU or TPU. TensorFlow stays on the CPU, where
+            it traces; GPUs are hidden from it.
+        rules: An `AxisRules`, or a `keras.distribution.LayoutMap`, which lays weights
+            out as `keras.distribution.ModelParallel` does on jax. Defaults to the
+            paper's layout for the mesh, `AxisRules.default(mesh)`.
         check_numerics: Whether to look for NaN and infinity in every step's
             arguments, results and new state. A step that has any changes nothing and
             raises `tf.errors.InvalidArgumentError`, which names the step and what it
@@ -76,17 +79,13 @@ class SpmdStrategy(MeshStrategy, tf.distribute.Strategy):
 
     def __init__(
         self,
-        mesh: dtensor.Mesh,
-        rules: AxisRules | None = None,
+        mesh: dtensor.Mesh | keras.distribution.DeviceMesh,
+        rules: AxisRules | keras.distribution.LayoutMap | None = None,
         check_numerics: bool = False,
         process_local_batches: bool = False,
         check_inputs: bool | int = 100,
     ):
-        if not isinstance(mesh, dtensor.Mesh):
-            raise ValueError(
-                "`mesh` must be a tf.experimental.dtensor.Mesh, as "
-                f"gshard_tf.create_mesh makes one. Received: mesh={mesh!r}"
-            )
+        mesh = as_mesh(mesh)
         placement = Placement(mesh)
         if mesh.device_type() == "GPU":
             # Before the strategy starts TensorFlow.
@@ -135,7 +134,7 @@ class SpmdExtended(MeshExtended):
         self,
         container: SpmdStrategy,
         placement: Placement,
-        rules: AxisRules | None,
+        rules: AxisRules | keras.distribution.LayoutMap | None,
         check_numerics: bool,
         process_local_batches: bool,
         input_checks: InputChecks,

@@ -12,6 +12,7 @@ from gshard_tf.compat import tpu as tpu_compat
 from gshard_tf.compat.tf_graphs import is_compiled_by_tensorflow
 from gshard_tf.compat.tf_saving import patch_trackable_restore
 from gshard_tf.sharding.annotations import shard
+from gshard_tf.sharding.layout_map import as_rules
 from gshard_tf.sharding.mesh import axis_sizes, create_mesh, use_mesh
 from gshard_tf.sharding.rules import AxisRules
 from gshard_tf.sharding.sharded_variable import MeshVariableBase
@@ -120,8 +121,7 @@ class MeshTPUExtended(tpu_compat.TPUExtended):
         mesh: dtensor.Mesh,
         rules: AxisRules | None,
     ):
-        rules = AxisRules.default(mesh) if rules is None else rules
-        rules.check(mesh)
+        rules = as_rules(rules, mesh)
         self.device_assignment = assign_cores(topology, mesh)
         super().__init__(
             container,
