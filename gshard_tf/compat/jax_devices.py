@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import importlib.util
+from typing import Any
 
 # Names of `JAX_PLATFORMS`; the same kind of device may have several.
 _KINDS = {"cuda": "GPU", "rocm": "GPU", "gpu": "GPU", "tpu": "TPU", "cpu": "CPU"}
@@ -23,8 +24,10 @@ def default_device_type() -> str:
 
     if xla_bridge.backends_are_initialized():
         return _KINDS.get(jax.default_backend(), "CPU")
-    if jax.config.jax_platforms:
-        return _KINDS.get(jax.config.jax_platforms.partition(",")[0], "CPU")
+    config: Any = jax.config  # whose flags have no types
+    platforms = config.jax_platforms
+    if platforms:
+        return _KINDS.get(platforms.partition(",")[0], "CPU")
     chips, _ = hardware_utils.num_available_tpu_chips_and_device_id()
     if chips and importlib.util.find_spec("libtpu") is not None:
         return "TPU"

@@ -80,13 +80,14 @@ def mesh_devices(mesh: dtensor.Mesh) -> list[Any]:
 
     from gshard_tf.sharding.mesh import axis_sizes
 
+    config: Any = jax.config  # whose flags have no types
     kind = mesh.device_type().lower()
     if kind == "tpu":
         check_tensorflow_leaves_tpu()
     # Each process has as many.
     count = -(-mesh.size // group().count)
     late = ""
-    if kind == "cpu" and count > max(jax.config.jax_num_cpu_devices, _forced()):
+    if kind == "cpu" and count > max(config.jax_num_cpu_devices, _forced()):
         try:
             request_cpu_devices(count)
         except RuntimeError as error:

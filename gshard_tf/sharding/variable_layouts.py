@@ -253,9 +253,11 @@ class VariableLayouts:
             for name, size in self._large.items()
         ]
         if self._unmentioned:
+            first, more = self._unmentioned[:3], len(self._unmentioned) - 3
             messages.append(
-                "The layout map mentions none of these weights of two and more "
-                f"dimensions, which every device holds whole: {self._unmentioned}."
+                "The layout map does not mention weights of two and more dimensions, "
+                f"which every device holds whole: {', '.join(map(repr, first))}"
+                + (f" and {more} more." if more > 0 else ".")
             )
         messages += splits_against_neighbors(self._patterned, axis_sizes(self.mesh))
         if self._uneven:

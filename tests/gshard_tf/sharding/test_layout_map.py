@@ -96,8 +96,8 @@ def test_trains_as_one_device():
     assert report.whole == ["head/kernel"]
     whole, neighbors = report.warnings
     assert whole == (
-        "The layout map mentions none of these weights of two and more dimensions, "
-        f"which every device holds whole: {report.whole}."
+        "The layout map does not mention weights of two and more dimensions, which "
+        "every device holds whole: 'head/kernel'."
     )
     assert neighbors == (
         "The dimension of 8 is split over 'batch' in 'table/embeddings', while 6 "

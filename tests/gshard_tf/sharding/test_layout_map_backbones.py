@@ -57,10 +57,8 @@ MEGATRON = {
     },
     "T5": {
         "token_embedding/embeddings": ("model", None),
-        "transformer_.*attention/(query|key|value)_projector/kernel": (None, "model"),
-        "transformer_.*attention/output_projector/kernel": ("model", None),
-        "transformer_.*(wi|input_projector|gate_projector)/kernel": (None, "model"),
-        "transformer_.*(wo|output_projector_ffw)/kernel": ("model", None),
+        ".*(query|key|value|input|gate)_projector/kernel": (None, "model"),
+        ".*output_projector/kernel": ("model", None),
     },
 }
 
@@ -136,7 +134,7 @@ def losses(model):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_is_model_parallel_and_one_device(name, on_jax, capsys):
+def test_is_model_parallel_and_one_device(name, on_jax):
     layout_map = SOURCE["make_map"](name)
     plain = parity.run_plain(lambda: SOURCE["make_model"](name), losses)
     keras.backend.clear_session(free_memory=False)
@@ -148,4 +146,12 @@ def test_is_model_parallel_and_one_device(name, on_jax, capsys):
     ours = [[row.path, list(row.layout)] for row in report.rows]
     assert ours == on_jax[name]
     np.testing.assert_allclose(losses(model), plain.result, rtol=1e-4)
-    print(name, report.warnings)
+    # keras-hub 0.32 has Gemma's order of axes for other kernels (its issue 2827) ...
+    swapped = [text for text in report.warnings if "wrong order" in text]
+    assert len(swapped) == (name in ("Llama", "QwenMoe"))
+    for text in swapped:
+        assert "'transformer_layer_0/self_attention/query/kernel' and 5 more" in text
+    # ... and its map of this one leaves every expert whole (2807).
+    experts = [path for path in report.whole if "/experts/" in path]
+    assert len(experts) == (4 if name == "QwenMoe" else 0)
+    assert not any("matched no weight" in text for text in report.warnings)
