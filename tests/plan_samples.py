@@ -32,7 +32,7 @@ V5E = {
 V4 = V3 | {"name": "v4", "flops": 275e12, "hbm_bandwidth": 1228e9}
 VERSIONS = {"tensorflow": "2.20.0", "keras": "3.15.1", "jaxlib": "0.10.2"}
 ASSUMPTIONS = [
-    "Products at the chip's peak in bfloat16, also where the step is in float32.",
+    "Matmuls at the chip's peak in bfloat16, also where the step is in float32.",
     "Links at 41 GB/s in each direction, lines, not rings, along each dimension; no "
     "latency, no contention between collectives.",
     "No input pipeline, no host, no launch cost.",

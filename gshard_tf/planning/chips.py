@@ -25,7 +25,7 @@ class Chip:
     Attributes:
         name: The name that the TPU compiler uses.
         devices: The number of jax devices on it: 2 where the two cores are programmed
-            separately (v3), 1 where they act as one.
+            separately (v3, tpu7x), 1 where they act as one.
         flops: FLOP/s of bfloat16 matmuls with float32 sums.
         hbm_bytes: Bytes of memory.
         hbm_bandwidth: Bytes per second to and from memory.
@@ -57,16 +57,18 @@ def _cubes(*sizes: int) -> tuple[str, ...]:
     )
 
 
+_TORUS = _cubes(2, 4, 8, 16)
 _V5E = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 
 CHIPS = {
     chip.name: chip
     for chip in (
         Chip("v3", 2, 123e12, 32 * 2**30, 900e9, 82e9, 2, 32, _square(2, 4, 8, 16, 32)),
-        Chip("v4", 2, 275e12, 32 * 2**30, 1228e9, 50e9, 3, 4, _cubes(2, 4, 8, 16)),
+        Chip("v4", 2, 275e12, 32 * 2**30, 1228e9, 50e9, 3, 4, _TORUS),
         Chip("v5e", 1, 197e12, 16 * 2**30, 819e9, 50e9, 2, 16, _V5E),
-        Chip("v5p", 1, 459e12, 95 * 2**30, 2765e9, 100e9, 3, 4, _cubes(2, 4, 8, 16)),
+        Chip("v5p", 1, 459e12, 95 * 2**30, 2765e9, 100e9, 3, 4, _TORUS),
         Chip("v6e", 1, 918e12, 32 * 2**30, 1638e9, 100e9, 2, 16, _V5E),
+        Chip("tpu7x", 2, 2307e12, 192 * 2**30, 7380e9, 100e9, 3, 4, _TORUS),
     )
 }  # fmt: skip
 
@@ -129,15 +131,19 @@ def _unknown(name: str) -> str:
         "cores), or 'cpu:8'"
     )
     received = f"Received: topology={name!r}"
-    if kind not in CHIPS:
-        near = difflib.get_close_matches(kind, [*CHIPS, "cpu"], n=2, cutoff=0.4)
-        return f"{rule}. Chips: {', '.join(near or [*CHIPS, 'cpu'])}. {received}"
     requested = math.prod(int(n) for n in re.findall(r"\d+", shape)) or 1
 
     def distance(candidate: str) -> float:
         size = math.prod(int(n) for n in candidate.split("x"))
         return abs(math.log(size / requested))
 
+    if kind not in CHIPS:
+        near = difflib.get_close_matches(kind, [*CHIPS, "cpu"], n=1, cutoff=0.7)
+        hint = f" Is it {near[0]}?" if near else ""
+        chips = ", ".join(
+            f"{chip.name}:{min(chip.slices, key=distance)}" for chip in CHIPS.values()
+        )
+        return f"{rule}. The chips, each with a slice: {chips}.{hint} {received}"
     nearest = ", ".join(
         f"{kind}:{n}" for n in sorted(CHIPS[kind].slices, key=distance)[:4]
     )

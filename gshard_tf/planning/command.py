@@ -95,6 +95,7 @@ def _plan(options: argparse.Namespace) -> int:
             batch=batch,
             mode=options.mode,
             cache=not options.no_cache,
+            progress=_say,
         )
         _say(f"planned for {name} in {time.perf_counter() - start:.1f} s")
         if plans:

@@ -28,6 +28,7 @@ from gshard_tf.planning.plan import Plan
 from gshard_tf.planning.program_facts import program_facts, uncounted_loops
 from gshard_tf.planning.records import OutOfMemory, Weight
 from gshard_tf.planning.reshards import ReshardClassifier, annotations
+from gshard_tf.planning.summaries import compiler
 from gshard_tf.runtime.core_order import order_cores
 from gshard_tf.runtime.device_arrays import Placement
 from gshard_tf.sharding.layout_report import summarize_variable
@@ -56,6 +57,7 @@ def plan(
     batch: Any = None,
     mode: str = "train",
     cache: bool | str | os.PathLike = True,
+    progress: Callable[[str], None] | None = None,
 ) -> Plan:
     """Reports memory, FLOPs and communication of a step on hardware you need not have.
 
@@ -90,6 +92,7 @@ def plan(
         cache: Whether a plan of the same program for the same topology is read from
             disk if one exists, or the folder of such plans. True: the folder
             `gshard_tf/plans` in the user's cache (`XDG_CACHE_HOME`, `~/.cache`).
+        progress: Called with what begins: tracing and compiling may take minutes.
 
     Returns:
         A `Plan`; `print` it, or read its attributes.
@@ -107,6 +110,8 @@ def plan(
     strategy = AbstractStrategy(device_mesh, rules)
     layouts: VariableLayouts = strategy.extended.layouts
 
+    report = progress or (lambda text: None)
+    report("building and tracing ...")
     start = time.perf_counter()
     graph = tf.compat.v1.get_default_graph()  # where TensorFlow keeps the scope
     try:
@@ -133,8 +138,13 @@ def plan(
     key = content_key(written_text, weights, hardware.name, device_mesh, mode, versions)
     cached = plans.load(key)
     if cached is not None:
+        report("the plan of this program was made before")
         return cached
 
+    report(
+        f"traced in {trace_seconds:.1f} s; compiling with "
+        f"{compiler(hardware.chip is not None, versions)} ..."
+    )
     start = time.perf_counter()
     devices = order_cores(hardware.devices, device_mesh.shape())
     program, oom = _compile(

@@ -96,7 +96,7 @@ def step_time(
         interconnect=interconnect,
         compiler=compiler_seconds,
         assumptions=[
-            f"Products at the chip's peak of {chip.flops / 1e12:.0f} TFLOP/s in "
+            f"Matmuls at the chip's peak of {chip.flops / 1e12:.0f} TFLOP/s in "
             "bfloat16, also where the step is in float32 (TPUs multiply float32 in "
             "one bfloat16 pass unless told otherwise).",
             f"Memory at {chip.hbm_bandwidth / 1e9:.0f} GB/s a chip; the bytes are the "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from gshard_tf.planning.records import Communication, Weight
@@ -173,3 +173,9 @@ def by_kind(communication: Sequence[Communication]) -> list[Communication]:
         ),
         key=lambda part: -part.bytes,
     )
+
+
+def compiler(for_tpu: bool, versions: Mapping[str, str]) -> str:
+    """Returns the name and version of the package whose compiler a plan is of."""
+    package = "libtpu" if for_tpu else "jaxlib"
+    return f"{package} {versions.get(package, '(unknown)')}"

@@ -239,7 +239,8 @@ def _origin(plan: Plan) -> list[str]:
     return [
         "",
         *_wrapped(
-            f"traced in {plan.trace_seconds:.1f} s, compiled in "
+            f"traced in {plan.trace_seconds:.1f} s, compiled by "
+            f"{summaries.compiler(plan.chip is not None, plan.versions)} in "
             f"{plan.compile_seconds:.1f} s with {units.size(plan.host_bytes)} of this "
             f"machine's memory; {versions}",
             "",

@@ -97,7 +97,7 @@ def step_time_section(plan: Plan) -> str:
         why = "None for a CPU, whose cores are virtual."
         return f'{out}</h3><p class="quiet">{why}</p></section>'
     values = [
-        ("products at the chip's peak", t.compute, "work"),
+        ("matmuls at the chip's peak", t.compute, "work"),
         ("memory accesses", t.hbm, "temporary"),
         ("communication", t.interconnect, "all-to-all"),
         ("at least: the longest of these", t.roofline, "code"),
@@ -129,7 +129,7 @@ def flops_section(plan: Plan) -> str:
     ]
     sums.sort(key=lambda item: -item[2])
     table = _layer_table(sums, plan.flops)
-    out = f'<section class="card"><h3>Products by layer</h3>{table}'
+    out = f'<section class="card"><h3>FLOPs by layer</h3>{table}'
     if any(count > 1 for _, count, _ in sums):
         each = [(name, 1, value) for name, value in plan.flops_by_layer.items()]
         out += (

@@ -175,6 +175,8 @@ def test_what_plan_is_asked(model_file, asked, capsys):
     assert (call["mode"], call["cache"]) == ("evaluate", False)
     assert out == f"{plan_samples.moe()}\n"
     assert "planning for v3:8x8" in err
+    call["progress"]("compiling ...")
+    assert capsys.readouterr().err == "gshard-plan: compiling ...\n"
 
 
 def test_every_plan_has_the_same_names(model_file, asked, capsys):

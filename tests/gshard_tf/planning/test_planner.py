@@ -1,6 +1,7 @@
 """`plan()` against the programs that `SpmdStrategy` really runs."""
 
 import collections
+import re
 import resource
 
 import keras
@@ -263,6 +264,21 @@ def test_what_assigns_in_a_condition_is_refused(arguments):
         gshard_tf.plan(build, "cpu:2", batch=(x, x), cache=False)
 
 
+def test_a_batch_that_does_not_divide_is_told():
+    lines = []
+    result = gshard_tf.plan(
+        moe_model, "cpu:8", batch=batch(10), cache=False, progress=lines.append
+    )
+    [complaint] = [text for text in result.complaints if "batch" in text]
+    assert "all of it: 10 over the 8 devices of 'expert', where 8 or 16" in complaint
+    assert lines[0] == "building and tracing ..."
+    jaxlib = result.versions["jaxlib"]
+    assert re.fullmatch(
+        rf"traced in .* s; compiling with jaxlib {jaxlib} ...", lines[1]
+    )
+    assert f"compiled by jaxlib {jaxlib} in" in " ".join(str(result).split())
+
+
 def test_bad_arguments_say_what_would_be_right():
     x, y = batch()
 
@@ -279,8 +295,10 @@ def test_bad_arguments_say_what_would_be_right():
         planned(batch=(tf.TensorSpec([None, 4]), y))
     with pytest.raises(ValueError, match="cpu:8 has 8"):
         planned(mesh={"data": 3})
-    with pytest.raises(ValueError, match="Chips: v5p, v5e"):
+    with pytest.raises(ValueError, match="v4:2x2x2, v5e:2x2, .*Is it v5p"):
         planned(topology="v5:2x2")
+    with pytest.raises(ValueError, match="v6e:2x4, tpu7x:2x2x2. Received"):
+        planned(topology="fpga:2x4")
     with pytest.raises(ValueError, match="topology='cpu:none'"):
         planned(topology="cpu:none")
     with pytest.raises(ValueError, match="function that creates one"):

@@ -120,7 +120,7 @@ def test_a_model_on_slices_that_are_not_there():
         """
     )
     lines = printed.strip().split("\n")
-    assert "Chips: v5" in lines[0]  # of a like name
+    assert "tpu7x:2x2x2. Is it v5p?" in lines[0]  # of a like name
     assert "knows: v5e:4x4, v5e:" in lines[1]
     assert "knows: v3:8x8, v3:" in lines[2]
     assert lines[3] == "all slices known"
