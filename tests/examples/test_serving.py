@@ -49,6 +49,43 @@ def test_it_answers(server, model):
     assert call(server, "GET", "/healthz") == (200, b'{"status":"ok"}')
 
 
+def agrees(value, schema):
+    """Whether a value of JSON is one of a schema, as far as ours go."""
+    match schema["type"]:
+        case "object":
+            properties = schema["properties"]
+            return set(value) == set(schema["required"]) == set(properties) and all(
+                agrees(value[name], each) for name, each in properties.items()
+            )
+        case "array":
+            return all(agrees(item, schema["items"]) for item in value)
+        case kind:
+            types = {"string": str, "boolean": bool, "number": float}
+            return type(value) is types[kind]
+
+
+def test_answers_are_as_openapi_describes_them(server):
+    def get(path):
+        status, body = call(server, "GET", path)
+        return status, json.loads(body)
+
+    document = get("/openapi.json")[1]
+    assert document["openapi"] == "3.1.0"
+    answers = {
+        ("/translate", "post"): ask(server, ["Hallo"], ["de"]),
+        ("/translate", "post", 400): ask(server, ["Hallo"], ["xx"]),
+        ("/translate", "post", 413): ask(server, ["a"] * 100, ["de"] * 100),
+        ("/languages", "get"): get("/languages"),
+        ("/healthz", "get"): get("/healthz"),
+    }
+    for (path, method, *_), (status, answer) in answers.items():
+        responses = document["paths"][path][method]["responses"]
+        content = responses[str(status)]["content"]["application/json"]
+        assert agrees(answer, content["schema"]), (path, status)
+    # No route was forgotten, but the page and what is no JSON.
+    assert set(document["paths"]) == {path for path, *_ in answers}
+
+
 def test_requests_are_batched(server, model):
     model.seconds = 0.1
     with concurrent.futures.ThreadPoolExecutor(8) as pool:

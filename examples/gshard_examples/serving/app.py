@@ -22,6 +22,7 @@ from starlette.routing import Route
 
 from gshard_examples.serving.batching import Batcher, OverloadedError
 from gshard_examples.serving.metrics import Metrics
+from gshard_examples.serving.openapi import description
 from gshard_examples.serving.requests import Limits, RefusedError, parse
 from gshard_examples.serving.unread import CloseUnread
 
@@ -100,6 +101,9 @@ def make_app(
     async def languages(request: Request) -> Response:
         return JSONResponse({"languages": model.languages})
 
+    async def openapi(request: Request) -> Response:
+        return JSONResponse(description(limits))
+
     async def show_metrics(request: Request) -> Response:
         return Response(metrics.text(), media_type=metrics.MEDIA_TYPE)
 
@@ -115,6 +119,7 @@ def make_app(
             _file("/page.js", "page.js"),
             Route("/translate", translate, methods=["POST"]),
             Route("/languages", languages),
+            Route("/openapi.json", openapi),
             Route("/healthz", healthz),
             Route("/metrics", show_metrics),
         ],

@@ -8,10 +8,23 @@ async function ask(path, options) {
   return answer;
 }
 
+// Chosen at first, if the model knows one: the reader's own language, or a common one.
+const COMMON = ["de", "fr", "es", "pt", "ru", "zh_Hans", "zh_CN", "zh", "ja", "ar"];
+
+function firstChoice(languages) {
+  const own = navigator.languages.flatMap((tag) => {
+    const known = tag.replaceAll("-", "_");
+    return [known, known.split("_")[0]];
+  });
+  // Into English is what the page is for.
+  const foreign = [...own, ...COMMON].filter((tag) => !/^en(_|$)/.test(tag));
+  return foreign.find((tag) => languages.includes(tag));
+}
+
 async function listLanguages() {
   const names = new Intl.DisplayNames(["en"], { type: "language" });
   const { languages } = await ask("languages");
-  for (const tag of languages) {
+  const options = languages.map((tag) => {
     const option = document.createElement("option");
     option.value = tag;
     let name = tag;
@@ -21,8 +34,12 @@ async function listLanguages() {
       // Not a tag that browsers know a name for: it is shown as it is.
     }
     option.textContent = name === tag ? tag : `${name} (${tag})`;
-    get("language").append(option);
-  }
+    return option;
+  });
+  options.sort((a, b) => a.textContent.localeCompare(b.textContent, "en"));
+  get("language").append(...options);
+  const chosen = firstChoice(languages);
+  if (chosen) get("language").value = chosen;
 }
 
 function show(found) {
