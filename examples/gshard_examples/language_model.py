@@ -10,7 +10,11 @@ and `device_type="CPU"` out.
 
 from __future__ import annotations
 
+import os
 from pydoc_data.topics import topics
+
+# XLA and TensorFlow log pages otherwise, before and while they compile.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import keras
 import numpy as np

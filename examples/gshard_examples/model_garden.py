@@ -13,7 +13,11 @@ out.
 from __future__ import annotations
 
 import contextlib
+import os
 import re
+
+# XLA and TensorFlow log pages otherwise, before and while they compile.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import numpy as np
 import tensorflow as tf

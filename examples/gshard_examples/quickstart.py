@@ -9,8 +9,12 @@ The devices are virtual ones of the CPU; on GPUs, leave `request_cpu_devices` an
 from __future__ import annotations
 
 import contextlib
+import os
 import tempfile
 from pathlib import Path
+
+# XLA and TensorFlow log pages otherwise, before and while they compile.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import keras
 import numpy as np

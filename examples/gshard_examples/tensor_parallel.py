@@ -14,7 +14,11 @@ devices are virtual ones of the CPU; on GPUs, leave `request_cpu_devices` and
 from __future__ import annotations
 
 import contextlib
+import os
 from pydoc_data.topics import topics
+
+# XLA and TensorFlow log pages otherwise, before and while they compile.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import keras
 import keras_hub

@@ -9,7 +9,11 @@ of the CPU; on GPUs, leave `request_cpu_devices` and `device_type="CPU"` out.
 
 from __future__ import annotations
 
+import os
 from pydoc_data.topics import topics
+
+# XLA and TensorFlow log pages otherwise, before and while they compile.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import keras
 import numpy as np

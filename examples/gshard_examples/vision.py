@@ -10,6 +10,11 @@ scikit-learn, which ships the images: it is in the extra `translation`.
 
 from __future__ import annotations
 
+import os
+
+# XLA and TensorFlow log pages otherwise, before and while they compile.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
 import keras
 import numpy as np
 from sklearn.datasets import load_digits

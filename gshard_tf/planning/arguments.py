@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 import gshard_tf
 from gshard_tf.io.paths import path_option
+from gshard_tf.io.stderr_lines import import_quietly
 
 MODES = ("train", "evaluate", "predict")
 DTYPES = frozenset(
@@ -157,6 +158,7 @@ def main(arguments: list[str] | None = None) -> int:
     # nor TensorFlow's advice about this machine is of use.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    import_quietly("tensorflow")
     from gshard_tf.planning.command import run
 
     return run(options)

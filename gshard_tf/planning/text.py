@@ -205,12 +205,12 @@ def _work(plan: Plan) -> list[str]:
     if plan.flops is not None:
         over = plan.flops_ratio
         lines.append(
-            f"products  {units.flops(plan.flops)} a core"
+            f"matmuls  {units.flops(plan.flops)} a core"
             + (f", {over:.3f} of those written in the model" if over else "")
         )
     elif plan.flops_as_written:
         lines.append(
-            f"products  {units.flops(plan.flops_as_written)} a core, as written"
+            f"matmuls  {units.flops(plan.flops_as_written)} a core, as written"
         )
     if plan.time is None:
         if plan.fits:
@@ -221,7 +221,7 @@ def _work(plan: Plan) -> list[str]:
         f"step time (an estimate, not a measurement): {units.seconds(t.roofline)} to "
         f"{units.seconds(t.without_overlap)}"
     )
-    parts = [("products", t.compute), ("memory", t.hbm), ("links", t.interconnect)]
+    parts = [("matmuls", t.compute), ("memory", t.hbm), ("links", t.interconnect)]
     longest = max(value for _, value in parts) or 1.0
     rows = [
         (name, units.seconds(value), _bar(value / longest)) for name, value in parts

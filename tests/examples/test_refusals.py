@@ -58,10 +58,10 @@ def test_settings_are_checked_and_come_back(tmp_path):
 def test_the_command_answers_mistakes_with_a_sentence_at_once(
     arguments, message, capsys, monkeypatch
 ):
-    def slow():
+    def slow(module):
         raise AssertionError("TensorFlow takes seconds to start")
 
-    monkeypatch.setattr(cli, "import_tensorflow", slow)
+    monkeypatch.setattr(cli, "import_quietly", slow)
     if "sentencepiece" in message:
         monkeypatch.setattr(package_files, "find_spec", lambda module: None)
     assert cli.main(arguments) == 1

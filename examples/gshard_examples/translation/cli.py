@@ -24,9 +24,9 @@ from gshard_examples.translation.package_files import check_installed  # noqa: E
 from gshard_examples.translation.settings import Settings  # noqa: E402
 from gshard_examples.translation.sources import corpus_sources  # noqa: E402
 from gshard_examples.translation.split import SPLITS  # noqa: E402
-from gshard_examples.translation.stderr_lines import import_tensorflow  # noqa: E402
 from gshard_tf.io.locks import AlreadyRunningError  # noqa: E402
 from gshard_tf.io.paths import path_option  # noqa: E402
+from gshard_tf.io.stderr_lines import import_quietly  # noqa: E402
 
 HELD_OUT = [split for split in SPLITS if split != "train"]
 COMMANDS = {
@@ -187,7 +187,7 @@ def main(arguments: list[str] | None = None) -> int:
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
     try:
         _check_early(options)
-        import_tensorflow()
+        import_quietly("tensorflow_text")
         _COMMANDS[options.command](options)
     except KeyboardInterrupt:
         print("\nStopped. The same command resumes from the last checkpoint.")

@@ -135,14 +135,14 @@ def _facts(plan: Plan) -> str:
         over = plan.flops_ratio
         facts.append(
             (
-                "products of a core",
+                "FLOPs of a core",
                 units.flops(plan.flops),
                 f"{over:.3f} of those written" if over else "",
             )
         )
     else:
         facts.append(
-            ("products of a core", units.flops(plan.flops_as_written), "as written")
+            ("FLOPs of a core", units.flops(plan.flops_as_written), "as written")
         )
     if plan.fits:
         facts.append(

@@ -7,6 +7,7 @@ are named here, each by itself; everything else that is written meanwhile is pas
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import re
 import sys
@@ -49,7 +50,7 @@ def without_lines(patterns: Sequence[str]) -> Iterator[None]:
                     os.write(2, line)
 
 
-def import_tensorflow() -> None:
-    """Imports TensorFlow and TensorFlow Text, where they are installed, quietly."""
+def import_quietly(module: str) -> None:
+    """Imports TensorFlow, or what imports it, without its lines, if it is installed."""
     with without_lines(IMPORT), contextlib.suppress(ImportError):
-        import tensorflow_text  # noqa: F401 (imports TensorFlow too)
+        importlib.import_module(module)
