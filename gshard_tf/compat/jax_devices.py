@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import importlib.util
+import os
 from typing import Any
 
 # Names of `JAX_PLATFORMS`; the same kind of device may have several.
@@ -31,9 +32,37 @@ def default_device_type() -> str:
     chips, _ = hardware_utils.num_available_tpu_chips_and_device_id()
     if chips and importlib.util.find_spec("libtpu") is not None:
         return "TPU"
-    plugins = importlib.metadata.entry_points(group="jax_plugins")
-    if hardware_utils.has_visible_nvidia_gpu() and any(
-        "cuda" in plugin.name for plugin in plugins
-    ):
+    plugins = " ".join(_plugins())
+    if "cuda" in plugins and hardware_utils.has_visible_nvidia_gpu():
+        return "GPU"
+    if "rocm" in plugins and os.path.exists("/dev/kfd"):
         return "GPU"
     return "CPU"
+
+
+def _plugins() -> list[str]:
+    return [each.name for each in importlib.metadata.entry_points(group="jax_plugins")]
+
+
+def skip_accelerators() -> None:
+    """Keeps jax from looking for accelerators on a machine that has none.
+
+    libtpu, which plans need, writes a page of errors where there is no TPU. Nothing is
+    changed once jax has started, where `JAX_PLATFORMS` is set or jax has a plugin, or
+    where there is an accelerator, though jax may lack a build for it, as it then says.
+
+    Relies on: what `default_device_type` does.
+    """
+    import jax
+    from jax._src import hardware_utils, xla_bridge
+
+    config: Any = jax.config
+    chips, _ = hardware_utils.num_available_tpu_chips_and_device_id()
+    if not (
+        xla_bridge.backends_are_initialized()
+        or config.jax_platforms
+        or _plugins()
+        or chips
+        or hardware_utils.has_visible_nvidia_gpu()
+    ):
+        config.update("jax_platforms", "cpu")

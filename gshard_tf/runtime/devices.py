@@ -7,6 +7,7 @@ import os
 import re
 from typing import TYPE_CHECKING, Any
 
+from gshard_tf.compat.jax_devices import skip_accelerators
 from gshard_tf.compat.versions import check_tensorflow_leaves_tpu
 from gshard_tf.runtime.core_order import order_cores
 from gshard_tf.runtime.process_group import group
@@ -87,6 +88,8 @@ def mesh_devices(mesh: dtensor.Mesh) -> list[Any]:
     # Each process has as many.
     count = -(-mesh.size // group().count)
     late = ""
+    if kind == "cpu":
+        skip_accelerators()
     if kind == "cpu" and count > max(config.jax_num_cpu_devices, _forced()):
         try:
             request_cpu_devices(count)

@@ -5,7 +5,7 @@ import pytest
 from jax._src import hardware_utils, xla_bridge
 from processes import run_python
 
-from gshard_tf.compat.jax_devices import default_device_type
+from gshard_tf.compat.jax_devices import default_device_type, skip_accelerators
 
 
 def test_is_jaxs_own_once_jax_has_started():
@@ -25,6 +25,33 @@ def test_does_not_start_jax():
         """,
         JAX_PLATFORMS="",
     )
+
+
+@pytest.mark.parametrize(
+    ("started", "platforms", "chips", "gpu", "expected"),
+    [
+        (False, None, 0, False, "cpu"),
+        (True, None, 0, False, None),
+        (False, "cuda", 0, False, "cuda"),
+        (False, None, 4, False, None),
+        (False, None, 0, True, None),
+    ],
+)
+def test_skips_accelerators_only_where_there_are_none(
+    monkeypatch, started, platforms, chips, gpu, expected
+):
+    monkeypatch.setattr(xla_bridge, "backends_are_initialized", lambda: started)
+    monkeypatch.setattr(
+        hardware_utils, "num_available_tpu_chips_and_device_id", lambda: (chips, None)
+    )
+    monkeypatch.setattr(hardware_utils, "has_visible_nvidia_gpu", lambda: gpu)
+    before = jax.config.jax_platforms
+    jax.config.update("jax_platforms", platforms)
+    try:
+        skip_accelerators()
+        assert jax.config.jax_platforms == expected
+    finally:
+        jax.config.update("jax_platforms", before)
 
 
 class _Plugin:

@@ -32,13 +32,15 @@ def test_a_strategy_requests_the_devices_of_its_mesh():
         strategy = gshard_tf.SpmdStrategy(gshard_tf.create_mesh({"expert": 3}))
         print(strategy.run(tf.function(lambda x: x * 2.0), args=(21.0,)))
         print(len(jax.devices()))
+        assert jax.config.jax_platforms == "cpu"  # no TPU was looked for
         try:
             gshard_tf.SpmdStrategy(gshard_tf.create_mesh({"expert": 4}))
         except ValueError as error:
             print(error)
         gshard_tf.request_cpu_devices(1)
         gshard_tf.SpmdStrategy(gshard_tf.create_mesh({"expert": 1}))
-        """
+        """,
+        JAX_PLATFORMS="",
     )
     value, count, late = printed.splitlines()
     assert "42" in value and count == "3"
