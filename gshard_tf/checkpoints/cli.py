@@ -1,6 +1,5 @@
 """`gshard-checkpoints`: lists, shows and verifies the checkpoints of a run."""
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -10,9 +9,10 @@ import gshard_tf
 from gshard_tf.checkpoints import step_folders
 from gshard_tf.checkpoints.errors import CorruptCheckpointError
 from gshard_tf.checkpoints.manifest import Manifest
+from gshard_tf.io.command_line import Parser, report
 from gshard_tf.io.paths import path_option
 
-DAMAGED, BAD_INPUT = 1, 2
+DAMAGED = 1
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -21,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         0; 1 when a checkpoint is damaged; 2 when those asked for are not there.
     """
-    parser = argparse.ArgumentParser(prog="gshard-checkpoints", description=__doc__)
+    parser = Parser(prog="gshard-checkpoints", description=__doc__)
     parser.add_argument(
         "--version", action="version", version=f"%(prog)s {gshard_tf.__version__}"
     )
@@ -42,8 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         folder = _checkpoint_folder(options.folder)
         rows = _rows(folder, options.step, options.command)
     except (OSError, ValueError) as error:
-        print(f"gshard-checkpoints: {error}", file=sys.stderr)
-        return BAD_INPUT
+        return report(parser.prog, error)
     if options.json:
         print(json.dumps(rows, indent=1))
     elif options.command == "show":

@@ -27,15 +27,14 @@ from gshard_tf.export import program_file, state_file
 from gshard_tf.export.array_dataset import ArrayBatches, write_data
 from gshard_tf.export.manifest import PLATFORMS, Manifest
 from gshard_tf.export.run_log import Log, scalars
+from gshard_tf.io.command_line import Parser, report
 from gshard_tf.io.paths import path_option
 from gshard_tf.runtime.termination import Termination
 
 
 def parser() -> argparse.ArgumentParser:
     """Returns the parser of the command line."""
-    result = argparse.ArgumentParser(
-        prog="python -m gshard_tf.export.runner", description=__doc__.split("\n", 1)[0]
-    )
+    result = Parser(prog="gshard-run", description=__doc__.split("\n", 1)[0])
     add = result.add_argument
     add("--version", action="version", version=f"%(prog)s {gshard_tf.__version__}")
     add("program", type=path_option, help="file of the step: train, evaluate, predict")
@@ -107,8 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _train(options, log)
         return _pass(options, log)
     except (ValueError, OSError, ImportError) as error:
-        print(f"gshard_tf.export.runner: {error}", file=sys.stderr)
-        return 2
+        return report("gshard-run", error)
 
 
 def _start_jax(options: argparse.Namespace, manifest: Manifest) -> None:

@@ -14,9 +14,10 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import gshard_tf
+from gshard_tf.io.command_line import Parser
 from gshard_tf.io.paths import path_option
 from gshard_tf.io.stderr_lines import import_quietly
 
@@ -66,13 +67,6 @@ class Target:
 
     def __str__(self) -> str:
         return f"{self.module}:{self.function}"
-
-
-class Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line, without the usage before it."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
 def parser() -> argparse.ArgumentParser:

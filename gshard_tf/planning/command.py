@@ -14,6 +14,7 @@ import keras
 import tensorflow as tf
 
 from gshard_tf.compat.keras_seeds import own_global_seed_generator
+from gshard_tf.io.command_line import INTERRUPTED, report
 from gshard_tf.planning import planner
 from gshard_tf.planning.arguments import Target
 from gshard_tf.planning.compare import compare
@@ -24,7 +25,7 @@ from gshard_tf.sharding.mesh import create_mesh
 from gshard_tf.sharding.rules import AxisRules
 from gshard_tf.spmd.abstract import AbstractStrategy
 
-FITS, BAD_INPUT, DOES_NOT_FIT = 0, 2, 3
+FITS, DOES_NOT_FIT = 0, 3
 
 
 class FunctionError(ValueError):
@@ -44,11 +45,9 @@ def run(options: argparse.Namespace) -> int:
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and type(error) is not RuntimeError:
             raise  # such as jaxlib's: no other input would avoid it
-        print(f"gshard-plan: {error}", file=sys.stderr)
-        return BAD_INPUT
+        return report("gshard-plan", error)
     except KeyboardInterrupt:
-        print("gshard-plan: stopped", file=sys.stderr)
-        return 130
+        return report("gshard-plan", "stopped", INTERRUPTED)
 
 
 def _compare(options: argparse.Namespace) -> int:
@@ -198,4 +197,4 @@ def _returned_batch(function: Callable[[], Any], options: argparse.Namespace) ->
 
 
 def _say(text: str) -> None:
-    print(f"gshard-plan: {text}", file=sys.stderr, flush=True)
+    report("gshard-plan", text)

@@ -262,6 +262,6 @@ def test_the_command_asks_first(tmp_path, monkeypatch, capsys, command):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("years of work")
     for folder, said in (("mine", "thesis.tex"), (".", "working folder")):
-        assert cli.main([command, "--run", "r", "--saved-model", folder]) == 1
+        assert cli.main([command, "--run", "r", "--saved-model", folder]) == 2
         assert said in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["mine", "thesis.tex"]

@@ -327,7 +327,7 @@ def test_from_a_file_to_a_translator(tmp_path, capsys, monkeypatch):
     made = load_corpus("data/mine").manifest
     # Too short a row is an error, after which another length may be chosen.
     steps = ["--steps", 60, "--steps-per-epoch", 30, *TINY]
-    assert command("train", *where, *steps, "--row-lengths", "6,6") == 1
+    assert command("train", *where, *steps, "--row-lengths", "6,6") == 2
     assert "sources have at most" in capsys.readouterr().err
     everything = ["run", *own, "--run", "runs/mine", *steps, "--row-lengths", "32,32"]
     assert command(*everything, "--per-language", 5, "--beam-size", 1) == 0
@@ -346,7 +346,7 @@ def test_from_a_file_to_a_translator(tmp_path, capsys, monkeypatch):
     assert said[0] == said[1] and any(said[0])
     # Other text in the same folder is refused, until it is to be replaced.
     write_tsv(tmp_path / "mine.tsv", rows(("de", "fr")))
-    assert command("prepare", *own, *TINY) == 1
+    assert command("prepare", *own, *TINY) == 2
     assert "the named files as they are now" in capsys.readouterr().err
     assert load_corpus("data/mine").manifest == made
     assert command("prepare", *own, *TINY, "--replace") == 0
@@ -371,7 +371,7 @@ def test_mistakes_get_a_sentence(tmp_path, monkeypatch, capsys, options, match):
     monkeypatch.chdir(tmp_path)
     write_tsv(tmp_path / "a.tsv", rows())
     try:
-        assert command("prepare", *options) == 1
+        assert command("prepare", *options) == 2
     except SystemExit as stopped:
         assert stopped.code == 2  # argparse
     assert re.search(match, capsys.readouterr().err)
@@ -380,7 +380,7 @@ def test_mistakes_get_a_sentence(tmp_path, monkeypatch, capsys, options, match):
 
 def test_another_corpus_in_the_folder_is_refused(toy_corpus, tmp_path, capsys):
     path = write_tsv(tmp_path / "a.tsv", rows())
-    assert command("prepare", "--tsv", path, "--data", toy_corpus.path) == 1
+    assert command("prepare", "--tsv", path, "--data", toy_corpus.path) == 2
     assert "Received: corpus 'toy'" in capsys.readouterr().err
 
 

@@ -64,7 +64,7 @@ def test_the_command_answers_mistakes_with_a_sentence_at_once(
     monkeypatch.setattr(cli, "import_quietly", slow)
     if "sentencepiece" in message:
         monkeypatch.setattr(package_files, "find_spec", lambda module: None)
-    assert cli.main(arguments) == 1
+    assert cli.main(arguments) == 2
     assert message in capsys.readouterr().err
 
 

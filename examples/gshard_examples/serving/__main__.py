@@ -9,20 +9,14 @@ import os
 import signal
 import socket
 import sys
-from typing import NoReturn
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-BAD_INPUT = 2
+from gshard_tf.io.command_line import INTERRUPTED, Parser, report
+
+INSTALL = "Install it with: pip install 'gshard-tf[serve]'"
 # Beyond this a batch only takes memory: the model decodes 64 texts at a time.
 MOST_TOGETHER = 1024
-
-
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one sentence, without all options before it."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(BAD_INPUT, f"{self.prog}: {message} ({self.prog} -h tells more)\n")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -32,8 +26,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="python -m gshard_examples.serving",
         description="Serves an exported translator: a page at /, JSON at /translate. "
-        "Exit status: 0 after SIGTERM or Ctrl-C; 1 without the packages; 2 for an "
-        "option, a model or an address that cannot be used.",
+        "Exit status: 0 after SIGTERM or Ctrl-C; 2 for an option, a model, an "
+        "address or an installation that cannot be used.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument(
@@ -104,7 +98,7 @@ def main(arguments: list[str] | None = None) -> int:
         from gshard_examples.serving.model import Model, UnusableModelError
         from gshard_examples.serving.requests import Limits
     except ImportError as error:
-        return _missing(error)
+        return report(parser.prog, f"{error}. {INSTALL}")
     try:
         # Before the model loads, which takes long: who else has the port is told now.
         with _bind(options.host, options.port) as listening:
@@ -132,21 +126,17 @@ def main(arguments: list[str] | None = None) -> int:
             with contextlib.suppress(KeyboardInterrupt):
                 uvicorn.Server(config).run(sockets=[listening])
     except ImportError as error:
-        return _missing(error)
+        return report(parser.prog, f"{error}. {INSTALL}")
     except UnusableModelError as error:
-        print(f"{parser.prog}: no model to serve: {error}", file=sys.stderr)
-        return BAD_INPUT
+        return report(parser.prog, f"no model to serve: {error}")
     # (UnicodeError: no name of a host.)
     except (OSError, UnicodeError) as error:
-        print(
-            f"{parser.prog}: cannot listen on host {options.host!r}, port "
-            f"{options.port}: {error}",
-            file=sys.stderr,
+        return report(
+            parser.prog,
+            f"cannot listen on host {options.host!r}, port {options.port}: {error}",
         )
-        return BAD_INPUT
     except KeyboardInterrupt:
-        print(f"{parser.prog}: stopped before it served", file=sys.stderr)
-        return 130
+        return report(parser.prog, "stopped before it served", INTERRUPTED)
     return 0
 
 
@@ -165,12 +155,6 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
             f"(--max-waiting {options.max_waiting}) and at most {MOST_TOGETHER}. "
             f"Received: {options.max_batch}"
         )
-
-
-def _missing(error: ImportError) -> int:
-    hint = "Install it with: pip install 'gshard-tf[serve]'"
-    print(f"{error}. {hint}", file=sys.stderr)
-    return 1
 
 
 def _bind(host: str, number: int) -> socket.socket:

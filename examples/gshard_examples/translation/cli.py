@@ -24,6 +24,7 @@ from gshard_examples.translation.package_files import check_installed  # noqa: E
 from gshard_examples.translation.settings import Settings  # noqa: E402
 from gshard_examples.translation.sources import corpus_sources  # noqa: E402
 from gshard_examples.translation.split import SPLITS  # noqa: E402
+from gshard_tf.io.command_line import INTERRUPTED, Parser, report  # noqa: E402
 from gshard_tf.io.locks import AlreadyRunningError  # noqa: E402
 from gshard_tf.io.paths import path_option  # noqa: E402
 from gshard_tf.io.stderr_lines import import_quietly  # noqa: E402
@@ -40,7 +41,7 @@ COMMANDS = {
 
 
 def make_parser() -> argparse.ArgumentParser:
-    main = argparse.ArgumentParser(
+    main = Parser(
         prog="gshard-translate",
         description="Trains a Mixture-of-Experts Transformer to translate into English "
         "on a partitioned mesh, with the texts of installed packages.",
@@ -190,11 +191,10 @@ def main(arguments: list[str] | None = None) -> int:
         import_quietly("tensorflow_text")
         _COMMANDS[options.command](options)
     except KeyboardInterrupt:
-        print("\nStopped. The same command resumes from the last checkpoint.")
-        return 130
+        resumes = "stopped; the same command resumes from the last checkpoint"
+        return report("gshard-translate", resumes, INTERRUPTED)
     except (ValueError, OSError, ImportError, AlreadyRunningError) as error:
-        print(f"gshard-translate: {error}", file=sys.stderr)
-        return 1
+        return report("gshard-translate", error)
     return 0
 
 
