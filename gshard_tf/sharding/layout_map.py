@@ -28,7 +28,7 @@ class LayoutMapRules(AxisRules):
             when another axis is called `"batch"`.
     """
 
-    lists_all_weights = True
+    is_layout_map = True
 
     def __init__(
         self,

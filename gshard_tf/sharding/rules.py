@@ -54,9 +54,9 @@ class AxisRules:
     ```
     """
 
-    # Whether a weight of two or more dimensions that no rule mentions was forgotten,
-    # however small it is.
-    lists_all_weights = False
+    # Whether they are a `LayoutMap`: its patterns are for weights, not for slots, and
+    # one of two or more dimensions that none mentions was forgotten, however small.
+    is_layout_map = False
 
     def __init__(
         self,

@@ -44,8 +44,9 @@ class LayoutDecision:
 class VariableLayouts:
     """Decides, once per variable, by path patterns, names, and slots' weights.
 
-    The order: a path pattern; else the names that the layer gave; else, for an
-    optimizer slot, the layout of its weight; else replicated.
+    The order: a path pattern, but one of a `LayoutMap` is for weights alone; else the
+    names that the layer gave; else, for an optimizer slot, the layout of its weight;
+    else replicated.
     """
 
     def __init__(self, mesh: dtensor.Mesh, rules: AxisRules):
@@ -147,7 +148,9 @@ class VariableLayouts:
         owner = variable.owner
         name = variable.path
         shape = tuple(variable.shape)
-        pattern = self.rules.path_axes(name, len(shape))
+        pattern = None
+        if not (self.rules.is_layout_map and variable.reference is not None):
+            pattern = self.rules.path_axes(name, len(shape))
         if pattern is not None:
             self._patterns_used.add(pattern[0])
         # The path of a slot may hold that of its weight, whose pattern then matches
@@ -179,7 +182,7 @@ class VariableLayouts:
                 rule = "slot of its weight"
             return LayoutDecision(dtensor.Layout(specs, self.mesh), rule)
         size = int(np.prod(shape)) * variable.dtype.size
-        if self.rules.lists_all_weights:
+        if self.rules.is_layout_map:
             if len(shape) > 1:
                 self._unmentioned.append(name)
         elif size > LARGE_BYTES and self.mesh.size > 1:
@@ -204,9 +207,8 @@ class VariableLayouts:
         stored, uneven = _storable(layout, shape)
         if uneven:
             rule += f"; dimension {uneven} does not divide: whole"
-            for d in (
-                uneven if len(shape) > 1 else ()
-            ):  # of a bias, its kernel's will do
+            # Of a bias, its kernel's will do.
+            for d in uneven if len(shape) > 1 else []:
                 each = shape[d], layout.sharding_specs[d]
                 self._uneven.setdefault(each, []).append(name)
         return LayoutDecision(stored, rule)

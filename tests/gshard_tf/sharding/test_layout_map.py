@@ -30,6 +30,9 @@ def make_map(shape=(2, 2)):
     layout_map[".*down/kernel"] = ("model", None)
     return layout_map
 
+# Of no weight, and slots are as their weights.
+SLOT = "sgd/up_kernel_momentum"
+
 def make_model():
     tokens = keras.Input((6,), dtype="int32")
     x = keras.layers.Embedding(32, 8, name="table")(tokens)
@@ -63,6 +66,7 @@ def test_layouts_are_those_of_model_parallel_on_jax():
         + """
 import json
 layout_map = make_map()
+layout_map[SLOT] = ("batch", None)
 with keras.distribution.ModelParallel(layout_map=layout_map).scope():
     model = make_model()
 variables = model.variables + model.optimizer.variables
@@ -73,10 +77,13 @@ print(json.dumps([(p, s + [None] * (len(v.shape) - len(s)))
         KERAS_BACKEND="jax",
         XLA_FLAGS="--xla_force_host_platform_device_count=4",
     )
-    strategy, model = on_mesh(make_map())
+    layout_map = make_map()
+    layout_map[NAMES["SLOT"]] = ("batch", None)
+    strategy, model = on_mesh(layout_map)
     ours = [[row.path, list(row.layout)] for row in strategy.describe(model).rows]
     assert ours == json.loads(printed)
     assert ["down/kernel", ["model", None]] in ours
+    assert [NAMES["SLOT"], [None, "model"]] in ours
 
 
 def test_trains_as_one_device():
