@@ -1,0 +1,166 @@
+"""A function of jax as one operation of TensorFlow.
+
+Relies on: `tf2xla.call_module`, the operation `XlaCallModule` with which jax's own
+`jax2tf` puts an exported program into a graph, and jax's switch between the
+partitioners GSPMD and Shardy. On an upgrade, watch: `jax2tf._run_exported_as_tf`, which
+calls the same operation; the versions of the calling convention that TensorFlow takes;
+and that an exported `shard_map` still has the forms `SPMDFullToShardShape` and
+`SPMDShardToFullShape`, which GSPMD reads.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import tensorflow as tf
+
+# `tf.raw_ops` lacks it.
+from tensorflow.compiler.tf2xla.python.xla import (
+    call_module,
+    call_module_disable_check_platform,
+)
+
+
+@tf.autograph.experimental.do_not_convert
+def jax_call(fn: Callable, *tensors: Any, platform: str | None = None) -> Any:
+    """Runs a function of jax on tensors, as one operation with a gradient.
+
+    It works in eager mode, in a `tf.function`, compiled or not, in a Keras layer, in
+    the step of a strategy, and in a SavedModel, which holds the program and needs no
+    jax. The gradient is `jax.vjp` of the function, a second operation that is made when
+    a gradient is asked for, and so can be differentiated again. It computes the
+    function anew; in one compiled program XLA merges what both compute, except for
+    loops.
+
+    Args:
+        fn: A function of arrays that jax can trace. Returns an array, or a nest.
+        *tensors: Its arguments, of any dtype of jax; those that are not of floating
+            point have no gradient. Only the first dimension may be unknown, and is then
+            the same number in all tensors where it is.
+        platform: The platform whose rules jax lowers the function by, such as `"tpu"`,
+            when the program is compiled for other devices than those of this process.
+            Defaults to `"cuda"` where TensorFlow has a GPU, else `"cpu"`.
+
+    Returns:
+        Tensors in the structure of what `fn` returns.
+
+    Raises:
+        ValueError: when another dimension than the first is unknown.
+    """
+    values = [tf.convert_to_tensor(tensor) for tensor in tensors]
+    return _call(fn, values, _specs(values), platform)
+
+
+def _call(fn: Callable, tensors: list, specs: list, platform: str | None) -> Any:
+    import jax
+
+    exported = _export(fn, specs, platform)
+    results = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in exported.out_avals]
+    moving = [i for i, spec in enumerate(specs) if _is_float(spec)]
+    moved = [i for i, result in enumerate(results) if _is_float(result)]
+
+    def backward(*arguments: Any) -> Any:
+        """Cotangents of the floats among the arguments, by those of the results."""
+        inputs, cotangents = arguments[: len(specs)], arguments[len(specs) :]
+
+        def floats(*values):
+            whole = list(inputs)
+            for i, value in zip(moving, values, strict=True):
+                whole[i] = value
+            flat = jax.tree.leaves(fn(*whole))
+            return [flat[i] for i in moved]
+
+        _, pull = jax.vjp(floats, *(inputs[i] for i in moving))
+        return pull(list(cotangents))
+
+    @tf.custom_gradient
+    def call(*tensors):
+        def gradient(*upstream):
+            gradients = [None] * len(tensors)
+            if moving and moved:
+                wanted = [*tensors, *(upstream[i] for i in moved)]
+                shapes = [*specs, *(results[i] for i in moved)]
+                for i, value in zip(
+                    moving, _call(backward, wanted, shapes, platform), strict=True
+                ):
+                    gradients[i] = value
+            return gradients
+
+        return _operation(exported, tensors, platform), gradient
+
+    return jax.tree.unflatten(exported.out_tree, call(*tensors))
+
+
+def _operation(exported: Any, tensors: Sequence, platform: str | None) -> list:
+    # A step is lowered as for the CPU, whatever it is compiled for.
+    disabled = [] if platform is None else [call_module_disable_check_platform()]
+    outputs = call_module(
+        list(tensors),
+        version=exported.calling_convention_version,
+        module=exported.mlir_module_serialized,
+        Tout=[tf.as_dtype(each.dtype) for each in exported.out_avals],
+        Sout=[_static(each.shape) for each in exported.out_avals],
+        platforms=[name.upper() for name in exported.platforms],
+        disabled_checks=disabled,
+    )
+    return list(outputs)
+
+
+def _export(fn: Callable, specs: list, platform: str | None) -> Any:
+    import jax
+    from jax import export
+
+    # No public switch is for one thread and for a time.
+    from jax._src import config
+
+    if platform is None:
+        platform = "cuda" if tf.config.list_physical_devices("GPU") else "cpu"
+
+    # A new function: jax would remember another partitioner's form of the same one.
+    @functools.wraps(fn)
+    def traced(*arguments):
+        return fn(*arguments)
+
+    is_wide = any(spec.dtype.itemsize == 8 for spec in specs)
+    with (
+        jax.enable_x64(is_wide),
+        config.use_shardy_partitioner(False),
+        # XLA warns of each stack frame that it does not find in another module.
+        config.traceback_in_locations_limit(0),
+    ):
+        return export.export(jax.jit(traced), platforms=[platform])(*specs)
+
+
+def _specs(tensors: Sequence[tf.Tensor]) -> list:
+    """The shapes of tensors for jax; an unknown first dimension is a symbol."""
+    import jax
+    from jax import export
+
+    unknown = [
+        tensor.shape
+        for tensor in tensors
+        if tensor.shape.rank is None or None in tensor.shape[1:]
+    ]
+    if unknown:
+        raise ValueError(
+            "Tensors of a function of jax must have static shapes, except for the "
+            f"first dimension. Received: {[tensor.shape for tensor in tensors]}"
+        )
+    [batch] = export.symbolic_shape("batch")
+    return [
+        jax.ShapeDtypeStruct(
+            [batch if size is None else size for size in tensor.shape],
+            tensor.dtype.as_numpy_dtype,
+        )
+        for tensor in tensors
+    ]
+
+
+def _static(shape: Sequence[Any]) -> list[int | None]:
+    return [size if isinstance(size, int) else None for size in shape]
+
+
+def _is_float(spec: Any) -> bool:
+    import jax
+
+    return jax.numpy.issubdtype(spec.dtype, jax.numpy.inexact)
