@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         split,
     )
     from gshard_tf.sharding.layout_map import LayoutMapRules
+    from gshard_tf.sharding.manual import manual, mesh_axis
     from gshard_tf.sharding.mesh import active_mesh, create_mesh, use_mesh
     from gshard_tf.sharding.rules import AxisRules
     from gshard_tf.spmd.local_batches import process_local_rows
@@ -59,6 +60,8 @@ __all__ = [
     "create_mesh",
     "data",
     "initialize",
+    "manual",
+    "mesh_axis",
     "name_axes",
     "optimizers",
     "logical_axes",
@@ -97,6 +100,8 @@ _HOME = {
     "create_mesh": "sharding.mesh",
     "data": None,
     "initialize": "runtime.initialize",
+    "manual": "sharding.manual",
+    "mesh_axis": "sharding.manual",
     "name_axes": "sharding.annotations",
     "logical_axes": "sharding.annotations",
     "plan": "planning.planner",

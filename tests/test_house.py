@@ -78,6 +78,7 @@ def test_jax_is_imported_late_and_in_few_places():
         "jax_hlo.py",
         "loader.py",
         "local_batches.py",
+        "manual.py",
         "nonfinite.py",
         "program.py",
         "runner.py",

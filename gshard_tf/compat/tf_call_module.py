@@ -20,9 +20,13 @@ from tensorflow.compiler.tf2xla.python.xla import (
     call_module_disable_check_platform,
 )
 
+from gshard_tf.compat.keras_models import in_symbolic_scope
+
 
 @tf.autograph.experimental.do_not_convert
-def jax_call(fn: Callable, *tensors: Any, platform: str | None = None) -> Any:
+def jax_call(
+    fn: Callable, *tensors: Any, platform: str | None = None, runs: bool = True
+) -> Any:
     """Runs a function of jax on tensors, as one operation with a gradient.
 
     It works in eager mode, in a `tf.function`, compiled or not, in a Keras layer, in
@@ -40,15 +44,20 @@ def jax_call(fn: Callable, *tensors: Any, platform: str | None = None) -> Any:
         platform: The platform whose rules jax lowers the function by, such as `"tpu"`,
             when the program is compiled for other devices than those of this process.
             Defaults to `"cuda"` where TensorFlow has a GPU, else `"cpu"`.
+        runs: Whether the operation may run. False, as always while Keras infers shapes:
+            only shapes count, and an unknown dimension is one that divides by any
+            number up to 16, so that `fn` may split it.
 
     Returns:
         Tensors in the structure of what `fn` returns.
 
     Raises:
-        ValueError: when another dimension than the first is unknown.
+        ValueError: when another dimension than the first is unknown. (jax has its own
+            errors for a function that needs to know more of an unknown dimension.)
     """
     values = [tf.convert_to_tensor(tensor) for tensor in tensors]
-    return _call(fn, values, _specs(values), platform)
+    runs = runs and not in_symbolic_scope()
+    return _call(fn, values, _specs(values, runs), platform)
 
 
 def _call(fn: Callable, tensors: list, specs: list, platform: str | None) -> Any:
@@ -131,7 +140,7 @@ def _export(fn: Callable, specs: list, platform: str | None) -> Any:
         return export.export(jax.jit(traced), platforms=[platform])(*specs)
 
 
-def _specs(tensors: Sequence[tf.Tensor]) -> list:
+def _specs(tensors: Sequence[tf.Tensor], runs: bool) -> list:
     """The shapes of tensors for jax; an unknown first dimension is a symbol."""
     import jax
     from jax import export
@@ -146,7 +155,7 @@ def _specs(tensors: Sequence[tf.Tensor]) -> list:
             "Tensors of a function of jax must have static shapes, except for the "
             f"first dimension. Received: {[tensor.shape for tensor in tensors]}"
         )
-    [batch] = export.symbolic_shape("batch")
+    [batch] = export.symbolic_shape("batch" if runs else "720720*batch")
     return [
         jax.ShapeDtypeStruct(
             [batch if size is None else size for size in tensor.shape],

@@ -59,7 +59,7 @@ def split(tensor: Any, split_dimension: int, num_partitions: int) -> Any:
         )
     if _is_dtensor(tensor):
         return _split_dtensor(tensor, split_dimension, num_partitions)
-    active = _partitioning(tensor)
+    active = partitioning(tensor)
     if active is None:
         return tensor
     tensor = tf.convert_to_tensor(tensor)
@@ -88,7 +88,7 @@ def replicate(tensor: Any) -> Any:
         return dtensor.relayout(
             tensor, dtensor.Layout.replicated(layout.mesh, tensor.shape.rank)
         )
-    if _partitioning(tensor) is None:
+    if partitioning(tensor) is None:
         return tensor
     return op_sharding.constrain(tf.convert_to_tensor(tensor), op_sharding.replicated())
 
@@ -121,7 +121,7 @@ def shard(tensor: Any, layout: dtensor.Layout | Sequence | np.ndarray) -> Any:
             )
         if _is_dtensor(tensor):
             return dtensor.relayout(tensor, layout)
-        active = _partitioning(tensor)
+        active = partitioning(tensor)
         if active is None:
             return tensor
         _check_same_axes(layout.mesh, active.mesh, "The layout")
@@ -146,7 +146,7 @@ def shard(tensor: Any, layout: dtensor.Layout | Sequence | np.ndarray) -> Any:
             "device is where. Received: a device assignment of shape "
             f"{assignment.shape}"
         )
-    active = _partitioning(tensor)
+    active = partitioning(tensor)
     if active is None:
         return tensor
     if sorted(assignment.flatten().tolist()) != list(range(active.mesh.size)):
@@ -186,7 +186,7 @@ def annotate(tensor: Any, axes: Sequence[str | None]) -> Any:
         )
     if _is_dtensor(tensor):
         return _annotate_dtensor(tensor, axes)
-    active = _partitioning(tensor)
+    active = partitioning(tensor)
     if active is None:
         return tensor
     layout = active.rules.layout(axes, active.mesh)
@@ -221,8 +221,8 @@ def logical_axes(weight: keras.Variable) -> tuple[str | None, ...] | None:
     return getattr(weight, "gshard_axes", None)
 
 
-def _partitioning(tensor: Any) -> ActiveMesh | None:
-    """The mesh to annotate `tensor` for, or None where annotating is the identity."""
+def partitioning(tensor: Any) -> ActiveMesh | None:
+    """Returns the mesh to annotate a tensor for; None: annotating is the identity."""
     active = active_mesh()
     if active is None or isinstance(tensor, keras.KerasTensor):
         return None
