@@ -82,6 +82,8 @@ def _call(fn: Callable, tensors: list, specs: list, platform: str | None) -> Any
         _, pull = jax.vjp(floats, *(inputs[i] for i in moving))
         return pull(list(cotangents))
 
+    scope = tf.get_current_name_scope()
+
     @tf.custom_gradient
     def call(*tensors):
         def gradient(*upstream):
@@ -89,9 +91,10 @@ def _call(fn: Callable, tensors: list, specs: list, platform: str | None) -> Any
             if moving and moved:
                 wanted = [*tensors, *(upstream[i] for i in moved)]
                 shapes = [*specs, *(results[i] for i in moved)]
-                for i, value in zip(
-                    moving, _call(backward, wanted, shapes, platform), strict=True
-                ):
+                # In the layer's scope, as the gradients of other operations are.
+                with tf.name_scope(f"gradient_tape/{scope}/"):
+                    found = _call(backward, wanted, shapes, platform)
+                for i, value in zip(moving, found, strict=True):
                     gradients[i] = value
             return gradients
 

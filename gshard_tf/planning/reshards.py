@@ -15,6 +15,10 @@ from gshard_tf.sharding.rules import AxisRules
 
 _SUMS = ("all-reduce", "reduce-scatter")
 
+# In the names that jax gives to the operations of `gshard_tf.manual`. A change of layout
+# at its border has no operation's name behind it.
+_MANUAL = "/shard_map/"
+
 
 @dataclasses.dataclass(frozen=True)
 class Annotation:
@@ -75,8 +79,8 @@ def axis_of(collective: Collective, mesh: dtensor.Mesh) -> str:
 class ReshardClassifier:
     """Separates requested communication from the rest.
 
-    Sums of partial results are implied by splitting a contracted dimension. A change
-    of layout is requested if an annotation in the same layer (or in a layer within it,
+    A manual region requests its own. Sums of partial results are implied by splitting
+    a contracted dimension. A change of layout is requested if an annotation in the same layer (or in a layer within it,
     or around it) concerns a tensor of that size in as many shards; or if it gathers a
     weight that a rule stores in more shards than its use has (`AxisRules.fsdp`).
     """
@@ -98,7 +102,7 @@ class ReshardClassifier:
 
     def is_requested(self, collective: Collective, layer: str) -> bool:
         """Returns whether annotations, or a sum, imply a collective of a layer."""
-        if collective.kind in _SUMS:
+        if collective.kind in _SUMS or _MANUAL in collective.op_name:
             return True
         size = sum(int(np.prod(dims)) for _, dims in collective.shapes)
         if collective.kind == "all-gather" and size in self.fsdp_sizes:

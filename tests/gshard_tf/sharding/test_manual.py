@@ -109,7 +109,9 @@ def test_gradients_are_those_of_tensorflow():
 def test_it_is_planned_without_memory_or_devices():
     spec = tf.TensorSpec
     plan = gshard_tf.plan(_model, "cpu:8", batch=(spec([64, 4]), spec([64, 1])))
-    assert plan.count("all-to-all") == 4
+    [layer] = {c.layer for c in plan.communication if c.kind == "all-to-all"}
+    assert "experts" in layer and plan.count("all-to-all", layer) == 4
+    assert not plan.reshards
 
 
 def _everything(x, ids):
