@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from gshard_tf.checkpoints.manager import CheckpointManager
     from gshard_tf.checkpoints.training_state import training_state
     from gshard_tf.compat.keras_calls import accumulated_batches
+    from gshard_tf.parallel.ring_attention import ring_attention
     from gshard_tf.planning.plan import Plan
     from gshard_tf.planning.planner import plan
     from gshard_tf.runtime.devices import request_cpu_devices
@@ -70,6 +71,7 @@ __all__ = [
     "export",
     "replicate",
     "request_cpu_devices",
+    "ring_attention",
     "shard",
     "split",
     "training_state",
@@ -109,6 +111,7 @@ _HOME = {
     "export": None,
     "replicate": "sharding.annotations",
     "request_cpu_devices": "runtime.devices",
+    "ring_attention": "parallel.ring_attention",
     "shard": "sharding.annotations",
     "split": "sharding.annotations",
     "tpu_strategy": "tpu.strategy",

@@ -82,7 +82,7 @@ def _call(fn: Callable, tensors: list, specs: list, platform: str | None) -> Any
         _, pull = jax.vjp(floats, *(inputs[i] for i in moving))
         return pull(list(cotangents))
 
-    scope = tf.get_current_name_scope()
+    scope = f"gradient_tape/{tf.get_current_name_scope()}".rstrip("/") + "/"
 
     @tf.custom_gradient
     def call(*tensors):
@@ -92,7 +92,7 @@ def _call(fn: Callable, tensors: list, specs: list, platform: str | None) -> Any
                 wanted = [*tensors, *(upstream[i] for i in moved)]
                 shapes = [*specs, *(results[i] for i in moved)]
                 # In the layer's scope, as the gradients of other operations are.
-                with tf.name_scope(f"gradient_tape/{scope}/"):
+                with tf.name_scope(scope):
                     found = _call(backward, wanted, shapes, platform)
                 for i, value in zip(moving, found, strict=True):
                     gradients[i] = value

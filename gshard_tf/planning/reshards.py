@@ -15,8 +15,8 @@ from gshard_tf.sharding.rules import AxisRules
 
 _SUMS = ("all-reduce", "reduce-scatter")
 
-# In the names that jax gives to the operations of `gshard_tf.manual`. A change of layout
-# at its border has no operation's name behind it.
+# In the names that jax gives to the operations of `gshard_tf.manual`. (Where the layout
+# changes at its border, no operation's name follows.)
 _MANUAL = "/shard_map/"
 
 
@@ -80,9 +80,10 @@ class ReshardClassifier:
     """Separates requested communication from the rest.
 
     A manual region requests its own. Sums of partial results are implied by splitting
-    a contracted dimension. A change of layout is requested if an annotation in the same layer (or in a layer within it,
-    or around it) concerns a tensor of that size in as many shards; or if it gathers a
-    weight that a rule stores in more shards than its use has (`AxisRules.fsdp`).
+    a contracted dimension. A change of layout is requested if an annotation in the same
+    layer (or in a layer within it, or around it) concerns a tensor of that size in as
+    many shards; or if it gathers a weight that a rule stores in more shards than its
+    use has (`AxisRules.fsdp`).
     """
 
     def __init__(

@@ -16,8 +16,8 @@ import tensorflow as tf
 # margin for the cautious. Dropout and routing need no margin, and every round is
 # operations to trace, compile and run in every layer.
 ROUNDS = 13
-_ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
-_PARITY = 0x1BD11BDA
+ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
+PARITY = 0x1BD11BDA
 
 
 def threefry2x32(
@@ -29,14 +29,14 @@ def threefry2x32(
 
 
 def _schedule(key: tuple[Any, Any]) -> tuple[Any, Any, Any]:
-    return key[0], key[1], key[0] ^ key[1] ^ tf.constant(_PARITY, tf.uint32)
+    return key[0], key[1], key[0] ^ key[1] ^ tf.constant(PARITY, tf.uint32)
 
 
 def _rounds(
     ks: tuple[Any, Any, Any], x0: Any, x1: Any, rounds: int
 ) -> tuple[tf.Tensor, tf.Tensor]:
     for i in range(rounds):
-        distance = _ROTATIONS[(i // 4) % 2][i % 4]
+        distance = ROTATIONS[(i // 4) % 2][i % 4]
         x0 = x0 + x1
         left = tf.bitwise.left_shift(x1, tf.constant(distance, tf.uint32))
         right = tf.bitwise.right_shift(x1, tf.constant(32 - distance, tf.uint32))

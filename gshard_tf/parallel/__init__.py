@@ -1,0 +1,1 @@
+"""Layers' computations as manual regions, where the partitioner's own are costly."""
