@@ -16,6 +16,12 @@ from keras_layers._segments import (
     same_segment,
 )
 from keras_layers._shapes import static_shape
+from keras_layers.context_parallel import (
+    attend_in_ring,
+    check_context_parallel,
+    length_is_split,
+    split_heads_instead,
+)
 from keras_layers.dropout import Dropout
 from keras_layers.initializers import matrix_fan
 from keras_layers.remat import rematerialize
@@ -42,6 +48,12 @@ class MultiHeadAttention(keras.layers.Layer):
             attention weights `[B, N, T, L]` again for the gradient (as in arXiv
             2205.05198, section 5): the largest tensors of a Transformer without
             remat, for one more matmul.
+        context_parallel: How `call` attends where rules split `length`. `"ring"`: keys
+            and values go around the devices, and scores are never stored whole
+            (`gshard_tf.ring_attention`); for the longest sequences. `"all_to_all"`:
+            heads are split in place of the length, which sends less if there are
+            enough heads. None: the partitioner gathers keys and values. All three
+            compute the same, on any number of devices.
 
     Raises:
         ValueError: for an argument out of its range.
@@ -55,16 +67,19 @@ class MultiHeadAttention(keras.layers.Layer):
         kernel_initializer: Any = "glorot_uniform",
         seed: int | None = None,
         remat: bool = False,
+        context_parallel: str | None = None,
         **kwargs: Any,
     ):
         num_heads = check_int("num_heads", num_heads, 1)
         key_dim = check_int("key_dim", key_dim, 1)
+        check_context_parallel(context_parallel)
         super().__init__(**kwargs)
         self.num_heads = num_heads
         self.key_dim = key_dim
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.seed = seed
         self.remat = bool(remat)
+        self.context_parallel = context_parallel
         self.dropout = Dropout(dropout, seed=seed, dtype=self.dtype_policy)
         self.supports_masking = True
 
@@ -149,12 +164,13 @@ class MultiHeadAttention(keras.layers.Layer):
             segments = (segment_ids, keys)
         elif memory_mask is not None:
             visible = tf.cast(memory_mask, tf.bool)[:, None, None, :]  # [B, 1, 1, L]
-        if causal:
-            position = tf.range(tf.shape(inputs)[1])
-            past = position[None, :] <= position[:, None]  # [T, L]
-            visible = past if visible is None else tf.logical_and(visible, past)
         outputs = self._attend(
-            inputs, self.project(memory), visible, training, segments=segments
+            inputs,
+            self.project(memory),
+            visible,
+            training,
+            segments=segments,
+            causal=causal,
         )
         if segments is not None and memory is not inputs:
             # Where no key is visible, the softmax is even over all other segments. (In
@@ -317,6 +333,7 @@ class MultiHeadAttention(keras.layers.Layer):
         dims: str = "BLND",
         kernels: DecodeKernels | None = None,
         segments: tuple[tf.Tensor, tf.Tensor] | None = None,
+        causal: bool = False,
     ) -> tf.Tensor:
         """Attends with the scores in `projected`, of dimensions `dims`.
 
@@ -330,6 +347,10 @@ class MultiHeadAttention(keras.layers.Layer):
             if segments:
                 same = same_segment(*segments)  # [B, 1, T, L]
                 visible = same if visible is None else tf.logical_and(visible, same)
+            if causal:
+                position = tf.range(tf.shape(query)[1])
+                past = position[None, :] <= position[:, None]  # [T, L]
+                visible = past if visible is None else tf.logical_and(visible, past)
             scores = tf.einsum(f"BTND,{dims}->BNTL", query, key)
             scores = tf.cast(scores, tf.float32)
             if visible is not None:
@@ -340,9 +361,16 @@ class MultiHeadAttention(keras.layers.Layer):
             return tf.einsum(f"BNTL,{dims}->BTND", weights, value)
 
         # Segments, not their mask of all pairs, are what remat keeps.
-        keys_and_values = (projected["key"], projected["value"])
-        tensors = (query, *keys_and_values, visible, *(segments or ()))
-        if self.remat and training:
+        key, value = projected["key"], projected["value"]
+        split = dims == "BLND" and length_is_split(query, key, value)
+        if split and self.context_parallel == "all_to_all":
+            query, key, value = split_heads_instead(query, key, value)
+        tensors = (query, key, value, visible, *(segments or ()))
+        if split and self.context_parallel == "ring":
+            heads = attend_in_ring(
+                self.dropout, query, key, value, visible, segments, causal, training
+            )
+        elif self.remat and training:
             heads = rematerialize(self.dropout, weighted_values, *tensors)
         else:
             heads = weighted_values(*tensors)
@@ -387,6 +415,7 @@ class MultiHeadAttention(keras.layers.Layer):
             kernel_initializer=keras.initializers.serialize(self.kernel_initializer),
             seed=self.seed,
             remat=self.remat,
+            context_parallel=self.context_parallel,
         )
         return config
 
