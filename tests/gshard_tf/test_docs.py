@@ -23,6 +23,7 @@ def blocks(name):
         "getting_started.md",
         "multihost.md",
         "packing.md",
+        "partitioning.md",
         "strategies.md",
         "verify.md",
     ],

@@ -1,0 +1,1 @@
+"""Layers, layouts and meshes: what the partitioner makes of each."""

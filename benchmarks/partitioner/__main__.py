@@ -1,0 +1,96 @@
+"""What XLA's partitioner makes of layers and layouts, against what one derives by hand.
+
+    python -m benchmarks.partitioner [--json] [--case TEXT] [--topology v5e:2x4]
+
+For each case of a layer, a layout and a mesh of eight devices: whether two train steps
+equal plain Keras on one device (`max_rel`), the collectives of a train step in bytes
+that a device receives (`expected` by hand, `found` in the program), and the memory of a
+device over the ideal (`memory_over_ideal`). With `--topology`, the same of a TPU slice
+of eight chips: compiled for it, not run (needs libtpu).
+"""
+
+import json
+import os
+import time
+import warnings
+from typing import Any
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import gshard_tf
+from benchmarks.harness.command_line import circumstances, make_parser, say
+from benchmarks.partitioner import measure
+from benchmarks.partitioner.cases import SEQUENCES, Case
+from benchmarks.partitioner.images import IMAGES
+
+CASES = [*SEQUENCES, *IMAGES]
+
+
+def row(case: Case, topology: str | None, runs: bool = True) -> dict[str, Any]:
+    """Returns the result of a case.
+
+    Args:
+        case: The case.
+        topology: A TPU slice of 8 chips to compile for as well; None: none.
+        runs: Whether steps are run and compared.
+    """
+    split = measure.planned(case, "cpu:8", 8)
+    whole = measure.planned(case, "cpu:1", 1)
+    found = measure.communication(split)
+    result = {
+        "case": case.name,
+        "mesh": dict(case.mesh),
+        "max_rel": measure.max_rel(case) if runs else None,
+        "expected": dict(case.expected),
+        "found": found,
+        "as_expected": measure.is_as_expected(case.expected, found),
+        "memory_over_ideal": round(measure.memory_over_ideal(whole, split), 3),
+    }
+    if topology is not None:
+        name = topology.partition(":")[0]
+        split = measure.planned(case, topology, 8)
+        whole = measure.planned(case, f"{name}:1x1", 1)
+        result[topology] = {
+            "found": measure.communication(split),
+            "memory_over_ideal": round(measure.memory_over_ideal(whole, split), 3),
+        }
+    return result
+
+
+def main() -> None:
+    parser = make_parser(__doc__, "two cases")
+    parser.add_argument("--case", default="", help="only cases whose name has this")
+    parser.add_argument("--topology", help="a TPU slice of 8 chips, such as v5e:2x4")
+    arguments = parser.parse_args()
+    start = time.perf_counter()
+    gshard_tf.request_cpu_devices(8)
+    # Keras warns that the losses of a model without a batch axis are not averaged.
+    warnings.filterwarnings("ignore", category=UserWarning)
+    cases = [case for case in CASES if arguments.case in case.name]
+    for case in cases[:2] if arguments.quick else cases:
+        say(case.name)
+        result = row(case, arguments.topology)
+        if arguments.json:
+            print(json.dumps(result), flush=True)
+        else:
+            _print(result)
+    say(json.dumps(circumstances(start, arguments.quick)))
+
+
+def _print(result: dict[str, Any]) -> None:
+    kinds = sorted({*result["expected"], *result["found"]})
+    mark = "" if result["as_expected"] else "  NOT AS EXPECTED"
+    print(f"{result['case']}{mark}")
+    print(f"  max_rel {result['max_rel']:.1e}, ", end="")
+    print(f"memory {result['memory_over_ideal']} of the ideal")
+    for kind in kinds:
+        found = result["found"].get(kind, {"count": 0, "bytes": 0})
+        expected = result["expected"].get(kind, 0)
+        print(
+            f"  {kind:20s} {found['count']:3d}  {found['bytes']:>12,} bytes"
+            f"  expected {expected:>12,}"
+        )
+
+
+if __name__ == "__main__":
+    main()

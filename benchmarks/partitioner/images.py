@@ -1,0 +1,108 @@
+"""Cases of convolutions whose images are split by height (and width)."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import keras
+
+from benchmarks.partitioner.cases import EIGHT, Annotate, Case
+
+B, S, C = 2, 128, 16  # images [B, S, S, C]
+ROW = B * S * C * 4  # bytes of a row of all images
+KERNEL = 9 * C * C * 4
+SCALE = C * 4
+HEIGHT = {"height": "x"}
+
+
+def image(*layers: Callable) -> Callable[[], list[Callable]]:
+    """Layers behind one that needs their gradient, whose own inputs are data."""
+
+    def make():
+        first = keras.layers.EinsumDense("bhwc,c->bhwc", (None, None, C), name="scale")
+        spec = ("batch", "height", "width", None)
+        made = [layer() for layer in layers]
+        return [Annotate(*spec), first, *made, Annotate(*spec)]
+
+    return make
+
+
+def conv(**kwargs: Any) -> Callable[[], keras.layers.Layer]:
+    return lambda: keras.layers.Conv2D(C, 3, padding="same", use_bias=False, **kwargs)
+
+
+def _case(
+    name: str,
+    layer: Callable,
+    rows: int,
+    kernel: int = KERNEL,
+    size: int = S,
+    mesh: Mapping[str, int] = EIGHT,
+    rules: Mapping[str, str] = HEIGHT,
+    expected: Mapping[str, int] | None = None,
+) -> Case:
+    """A layer of images that are split by height.
+
+    Args:
+        name: For the table.
+        layer: Makes the layer.
+        rows: The rows of inputs that are sent in both directions, forward and backward.
+        kernel: Bytes of the layer's weights.
+        size: The height of the outputs.
+        mesh: Axes and sizes.
+        rules: Those of the axes.
+        expected: In place of rows and weights.
+    """
+    sums = {"collective-permute": rows * ROW, "all-reduce": kernel + SCALE}
+    return Case(
+        f"images split by height, {name}",
+        image(layer),
+        mesh,
+        {"rules": rules},
+        {kind: n for kind, n in (expected or sums).items() if n},
+        x=(B, S, S, C),
+        y=(B, size, size, C),
+    )
+
+
+IMAGES = [
+    # A row from each neighbor, of inputs and of the outputs' gradients.
+    _case("3x3", conv(), 4),
+    # The row below; of the gradients, half as wide, the row above.
+    _case("3x3 with stride 2", conv(strides=2), 1 + 0.5, size=S // 2),
+    _case("3x3 with dilation 2", conv(dilation_rate=2), 8),
+    _case(
+        "3x3 transposed, stride 2",
+        lambda: keras.layers.Conv2DTranspose(
+            C, 3, strides=2, padding="same", use_bias=False
+        ),
+        1 + 2,
+        size=2 * S,
+    ),
+    _case("2x2 pooling", lambda: keras.layers.MaxPooling2D(2), 0, 0, S // 2),
+    _case(
+        "3x3 pooling with stride 2",
+        lambda: keras.layers.MaxPooling2D(3, 2, padding="same"),
+        1 + 1,
+        0,
+        S // 2,
+    ),
+    # Means of values and of squares, and the two sums of the gradient.
+    _case(
+        "batch normalization",
+        keras.layers.BatchNormalization,
+        0,
+        2 * C * 4 + 2 * C * 4,
+    ),
+    _case(
+        "and by width, 3x3",
+        conv(),
+        0,
+        mesh={"x": 4, "y": 2},
+        rules={"height": "x", "width": "y"},
+        # Rows of half the width; columns of a quarter of the height, with the corners.
+        expected={
+            "collective-permute": 4 * ROW // 2 + 4 * (S // 4 + 2) * B * C * 4,
+            "all-reduce": KERNEL + SCALE,
+        },
+    ),
+]
