@@ -374,6 +374,8 @@ class MultiHeadAttention(keras.layers.Layer):
             heads = rematerialize(self.dropout, weighted_values, *tensors)
         else:
             heads = weighted_values(*tensors)
+        if split and self.context_parallel == "all_to_all":
+            [heads] = split_heads_instead(heads)  # and so the gradient of it
         heads = annotate(heads, ("batch", "length", "heads", "kv"))
         if kernels is None:
             outputs = tf.einsum("BTND,NDM->BTM", heads, self._weight("output"))

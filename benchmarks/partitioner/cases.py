@@ -164,7 +164,7 @@ SEQUENCES = [
     ),
     Case(
         "experts split with groups",
-        lambda: tokens(MoELayer(8, H, router={"class_name": "top2"})),
+        lambda: tokens(MoELayer(8, H)),
         EIGHT,
         {"rules": {"batch": "x", "group": "x", "expert": "x"}},
         # To the experts and back, twice; each expert has room for 2 * S / E tokens of
@@ -173,7 +173,7 @@ SEQUENCES = [
     ),
     Case(
         "experts and their width split",
-        lambda: tokens(MoELayer(8, H, router={"class_name": "top2"})),
+        lambda: tokens(MoELayer(8, H)),
         GRID,
         {
             "rules": {
