@@ -179,10 +179,26 @@ class Editor:
 def edit_module(
     module: HloModuleProto,
     replace: Callable[[Editor, Instruction], Instruction | None],
+    outside_manual: bool = False,
 ) -> int:
-    """Edits each computation of a module; returns the number of replacements."""
+    """Edits each computation of a module; returns the number of replacements.
+
+    Args:
+        module: The module.
+        replace: See `Editor.edit`.
+        outside_manual: Whether manual regions stay as they are. Each device runs its
+            own part there, so no sharding may be set.
+    """
     editor = Editor(module)
-    replaced = sum(editor.edit(c, replace) for c in module.computations)
+    inside = manual_instructions(module) if outside_manual else {}
+    replaced = 0
+    for computation in module.computations:
+        manual = inside.get(computation.id, frozenset())
+
+        def replace_outside(editor, old, manual=manual):
+            return None if old.id in manual else replace(editor, old)
+
+        replaced += editor.edit(computation, replace_outside)
     if editor.additions:
         # A computation precedes those that call it.
         computations = [*editor.additions.values(), *module.computations]
@@ -190,6 +206,30 @@ def edit_module(
         del module.computations[:]
         module.computations.extend(computations)
     return replaced
+
+
+def manual_instructions(module: HloModuleProto) -> dict[int, set[int]]:
+    """Returns the ids of the instructions in manual regions, by their computation's id.
+
+    A region begins where arrays become a device's part, and ends where they are whole
+    again. What it calls is in it.
+    """
+    inside: dict[int, set[int]] = {}
+    called: set[int] = set()
+    # A computation precedes those that call it.
+    for computation in reversed(module.computations):
+        begun: set[int] = set()
+        manual = inside.setdefault(computation.id, set())
+        for instruction in computation.instructions:
+            if instruction.custom_call_target == "SPMDFullToShardShape":
+                begun.add(instruction.id)
+            elif computation.id in called or (
+                instruction.custom_call_target != "SPMDShardToFullShape"
+                and any(i in begun or i in manual for i in instruction.operand_ids)
+            ):
+                manual.add(instruction.id)
+                called.update(instruction.called_computation_ids)
+    return inside
 
 
 def array_shape(element_type: int, dimensions: Sequence[int]) -> Shape:

@@ -35,7 +35,7 @@ def keep_local(module: HloModuleProto, mesh: MeshAxes) -> int:
             return _forward(editor, old, mesh)
         return None
 
-    return edit_module(module, replace)
+    return edit_module(module, replace, outside_manual=True)
 
 
 def _forward(editor: Editor, old: Instruction, mesh: MeshAxes) -> Instruction:

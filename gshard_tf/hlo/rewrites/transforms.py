@@ -41,7 +41,7 @@ def keep_local(module: HloModuleProto, mesh: MeshAxes) -> int:
         new = editor.copy(old, [_row_major(editor, local)], shape)
         return shardings.leave_manual(editor, _row_major(editor, new), rows, 0)
 
-    return edit_module(module, replace)
+    return edit_module(module, replace, outside_manual=True)
 
 
 def _row_major(editor: Editor, value: Instruction) -> Instruction:

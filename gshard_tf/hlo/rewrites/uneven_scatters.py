@@ -29,7 +29,7 @@ def make_even(module: HloModuleProto, mesh: MeshAxes) -> int:
     def replace(editor: Editor, old: Instruction) -> Instruction | None:
         return _even(editor, old, mesh) if old.opcode == "scatter" else None
 
-    return edit_module(module, replace)
+    return edit_module(module, replace, outside_manual=True)
 
 
 def _even(editor: Editor, old: Instruction, mesh: MeshAxes) -> Instruction | None:

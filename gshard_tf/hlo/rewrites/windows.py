@@ -35,7 +35,7 @@ def keep_whole(module: HloModuleProto, mesh: MeshAxes) -> int:
                 return _with_whole(editor, old, overlapping, overlapping, overlapping)
         return None
 
-    return edit_module(module, replace)
+    return edit_module(module, replace, outside_manual=True)
 
 
 def _is_grouped(convolution: Instruction) -> bool:
