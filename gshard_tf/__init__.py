@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from gshard_tf.checkpoints.manager import CheckpointManager
     from gshard_tf.checkpoints.training_state import training_state
     from gshard_tf.compat.keras_calls import accumulated_batches
+    from gshard_tf.parallel.halo import halo_convolution, halo_max_pool
     from gshard_tf.parallel.ring_attention import ring_attention
     from gshard_tf.planning.plan import Plan
     from gshard_tf.planning.planner import plan
@@ -60,6 +61,8 @@ __all__ = [
     "random",
     "create_mesh",
     "data",
+    "halo_convolution",
+    "halo_max_pool",
     "initialize",
     "manual",
     "mesh_axis",
@@ -101,6 +104,8 @@ _HOME = {
     "random": None,
     "create_mesh": "sharding.mesh",
     "data": None,
+    "halo_convolution": "parallel.halo",
+    "halo_max_pool": "parallel.halo",
     "initialize": "runtime.initialize",
     "manual": "sharding.manual",
     "mesh_axis": "sharding.manual",

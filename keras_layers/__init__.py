@@ -2,6 +2,7 @@
 
 from keras_layers.attention import MultiHeadAttention
 from keras_layers.blocks import DecoderBlock, EncoderBlock
+from keras_layers.convolution import Conv2D, MaxPooling2D
 from keras_layers.decoding import (
     Hypotheses,
     beam_search,
@@ -48,6 +49,7 @@ from keras_layers.transformer import Transformer
 from keras_layers.upcycling import upcycle
 
 __all__ = [
+    "Conv2D",
     "DecoderBlock",
     "Dropout",
     "EinsumDispatcher",
@@ -60,6 +62,7 @@ __all__ = [
     "Hypotheses",
     "IndexDispatcher",
     "ExpertLoadImages",
+    "MaxPooling2D",
     "MoELayer",
     "MultiHeadAttention",
     "NegativeLogLikelihood",

@@ -72,6 +72,7 @@ def test_jax_is_imported_late_and_in_few_places():
         "device_arrays.py",
         "devices.py",
         "dropout.py",
+        "halo.py",
         "exporter.py",
         "initialize.py",
         "jax_devices.py",

@@ -78,18 +78,20 @@ def main() -> None:
 
 
 def _print(result: dict[str, Any]) -> None:
-    kinds = sorted({*result["expected"], *result["found"]})
     mark = "" if result["as_expected"] else "  NOT AS EXPECTED"
-    print(f"{result['case']}{mark}")
-    print(f"  max_rel {result['max_rel']:.1e}, ", end="")
-    print(f"memory {result['memory_over_ideal']} of the ideal")
-    for kind in kinds:
+    lines = [
+        f"{result['case']}{mark}",
+        f"  max_rel {result['max_rel']:.1e}, "
+        f"memory {result['memory_over_ideal']} of the ideal",
+    ]
+    for kind in sorted({*result["expected"], *result["found"]}):
         found = result["found"].get(kind, {"count": 0, "bytes": 0})
         expected = result["expected"].get(kind, 0)
-        print(
+        lines.append(
             f"  {kind:20s} {found['count']:3d}  {found['bytes']:>12,} bytes"
             f"  expected {expected:>12,}"
         )
+    print("\n".join(lines), flush=True)
 
 
 if __name__ == "__main__":

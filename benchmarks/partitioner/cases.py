@@ -16,6 +16,7 @@ from keras_layers import (
     FeedForward,
     MoELayer,
     MultiHeadAttention,
+    TokenCrossentropy,
     TokenEmbedding,
     VocabularyProjection,
 )
@@ -39,7 +40,7 @@ class Case:
         x: Shape of the inputs.
         y: Shape of the targets; None: that of the inputs.
         ids: The number of different ids, where inputs are ids.
-        labels: Whether targets are ids, too.
+        loss: Makes the loss, of targets that are ids, too; None: mean squares.
     """
 
     name: str
@@ -50,7 +51,7 @@ class Case:
     x: tuple[int, ...] = (B, L, M)
     y: tuple[int, ...] | None = None
     ids: int | None = None
-    labels: bool = False
+    loss: Callable[[], keras.losses.Loss] | None = None
 
 
 class Annotate(keras.layers.Layer):
@@ -207,6 +208,15 @@ SEQUENCES = [
         # Maxima, sums and the labels' logits; the inputs' gradient.
         {"all-reduce": 3 * LABELS + TOKENS},
         y=(B, L),
-        labels=True,
+        loss=TokenCrossentropy,
+    ),
+    Case(
+        "logits and Keras's loss, vocabulary split",
+        lambda: tokens(VocabularyProjection(V)),
+        EIGHT,
+        {"rules": {"vocab": "x"}},
+        {"all-reduce": 3 * LABELS + TOKENS},
+        y=(B, L),
+        loss=lambda: keras.losses.SparseCategoricalCrossentropy(from_logits=True),
     ),
 ]

@@ -6,6 +6,7 @@ from typing import Any
 import keras
 
 from benchmarks.partitioner.cases import EIGHT, Annotate, Case
+from keras_layers import Conv2D, MaxPooling2D
 
 B, S, C = 2, 128, 16  # images [B, S, S, C]
 ROW = B * S * C * 4  # bytes of a row of all images
@@ -26,8 +27,8 @@ def image(*layers: Callable) -> Callable[[], list[Callable]]:
     return make
 
 
-def conv(**kwargs: Any) -> Callable[[], keras.layers.Layer]:
-    return lambda: keras.layers.Conv2D(C, 3, padding="same", use_bias=False, **kwargs)
+def conv(kind: Callable = Conv2D, **kwargs: Any) -> Callable:
+    return lambda: kind(C, 3, padding="same", use_bias=False, **kwargs)
 
 
 def _case(
@@ -45,7 +46,7 @@ def _case(
     Args:
         name: For the table.
         layer: Makes the layer.
-        rows: The rows of inputs that are sent in both directions, forward and backward.
+        rows: The rows of inputs and of their gradients that a device receives.
         kernel: Bytes of the layer's weights.
         size: The height of the outputs.
         mesh: Axes and sizes.
@@ -65,34 +66,21 @@ def _case(
 
 
 IMAGES = [
-    # A row from each neighbor, of inputs and of the outputs' gradients.
+    # A row from each neighbor, of inputs and of their gradients.
     _case("3x3", conv(), 4),
-    # The row below; of the gradients, half as wide, the row above.
-    _case("3x3 with stride 2", conv(strides=2), 1 + 0.5, size=S // 2),
+    # The row below alone.
+    _case("3x3 with stride 2", conv(strides=2), 2, size=S // 2),
     _case("3x3 with dilation 2", conv(dilation_rate=2), 8),
-    _case(
-        "3x3 transposed, stride 2",
-        lambda: keras.layers.Conv2DTranspose(
-            C, 3, strides=2, padding="same", use_bias=False
-        ),
-        1 + 2,
-        size=2 * S,
-    ),
     _case("2x2 pooling", lambda: keras.layers.MaxPooling2D(2), 0, 0, S // 2),
     _case(
         "3x3 pooling with stride 2",
-        lambda: keras.layers.MaxPooling2D(3, 2, padding="same"),
-        1 + 1,
+        lambda: MaxPooling2D(3, 2, padding="same"),
+        2,
         0,
         S // 2,
     ),
     # Means of values and of squares, and the two sums of the gradient.
-    _case(
-        "batch normalization",
-        keras.layers.BatchNormalization,
-        0,
-        2 * C * 4 + 2 * C * 4,
-    ),
+    _case("batch normalization", keras.layers.BatchNormalization, 0, 4 * C * 4),
     _case(
         "and by width, 3x3",
         conv(),
@@ -104,5 +92,19 @@ IMAGES = [
             "collective-permute": 4 * ROW // 2 + 4 * (S // 4 + 2) * B * C * 4,
             "all-reduce": KERNEL + SCALE,
         },
+    ),
+    # Keras's own, which XLA's partitioner splits or is kept from (docs/correctness.md).
+    _case("Keras's 3x3", conv(keras.layers.Conv2D), 4),
+    _case(
+        "Keras's 3x3 with stride 2",
+        conv(keras.layers.Conv2D, strides=2),
+        2,
+        size=S // 2,
+    ),
+    _case(
+        "Keras's 3x3 transposed, stride 2",
+        conv(keras.layers.Conv2DTranspose, strides=2),
+        2,
+        size=2 * S,
     ),
 ]

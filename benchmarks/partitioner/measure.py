@@ -24,9 +24,7 @@ def model_of(case: Case) -> keras.Model:
     for layer in case.layers():
         x = layer(x)
     model = keras.Model(inputs, x)
-    loss = "mse"
-    if case.labels:
-        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    loss = "mse" if case.loss is None else case.loss()
     model.compile(keras.optimizers.SGD(0.01, momentum=0.9), loss)
     return model
 
@@ -46,7 +44,7 @@ def max_rel(case: Case) -> float:
             model.train_on_batch(x, y) if strategy is None else _step(model, x, y)
             for _ in range(2)
         ]
-        variables = [*model.variables, *model.optimizer.variables]
+        variables = [*model.trainable_variables, *model.optimizer.variables]
         found.append([np.array(losses), *(v.numpy() for v in variables)])
     plain, meshed = found
     return max(
@@ -128,6 +126,6 @@ def _data(case: Case) -> tuple[np.ndarray, np.ndarray]:
     else:
         x = rng.normal(size=case.x).astype("float32")
     shape = case.x if case.y is None else case.y
-    if case.labels:
+    if case.loss is not None:
         return x, rng.integers(0, 100, shape).astype("int32")
     return x, rng.normal(size=shape).astype("float32")
