@@ -193,7 +193,7 @@ def edit_module(
     inside = manual_instructions(module) if outside_manual else {}
     replaced = 0
     for computation in module.computations:
-        manual = inside.get(computation.id, frozenset())
+        manual: set[int] = inside.get(computation.id, set())
 
         def replace_outside(editor, old, manual=manual):
             return None if old.id in manual else replace(editor, old)
