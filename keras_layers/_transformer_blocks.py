@@ -34,6 +34,7 @@ def make_block(model: Any, side: str, index: int) -> EncoderBlock | DecoderBlock
         seed=child_seed(model.seed, side, number),
         # A stack computes whole repetitions again by itself.
         remat=False if model.stacked and model.remat is True else model.remat,
+        context_parallel=model.context_parallel,
         dtype=model.dtype_policy,
         name=f"{side}_{number}",
     )

@@ -42,6 +42,8 @@ class _Block(keras.layers.Layer):
             but the block's inputs, so memory of one block instead of all, for about a
             third more computation and, with experts, the forward pass's all-to-alls
             once more.
+        context_parallel: How attention works where rules split `length`: "ring",
+            "all_to_all" or None (see `MultiHeadAttention`).
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class _Block(keras.layers.Layer):
         moe_options: Mapping[str, Any] | None = None,
         seed: int | None = None,
         remat: bool | str = False,
+        context_parallel: str | None = None,
         **kwargs: Any,
     ):
         num_heads = check_int("num_heads", num_heads, 1)
@@ -77,6 +80,7 @@ class _Block(keras.layers.Layer):
         self.moe_options = dict(moe_options or {})
         self.seed = seed
         self.remat = remat
+        self.context_parallel = context_parallel
         self.self_attention = self._attention("self_attention")
         if num_experts:
             options = {
@@ -109,6 +113,7 @@ class _Block(keras.layers.Layer):
             dropout=self.dropout,
             seed=child_seed(self.seed, name),
             remat=self.remat == "attention",
+            context_parallel=self.context_parallel,
             dtype=self.dtype_policy,
             name=name,
         )
@@ -164,6 +169,7 @@ class _Block(keras.layers.Layer):
             moe_options=keras.saving.serialize_keras_object(self.moe_options),
             seed=self.seed,
             remat=self.remat,
+            context_parallel=self.context_parallel,
         )
         return config
 

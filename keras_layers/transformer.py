@@ -77,6 +77,8 @@ class Transformer(TransformerDecoding):
             the numbers of layers must be multiples of it. Use it with `remat`: without,
             a copy of all weights of the blocks is kept for the gradient as well.
             `stack_weights` and `unstack_weights` convert one form to the other.
+        context_parallel: How attention works where rules split `length`: "ring",
+            "all_to_all" or None (see `MultiHeadAttention`).
 
     Attributes:
         encoder_blocks: The encoder's blocks, if it is not stacked.
@@ -110,6 +112,7 @@ class Transformer(TransformerDecoding):
         remat: bool | str = False,
         stacked: bool = False,
         bos_id: int | None = None,
+        context_parallel: str | None = None,
         **kwargs: Any,
     ):
         source_vocab_size, target_vocab_size, pad_id, bos_id = check_vocabularies(
@@ -152,6 +155,7 @@ class Transformer(TransformerDecoding):
         self.seed = seed
         self.remat = remat
         self.stacked = bool(stacked)
+        self.context_parallel = context_parallel
         self._make_layers()
         self.supports_masking = True
 
@@ -366,6 +370,7 @@ class Transformer(TransformerDecoding):
             remat=self.remat,
             stacked=self.stacked,
             bos_id=self.bos_id,
+            context_parallel=self.context_parallel,
         )
         return config
 

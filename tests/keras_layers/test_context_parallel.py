@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 
 import gshard_tf
-from keras_layers import MultiHeadAttention
+from keras_layers import MultiHeadAttention, Transformer
 
 B, L, M, N = 4, 32, 16, 8
 MESH = {"data": 2, "seq": 4}
@@ -61,6 +61,28 @@ def test_training_equals_one_device(kind):
     # the results back. The outputs are gathered for the host.
     sent = {"ring": {"collective-permute": 3}, "all_to_all": {"all-to-all": 4}}[kind]
     assert _sent(meshed.strategy.programs[-1]) == {**sent, "all-gather": 1}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("remat", "stacked"), [(False, False), (True, True)])
+def test_a_transformer_over_a_split_length(remat, stacked):
+    """Self- and cross-attention, masks of padding, remat, loops over layers."""
+
+    def make():
+        options = {"dropout": 0.1, "seed": 3, "remat": remat, "stacked": stacked}
+        model = Transformer(20, 20, 2, 1, M, 32, 4, context_parallel="ring", **options)
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        model.compile(keras.optimizers.SGD(0.1, momentum=0.9), loss)
+        return model
+
+    def use(model):
+        ids = np.random.default_rng(0).integers(0, 20, [B, L]).astype("int32")
+        data = tf.data.Dataset.from_tensors(((ids, ids), ids))
+        return model.fit(data, epochs=2, verbose=0).history["loss"]
+
+    rules = gshard_tf.AxisRules(RULES)
+    _, meshed = parity.assert_equal_runs(make, use, MESH, rules=rules)
+    assert _sent(meshed.strategy.programs[-1])["collective-permute"] > 3 * 9
 
 
 def test_memory_falls_with_the_devices():
