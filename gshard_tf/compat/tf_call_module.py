@@ -8,7 +8,9 @@ and that an exported `shard_map` still has the forms `SPMDFullToShardShape` and
 `SPMDShardToFullShape`, which GSPMD reads.
 """
 
+import dataclasses
 import functools
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,6 +23,24 @@ from tensorflow.compiler.tf2xla.python.xla import (
 )
 
 from gshard_tf.compat.keras_models import in_symbolic_scope
+
+
+@dataclasses.dataclass(frozen=True)
+class _Program:
+    """An exported function: its module, and its results' shapes and structure."""
+
+    module: bytes
+    version: int
+    platforms: tuple[str, ...]
+    results: tuple[Any, ...]
+    structure: Any
+
+
+# The programs of a function that still exists, by shapes and platform. (jax's own
+# `Exported` would keep the function.)
+_PROGRAMS: weakref.WeakKeyDictionary[Callable, dict[Any, _Program]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 @tf.autograph.experimental.do_not_convert
@@ -37,7 +57,8 @@ def jax_call(
     loops.
 
     Args:
-        fn: A function of arrays that jax can trace. Returns an array, or a nest.
+        fn: A function of arrays that jax can trace. Returns an array, or a nest. It is
+            traced once for the same shapes.
         *tensors: Its arguments, of any dtype of jax; those that are not of floating
             point have no gradient. Only the first dimension may be unknown, and is then
             the same number in all tensors where it is.
@@ -63,8 +84,8 @@ def jax_call(
 def _call(fn: Callable, tensors: list, specs: list, platform: str | None) -> Any:
     import jax
 
-    exported = _export(fn, specs, platform)
-    results = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in exported.out_avals]
+    program = _program(fn, specs, platform)
+    results = program.results
     moving = [i for i, spec in enumerate(specs) if _is_float(spec)]
     moved = [i for i, result in enumerate(results) if _is_float(result)]
 
@@ -98,27 +119,37 @@ def _call(fn: Callable, tensors: list, specs: list, platform: str | None) -> Any
                     gradients[i] = value
             return gradients
 
-        return _operation(exported, tensors, platform), gradient
+        return _operation(program, tensors, platform), gradient
 
-    return jax.tree.unflatten(exported.out_tree, call(*tensors))
+    return jax.tree.unflatten(program.structure, call(*tensors))
 
 
-def _operation(exported: Any, tensors: Sequence, platform: str | None) -> list:
+def _operation(program: _Program, tensors: Sequence, platform: str | None) -> list:
     # A step is lowered as for the CPU, whatever it is compiled for.
     disabled = [] if platform is None else [call_module_disable_check_platform()]
     outputs = call_module(
         list(tensors),
-        version=exported.calling_convention_version,
-        module=exported.mlir_module_serialized,
-        Tout=[tf.as_dtype(each.dtype) for each in exported.out_avals],
-        Sout=[_static(each.shape) for each in exported.out_avals],
-        platforms=[name.upper() for name in exported.platforms],
+        version=program.version,
+        module=program.module,
+        Tout=[tf.as_dtype(each.dtype) for each in program.results],
+        Sout=[_static(each.shape) for each in program.results],
+        platforms=[name.upper() for name in program.platforms],
         disabled_checks=disabled,
     )
     return list(outputs)
 
 
-def _export(fn: Callable, specs: list, platform: str | None) -> Any:
+def _program(fn: Callable, specs: list, platform: str | None) -> _Program:
+    if any(None in _static(spec.shape) for spec in specs):
+        return _export(fn, specs, platform)  # each trace has symbols of its own
+    programs = _PROGRAMS.setdefault(fn, {})
+    key = (*((spec.shape, spec.dtype) for spec in specs), platform)
+    if key not in programs:
+        programs[key] = _export(fn, specs, platform)
+    return programs[key]
+
+
+def _export(fn: Callable, specs: list, platform: str | None) -> _Program:
     import jax
     from jax import export
 
@@ -140,7 +171,14 @@ def _export(fn: Callable, specs: list, platform: str | None) -> Any:
         # XLA warns of each stack frame that it does not find in another module.
         config.traceback_in_locations_limit(0),
     ):
-        return export.export(jax.jit(traced), platforms=[platform])(*specs)
+        exported = export.export(jax.jit(traced), platforms=[platform])(*specs)
+    return _Program(
+        exported.mlir_module_serialized,
+        exported.calling_convention_version,
+        exported.platforms,
+        tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in exported.out_avals),
+        exported.out_tree,
+    )
 
 
 def _specs(tensors: Sequence[tf.Tensor], runs: bool) -> list:

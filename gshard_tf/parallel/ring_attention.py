@@ -88,16 +88,9 @@ def ring_attention(
         )
     options = _Options(causal, segment_ids is not None, float(dropout))
     extra = [tf.cast(ids, tf.int32) for ids in segment_ids or ()]
-    extra_axes: list = [_IDS, _IDS] if segment_ids is not None else []
     if dropout:
         extra.append(tf.cast(seed, tf.uint32))
-        extra_axes.append((None,))
-    inputs = [_QKV, _QKV, _QKV, *extra_axes]
-    results = (_QKV, _STATISTICS, _STATISTICS)
-    forward = manual(functools.partial(_forward, options), inputs, results)
-    backward = manual(
-        functools.partial(_backward, options), [*inputs, *results, _QKV], (_QKV,) * 3
-    )
+    forward, backward = _regions(options)
     scope = f"gradient_tape/{tf.get_current_name_scope()}".rstrip("/") + "/"
 
     @tf.custom_gradient
@@ -112,6 +105,24 @@ def ring_attention(
         return outputs, gradient
 
     return attend(query, key, value, *extra)
+
+
+@functools.lru_cache(maxsize=64)
+def _regions(options: _Options) -> tuple[Callable, Callable]:
+    """The ring and that of its gradient: the same for all layers alike."""
+    ids = [_IDS, _IDS] if options.has_segments else []
+    seed = [(None,)] if options.dropout else []
+    inputs = [_QKV, _QKV, _QKV, *ids, *seed]
+    results = (_QKV, _STATISTICS, _STATISTICS)
+    gradients = (_QKV,) * 3
+    return (
+        manual(functools.partial(_forward, options), inputs, results),
+        manual(
+            functools.partial(_backward, options),
+            [*inputs, *results, _QKV],
+            gradients,
+        ),
+    )
 
 
 def _forward(options: _Options, query: Any, key: Any, value: Any, *extra: Any) -> Any:

@@ -109,6 +109,17 @@ def manual(fn: Callable, in_axes: Sequence[Axes], out_axes: Any) -> Callable:
                 f"dimension. Received: in_axes={in_axes}"
             )
 
+    prepared: dict[Any, Callable] = {}
+
+    def for_arrays(active: ActiveMesh | None) -> Callable:
+        # The same function for the same mesh, which is traced once.
+        region = _Region(in_axes, out_axes, active)
+        sizes = () if active is None else tuple(axis_sizes(active.mesh).items())
+        key = (sizes, frozenset(region.mesh_axes.items()))
+        if key not in prepared:
+            prepared[key] = _for_arrays(fn, region)
+        return prepared[key]
+
     @tf.autograph.experimental.do_not_convert
     @functools.wraps(fn)
     def call(*tensors: Any) -> Any:
@@ -126,17 +137,16 @@ def manual(fn: Callable, in_axes: Sequence[Axes], out_axes: Any) -> Callable:
                 )
         active = next(filter(None, map(partitioning, values)), None)
         if active is None:
-            return jax_call(_for_arrays(fn, _Region(in_axes, out_axes, None)), *values)
+            return jax_call(for_arrays(None), *values)
         if not all(value.shape.is_fully_defined() for value in values):
             # A step of unknown shapes is traced for the shapes of its results only, and
             # again for those of each batch.
-            whole = _for_arrays(fn, _Region(in_axes, out_axes, None))
-            return jax_call(whole, *values, runs=False)
+            return jax_call(for_arrays(None), *values, runs=False)
         region = _Region(in_axes, out_axes, active)
         for value, axes in zip(values, in_axes, strict=True):
             _check_divides(value, axes, region.spec(axes), axis_sizes(active.mesh))
         platform = _PLATFORMS[active.mesh.device_type()]
-        return jax_call(_for_arrays(fn, region), *values, platform=platform)
+        return jax_call(for_arrays(active), *values, platform=platform)
 
     return call
 

@@ -1,5 +1,8 @@
 """A function of jax in TensorFlow: the promise of `compat.tf_call_module`."""
 
+import gc
+import weakref
+
 import jax
 import jax.numpy as jnp
 import keras
@@ -110,3 +113,19 @@ def test_other_unknown_dimensions_are_refused():
 
     with pytest.raises(ValueError, match="must have static shapes"):
         step.get_concrete_function()
+
+
+def test_a_function_is_traced_once_for_its_shapes_and_not_kept():
+    traces = []
+
+    def fn(x):
+        traces.append(x.shape)
+        return jnp.sin(x)
+
+    for size in (2, 2, 3, 2):
+        jax_call(fn, tf.ones([size]))
+    assert traces == [(2,), (3,)]
+    kept = weakref.ref(fn)
+    del fn
+    gc.collect()
+    assert kept() is None
