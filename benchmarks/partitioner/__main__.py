@@ -1,4 +1,4 @@
-"""What XLA's partitioner makes of layers and layouts, against what one derives by hand.
+"""Layers and layouts: what is sent for each, against what one derives by hand.
 
     python -m benchmarks.partitioner [--json] [--case TEXT] [--topology v5e:2x4]
 
