@@ -101,7 +101,8 @@ def mesh_devices(mesh: dtensor.Mesh) -> list[Any]:
     except (RuntimeError, AssertionError) as error:
         raise ValueError(
             f"The mesh is over {mesh.device_type()} devices, and jax finds none here. "
-            f"{_how_to_get(kind)} Received: {error or repr(error)}"
+            f"{_how_to_get(kind)} Received: JAX_PLATFORMS={config.jax_platforms!r}, "
+            f"{error!r}"
         ) from error
     devices = sorted(devices, key=lambda device: device.process_index)
     if jax.process_index(kind) != group().index and group().count > 1:
