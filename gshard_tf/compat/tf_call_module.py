@@ -24,6 +24,10 @@ from tensorflow.compiler.tf2xla.python.xla import (
 
 from gshard_tf.compat.keras_models import in_symbolic_scope
 
+# The version of StableHLO that modules are written in. jax's own is newer than what an
+# older TensorFlow reads (2.21 does not read that of jax 0.12).
+_STABLEHLO = "1.10.0"
+
 
 @dataclasses.dataclass(frozen=True)
 class _Program:
@@ -155,6 +159,7 @@ def _export(fn: Callable, specs: list, platform: str | None) -> _Program:
 
     # No public switch is for one thread and for a time.
     from jax._src import config
+    from jaxlib.mlir.dialects import stablehlo
 
     if platform is None:
         platform = "cuda" if tf.config.list_physical_devices("GPU") else "cpu"
@@ -171,9 +176,11 @@ def _export(fn: Callable, specs: list, platform: str | None) -> _Program:
         # XLA warns of each stack frame that it does not find in another module.
         config.traceback_in_locations_limit(0),
     ):
-        exported = export.export(jax.jit(traced), platforms=[platform])(*specs)
+        # All arguments: the operation gets those too that the function does not read.
+        program = jax.jit(traced, keep_unused=True)
+        exported = export.export(program, platforms=[platform])(*specs)
     return _Program(
-        exported.mlir_module_serialized,
+        stablehlo.serialize_portable_artifact_str(exported.mlir_module(), _STABLEHLO),
         exported.calling_convention_version,
         exported.platforms,
         tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in exported.out_avals),

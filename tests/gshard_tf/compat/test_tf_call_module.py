@@ -129,3 +129,25 @@ def test_a_function_is_traced_once_for_its_shapes_and_not_kept():
     del fn
     gc.collect()
     assert kept() is None
+
+
+def test_arguments_that_are_not_read():
+    def second(x, y):
+        return 2 * y
+
+    x, y = tf.ones([2]), tf.ones([3])
+    with tf.GradientTape() as tape:
+        tape.watch([x, y])
+        result = jax_call(second, x, y)
+    np.testing.assert_array_equal(result, [2, 2, 2])
+    gradients = tape.gradient(result, [x, y])
+    np.testing.assert_array_equal(gradients[0], [0, 0])
+    np.testing.assert_array_equal(gradients[1], [2, 2, 2])
+
+
+def test_modules_are_written_for_an_older_tensorflow():
+    graph = tf.function(lambda x: jax_call(jnp.sin, x)).get_concrete_function(
+        tf.TensorSpec([2])
+    )
+    [call] = [op for op in graph.graph.get_operations() if op.type == "XlaCallModule"]
+    assert b"StableHLO_v1.10.0" in call.get_attr("module")
