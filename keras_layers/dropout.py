@@ -55,12 +55,22 @@ class Dropout(keras.layers.Layer):
         self.supports_masking = True
         self.built = True
 
-    def call(self, inputs: tf.Tensor, training: bool | None = None) -> tf.Tensor:
+    def call(
+        self,
+        inputs: tf.Tensor,
+        training: bool | None = None,
+        positions: tf.Tensor | None = None,
+    ) -> tf.Tensor:
+        """Drops values of `inputs`.
+
+        With `positions`, distinct ints, one for each row of `inputs` `[R, H]`, a row
+        has the mask of its position, wherever it stands.
+        """
         if not training or self.rate == 0:
             return inputs
         dynamic = tf.shape(inputs)
         shape = [dynamic[i] if n is None else n for i, n in enumerate(inputs.shape)]
-        batch_dim: int | None = self.batch_dim
+        batch_dim: int | None = self.batch_dim if positions is None else 0
         if self.noise_shape is not None:
             if len(self.noise_shape) != len(shape):
                 raise ValueError(
@@ -73,7 +83,9 @@ class Dropout(keras.layers.Layer):
             ]
             if self.noise_shape[self.batch_dim] is not None:
                 batch_dim = None  # one mask for all examples
-        uniforms = random.uniform(self.seed_generator.next(), shape, batch_dim)
+        uniforms = random.uniform(
+            self.seed_generator.next(), shape, batch_dim, positions
+        )
         scaled = inputs * tf.cast(1.0 / (1.0 - self.rate), inputs.dtype)
         return tf.where(uniforms >= self.rate, scaled, tf.zeros([], inputs.dtype))
 

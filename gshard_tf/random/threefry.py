@@ -50,7 +50,10 @@ def _rounds(
 
 @tf.autograph.experimental.do_not_convert
 def random_bits(
-    seed: Any, shape: Sequence[Any], batch_dim: int | None = 0
+    seed: Any,
+    shape: Sequence[Any],
+    batch_dim: int | None = 0,
+    positions: tf.Tensor | None = None,
 ) -> tf.Tensor:
     """Returns uint32 bits of `shape`, a function of `seed` and position alone.
 
@@ -66,6 +69,8 @@ def random_bits(
             of all dimensions but the first must stay below 2**32.
         batch_dim: The dimension of examples. None: all replicas draw the same
             numbers.
+        positions: The positions along the first dimension, 1-D ints, where they are
+            not 0, 1, 2, ...: numbers that stay with rows that change places.
     """
     shape = list(shape)
     replicas, start = 1, None
@@ -82,6 +87,7 @@ def random_bits(
         batch_dim=batch_dim,
         replicas=replicas,
         start=start,
+        first=positions,
     )
 
 
@@ -93,6 +99,7 @@ def _random_bits(
     batch_dim: int | None,
     replicas: int,
     start: tf.Tensor | None,
+    first: tf.Tensor | None,
 ) -> tf.Tensor:
     words = tf.cast(seed, tf.uint32)
     ks = _schedule((words[0], words[1]))
@@ -104,7 +111,8 @@ def _random_bits(
     rank = len(shape)
 
     def positions(i: int) -> tf.Tensor:
-        index = tf.cast(tf.range(shape[i]), tf.uint32)
+        index = tf.range(shape[i]) if first is None or i > 0 else first
+        index = tf.cast(index, tf.uint32)
         return index if start is None or i != batch_dim else index + start
 
     stride = tf.ones([], tf.uint32)
@@ -120,15 +128,21 @@ def _random_bits(
 
 
 @tf.autograph.experimental.do_not_convert
-def uniform(seed: Any, shape: Sequence[Any], batch_dim: int | None = 0) -> tf.Tensor:
+def uniform(
+    seed: Any,
+    shape: Sequence[Any],
+    batch_dim: int | None = 0,
+    positions: tf.Tensor | None = None,
+) -> tf.Tensor:
     """Returns float32 numbers in [0, 1), a function of `seed` and position alone.
 
     Args:
         seed: Integer tensor of shape `[2]`.
         shape: A list with one int or scalar int tensor per dimension.
         batch_dim: See `random_bits`.
+        positions: See `random_bits`.
     """
-    bits = random_bits(seed, shape, batch_dim)
+    bits = random_bits(seed, shape, batch_dim, positions)
     # 24 bits fill a float32's mantissa, so every value is exact and below 1. The
     # detour by int32 is because few backends convert uint32 to float.
     top = tf.cast(tf.bitwise.right_shift(bits, tf.constant(8, tf.uint32)), tf.int32)
