@@ -21,7 +21,8 @@ Axes = Sequence[str | None]
 
 # An axis of size 1, for names that no mesh axis splits.
 _UNSPLIT = "unsplit"
-_PLATFORMS = {"CPU": "cpu", "GPU": "cuda", "TPU": "tpu"}
+#: What jax calls the platform of a mesh's devices.
+PLATFORMS = {"CPU": "cpu", "GPU": "cuda", "TPU": "tpu"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +146,7 @@ def manual(fn: Callable, in_axes: Sequence[Axes], out_axes: Any) -> Callable:
         region = _Region(in_axes, out_axes, active)
         for value, axes in zip(values, in_axes, strict=True):
             _check_divides(value, axes, region.spec(axes), axis_sizes(active.mesh))
-        platform = _PLATFORMS[active.mesh.device_type()]
+        platform = PLATFORMS[active.mesh.device_type()]
         return jax_call(for_arrays(active), *values, platform=platform)
 
     return call
@@ -207,7 +208,12 @@ def _for_arrays(fn: Callable, region: _Region) -> Callable:
     sizes = axis_sizes(region.active.mesh)
     return jax.shard_map(
         body,
-        mesh=sharding.AbstractMesh(tuple(sizes.values()), tuple(sizes)),
+        mesh=sharding.AbstractMesh(
+            tuple(sizes.values()),
+            tuple(sizes),
+            # jax 0.12 would ask the arguments for their shardings.
+            axis_types=(sharding.AxisType.Auto,) * len(sizes),
+        ),
         in_specs=tuple(spec(axes) for axes in region.in_axes),
         out_specs=jax.tree.map(spec, region.out_axes, is_leaf=_is_axes),
         check_vma=is_split,  # the check stops at an axis of `vmap`
