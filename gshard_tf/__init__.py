@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from gshard_tf.checkpoints.training_state import training_state
     from gshard_tf.compat.keras_calls import accumulated_batches
     from gshard_tf.parallel.halo import halo_convolution, halo_max_pool
+    from gshard_tf.parallel.ragged_dispatch import RaggedDispatch
     from gshard_tf.parallel.ring_attention import ring_attention
     from gshard_tf.planning.plan import Plan
     from gshard_tf.planning.planner import plan
@@ -49,6 +50,7 @@ __all__ = [
     "LayoutMapRules",
     "NonFiniteGuard",
     "Plan",
+    "RaggedDispatch",
     "ResumableDataset",
     "CheckpointCallback",
     "SpmdStrategy",
@@ -91,6 +93,7 @@ _HOME = {
     "LayoutMapRules": "sharding.layout_map",
     "NonFiniteGuard": "callbacks.nonfinite_guard",
     "Plan": "planning.plan",
+    "RaggedDispatch": "parallel.ragged_dispatch",
     "ResumableDataset": "checkpoints.dataset",
     "CheckpointCallback": "callbacks.checkpoint",
     "SpmdStrategy": "spmd.strategy",

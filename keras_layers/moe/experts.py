@@ -1,6 +1,7 @@
 """The experts: E feed-forward networks as batched matmuls."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import keras
 import tensorflow as tf
@@ -10,6 +11,18 @@ from keras_layers._arguments import check_int
 from keras_layers._mlp import MLP
 from keras_layers._shapes import static_shape
 from keras_layers.initializers import per_expert_fan
+
+
+class RaggedRows(Protocol):
+    """Rows that are sorted by expert, as many for each as there are."""
+
+    def dot(
+        self, rows: tf.Tensor, weight: keras.Variable, axes: Sequence[str]
+    ) -> tf.Tensor:
+        """`rows` `[R, M]` by the experts' `weight` `[E, M, H]` -> `[R, H]`."""
+
+    def choices(self) -> tf.Tensor:
+        """The number of the choice that each row is for, `[R]` int32."""
 
 
 @keras.saving.register_keras_serializable(package="gshard_tf")
@@ -69,12 +82,16 @@ class Experts(MLP):
         inputs: tf.Tensor,
         training: bool | None = None,
         chosen: tf.Tensor | None = None,
+        ragged: RaggedRows | None = None,
     ) -> tf.Tensor:
         """`inputs` `[E, G, C, M]` -> `[E, G, C, M]`.
 
         With `chosen` `[R]` ints the rows of `inputs` `[R, G, C, M]` are for these
-        experts, and only their weights are read.
+        experts, and only their weights are read. With `ragged` the inputs are
+        rows `[R, M]`, each for the expert that it says.
         """
+        if ragged is not None:
+            return self._of_rows(inputs, training, ragged)
         experts, groups, capacity, width = static_shape(inputs)
 
         def matmul(rows: tf.Tensor, weight: keras.Variable) -> tf.Tensor:
@@ -91,6 +108,16 @@ class Experts(MLP):
         hidden = self.dropout(hidden, training=training)
         outputs = matmul(hidden, self.wo)  # [E, G*C, M]
         return tf.reshape(outputs, [experts, groups, capacity, width])
+
+    def _of_rows(
+        self, rows: tf.Tensor, training: bool | None, ragged: RaggedRows
+    ) -> tf.Tensor:
+        hidden = self.hidden(
+            lambda weight: ragged.dot(rows, weight, ("expert", "embed", "mlp"))
+        )
+        if training and self.dropout.rate:
+            hidden = self.dropout(hidden, training=training, positions=ragged.choices())
+        return ragged.dot(hidden, self.wo, ("expert", "mlp", "embed"))
 
     def get_config(self) -> dict[str, Any]:
         config = super().get_config()

@@ -15,10 +15,12 @@ from keras_layers._seeds import child_seed
 from keras_layers.feed_forward import FeedForward
 from keras_layers.moe.dispatch import Dispatcher, EinsumDispatcher, IndexDispatcher
 from keras_layers.moe.dropless import apply_without_drops
+from keras_layers.moe.dropless_dispatch import apply_dropless, check_router
 from keras_layers.moe.experts import Experts
 from keras_layers.moe.grouping import Packing, from_groups, ids_to_groups, to_groups
 from keras_layers.moe.metrics import DEFAULT_METRICS, RouterMetrics
 from keras_layers.routing import ROUTERS
+from keras_layers.routing.capacity import DROPLESS
 from keras_layers.routing.custom_router import register_user, serialize_router, stats_of
 from keras_layers.routing.recording import next_recorded, record
 from keras_layers.routing.routing import Routing, TokenChoiceRouting
@@ -47,7 +49,11 @@ class MoELayer(keras.layers.Layer):
             and "hash"); the name of a kind, for its defaults; or a router layer.
         dispatcher: "index" moves tokens by gathers; "einsum" by products with one-hot
             tensors as in the paper, which costs more time and memory for the same
-            values.
+            values. "dropless" (MegaBlocks, arXiv 2211.15841) sorts tokens by expert,
+            and an expert computes those that it gets: none is dropped and no slot is
+            empty. The router's capacity factor is "dropless" then, which is the default
+            of a router that is made here. On a mesh, a device has room for all tokens
+            of all devices that share the experts: memory that "index" does not need.
         group_size: S. None: each row of the batch, `[L, M]`, is a group, so nothing is
             reshaped and groups are split as the batch is. An int: all tokens
             form one row, cut into groups of this many, the last one filled up with
@@ -116,7 +122,7 @@ class MoELayer(keras.layers.Layer):
     ):
         num_experts = check_int("num_experts", num_experts, 2)
         hidden_dim = check_int("hidden_dim", hidden_dim, 1)
-        check_choice("dispatcher", dispatcher, tuple(_DISPATCHERS))
+        check_choice("dispatcher", dispatcher, (*_DISPATCHERS, DROPLESS))
         if group_size is not None:
             group_size = check_int("group_size", group_size, 1)
         elif pack_groups:
@@ -138,6 +144,8 @@ class MoELayer(keras.layers.Layer):
             arguments = dict(router)
             kind = arguments.pop("kind", "top2")
             check_choice("router kind", kind, tuple(ROUTERS))
+            if dispatcher == DROPLESS:
+                arguments.setdefault("capacity_factor", DROPLESS)
             chosen = ROUTERS[kind].seed_is_a_choice
             own_seed = seed if chosen else child_seed(seed, "router")
             router = ROUTERS[kind](num_experts, **{"seed": own_seed, **arguments})
@@ -146,6 +154,8 @@ class MoELayer(keras.layers.Layer):
                 f"The router must be for num_experts={num_experts}. Received: "
                 f"router={router!r} for {getattr(router, 'num_experts', None)}"
             )
+        if dispatcher == DROPLESS:
+            check_router(router)
         self.num_experts = num_experts
         self.hidden_dim = hidden_dim
         self.router = router
@@ -192,7 +202,6 @@ class MoELayer(keras.layers.Layer):
         # Fields of the router's stats that are in use.
         self._needed_stats = [*self.health.sums, *(["z_loss"] if z_loss_coef else [])]
         register_user(router, self)
-        self._dispatcher = _DISPATCHERS[dispatcher]()
         self.supports_masking = True
         self._warned = False
 
@@ -269,14 +278,7 @@ class MoELayer(keras.layers.Layer):
             returned = self.router(tokens, mask=token_mask, training=training, **extra)
             routing, stats = stats_of(self.router, returned, self._needed_stats)
         record(self.name, routing)
-        if decoding and self._may_regroup(routing):
-            outputs = apply_without_drops(
-                tokens, routing, self.experts, self._dispatcher
-            )
-        else:
-            buffers = self._dispatcher.dispatch(tokens, routing)  # [E, G, C, M]
-            buffers = self.experts(buffers, training=training)
-            outputs = self._dispatcher.combine(buffers, routing)  # [G, S, M]
+        outputs = self._outputs_of_experts(tokens, routing, training, decoding)
         if self.shared_experts is not None:
             shared = self.shared_experts(tokens, training=training)
             outputs = outputs + zero_padding(shared, token_mask)
@@ -289,6 +291,19 @@ class MoELayer(keras.layers.Layer):
                 self.add_loss(self.z_loss_coef * stats.z_loss)
         outputs = from_groups(outputs, inputs, size)
         return outputs if packing is None else packing.unpack(outputs)
+
+    def _outputs_of_experts(
+        self, tokens: tf.Tensor, routing: Routing, training: bool | None, decoding: bool
+    ) -> tf.Tensor:
+        """Dispatches tokens `[G, S, M]`, transforms and combines: `[G, S, M]`."""
+        if self.dispatcher == DROPLESS:
+            return apply_dropless(tokens, routing, self.experts, training)
+        dispatcher = _DISPATCHERS[self.dispatcher]()
+        if decoding and self._may_regroup(routing):
+            return apply_without_drops(tokens, routing, self.experts, dispatcher)
+        buffers = dispatcher.dispatch(tokens, routing)  # [E, G, C, M]
+        buffers = self.experts(buffers, training=training)
+        return dispatcher.combine(buffers, routing)  # [G, S, M]
 
     def _may_regroup(self, routing: Routing) -> TypeGuard[TokenChoiceRouting]:
         """Returns whether tokens routed one by one may share the slots of one group.

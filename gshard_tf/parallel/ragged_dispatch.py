@@ -1,0 +1,161 @@
+"""Rows that are sorted by expert, from tokens and back, on any mesh.
+
+The mechanism of dropless experts (MegaBlocks, arXiv 2211.15841): each expert multiplies
+as many rows as it gets. Devices that share the experts exchange rows by an all-to-all
+of their own, in manual regions.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import tensorflow as tf
+
+from gshard_tf.compat.tf_call_module import jax_call
+from gshard_tf.parallel import ragged_exchange
+from gshard_tf.parallel.ragged_dot import ragged_dot
+from gshard_tf.parallel.ragged_exchange import Maps
+from gshard_tf.sharding.annotations import annotate
+from gshard_tf.sharding.manual import PLATFORMS, manual, mesh_axis
+from gshard_tf.sharding.mesh import active_mesh, axis_sizes
+
+
+class _Layout(NamedTuple):
+    """The axes that a mesh splits; None for dimensions that are whole.
+
+    Attributes:
+        rows: Logical axis of tokens and of rows.
+        expert: Logical axis of experts.
+        mlp: Logical axis of the hidden layer.
+        platform: Of the devices; None where they are those of this process.
+    """
+
+    rows: str | None = None
+    expert: str | None = None
+    mlp: str | None = None
+    platform: str | None = None
+
+    @classmethod
+    def for_tensor(cls, tensor: tf.Tensor) -> "_Layout":
+        """The layout in the program that a tensor is of."""
+        active = active_mesh()
+        # A step of unknown shapes is traced for the shapes of its results only.
+        is_partitioned = tf.is_symbolic_tensor(tensor) and (
+            tensor.shape.is_fully_defined()
+        )
+        if active is None or not is_partitioned:
+            return cls()
+        sizes, rules = axis_sizes(active.mesh), active.rules.rules
+        group, expert, mlp = (
+            axis if axis is not None and sizes[axis] > 1 else None
+            for axis in (rules.get("group"), rules.get("expert"), rules.get("mlp"))
+        )
+        if expert is not None and expert != group:
+            raise ValueError(
+                'dispatcher="dropless" needs rules that split "group" and "expert" '
+                "over one axis of the mesh, or do not split experts. Received: "
+                f"group={group!r}, expert={expert!r}"
+            )
+        return cls(
+            None if group is None else "group",
+            None if expert is None else "expert",
+            None if mlp is None else "mlp",
+            PLATFORMS[active.mesh.device_type()],
+        )
+
+    def run(
+        self, fn: Callable, in_axes: Sequence, out_axes: Any, *tensors: tf.Tensor
+    ) -> Any:
+        """Runs a function of jax on each device's part of the tensors."""
+        if self.rows is None and self.mlp is None:
+            return jax_call(fn, *tensors, platform=self.platform)
+        return manual(fn, in_axes, out_axes)(*tensors)
+
+    def axis(self) -> str | None:
+        """The mesh axis to exchange rows over, within `run`."""
+        return None if self.expert is None else mesh_axis("group")
+
+
+class RaggedDispatch:
+    """Rows for the experts, from tokens and back.
+
+    R = n*T*K rows, where n devices share the experts: as many as there may be. Rows of
+    an expert are in the order of the tokens; those that are for none come last, are 0,
+    and cost nothing. `sizes` has the number of each expert's rows.
+
+    Args:
+        expert_index: `[T, K]` int32, the experts of each token; E for none.
+        num_experts: E.
+
+    Raises:
+        ValueError: for a mesh whose rules split `group` and `expert` over two axes.
+    """
+
+    def __init__(self, expert_index: tf.Tensor, num_experts: int):
+        self.layout = layout = _Layout.for_tensor(expert_index)
+        self._by_token, self._by_row = (layout.rows, None), (layout.rows, None, None)
+        self._all_maps = Maps(*[self._by_token] * len(Maps._fields))
+
+        def maps_of(expert_index):
+            return ragged_exchange.index_maps(expert_index, num_experts, layout.axis())
+
+        maps, self.sizes = layout.run(
+            maps_of, [self._by_token], (self._all_maps, (layout.rows,)), expert_index
+        )
+        self.maps = Maps(*maps)
+
+    def rows(self, tokens: tf.Tensor) -> tf.Tensor:
+        """Tokens `[T, M]` -> the experts' rows, `[R, M]`."""
+        rows = self._run(ragged_exchange.rows_of_tokens, self._by_token, tokens)
+        return tf.reshape(rows, [-1, tokens.shape[-1]])
+
+    def combine(self, rows: tf.Tensor) -> tf.Tensor:
+        """The experts' rows `[R, M]` -> those of each token's choices, `[T, K, M]`."""
+        tokens, arrived = _sizes(self.maps.row_of_arrival)  # n*K
+        # The width by number: -1 would be undefined for an empty batch.
+        rows = tf.reshape(rows, [tokens, arrived, rows.shape[-1]])
+        return self._run(ragged_exchange.choices_of_rows, self._by_row, rows)
+
+    def choices(self) -> tf.Tensor:
+        """The number of the choice that each row is for, `[R]` int32."""
+        tokens, choices = _sizes(self.maps.slot_of_choice)
+        number = tf.reshape(tf.range(tokens * choices), [tokens, choices, 1])
+        number = annotate(number, self._by_row)
+        rows = self._run(ragged_exchange.rows_of_choices, self._by_row, number)
+        return tf.reshape(rows, [-1])
+
+    def dot(self, rows: tf.Tensor, weight: Any, axes: Sequence[str]) -> tf.Tensor:
+        """`rows` `[R, M]` by the experts' `weight` `[E, M, H]` -> `[R, H]`."""
+        layout = self.layout
+        left, right = (name if name == layout.mlp else None for name in axes[1:])
+
+        def product(rows, matrices, sizes):
+            import jax
+
+            # The gradients of what several devices share are sums over them.
+            if right is not None:
+                rows = jax.lax.pcast(rows, mesh_axis(right), to="varying")
+            if layout.expert is None and layout.rows is not None:
+                axis = mesh_axis(layout.rows)
+                matrices = jax.lax.pcast(matrices, axis, to="varying")
+            outputs = ragged_dot(rows, matrices, sizes)
+            # A device's part of the sum over a split width.
+            return outputs if left is None else jax.lax.psum(outputs, mesh_axis(left))
+
+        in_axes = [(layout.rows, left), (layout.expert, left, right), (layout.rows,)]
+        weight = tf.convert_to_tensor(weight)
+        return layout.run(
+            product, in_axes, (layout.rows, right), rows, weight, self.sizes
+        )
+
+    def _run(self, fn: Callable, axes: Sequence, tensor: tf.Tensor) -> tf.Tensor:
+        def with_maps(tensor, *maps):
+            return fn(tensor, Maps(*maps), self.layout.axis())
+
+        in_axes = [axes, *self._all_maps]
+        return self.layout.run(with_maps, in_axes, self._by_row, tensor, *self.maps)
+
+
+def _sizes(matrix: tf.Tensor) -> tuple[Any, int]:
+    """The shape of a matrix of known width, whose rows may be of unknown number."""
+    rows, width = matrix.shape
+    return (tf.shape(matrix)[0] if rows is None else rows), width

@@ -1,0 +1,163 @@
+"""Tokens sorted by expert, and back, on one device or on many: functions of jax.
+
+R = T*K choices of experts become rows. A device sends each other device the rows for
+its experts, in an all-to-all, and sorts what it receives by expert. Its buffer has
+room for the worst case, that all rows of all n devices are for it: n*R rows. Sorting is
+stable, so an expert gets its rows in the order of the tokens, however many devices
+there are.
+"""
+
+from typing import Any, NamedTuple
+
+from gshard_tf.parallel.permutations import inverse, stable_order
+
+
+class Maps(NamedTuple):
+    """Places of rows; -1 for none. All have T as their first dimension.
+
+    Attributes:
+        choice_of_slot: `[T, n*K]` int32, the choice that is sent in each place.
+        slot_of_choice: `[T, K]` int32, the inverse.
+        arrival_of_row: `[T, n*K]` int32, the received place that each row, sorted by
+            expert, comes from.
+        row_of_arrival: `[T, n*K]` int32, the inverse.
+    """
+
+    choice_of_slot: Any
+    slot_of_choice: Any
+    arrival_of_row: Any
+    row_of_arrival: Any
+
+
+def index_maps(
+    expert_index: Any, num_experts: int, axis: str | None
+) -> tuple[Maps, Any]:
+    """The maps, and the number of rows of each of the device's experts, `[E / n]`.
+
+    Args:
+        expert_index: `[T, K]` int32, the experts of the device's tokens; E for none.
+        num_experts: E.
+        axis: Mesh axis of the devices; None for one device.
+    """
+    import jax
+    from jax import numpy as jnp
+
+    tokens = expert_index.shape[0]
+    chosen = expert_index.reshape(-1)  # [R]
+    devices = 1 if axis is None else jax.lax.axis_size(axis)
+    choices, own = chosen.shape[0], num_experts // devices
+    order = stable_order(chosen, num_experts)
+    place = inverse(order)
+    sizes = _counts(chosen, num_experts)  # [E]
+    starts = jnp.pad(jnp.cumsum(sizes), (1, 0))  # [E + 1]
+
+    # Sent to a device: rows that lie side by side in this order.
+    first = starts[:-1:own]  # [n]
+    device = jnp.minimum(chosen // own, devices - 1)
+    slot = device * choices + place - first[device]
+    slot_of_choice = jnp.where(chosen < num_experts, slot, -1)
+    within = jnp.arange(choices)
+    sent = starts[own::own] - first  # [n]
+    source = jnp.minimum(first[:, None] + within, choices - 1)
+    choice_of_slot = jnp.where(within < sent[:, None], order[source], -1)  # [n, R]
+
+    if axis is None:
+        arrivals = jnp.where(within < starts[-1], within, -1)
+        arrival_of_row = row_of_arrival = arrivals
+    else:
+        received = jax.lax.all_to_all(sizes.reshape(devices, own), axis, 0, 0)
+        ends = jnp.cumsum(received, axis=1)  # [n, E / n]
+        behind = within >= ends[..., None]  # [n, E / n, R]
+        expert = jnp.sum(behind, axis=1).reshape(-1)  # [n*R], E / n for none
+        order = stable_order(expert, own)
+        place = inverse(order)
+        arrival_of_row = jnp.where(expert[order] < own, order, -1)
+        row_of_arrival = jnp.where(expert < own, place, -1)
+        sizes = jnp.sum(received, axis=0)
+
+    def by_token(x):
+        return x.reshape(tokens, -1).astype(jnp.int32)
+
+    maps = (choice_of_slot, slot_of_choice, arrival_of_row, row_of_arrival)
+    return Maps(*map(by_token, maps)), sizes.astype(jnp.int32)
+
+
+def _counts(values: Any, number: int) -> Any:
+    """The number of times that each number below `number` is in `values` `[R]`."""
+    from jax import numpy as jnp
+
+    # Sums along the last dimension, which is what XLA is fast at on a CPU.
+    found = jnp.arange(number)[:, None] == values
+    return jnp.sum(found, axis=1, dtype=jnp.int32)
+
+
+def rows_of_tokens(tokens: Any, maps: Maps, axis: str | None) -> Any:
+    """Tokens `[T, M]` -> the rows of the device's experts, `[T, n*K, M]`."""
+    import jax
+
+    choices = maps.slot_of_choice.shape[1]
+
+    @jax.custom_vjp
+    def there(tokens, maps):
+        slots = maps.choice_of_slot
+        token = jax.numpy.where(slots < 0, -1, slots // choices)
+        return _send(tokens, token, maps, axis)
+
+    def backward(maps, d_rows):
+        return choices_of_rows(d_rows, maps, axis).sum(1), None
+
+    there.defvjp(lambda tokens, maps: (there(tokens, maps), maps), backward)
+    return there(tokens, maps)
+
+
+def rows_of_choices(choices: Any, maps: Maps, axis: str | None) -> Any:
+    """Rows `[T, K, M]` of the choices -> those of the experts, `[T, n*K, M]`."""
+    return _send(_flat(choices), maps.choice_of_slot, maps, axis)
+
+
+def choices_of_rows(rows: Any, maps: Maps, axis: str | None) -> Any:
+    """Rows `[T, n*K, M]` -> what each token gets for its choices, `[T, K, M]`."""
+    import jax
+
+    @jax.custom_vjp
+    def back(rows, maps):
+        arrived = _take(_flat(rows), maps.row_of_arrival)
+        return _take(_flat(_all_to_all(arrived, axis)), maps.slot_of_choice)
+
+    def backward(maps, d_choices):
+        return rows_of_choices(d_choices, maps, axis), None
+
+    back.defvjp(lambda rows, maps: (back(rows, maps), maps), backward)
+    return back(rows, maps)
+
+
+def _send(values: Any, value_of_slot: Any, maps: Maps, axis: str | None) -> Any:
+    """Sends rows of `values` `[., M]` to their experts: `[T, n*K, M]`."""
+    slots = _take(values, value_of_slot)
+    if axis is None:
+        return slots
+    return _take(_flat(_all_to_all(slots, axis)), maps.arrival_of_row)
+
+
+def _take(rows: Any, index: Any) -> Any:
+    """`rows` `[R, M]` at `index` -> `[*index.shape, M]`; zeros where it is -1."""
+    from jax import numpy as jnp
+
+    values = rows.at[jnp.maximum(index, 0)].get(mode="promise_in_bounds")
+    # Not a product with the mask: an infinite row must not turn others into NaN.
+    return jnp.where((index >= 0)[..., None], values, 0)
+
+
+def _flat(rows: Any) -> Any:
+    return rows.reshape(-1, rows.shape[-1])
+
+
+def _all_to_all(slots: Any, axis: str | None) -> Any:
+    """Exchanges `[T, n*K, M]`, whose n parts are for the n devices, in order."""
+    import jax
+
+    if axis is None:
+        return slots
+    devices = jax.lax.axis_size(axis)
+    parts = slots.reshape(devices, -1, slots.shape[-1])  # [n, R, M]
+    return jax.lax.all_to_all(parts, axis, 0, 0).reshape(slots.shape)

@@ -1,0 +1,156 @@
+"""Dropless dispatch: as buffers that drop nothing, on one device and on many."""
+
+import collections
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import gshard_tf
+from keras_layers import MoELayer, TopKRouter
+
+B, L, M, H, E = 8, 6, 8, 12, 8
+TOP2 = {"second_expert_policy": "all"}
+ROUTERS = {
+    "top2": TOP2,
+    "top_k": {"kind": "top_k", "k": 3, "scores": "sigmoid"},
+    "hash": {"kind": "hash"},
+}
+
+
+def _layer(dispatcher, router=TOP2, **options):
+    keras.utils.set_random_seed(0)
+    router = {**router, "capacity_factor": "dropless"}
+    layer = MoELayer(E, H, router=router, dispatcher=dispatcher, seed=0, **options)
+    layer.build((B, L, M))
+    return layer
+
+
+def _batch():
+    rng = np.random.default_rng(0)
+    x, target = rng.normal(size=(2, B, L, M)).astype("f")
+    return x, target, rng.random((B, L)) < 0.8
+
+
+def _results(layer, x, target, mask, training=True):
+    """Outputs, losses, and the gradients of inputs and weights."""
+    ids = tf.reshape(tf.range(B * L), [B, L]) * 7
+    with tf.GradientTape() as tape:
+        tape.watch(x)
+        y = layer(x, mask=mask, training=training, token_ids=ids)
+        loss = tf.reduce_sum(tf.cast(y, tf.float32) * target) + sum(layer.losses)
+    weights = [weight.value for weight in layer.trainable_variables]
+    return [y, loss, *tape.gradient(loss, [x, *weights])]
+
+
+def _assert_close(results, expected, tolerance=1e-5):
+    for result, right in zip(results, expected, strict=True):
+        right = np.asarray(right)
+        scale = max(1.0, np.abs(right).max())
+        np.testing.assert_allclose(result, right, rtol=0, atol=tolerance * scale)
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_equals_buffers_that_drop_nothing(router):
+    options = {"activation": "silu", "gated": True, "num_shared_experts": 1}
+    x, target, mask = _batch()
+    x[~mask] = np.nan
+    expected, results = (
+        tf.function(_results, autograph=False, jit_compile=jit)(
+            _layer(dispatcher, ROUTERS[router], **options), tf.constant(x), target, mask
+        )
+        for dispatcher, jit in (("index", False), ("dropless", True))
+    )
+    _assert_close(results, expected)
+
+
+def test_unknown_sizes_and_saved_models(tmp_path):
+    inputs = keras.Input((None, M))
+    layer = _layer("dropless")
+    model = keras.Model(inputs, layer(inputs))
+    x, _, _ = _batch()
+    expected = layer(tf.constant(x))
+    for rows, length in ((B, L), (3, L), (1, 2)):
+        outputs = model.predict(x[:rows, :length], verbose=0)
+        np.testing.assert_allclose(outputs, expected[:rows, :length], atol=1e-5)
+    model.export(tmp_path / "saved", verbose=False)
+    served = tf.saved_model.load(tmp_path / "saved")
+    outputs = served.serve(tf.constant(x[:3]))
+    np.testing.assert_allclose(outputs, expected[:3], atol=1e-5)
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    np.testing.assert_allclose(loaded.predict(x, verbose=0), expected, atol=1e-5)
+
+
+def test_decoding_and_bfloat16():
+    x, target, mask = _batch()
+    layer = _layer("dropless", dtype="mixed_bfloat16")
+    outputs = layer(x, mask=mask)
+    assert outputs.dtype == "bfloat16"
+    tokens = layer(x, mask=mask, decoding=True)
+    np.testing.assert_allclose(*(tf.cast(y, "float32") for y in (tokens, outputs)))
+    expected = _results(_layer("index"), tf.constant(x), target, mask)
+    results = _results(layer, tf.constant(x), target, mask)
+    _assert_close([tf.cast(r, tf.float32) for r in results], expected, 0.1)
+
+
+MESHES = {
+    "experts": ({"expert": 4}, None),
+    "experts and widths": ({"data": 4, "model": 2}, None),
+    "data": ({"data": 4}, {"batch": "data", "group": "data"}),
+}
+
+
+def _descend(layer, x, target, mask):
+    """The outputs, the loss and the inputs' gradient; weights take a step."""
+    *results, d_router, d_wi, d_wo = _results(layer, x, target, mask)
+    for weight, gradient in zip(
+        layer.trainable_variables, (d_router, d_wi, d_wo), strict=True
+    ):
+        weight.assign_sub(gradient)
+    return results
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_on_a_mesh(name):
+    """Dropout included, whose masks stay with the tokens."""
+    x, target, mask = _batch()
+    options = {"dropout": 0.3, "router": ROUTERS["top_k"]}
+    layer = _layer("dropless", **options)
+    expected = tf.function(_descend, autograph=False)(
+        layer, tf.constant(x), target, mask
+    )
+    axes, rules = MESHES[name]
+    rules = None if rules is None else gshard_tf.AxisRules(rules)
+    strategy = gshard_tf.SpmdStrategy(gshard_tf.create_mesh(axes), rules)
+    with strategy.scope():
+        split = _layer("dropless", **options)
+
+        @tf.function(autograph=False)
+        def step(x, target, mask):
+            return _descend(split, x, target, mask)
+
+        results = strategy.run(step, (x, target, mask))
+    _assert_close(results, expected)
+    _assert_close(split.get_weights(), layer.get_weights())
+    sent = strategy.programs[-1].collectives()
+    kinds = collections.Counter(each.kind for each in sent)
+    # Sizes, rows, results; the gradients of the two; the choices, for dropout.
+    assert kinds["all-to-all"] == (0 if name == "data" else 6)
+    assert kinds["all-gather"] == 0  # of a weight, or of tokens
+
+
+def test_what_does_not_fit():
+    with pytest.raises(ValueError, match='must have a capacity_factor of "dropless"'):
+        MoELayer(E, H, router=TopKRouter(E), dispatcher="dropless")
+    with pytest.raises(ValueError, match="must let tokens choose experts"):
+        MoELayer(E, H, router="expert_choice", dispatcher="dropless")
+    assert MoELayer(E, H, dispatcher="dropless").router.capacity_factor == "dropless"
+    mesh = gshard_tf.create_mesh({"data": 2, "expert": 2})
+    rules = gshard_tf.AxisRules({"group": "data", "expert": "expert"})
+    strategy = gshard_tf.SpmdStrategy(mesh, rules)
+    with strategy.scope():
+        layer = _layer("dropless")
+        with pytest.raises(ValueError, match="over one axis of the mesh"):
+            strategy.run(tf.function(lambda x: layer(x)), (_batch()[0],))
