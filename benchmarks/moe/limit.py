@@ -11,10 +11,13 @@ alternating, medians of ratios:
   op by op (`over_gemm_ops`); and the layer where it is fastest over the matmuls where
   those are fastest (`over_best_gemm`; torch takes part if it is installed);
 * sweep: the same ratio under jit over E, M and the number of tokens;
-* rest: router, dispatch, combine and metrics, each alone under jit.
+* rest: router, dispatch, combine and metrics, each alone under jit;
+* dropless: the layer with dropless dispatch, its routing forced, over batched products
+  of as many rows, with even experts and where a tenth of them get half of the rows
+  (`dropless_over_gemm`, the largest ratio).
 
-About ten minutes on two cores. `--quick` runs tiny sizes, whose figures say nothing
-but that the script runs.
+About 15 minutes on two cores. `--part dropless` runs one of the four. `--quick` runs
+tiny sizes, whose figures say nothing but that the script runs.
 """
 
 import dataclasses
@@ -31,6 +34,7 @@ from benchmarks.harness import timing
 from benchmarks.harness.command_line import circumstances, make_parser, say
 from benchmarks.moe.steps import (
     Shape,
+    dropless_side,
     in_tensorflow,
     layer_side,
     matmul_side,
@@ -40,6 +44,14 @@ from benchmarks.moe.steps import (
 
 GOAL = 1.08
 RUNTIMES = ("jit", "program", "ops")
+PARTS = ("limit", "rest", "sweep", "dropless")
+GEMM_RATIOS = (
+    "over_gemm",
+    "over_gemm_program",
+    "over_gemm_ops",
+    "over_best_gemm",
+    "dropless_over_gemm",
+)
 
 #: The shape of the goal.
 LIMIT = Shape()
@@ -51,6 +63,8 @@ SWEEP = {
     "group_size": [256, 512, 2048],
 }
 TINY = Shape(experts=4, model_dim=16, hidden_dim=32, groups=2, group_size=32)
+#: Two choices for each token, and as many rows in each expert's products.
+DROPLESS = [Shape(experts=e, hidden_dim=1024) for e in (8, 16, 32, 64)]
 TINY_SWEEP = {"experts": [2], "group_size": [16]}
 
 
@@ -122,35 +136,73 @@ def rest(shape: Shape, rounds: int) -> dict[str, Any]:
     return parts
 
 
+def dropless(shapes: list[Shape], rounds: int) -> list[dict[str, Any]]:
+    rows = []
+    for shape in shapes:
+        sides = {
+            "even": dropless_side(shape, skewed=False),
+            "skewed": dropless_side(shape, skewed=True),
+            "matmuls": matmul_side(shape, "jit"),
+        }
+        times = timing.alternate(sides, rounds)
+        row = dataclasses.asdict(shape) | {
+            "even_over_gemm": timing.ratio(times, "even", "matmuls"),
+            "skewed_over_gemm": timing.ratio(times, "skewed", "matmuls"),
+            "matmuls_s": timing.median(times, "matmuls"),
+        }
+        say(f"dropless: {row}")
+        rows.append(row)
+    return rows
+
+
 def main() -> None:
     parser = make_parser(__doc__, quick="tiny sizes, a few rounds")
+    parser.add_argument("--part", choices=PARTS, action="append")
     options = parser.parse_args()
     gshard_tf.request_cpu_devices(1)
     start = time.perf_counter()
-    quick = options.quick
-    result = limit(TINY if quick else LIMIT, rounds=2 if quick else 7)
-    result["rest_ms"] = rest(TINY if quick else LIMIT, rounds=2 if quick else 15)
-    result["sweep"] = sweep(
-        TINY if quick else CENTER, TINY_SWEEP if quick else SWEEP, 2 if quick else 5
-    )
-    result["sweep_median"] = statistics.median(r["over_gemm"] for r in result["sweep"])
+    quick, parts = options.quick, options.part or PARTS
+    result: dict[str, Any] = {}
+    if "limit" in parts:
+        result |= limit(TINY if quick else LIMIT, rounds=2 if quick else 7)
+    if "rest" in parts:
+        result["rest_ms"] = rest(TINY if quick else LIMIT, rounds=2 if quick else 15)
+    if "sweep" in parts:
+        variations = TINY_SWEEP if quick else SWEEP
+        rows = sweep(TINY if quick else CENTER, variations, 2 if quick else 5)
+        result["sweep"] = rows
+        result["sweep_median"] = statistics.median(row["over_gemm"] for row in rows)
+    if "dropless" in parts:
+        rows = dropless([TINY] if quick else DROPLESS, 2 if quick else 7)
+        result["dropless"] = rows
+        result["dropless_over_gemm"] = max(
+            max(row["even_over_gemm"], row["skewed_over_gemm"]) for row in rows
+        )
     result |= circumstances(start, quick)
     if options.json:
         print(json.dumps(result))
         return
-    for key in ("over_gemm", "over_gemm_program", "over_gemm_ops", "over_best_gemm"):
-        print(f"{key:20s} {result[key]:.3f}")
-    for name, seconds in result["seconds"].items():
+    for key in GEMM_RATIOS:
+        if key in result:
+            print(f"{key:20s} {result[key]:.3f}")
+    for name, seconds in result.get("seconds", {}).items():
         print(f"{name:20s} {seconds:.4f} s")
-    for name, milliseconds in result["rest_ms"].items():
+    for name, milliseconds in result.get("rest_ms", {}).items():
         print(f"{name:20s} {milliseconds:.2f} ms")
     print("    E     M     H  tokens  over_gemm")
-    for row in result["sweep"]:
-        print(
-            f"{row['experts']:5d} {row['model_dim']:5d} {row['hidden_dim']:5d} "
-            f"{row['tokens']:7d}  {row['over_gemm']:9.3f}"
-        )
+    for row in result.get("sweep", []):
+        print(f"{_sizes(row)}  {row['over_gemm']:9.3f}")
+    for row in result.get("dropless", []):
+        even, skewed = row["even_over_gemm"], row["skewed_over_gemm"]
+        print(f"{_sizes(row)}  dropless: even {even:.3f}, skewed {skewed:.3f}")
     print(f"{'machine':20s} {result['machine']}")
+
+
+def _sizes(row: dict[str, Any]) -> str:
+    tokens = row["groups"] * row["group_size"]
+    return (
+        f"{row['experts']:5d} {row['model_dim']:5d} {row['hidden_dim']:5d} {tokens:7d}"
+    )
 
 
 if __name__ == "__main__":

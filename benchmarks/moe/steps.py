@@ -16,7 +16,13 @@ import tensorflow as tf
 
 import gshard_tf
 from gshard_tf.spmd.program import SpmdProgram
-from keras_layers import IndexDispatcher, MoELayer, TokenChoiceRouting, expert_capacity
+from keras_layers import (
+    IndexDispatcher,
+    MoELayer,
+    TokenChoiceRouting,
+    expert_capacity,
+    replay_routing,
+)
 
 Side = Callable[[], object]
 
@@ -81,6 +87,49 @@ def layer_step(shape: Shape, **options: Any) -> tuple[MoELayer, Callable]:
         return [y, aux, *gradients]
 
     return layer, step
+
+
+def forced_routing(shape: Shape, skewed: bool) -> TokenChoiceRouting:
+    """Two experts for each token, without a router.
+
+    Args:
+        shape: The sizes.
+        skewed: Whether a tenth of the experts (one at least) get half of the choices,
+            all first ones; the others share the rest evenly. Else all have as many.
+    """
+    token = np.arange(shape.tokens)
+    hot = max(1, shape.experts // 10) if skewed else shape.experts // 2
+    expert = np.stack([token % hot, hot + token % (shape.experts - hot)], axis=-1)
+    # As tokens come: in no order.
+    expert = np.random.default_rng(7).permutation(expert)
+    expert = expert.reshape(shape.groups, shape.group_size, 2).astype(np.int32)
+    return TokenChoiceRouting(
+        expert_index=tf.constant(expert),
+        # Not read by dropless dispatch.
+        slot=tf.zeros(expert.shape, tf.int32),
+        weight=tf.fill(expert.shape, 0.5),
+        dispatched=tf.ones(expert.shape, tf.bool),
+        num_experts=shape.experts,
+        capacity=shape.group_size,
+    )
+
+
+def dropless_side(shape: Shape, skewed: bool) -> Side:
+    """Forward and backward of dropless dispatch and experts, under TensorFlow's jit."""
+    layer = MoELayer(shape.experts, shape.hidden_dim, dispatcher="dropless", seed=0)
+    layer.build((shape.groups, shape.group_size, shape.model_dim))
+    routing = forced_routing(shape, skewed)
+
+    def step(x: tf.Tensor, dy: tf.Tensor, *decision: tf.Tensor) -> list[tf.Tensor]:
+        given = TokenChoiceRouting(*decision, *routing[4:])
+        with tf.GradientTape() as tape, replay_routing({layer.name: [given]}):
+            tape.watch(x)
+            y = layer(x)
+        weights = [layer.experts.wi.value, layer.experts.wo.value]
+        return [y, *tape.gradient(y, [x, *weights], dy)]
+
+    arguments = [*tokens_and_gradients(shape), *routing[:4]]
+    return in_tensorflow(step, arguments, jit=True)
 
 
 def matmul_step(

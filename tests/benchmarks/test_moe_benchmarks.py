@@ -46,6 +46,7 @@ def test_limit():
         assert result[key] > 0
     assert set(result["rest_ms"]) == {"router", "dispatch", "combine", "metrics"}
     assert {"experts", "model_dim", "tokens", "over_gemm"} <= set(result["sweep"][0])
+    assert result["dropless_over_gemm"] > 0
     assert result["machine"]["cores"] >= 1
 
 
