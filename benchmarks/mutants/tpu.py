@@ -12,7 +12,7 @@ _SEMANTICS = f"{_HERE}/tpu/test_semantics.py"
 
 MUTANTS = (
     Mutant(
-        "gshard_tf/tpu/device_assignment.py",
+        "gshard_tf/runtime/core_order.py",
         "itertools.accumulate(reversed(sizes), lambda a, b: a * b)",
         "itertools.accumulate(sizes, lambda a, b: a * b)",
         (f"{_ASSIGNMENT}::test_axes_of_a_mesh_are_directions_of_the_slice",),
