@@ -261,7 +261,10 @@ def test_the_command_asks_first(tmp_path, monkeypatch, capsys, command):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("years of work")
+    (tmp_path / "r").mkdir()
+    Settings().write(tmp_path / "r")
+    before = sorted(tmp_path.rglob("*"))
     for folder, said in (("mine", "thesis.tex"), (".", "working folder")):
         assert cli.main([command, "--run", "r", "--saved-model", folder]) == 2
         assert said in capsys.readouterr().err
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["mine", "thesis.tex"]
+    assert sorted(tmp_path.rglob("*")) == before
