@@ -7,14 +7,23 @@ in a process of its own: see `processes.py`.
 import gc
 import itertools
 import os
+from importlib.metadata import version
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # Nothing here runs on a TPU, and libtpu complains loudly where it finds none.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# The tests compile much and compute little: without the optimizer of LLVM a program
-# compiles in a third of the time. Users do not compile so, and rounding differs: see
-# `test_parity_default_level.py` for the same at XLA's default level.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# The tests compile much and compute little: without the optimizer of LLVM, with XLA's
+# older emitter of fusions and without splitting a module for several threads, a program
+# compiles in a tenth of the time. Users do not compile so, and rounding differs: see
+# `test_parity_default_level.py` for the same at XLA's defaults.
+_flags = [
+    "--xla_backend_optimization_level=0",
+    "--xla_cpu_parallel_codegen_split_count=1",
+]
+# XLA ends the process at a flag that it does not know: jaxlib 0.12 has one emitter.
+if int(version("jaxlib").split(".")[1]) < 11:
+    _flags.append("--xla_cpu_use_fusion_emitters=false")
+os.environ.setdefault("XLA_FLAGS", " ".join(_flags))
 
 import hypothesis
 import jax
@@ -23,6 +32,7 @@ import pytest
 import tensorflow as tf
 from tensorflow.python.data.ops import dataset_ops
 from tensorflow.python.framework import ops
+from tensorflow.python.util import tf_stack
 
 import gshard_tf
 
@@ -33,6 +43,12 @@ jax.devices()
 # Tests make and drop many models, and Keras collects garbage between them. What is
 # imported by now stays, so the collector need not look at it: a fifth of the time.
 gc.freeze()
+# A traced step is a million small objects that all live until it is compiled.
+gc.set_threshold(50_000, 20, 50)
+# TensorFlow keeps with every operation the stack that made it, which below pytest is
+# deep: a tenth of the time to trace. Only its messages would name the lines.
+_stack = tf_stack.extract_stack()
+tf_stack.extract_stack = lambda stacklevel=1: _stack
 # Graphs that run a few small steps are not worth optimizing.
 tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
 
