@@ -7,23 +7,13 @@ in a process of its own: see `processes.py`.
 import gc
 import itertools
 import os
-from importlib.metadata import version
+
+from xla_flags import QUICK_TO_COMPILE
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # Nothing here runs on a TPU, and libtpu complains loudly where it finds none.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# The tests compile much and compute little: without the optimizer of LLVM, with XLA's
-# older emitter of fusions and without splitting a module for several threads, a program
-# compiles in a tenth of the time. Users do not compile so, and rounding differs: see
-# `test_parity_default_level.py` for the same at XLA's defaults.
-_flags = [
-    "--xla_backend_optimization_level=0",
-    "--xla_cpu_parallel_codegen_split_count=1",
-]
-# XLA ends the process at a flag that it does not know: jaxlib 0.12 has one emitter.
-if int(version("jaxlib").split(".")[1]) < 11:
-    _flags.append("--xla_cpu_use_fusion_emitters=false")
-os.environ.setdefault("XLA_FLAGS", " ".join(_flags))
+os.environ.setdefault("XLA_FLAGS", QUICK_TO_COMPILE)
 
 import hypothesis
 import jax

@@ -13,9 +13,11 @@ import signal
 import sys
 import time
 
+from xla_flags import QUICK_TO_COMPILE
+
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+os.environ.setdefault("XLA_FLAGS", QUICK_TO_COMPILE)
 
 import keras
 import numpy as np

@@ -20,7 +20,8 @@ from benchmarks.mutants.mutant import Mutant
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# As tests/conftest.py has it; jax and TensorFlow look when they are loaded.
+# As tests/conftest.py has it, but with XLA's own emitter of fusions, as users have; jax
+# and TensorFlow look when they are loaded.
 _ENVIRONMENT = {
     "TF_CPP_MIN_LOG_LEVEL": "3",
     "JAX_PLATFORMS": "cpu",

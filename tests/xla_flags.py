@@ -1,0 +1,16 @@
+"""How XLA compiles in tests, which compile much and compute little.
+
+Without the optimizer of LLVM, with the older emitter of fusions and without splitting a
+module for several threads, a program compiles in a tenth of the time. Users do not
+compile so, and rounding differs: see `test_parity_default_level.py` for the same at
+XLA's defaults.
+"""
+
+from importlib.metadata import version
+
+QUICK_TO_COMPILE = (
+    "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
+)
+# XLA ends the process at a flag that it does not know, and jaxlib 0.12 has one emitter.
+if int(version("jaxlib").split(".")[1]) < 11:
+    QUICK_TO_COMPILE += " --xla_cpu_use_fusion_emitters=false"
