@@ -1,7 +1,7 @@
 """N devices equal one, compiled as users compile: layers, optimizers and meshes.
 
-All other tests compile without LLVM's optimizer (see `conftest.py`), which users do
-not. So each part runs once more in a process of its own, with XLA's default options.
+All other tests compile quickly and not as users do (see `xla_flags.py`). So each part
+runs once more in a process of its own, with XLA's default options.
 """
 
 import pathlib
@@ -126,6 +126,16 @@ OURS = {
     },
 }
 
+# Those that run by default: between them, every part of a block, every kind of router
+# and both dispatchers.
+FEW = (
+    "DecoderBlock",
+    "remat",
+    "MoELayer top_k einsum",
+    "MoELayer expert choice index",
+    "MoELayer bias index",
+)
+
 _TRANSFORMER = (
     "lambda: Twice(K.Transformer(20, 20, {blocks}, {blocks}, model_dim=8, "
     "hidden_dim=16, num_heads=2, num_experts=4, moe_every=1, dropout=0.1, seed=1, "
@@ -144,7 +154,7 @@ MODELS = {
 }
 
 OPTIMIZERS = (
-    "SGD RMSprop Adam AdamW Adadelta Adagrad Adamax Adafactor Nadam Ftrl Lion Lamb Muon"
+    "SGD Adam Adafactor Lamb Muon RMSprop AdamW Adadelta Adagrad Adamax Nadam Ftrl Lion"
 ).split()
 
 
@@ -167,11 +177,27 @@ def checks(cases, meshes):
     )
 
 
+def trained_by(count, mesh):
+    """One check for each of the first `count` optimizers."""
+    return "".join(
+        f"check({name!r}, [lambda: L.Dense(8, 'tanh'), lambda: L.Dense(4)],"
+        f" rows, {mesh}, keras.optimizers.{name})\n"
+        for name in OPTIMIZERS[:count]
+    )
+
+
 @pytest.mark.slow
 def test_layers_of_keras():
     run(checks(KERAS, MESHES))
 
 
+def test_layers_and_optimizers():
+    few = {name: ("rows", OURS[name]) for name in FEW}
+    convolution = {"convolution": KERAS["convolution"]}
+    run(checks({**few, **convolution}, MESHES[1:]) + trained_by(5, MESHES[1]))
+
+
+@pytest.mark.slow
 def test_layers_of_this_package():
     run(checks({name: ("rows", layers) for name, layers in OURS.items()}, MESHES[1:]))
 
@@ -181,15 +207,10 @@ def test_models_of_this_package():
     run(checks({name: ("ids", layers) for name, layers in MODELS.items()}, MESHES))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", MESHES[1:2])
 def test_optimizers(mesh):
-    run(
-        "".join(
-            f"check({name!r}, [lambda: L.Dense(8, 'tanh'), lambda: L.Dense(4)],"
-            f" rows, {mesh}, keras.optimizers.{name})\n"
-            for name in OPTIMIZERS
-        )
-    )
+    run(trained_by(len(OPTIMIZERS), mesh))
 
 
 @pytest.mark.slow
