@@ -71,7 +71,7 @@ ROUTERS = {
 ONE, TWO = {"expert": 8}, {"data": 4, "model": 2}
 
 
-@pytest.mark.broad(2)
+@pytest.mark.broad(4)
 @pytest.mark.parametrize(
     ("router", "experts", "axes", "dispatcher"),
     [
