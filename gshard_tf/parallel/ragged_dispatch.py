@@ -26,12 +26,14 @@ class _Layout(NamedTuple):
         rows: Logical axis of tokens and of rows.
         expert: Logical axis of experts.
         mlp: Logical axis of the hidden layer.
+        parts: The number of devices along the axis of rows.
         platform: Of the devices; None where they are those of this process.
     """
 
     rows: str | None = None
     expert: str | None = None
     mlp: str | None = None
+    parts: int = 1
     platform: str | None = None
 
     @classmethod
@@ -59,6 +61,7 @@ class _Layout(NamedTuple):
             None if group is None else "group",
             None if expert is None else "expert",
             None if mlp is None else "mlp",
+            1 if group is None else sizes[group],
             PLATFORMS[active.mesh.device_type()],
         )
 
@@ -92,6 +95,13 @@ class RaggedDispatch:
 
     def __init__(self, expert_index: tf.Tensor, num_experts: int):
         self.layout = layout = _Layout.for_tensor(expert_index)
+        self._tokens = _sizes(expert_index)[0]
+        # Manual regions have parts of one size.
+        self._added = -self._tokens % layout.parts if layout.parts > 1 else 0
+        if self._added:
+            expert_index = tf.pad(
+                expert_index, [[0, self._added], [0, 0]], constant_values=num_experts
+            )
         self._by_token, self._by_row = (layout.rows, None), (layout.rows, None, None)
         self._all_maps = Maps(*[self._by_token] * len(Maps._fields))
 
@@ -105,6 +115,8 @@ class RaggedDispatch:
 
     def rows(self, tokens: tf.Tensor) -> tf.Tensor:
         """Tokens `[T, M]` -> the experts' rows, `[R, M]`."""
+        if self._added:
+            tokens = tf.pad(tokens, [[0, self._added], [0, 0]])
         rows = self._run(ragged_exchange.rows_of_tokens, self._by_token, tokens)
         return tf.reshape(rows, [-1, tokens.shape[-1]])
 
@@ -113,7 +125,8 @@ class RaggedDispatch:
         tokens, arrived = _sizes(self.maps.row_of_arrival)  # n*K
         # The width by number: -1 would be undefined for an empty batch.
         rows = tf.reshape(rows, [tokens, arrived, rows.shape[-1]])
-        return self._run(ragged_exchange.choices_of_rows, self._by_row, rows)
+        choices = self._run(ragged_exchange.choices_of_rows, self._by_row, rows)
+        return choices[: self._tokens] if self._added else choices
 
     def choices(self) -> tf.Tensor:
         """The number of the choice that each row is for, `[R]` int32."""

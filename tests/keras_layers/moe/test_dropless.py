@@ -141,6 +141,18 @@ def test_on_a_mesh(name):
     assert kinds["all-gather"] == 0  # of a weight, or of tokens
 
 
+@pytest.mark.parametrize("decoding", [False, True])
+def test_tokens_that_do_not_divide(decoding):
+    x = _batch()[0][:3]  # 18 tokens for 4 devices
+    expected = _layer("dropless")(tf.constant(x), decoding=decoding)
+    strategy = gshard_tf.SpmdStrategy(gshard_tf.create_mesh({"expert": 4}))
+    with strategy.scope():
+        layer = _layer("dropless")
+        step = tf.function(lambda x: layer(x, decoding=decoding), autograph=False)
+        outputs = strategy.run(step, (x,))
+    np.testing.assert_allclose(outputs, expected, atol=1e-5)
+
+
 def test_what_does_not_fit():
     with pytest.raises(ValueError, match='must have a capacity_factor of "dropless"'):
         MoELayer(E, H, router=TopKRouter(E), dispatcher="dropless")
