@@ -8,7 +8,7 @@ import gc
 import itertools
 import os
 
-from xla_flags import QUICK_TO_COMPILE
+from xla_flags import QUICK_TO_COMPILE, use_older_emitter
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # Nothing here runs on a TPU, and libtpu complains loudly where it finds none.
@@ -26,6 +26,7 @@ from tensorflow.python.util import tf_stack
 
 import gshard_tf
 
+use_older_emitter()
 gshard_tf.request_cpu_devices(8)
 # jax starts here, so that no test in this process can ask for another number.
 jax.devices()

@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 
-from xla_flags import QUICK_TO_COMPILE
+from xla_flags import QUICK_TO_COMPILE, use_older_emitter
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -25,6 +25,8 @@ import parity
 import tensorflow as tf
 
 import gshard_tf
+
+use_older_emitter()
 
 STEPS_PER_EPOCH, EPOCHS, BATCH = 4, 2, 16
 

@@ -11,6 +11,18 @@ from importlib.metadata import version
 QUICK_TO_COMPILE = (
     "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
 )
-# XLA ends the process at a flag that it does not know, and jaxlib 0.12 has one emitter.
-if int(version("jaxlib").split(".")[1]) < 11:
-    QUICK_TO_COMPILE += " --xla_cpu_use_fusion_emitters=false"
+# jaxlib 0.12 has one emitter.
+TWO_EMITTERS = int(version("jaxlib").split(".")[1]) < 11
+EMITTER = "xla_cpu_use_fusion_emitters"
+
+
+def use_older_emitter():
+    """In this process, for what gshard-tf compiles.
+
+    It is no flag of the environment: libtpu ends the process at one that it does not
+    know.
+    """
+    from gshard_tf.compat import xla
+
+    if TWO_EMITTERS:
+        xla._CPU[EMITTER] = False

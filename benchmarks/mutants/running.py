@@ -20,12 +20,12 @@ from benchmarks.mutants.mutant import Mutant
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# As tests/conftest.py has it, but with XLA's own emitter of fusions, as users have; jax
-# and TensorFlow look when they are loaded.
+# As tests/conftest.py has it; jax and TensorFlow look when they are loaded.
 _ENVIRONMENT = {
     "TF_CPP_MIN_LOG_LEVEL": "3",
     "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": "--xla_backend_optimization_level=0",
+    "XLA_FLAGS": "--xla_backend_optimization_level=0 "
+    "--xla_cpu_parallel_codegen_split_count=1",
 }
 
 

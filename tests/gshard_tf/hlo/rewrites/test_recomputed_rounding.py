@@ -1,26 +1,20 @@
 """What is rounded to a whole number is the same number for all that use it."""
 
-from importlib.metadata import version
-
 import numpy as np
 import parity
 import pytest
 import tensorflow as tf
+from xla_flags import EMITTER, TWO_EMITTERS
 
-from gshard_tf.spmd import lowering, program
-
-BEFORE_012 = int(version("jaxlib").split(".")[1]) < 11
+from gshard_tf.compat import xla
+from gshard_tf.spmd import lowering
 
 
 @pytest.fixture(autouse=True)
 def _as_users_compile(monkeypatch):
     """The emitter of fusions that `conftest.py` turns off is the one that is wrong."""
-    if BEFORE_012:
-        options = {"xla_cpu_use_fusion_emitters": True}
-        known = program.compiler_options
-        monkeypatch.setattr(
-            program, "compiler_options", lambda platform: known(platform) | options
-        )
+    if TWO_EMITTERS:
+        monkeypatch.setitem(xla._CPU, EMITTER, True)
 
 
 def resized(x):
@@ -40,7 +34,7 @@ def test_bilinear_resizing_equals_tensorflows_kernel(devices):
     assert on_mesh(devices) < 1e-5
 
 
-@pytest.mark.skipif(not BEFORE_012, reason="jaxlib 0.12 has it mended")
+@pytest.mark.skipif(not TWO_EMITTERS, reason="jaxlib 0.12 has it mended")
 def test_the_compiler_still_needs_it(monkeypatch):
     monkeypatch.setattr(lowering, "compute_rounding_once", lambda module: False)
     assert on_mesh(1) > 0.1
