@@ -31,9 +31,13 @@ _STABLEHLO = "1.10.0"
 
 @dataclasses.dataclass(frozen=True)
 class _Program:
-    """An exported function: its module, and its results' shapes and structure."""
+    """An exported function: its module, and its results' shapes and structure.
+
+    The module has the arguments `kept`, those that the function reads.
+    """
 
     module: bytes
+    kept: tuple[int, ...]
     version: int
     platforms: tuple[str, ...]
     results: tuple[Any, ...]
@@ -132,7 +136,7 @@ def _operation(program: _Program, tensors: Sequence, platform: str | None) -> li
     # A step is lowered as for the CPU, whatever it is compiled for.
     disabled = [] if platform is None else [call_module_disable_check_platform()]
     outputs = call_module(
-        list(tensors),
+        [tensors[i] for i in program.kept],
         version=program.version,
         module=program.module,
         Tout=[tf.as_dtype(each.dtype) for each in program.results],
@@ -176,11 +180,10 @@ def _export(fn: Callable, specs: list, platform: str | None) -> _Program:
         # XLA warns of each stack frame that it does not find in another module.
         config.traceback_in_locations_limit(0),
     ):
-        # All arguments: the operation gets those too that the function does not read.
-        program = jax.jit(traced, keep_unused=True)
-        exported = export.export(program, platforms=[platform])(*specs)
+        exported = export.export(jax.jit(traced), platforms=[platform])(*specs)
     return _Program(
         stablehlo.serialize_portable_artifact_str(exported.mlir_module(), _STABLEHLO),
+        exported.module_kept_var_idx,
         exported.calling_convention_version,
         exported.platforms,
         tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in exported.out_avals),
