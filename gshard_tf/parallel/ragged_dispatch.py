@@ -5,6 +5,7 @@ as many rows as it gets. Devices that share the experts exchange rows by an all-
 of their own, in manual regions.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -65,16 +66,29 @@ class _Layout(NamedTuple):
             PLATFORMS[active.mesh.device_type()],
         )
 
-    def run(
-        self, fn: Callable, in_axes: Sequence, out_axes: Any, *tensors: tf.Tensor
-    ) -> Any:
-        """Runs a function of jax on each device's part of the tensors."""
+    def region(self, fn: Callable, in_axes: Sequence, out_axes: Any) -> Callable:
+        """A function of jax as one of tensors, of which each device has its part."""
         if self.rows is None and self.mlp is None:
-            return jax_call(fn, *tensors, platform=self.platform)
-        return manual(fn, in_axes, out_axes)(*tensors)
+            return functools.partial(jax_call, fn, platform=self.platform)
+        return manual(fn, in_axes, out_axes)
+
+    @property
+    def by_token(self) -> Sequence:
+        """The axes of what has a row for each token."""
+        return (self.rows, None)
+
+    @property
+    def by_row(self) -> Sequence:
+        """The axes of rows `[T, n*K, M]`, and of choices `[T, K, M]`."""
+        return (self.rows, None, None)
+
+    @property
+    def maps(self) -> Maps:
+        """The axes of the maps."""
+        return Maps(*[self.by_token] * len(Maps._fields))
 
     def axis(self) -> str | None:
-        """The mesh axis to exchange rows over, within `run`."""
+        """The mesh axis to exchange rows over, within a region."""
         return None if self.expert is None else mesh_axis("group")
 
 
@@ -102,22 +116,14 @@ class RaggedDispatch:
             expert_index = tf.pad(
                 expert_index, [[0, self._added], [0, 0]], constant_values=num_experts
             )
-        self._by_token, self._by_row = (layout.rows, None), (layout.rows, None, None)
-        self._all_maps = Maps(*[self._by_token] * len(Maps._fields))
-
-        def maps_of(expert_index):
-            return ragged_exchange.index_maps(expert_index, num_experts, layout.axis())
-
-        maps, self.sizes = layout.run(
-            maps_of, [self._by_token], (self._all_maps, (layout.rows,)), expert_index
-        )
+        maps, self.sizes = _maps_region(layout, num_experts)(expert_index)
         self.maps = Maps(*maps)
 
     def rows(self, tokens: tf.Tensor) -> tf.Tensor:
         """Tokens `[T, M]` -> the experts' rows, `[R, M]`."""
         if self._added:
             tokens = tf.pad(tokens, [[0, self._added], [0, 0]])
-        rows = self._run(ragged_exchange.rows_of_tokens, self._by_token, tokens)
+        rows = self._move(ragged_exchange.rows_of_tokens, tokens)
         return tf.reshape(rows, [-1, tokens.shape[-1]])
 
     def combine(self, rows: tf.Tensor) -> tf.Tensor:
@@ -125,47 +131,68 @@ class RaggedDispatch:
         tokens, arrived = _sizes(self.maps.row_of_arrival)  # n*K
         # The width by number: -1 would be undefined for an empty batch.
         rows = tf.reshape(rows, [tokens, arrived, rows.shape[-1]])
-        choices = self._run(ragged_exchange.choices_of_rows, self._by_row, rows)
+        choices = self._move(ragged_exchange.choices_of_rows, rows)
         return choices[: self._tokens] if self._added else choices
 
     def choices(self) -> tf.Tensor:
         """The number of the choice that each row is for, `[R]` int32."""
         tokens, choices = _sizes(self.maps.slot_of_choice)
         number = tf.reshape(tf.range(tokens * choices), [tokens, choices, 1])
-        number = annotate(number, self._by_row)
-        rows = self._run(ragged_exchange.rows_of_choices, self._by_row, number)
+        number = annotate(number, self.layout.by_row)
+        rows = self._move(ragged_exchange.rows_of_choices, number)
         return tf.reshape(rows, [-1])
 
     def dot(self, rows: tf.Tensor, weight: Any, axes: Sequence[str]) -> tf.Tensor:
         """`rows` `[R, M]` by the experts' `weight` `[E, M, H]` -> `[R, H]`."""
-        layout = self.layout
-        left, right = (name if name == layout.mlp else None for name in axes[1:])
+        left, right = (name if name == self.layout.mlp else None for name in axes[1:])
+        product = _product_region(self.layout, left, right)
+        return product(rows, tf.convert_to_tensor(weight), self.sizes)
 
-        def product(rows, matrices, sizes):
-            import jax
+    def _move(self, fn: Callable, tensor: tf.Tensor) -> tf.Tensor:
+        return _moving_region(self.layout, fn, tensor.shape.rank)(tensor, *self.maps)
 
-            # The gradients of what several devices share are sums over them.
-            if right is not None:
-                rows = jax.lax.pcast(rows, mesh_axis(right), to="varying")
-            if layout.expert is None and layout.rows is not None:
-                axis = mesh_axis(layout.rows)
-                matrices = jax.lax.pcast(matrices, axis, to="varying")
-            outputs = ragged_dot(rows, matrices, sizes)
-            # A device's part of the sum over a split width.
-            return outputs if left is None else jax.lax.psum(outputs, mesh_axis(left))
 
-        in_axes = [(layout.rows, left), (layout.expert, left, right), (layout.rows,)]
-        weight = tf.convert_to_tensor(weight)
-        return layout.run(
-            product, in_axes, (layout.rows, right), rows, weight, self.sizes
-        )
+# Regions are the same for all layers alike, so that each is traced once.
 
-    def _run(self, fn: Callable, axes: Sequence, tensor: tf.Tensor) -> tf.Tensor:
-        def with_maps(tensor, *maps):
-            return fn(tensor, Maps(*maps), self.layout.axis())
 
-        in_axes = [axes, *self._all_maps]
-        return self.layout.run(with_maps, in_axes, self._by_row, tensor, *self.maps)
+@functools.lru_cache(maxsize=64)
+def _maps_region(layout: _Layout, num_experts: int) -> Callable:
+    def maps_of(expert_index):
+        return ragged_exchange.index_maps(expert_index, num_experts, layout.axis())
+
+    return layout.region(maps_of, [layout.by_token], (layout.maps, (layout.rows,)))
+
+
+@functools.lru_cache(maxsize=64)
+def _moving_region(layout: _Layout, fn: Callable, rank: int) -> Callable:
+    """`fn` of a tensor of some rank, the maps and the axis."""
+
+    def move(tensor, *maps):
+        return fn(tensor, Maps(*maps), layout.axis())
+
+    axes = (layout.rows, *[None] * (rank - 1))
+    return layout.region(move, [axes, *layout.maps], layout.by_row)
+
+
+@functools.lru_cache(maxsize=64)
+def _product_region(layout: _Layout, left: str | None, right: str | None) -> Callable:
+    """The product of rows with matrices, whose dimensions have these axes."""
+
+    def product(rows, matrices, sizes):
+        import jax
+
+        # The gradients of what several devices share are sums over them.
+        if right is not None:
+            rows = jax.lax.pcast(rows, mesh_axis(right), to="varying")
+        if layout.expert is None and layout.rows is not None:
+            axis = mesh_axis(layout.rows)
+            matrices = jax.lax.pcast(matrices, axis, to="varying")
+        outputs = ragged_dot(rows, matrices, sizes)
+        # A device's part of the sum over a split width.
+        return outputs if left is None else jax.lax.psum(outputs, mesh_axis(left))
+
+    in_axes = [(layout.rows, left), (layout.expert, left, right), (layout.rows,)]
+    return layout.region(product, in_axes, (layout.rows, right))
 
 
 def _sizes(matrix: tf.Tensor) -> tuple[Any, int]:
