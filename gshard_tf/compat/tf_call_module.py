@@ -23,6 +23,7 @@ from tensorflow.compiler.tf2xla.python.xla import (
 )
 
 from gshard_tf.compat.keras_models import in_symbolic_scope
+from gshard_tf.compat.tf_gradients import gradient_scope
 
 # The version of StableHLO that modules are written in. jax's own is newer than what an
 # older TensorFlow reads (2.21 does not read that of jax 0.12).
@@ -111,7 +112,7 @@ def _call(fn: Callable, tensors: list, specs: list, platform: str | None) -> Any
         _, pull = jax.vjp(floats, *(inputs[i] for i in moving))
         return pull(list(cotangents))
 
-    scope = f"gradient_tape/{tf.get_current_name_scope()}".rstrip("/") + "/"
+    scope = gradient_scope()
 
     @tf.custom_gradient
     def call(*tensors):

@@ -73,6 +73,14 @@ def with_dense_gradient(
     return value
 
 
+def gradient_scope() -> str:
+    """The name scope of gradients of what is traced now, as tapes name it.
+
+    For the gradient of a `tf.custom_gradient`, which is traced elsewhere.
+    """
+    return f"gradient_tape/{tf.get_current_name_scope()}".rstrip("/") + "/"
+
+
 def stop_recording() -> AbstractContextManager[None]:
     """Context whose operations are on no gradient tape, as in `tf.recompute_grad`.
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
+from gshard_tf.compat.tf_gradients import gradient_scope
 from gshard_tf.parallel.dropout import dropped
 from gshard_tf.sharding.manual import manual, mesh_axis
 
@@ -91,7 +92,7 @@ def ring_attention(
     if dropout:
         extra.append(tf.cast(seed, tf.uint32))
     forward, backward = _regions(options)
-    scope = f"gradient_tape/{tf.get_current_name_scope()}".rstrip("/") + "/"
+    scope = gradient_scope()
 
     @tf.custom_gradient
     def attend(*tensors):
