@@ -6,11 +6,9 @@ be of it. Without one they do neither, and the step's trace builds what it uses.
 how the first is made to read nothing, and the second to fail without harm.
 """
 
-import contextlib
 import inspect
 from collections.abc import Iterator
 from types import CodeType, TracebackType
-from typing import Any
 
 import tensorflow as tf
 
@@ -21,6 +19,8 @@ import tensorflow as tf
 # strategy.
 from keras.src.backend.tensorflow.core import compute_output_spec
 from keras.src.backend.tensorflow.trainer import TensorFlowTrainer, TFEpochIterator
+
+from gshard_tf.compat.tf_distribute import AroundScope
 
 _BUILD = TensorFlowTrainer._maybe_symbolic_build.__code__
 _BUILD_FROM_SHAPES = TensorFlowTrainer._symbolic_build.__code__
@@ -58,22 +58,13 @@ def read_no_batch_to_build() -> None:
             iterator.__class__ = _UnreadEpochIterator
 
 
-class BuildingMayFail(contextlib.AbstractContextManager):
+class BuildingMayFail(AroundScope):
     """A strategy's scope, in which Keras may find that it cannot build a model.
 
     A model with a `train_step` of its own and no `call`, say, or with batches that are
     no `(x, y, sample_weight)`. The trace of its step then makes what it uses, or fails
     for the same reason, as without a strategy.
-
-    Args:
-        scope: The scope.
     """
-
-    def __init__(self, scope: contextlib.AbstractContextManager):
-        self._scope = scope
-
-    def __enter__(self) -> Any:
-        return self._scope.__enter__()
 
     def __exit__(
         self,

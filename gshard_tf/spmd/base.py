@@ -4,7 +4,6 @@
 TensorFlow's own half, and shares the mixin.
 """
 
-import contextlib
 import threading
 from collections.abc import Callable
 from types import TracebackType
@@ -15,7 +14,7 @@ import tensorflow as tf
 from tensorflow.experimental import dtensor
 
 from gshard_tf.compat.keras_variables import backend_variable
-from gshard_tf.compat.tf_distribute import OneDeviceExtended
+from gshard_tf.compat.tf_distribute import AroundScope, OneDeviceExtended
 from gshard_tf.sharding.layout_map import as_rules
 from gshard_tf.sharding.layout_report import LayoutReport, describe
 from gshard_tf.sharding.mesh import use_mesh
@@ -79,21 +78,12 @@ def owned(variable: tf.Variable | keras.Variable, strategy: MeshStrategy) -> Any
     return value
 
 
-class ExplainedScope(contextlib.AbstractContextManager):
+class ExplainedScope(AroundScope):
     """A strategy's scope that says where an optimizer from outside should be made.
 
     Keras asks the strategy that was in scope when the optimizer was made for the slots.
     TensorFlow's error for that names two objects, and not what to do.
-
-    Args:
-        scope: The scope.
     """
-
-    def __init__(self, scope: contextlib.AbstractContextManager):
-        self._scope = scope
-
-    def __enter__(self) -> Any:
-        return self._scope.__enter__()
 
     def __exit__(
         self,
