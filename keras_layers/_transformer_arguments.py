@@ -95,12 +95,14 @@ class TransformerInputs(NamedTuple):
         target: `[B, T]`, ids.
         source_segment_ids: `[B, L]`, or None: each row is one sequence.
         target_segment_ids: `[B, T]`, or None.
+        labels: `[B, T]`, what follows each target token, or None.
     """
 
     source: Any
     target: Any
     source_segment_ids: Any = None
     target_segment_ids: Any = None
+    labels: Any = None
 
 
 def transformer_inputs(inputs: Any) -> TransformerInputs:
@@ -117,7 +119,7 @@ def transformer_inputs(inputs: Any) -> TransformerInputs:
         if not set(names[:2]) <= set(inputs) <= set(names):
             raise ValueError(
                 'A dict of inputs must have the keys "source" and "target", and may '
-                'have "source_segment_ids" and "target_segment_ids". '
+                'have "source_segment_ids", "target_segment_ids" and "labels". '
                 f"Received: {sorted(inputs)}"
             )
         found = TransformerInputs(**inputs)
@@ -130,15 +132,20 @@ def transformer_inputs(inputs: Any) -> TransformerInputs:
             "(..., source_segment_ids, target_segment_ids), or a dict. "
             f"Received: {type(inputs).__name__}{count}"
         )
-    check_both_or_none(*zip(names[2:], found[2:], strict=True))
+    check_both_or_none(*zip(names[2:4], found[2:4], strict=True))
     return found
 
 
 def checked_inputs(inputs: Any) -> TransformerInputs:
-    """Returns `transformer_inputs` of tensors, whose segment ids are checked."""
+    """Returns `transformer_inputs` of tensors, whose shapes are checked."""
     found = transformer_inputs(inputs)
-    source, target, source_segment_ids, target_segment_ids = found
+    source, target, source_segment_ids, target_segment_ids, labels = found
     if source_segment_ids is not None:
         check_segment_ids("source_segment_ids", source_segment_ids, source.shape)
         check_segment_ids("target_segment_ids", target_segment_ids, target.shape)
+    if labels is not None and not labels.shape.is_compatible_with(target.shape):
+        raise ValueError(
+            f"Labels must have the shape {target.shape} of the target. Received: "
+            f"shape {labels.shape}"
+        )
     return found

@@ -79,6 +79,23 @@ class TokenEmbedding(keras.layers.Layer):
             logits = tf.einsum("BLM,MV->BLV", inputs, transposed)
         return annotate(tf.cast(logits, tf.float32), ("batch", "length", "vocab"))
 
+    def statistics(
+        self, inputs: tf.Tensor, labels: tf.Tensor, block_length: int | None = None
+    ) -> tf.Tensor:
+        """`[B, L, M]` -> packed statistics `[B, L, 4]` of what `project` returns.
+
+        Args:
+            inputs: Outputs of the decoder.
+            labels: `[B, L]`.
+            block_length: How many positions are projected at a time (see
+                `projected_statistics`). None: all.
+        """
+        if block_length is None:
+            return pack(token_statistics(labels, self.project(inputs)))
+        inputs = tf.cast(inputs, self.compute_dtype)
+        table = tf.convert_to_tensor(self.table)
+        return pack(projected_statistics(labels, inputs, table, block_length))
+
     def transposed_table(self) -> tf.Tensor:
         """`[M, V]`, for many projections of few tokens.
 

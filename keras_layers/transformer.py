@@ -16,6 +16,7 @@ from keras_layers._segments import (
     token_positions,
 )
 from keras_layers._transformer_arguments import (
+    TransformerInputs,
     check_key_dim,
     check_moe_options,
     check_stackable,
@@ -26,6 +27,7 @@ from keras_layers._transformer_arguments import (
 from keras_layers._transformer_blocks import build_block, make_block, make_stack
 from keras_layers.dropout import Dropout
 from keras_layers.embedding import TokenEmbedding, VocabularyProjection, sinusoids
+from keras_layers.losses.statistics import TokenStatistics
 from keras_layers.transformer_decoding import TransformerDecoding
 
 
@@ -79,6 +81,9 @@ class Transformer(TransformerDecoding):
             `stack_weights` and `unstack_weights` convert one form to the other.
         context_parallel: How attention works where rules split `length`: "ring",
             "all_to_all" or None (see `MultiHeadAttention`).
+        block_length: How many positions are projected to the vocabulary at a time
+            where labels are among the inputs, so that logits never exist whole (see
+            `projected_statistics` for a choice). None: all.
 
     Attributes:
         encoder_blocks: The encoder's blocks, if it is not stacked.
@@ -113,6 +118,7 @@ class Transformer(TransformerDecoding):
         stacked: bool = False,
         bos_id: int | None = None,
         context_parallel: str | None = None,
+        block_length: int | None = None,
         **kwargs: Any,
     ):
         source_vocab_size, target_vocab_size, pad_id, bos_id = check_vocabularies(
@@ -126,6 +132,8 @@ class Transformer(TransformerDecoding):
         key_dim = check_key_dim(key_dim, model_dim, num_heads)
         moe_every = check_int("moe_every", moe_every, 1)
         dropout = check_rate("dropout", dropout)
+        if block_length is not None:
+            block_length = check_int("block_length", block_length, 1)
         if num_experts:
             num_experts = check_int("num_experts", num_experts, 2)
         check_moe_options(num_experts, moe_options, decoder_moe_options)
@@ -156,6 +164,7 @@ class Transformer(TransformerDecoding):
         self.remat = remat
         self.stacked = bool(stacked)
         self.context_parallel = context_parallel
+        self.block_length = block_length
         self._make_layers()
         self.supports_masking = True
 
@@ -178,7 +187,10 @@ class Transformer(TransformerDecoding):
         self.projection = None
         if not self.tie_output:
             self.projection = VocabularyProjection(
-                self.target_vocab_size, dtype=policy, name="projection"
+                self.target_vocab_size,
+                self.block_length,
+                dtype=policy,
+                name="projection",
             )
         if self.stacked:
             self.encoder_stack = make_stack(self, "encoder", self.num_encoder_layers)
@@ -224,19 +236,23 @@ class Transformer(TransformerDecoding):
     def call(
         self, inputs: Any, training: bool | None = None, decoding: bool = False
     ) -> tf.Tensor:
-        """Logits `[B, T, V]` in float32.
+        """Logits `[B, T, V]` in float32, or statistics of them.
 
         Args:
             inputs: A pair `(source_ids [B, L], target_ids [B, T])`, or a dict with
                 the keys "source" and "target". For rows that hold several sentences
                 also `source_segment_ids` `[B, L]` and `target_segment_ids` `[B, T]`,
                 as third and fourth or under those keys: ints, equal for a sentence and
-                its translation, 0 for padding.
+                its translation, 0 for padding. In a dict also "labels" `[B, T]`: the
+                result is then packed statistics `[B, T, 4]`, for
+                `TokenCrossentropy(from_statistics=True)` and metrics alike.
             training: Whether to drop out and to route at random.
             decoding: Whether no token may be dropped, so that the logits are those
                 of `decode_step`, fed one token after the other (`MoELayer.call`).
         """
-        source_ids, target_ids, source_segments, segments = checked_inputs(inputs)
+        source_ids, target_ids, source_segments, segments, labels = checked_inputs(
+            inputs
+        )
         memory, memory_mask = self.encode(
             source_ids, training, decoding, source_segments
         )
@@ -255,7 +271,7 @@ class Transformer(TransformerDecoding):
                 segment_ids=segments,
                 memory_segment_ids=source_segments,
             )
-        return self._logits(x)
+        return self._logits(x) if labels is None else self._statistics(x, labels)
 
     def encode(
         self,
@@ -329,21 +345,33 @@ class Transformer(TransformerDecoding):
             return self.target_embedding.project(x, transposed)
         return self.projection(x)
 
+    def _statistics(self, x: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
+        x = self.decoder_norm(x)
+        if self.projection is None:
+            return self.target_embedding.statistics(x, labels, self.block_length)
+        return self.projection(x, labels)
+
     def compute_mask(self, inputs: Any, previous_mask: Any = None) -> tf.Tensor:
         inputs = transformer_inputs(inputs)
         return self._target_mask(inputs.target, inputs.target_segment_ids)
 
     def compute_output_shape(self, input_shape: Any) -> Any:
-        target = transformer_inputs(input_shape).target
-        return (*target, self.target_vocab_size)
+        found = transformer_inputs(input_shape)
+        return (*found.target, self._last_dimension(found))
 
     def compute_output_spec(
         self, inputs: Any, training: bool | None = None, decoding: bool = False
     ) -> keras.KerasTensor:
         # Not checked: on replicas Keras builds from means of their batches, all floats.
-        target = transformer_inputs(inputs).target
-        # Logits are float32 whatever the policy computes in.
-        return keras.KerasTensor((*target.shape, self.target_vocab_size), "float32")
+        found = transformer_inputs(inputs)
+        shape = (*found.target.shape, self._last_dimension(found))
+        # Float32 whatever the policy computes in.
+        return keras.KerasTensor(shape, "float32")
+
+    def _last_dimension(self, inputs: TransformerInputs) -> int:
+        if inputs.labels is None:
+            return self.target_vocab_size
+        return len(TokenStatistics._fields)
 
     def get_config(self) -> dict[str, Any]:
         config = keras.layers.Layer.get_config(self)
@@ -371,6 +399,7 @@ class Transformer(TransformerDecoding):
             stacked=self.stacked,
             bos_id=self.bos_id,
             context_parallel=self.context_parallel,
+            block_length=self.block_length,
         )
         return config
 
