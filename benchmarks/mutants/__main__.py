@@ -20,12 +20,14 @@ from benchmarks.harness.command_line import (
     say,
     show,
 )
-from benchmarks.mutants import checkpoints, routing, strategy, tpu
+from benchmarks.mutants import checkpoints, losses, packing, routing, strategy, tpu
 from benchmarks.mutants.mutant import Mutant, check
 from benchmarks.mutants.running import ROOT, Copy, copy_of_the_project
 
 SUBJECTS: dict[str, tuple[Mutant, ...]] = {
     "checkpoints": checkpoints.MUTANTS,
+    "losses": losses.MUTANTS,
+    "packing": packing.MUTANTS,
     "routing": routing.MUTANTS,
     "strategy": strategy.MUTANTS,
     "tpu": tpu.MUTANTS,

@@ -108,7 +108,10 @@ def test_too_long():
     examples = make_examples(20)
     for number in (3, 7):
         examples[number]["target"] = np.ones(13, np.int32)
-    dropping = PackedDataset(dataset_of(examples), LIMITS, 1, too_long="drop")
+    # One in each window.
+    dropping = PackedDataset(
+        dataset_of(examples), LIMITS, 1, lookahead=5, too_long="drop"
+    )
     batches = list(dropping.dataset.as_numpy_iterator())
     assert dropping.too_long == 2
     assert sum(len(list(segments_of(batch, "target"))) for batch in batches) == 18
