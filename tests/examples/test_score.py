@@ -91,15 +91,18 @@ def test_table_json_and_plot(tmp_path):
     write_scores(tmp_path / "scores.json", scores)
     assert json.loads((tmp_path / "scores.json").read_text()) == scores
     for name in ("plot.png", "plot.svg"):
-        plot_scores(tmp_path / name, scores, "family", title="A test")
+        plot_scores(tmp_path / name, {"A test": scores, "Another": scores}, "family")
         assert (tmp_path / name).stat().st_size > 1_000
+    picture = (tmp_path / "plot.svg").read_text("utf-8")
+    assert picture.count("<!-- Germanic (") == 2
+    assert "<!-- A test -->" in picture and "<!-- Another -->" in picture
     for options, match in (
         ({"grouping": "colour"}, "colour"),
         ({"metric": "comet"}, "comet"),
         ({"grouping": "resources"}, "no scores by resources"),
     ):
         with pytest.raises(ValueError, match=match):
-            plot_scores(tmp_path / "no.png", scores, **options)
+            plot_scores(tmp_path / "no.png", {"A test": scores}, **options)
     with pytest.raises(ValueError, match="colour"):
         format_table(scores, ("colour",))
     with pytest.raises(ValueError, match="a system to show"):

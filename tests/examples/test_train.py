@@ -142,11 +142,11 @@ def test_scores_beside_the_baselines(run, corpus, tmp_path):
     translator = Translator(model, vocabulary)
     scores = evaluate.evaluate(translator, corpus, sets, tmp_path, print)
     memory = TranslationMemory(corpus.read("train"))
+    assert (tmp_path / "scores.png").stat().st_size > 5_000
     for name, pairs in sets.items():
         out = tmp_path / f"evaluation-{name}"
         assert set(scores[name]) == {"model", "memory", "copy"}
         assert scores[name]["copy"]["overall"]["pairs"] == len(pairs) > 0
-        assert (out / "scores.png").stat().st_size > 5_000
         assert re.search(r"model +memory +copy\n", (out / "scores.txt").read_text())
         # Each set has its own translations, and its own sources' neighbors.
         alone = score(pairs, memory.translate(pairs), corpus.languages())

@@ -304,7 +304,8 @@ def _evaluate(options: argparse.Namespace) -> None:
     for name in sets:
         out = options.run / f"evaluation-{name}"
         print("\n" + (out / "scores.txt").read_text("utf-8"))
-        print(f"Plot: {out / 'scores.png'}\nTranslations: {out / 'translations.tsv'}")
+        print(f"Translations: {out / 'translations.tsv'}")
+    print(f"Plot: {options.run / 'scores.png'}")
 
 
 def _choose_decoding(

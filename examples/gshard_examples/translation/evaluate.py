@@ -47,16 +47,16 @@ def evaluate(
 ) -> dict[str, dict]:
     """Translates held-out pairs; scores the model, copying and a translation memory.
 
-    For each set writes `scores.json`, `scores.txt`, `scores.png` and
-    `translations.tsv` to `out/evaluation-NAME`. Where Apertium is installed with some
-    of the languages, all are compared with it on the pairs of these:
-    `scores-apertium.json`, and a second table in `scores.txt`.
+    For each set writes `scores.json`, `scores.txt` and `translations.tsv` to
+    `out/evaluation-NAME`, and a picture of all sets, `out/scores.png`. Where Apertium
+    is installed with some of the languages, all are compared with it on the pairs of
+    these: `scores-apertium.json`, and a second table in `scores.txt`.
 
     Args:
         translator: What to score.
         corpus: What it was trained on, for the translation memory.
         sets: Name -> pairs, none of them empty. The names of splits, say.
-        out: The folder for the folders of results.
+        out: The folder for the picture and the folders of results.
         progress: Called with a line now and then.
 
     Returns:
@@ -85,7 +85,13 @@ def evaluate(
         begin += len(some)
         said = {system: texts[rows] for system, texts in systems.items()}
         results[name] = _write(folders[name], name, some, said, counts, progress)
+    panels = {_title(name, some): results[name] for name, some in sets.items()}
+    plot_scores(out / "scores.png", panels)
     return results
+
+
+def _title(name: str, pairs: Sequence[Pair]) -> str:
+    return f"{name}: {len(pairs)} pairs"
 
 
 def _write(
@@ -97,11 +103,10 @@ def _write(
     progress: Callable[[str], None],
 ) -> dict:
     """Scores systems on one set, and writes what `evaluate` says."""
-    title = f"{name}: {len(pairs)} pairs"
     scores = {name: score(pairs, texts, counts) for name, texts in systems.items()}
     write_scores(out / "scores.json", scores)
     table = format_table(scores, ("domain", "resources", "family"))
-    tables = f"{title}\n\n{table}\n"
+    tables = f"{_title(name, pairs)}\n\n{table}\n"
     apertium = translate_with_apertium(pairs)
     if apertium.positions:
         some = [pairs[i] for i in apertium.positions]
@@ -117,5 +122,4 @@ def _write(
         for p, t in zip(pairs, systems["model"], strict=True)
     ]
     write_file(out / "translations.tsv", ("\n".join(rows) + "\n").encode())
-    plot_scores(out / "scores.png", scores, "family", title=title)
     return scores
