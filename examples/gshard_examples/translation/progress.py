@@ -210,8 +210,8 @@ class TrainingProgress(keras.callbacks.Callback):
                 parts.append(text)
         line = Table.grid(padding=(0, 1))
         bar = ProgressBar(self._steps, self._done, width=10)
-        text = Text(" · ".join(parts), no_wrap=True, overflow="ellipsis")
-        line.add_row(bar, text)
+        figures = Text(" · ".join(parts), no_wrap=True, overflow="ellipsis")
+        line.add_row(bar, figures)
         self._live.update(line, refresh=True)
 
 

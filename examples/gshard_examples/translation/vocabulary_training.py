@@ -146,7 +146,7 @@ def train_vocabulary(
     path = local_path(path)  # before the work
     try:
         import sentencepiece
-        from sentencepiece.sentencepiece_model_pb2 import ModelProto
+        from sentencepiece import sentencepiece_model_pb2 as messages
     except ImportError as error:
         raise missing_packages(
             ["sentencepiece"], "vocabularies are trained with it"
@@ -202,7 +202,9 @@ def train_vocabulary(
             f"SentencePiece could not train on this: {error}. Received: size={size}, "
             f"character_coverage={character_coverage}, languages={len(tags)}"
         ) from error
-    trained = ModelProto.FromString(model.getvalue())
+    # protobuf makes the class when the module is imported.
+    kind = messages.ModelProto  # type: ignore[attr-defined]
+    trained = kind.FromString(model.getvalue())
     trained.normalizer_spec.ClearField("normalization_rule_tsv")  # its name is random
     write_file(path, trained.SerializeToString(deterministic=True))
     return path
