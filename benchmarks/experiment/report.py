@@ -1,68 +1,160 @@
-"""Results of `benchmarks.experiment.run`: the table for the docs, and the plot."""
+"""Results of the experiment: the tables for the docs, and the plot."""
 
 import pathlib
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+#: Names of tests in tables.
+NAMES = {"test_pairs": "new pairs", "test": "new messages", "udhr": "udhr"}
 
-def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The comparison, for the docs."""
-    lines = [
-        "| experts | seed | weights | s/step | train loss | validation loss "
-        "| test chrF / BLEU | udhr chrF / BLEU |",
-        "|---|---|---|---|---|---|---|---|",
+
+def format_results(results: Mapping[str, Any]) -> str:
+    """Returns all tables."""
+    rows = [row for row in results["rows"] if not row["language"]]
+    parts = [_of_runs(rows, list(results["scores"]))]
+    for name, scores in results["scores"].items():
+        parts.append(f"{NAMES[name]}, chrF\n\n{_by_level(rows, scores)}")
+    alone = [row for row in results["rows"] if row["language"]]
+    if alone:
+        parts.append(_bilingual(alone, rows, results))
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    rows = [head, ["---"] * len(head), *lines]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def _of_runs(rows: Sequence[Mapping[str, Any]], tests: Sequence[str]) -> str:
+    head = [
+        *("run", "weights", "tokens", "s/step", "train", "new messages", "new pairs"),
+        *(f"{NAMES[name]}, chrF" for name in tests),
     ]
+    lines = []
     for row in rows:
-        scores = [
-            f"{row[n]['overall']['chrf']} / {row[n]['overall']['bleu']}"
-            if n in row
-            else "-"
-            for n in ("test", "udhr")
-        ]
-        loss = row["validation"][max(row["validation"])]
+        losses = row["new_messages"]
         lines.append(
-            f"| {row['experts'] or 'dense'} | {row['seed']} "
-            f"| {row['parameters'] / 1e6:.1f} M | {row['seconds_per_step']:.2f} "
-            f"| {row['train_nll']:.3f} | {loss:.3f} | {scores[0]} | {scores[1]} |"
+            [
+                row["run"],
+                f"{row['parameters'] / 1e6:.2f} M",
+                f"{row['tokens'] / 1e6:.1f} M",
+                f"{row['seconds_per_step']:.3f}",
+                f"{row['train_nll']:.3f}",
+                f"{losses[max(losses, key=int)]:.3f}",
+                f"{row['new_pairs_nll']:.3f}",
+                *(f"{row['chrf'][name]:.1f}" for name in tests),
+            ]
         )
-    return "\n".join(lines)
+    return _table(head, lines)
 
 
-def plot(rows: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
-    """Quality over the dense model against the cost of training: the paper's Figure 1.
+def _models(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """Returns model -> its runs."""
+    models: dict[str, list[str]] = {}
+    for row in rows:
+        models.setdefault(row["model"], []).append(row["run"])
+    return models
 
-    One point per run, one curve through the means.
-    """
-    import matplotlib
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+def _by_level(rows: Sequence[Mapping[str, Any]], scores: Mapping[str, Any]) -> str:
+    """A line for all pairs and for each resource level; means over seeds, and range."""
+    models = _models(rows)
+    levels = ["", *scores["copy"].get("resources", {})]
+    lines = []
+    for level in levels:
 
-    def cost(row: Mapping[str, Any]) -> float:
-        return row["seconds_per_step"] * row["steps"] / 3600
+        def cell(system: str, level: str = level) -> Mapping[str, Any]:
+            found = scores[system]
+            return found["resources"][level] if level else found["overall"]
 
-    def mean(experts: int, value: Any) -> float:
-        return statistics.mean(value(r) for r in rows if r["experts"] == experts)
+        line = [level or "all", str(cell("copy")["pairs"])]
+        line += [f"{cell(name)['chrf']:.1f}" for name in ("copy", "memory")]
+        for runs in models.values():
+            values = [cell(run)["chrf"] for run in runs]
+            spread = f" ± {(max(values) - min(values)) / 2:.1f}" if runs[1:] else ""
+            line.append(f"{statistics.mean(values):.1f}{spread}")
+        lines.append(line)
+    return _table(["", "pairs", "copy", "memory", *models], lines)
 
-    sizes = sorted({row["experts"] for row in rows})
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 4))
-    measures = {
-        "validation loss below dense, nats": lambda r: (
-            -r["validation"][max(r["validation"])]
-        ),
-        "chrF above dense": lambda r: r["test"]["overall"]["chrf"],
-    }
-    for axis, (label, value) in zip(axes, measures.items(), strict=True):
-        base = mean(0, value)
-        for row in rows:
-            axis.plot(cost(row), value(row) - base, "o", color="C0", alpha=0.5)
-        xs = [mean(experts, cost) for experts in sizes]
-        ys = [mean(experts, value) - base for experts in sizes]
-        axis.plot(xs, ys, "-", color="C0")
-        for experts, x, y in zip(sizes, xs, ys, strict=True):
-            axis.annotate(str(experts or "dense"), (x, y))
-        axis.set_xlabel("hours of training")
-        axis.set_ylabel(label)
-    figure.tight_layout()
+
+def _bilingual(
+    alone: Sequence[Mapping[str, Any]],
+    rows: Sequence[Mapping[str, Any]],
+    results: Mapping[str, Any],
+) -> str:
+    """The paper's comparison: each model over a model of one language alone."""
+    models = _models(rows)
+    lines = []
+    for row in sorted(alone, key=lambda row: -results["counts"][row["language"]]):
+        language = row["language"]
+        line = [language, str(results["counts"][language])]
+        scores = results["scores"]["test_pairs"]
+        if row["run"] not in scores:
+            continue  # no new pair of this language
+        base = scores[row["run"]]["overall"]["bleu"]
+        line.append(f"{base:.1f}")
+        for runs in models.values():
+            over = [scores[run]["language"][language]["bleu"] - base for run in runs]
+            line.append(f"{statistics.mean(over):+.1f}")
+        lines.append(line)
+    head = ["language", "training pairs", "bilingual, BLEU", *models]
+    return "new pairs, BLEU over a bilingual model\n\n" + _table(head, lines)
+
+
+def plot(results: Mapping[str, Any], path: pathlib.Path) -> None:
+    """Draws quality over dense: by experts, as the paper's Figure 1, and by level."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    rows = [row for row in results["rows"] if not row["language"]]
+    equal = [row for row in rows if row["model"] != "wide"]
+    sizes = sorted({row["experts"] for row in equal})
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(ncols=2)
+    for color, name in enumerate(results["scores"]):
+
+        def value(row: Mapping[str, Any], name: str = name) -> float:
+            return row["chrf"][name]
+
+        base = _mean(equal, 0, value)
+        for row in equal:
+            x = sizes.index(row["experts"])
+            left.plot(x, value(row) - base, "o", color=f"C{color}", alpha=0.5)
+        gains = [_mean(equal, experts, value) - base for experts in sizes]
+        left.plot(range(len(sizes)), gains, color=f"C{color}", label=NAMES[name])
+    left.set_xticks(range(len(sizes)), [str(size or "dense") for size in sizes])
+    left.set_xlabel("experts, at equal FLOPs per token")
+    left.set_ylabel("chrF above dense")
+    left.legend()
+    scores = results["scores"]["test_pairs"]
+    levels = list(scores["copy"].get("resources", {}))
+    models = _models(rows)
+    base_of = models.pop("dense")
+    for number, (model, runs) in enumerate(models.items()):
+        gains = [
+            _level_mean(scores, runs, level) - _level_mean(scores, base_of, level)
+            for level in levels
+        ]
+        places = [i + 0.8 * (number / len(models) - 0.4) for i in range(len(levels))]
+        right.bar(places, gains, width=0.8 / len(models), label=model)
+    right.set_xticks(range(len(levels)), levels)
+    right.set_xlabel("training pairs of the language")
+    right.set_ylabel("chrF above dense on new pairs")
+    right.axhline(0, color="black", linewidth=0.5)
+    if models:
+        right.legend()
     figure.savefig(path, dpi=120)
+
+
+def _mean(
+    rows: Sequence[Mapping[str, Any]],
+    experts: int,
+    value: Callable[[Mapping[str, Any]], float],
+) -> float:
+    return statistics.mean(value(row) for row in rows if row["experts"] == experts)
+
+
+def _level_mean(scores: Mapping[str, Any], runs: Sequence[str], level: str) -> float:
+    return statistics.mean(scores[run]["resources"][level]["chrf"] for run in runs)

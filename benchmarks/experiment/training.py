@@ -1,0 +1,134 @@
+"""The runs of the experiment, by `gshard-run`: jax is enough."""
+
+import json
+import pathlib
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from benchmarks.experiment.design import RUNS, SIZES, Run, all_runs
+from benchmarks.harness import timing
+from benchmarks.harness.command_line import say
+
+
+def read_about(out: pathlib.Path) -> tuple[Any, list[Run]]:
+    """Returns the size of a prepared experiment, and its runs."""
+    about = json.loads((out / "experiment.json").read_text())
+    size = SIZES[about["size"]]
+    return size, all_runs(size, about["languages"])
+
+
+def steps_of(size: Any, run: Run) -> int:
+    """Returns how many steps a run has."""
+    return size.bilingual_steps if run.language else size.settings["steps"]
+
+
+def is_complete(out: pathlib.Path, size: Any, run: Run) -> bool:
+    """Returns whether a run was trained and evaluated to its end."""
+    return steps_of(size, run) in evaluations_of(out / run.name / "new-pairs")
+
+
+def train(out: pathlib.Path, only: Sequence[str], minutes: float | None) -> None:
+    """Trains runs to their ends, from where they are.
+
+    Args:
+        out: The prepared folder.
+        only: Names of runs; none: all.
+        minutes: After which to stop; the next call goes on.
+
+    Raises:
+        ValueError: for a name that no run has.
+    """
+    size, runs = read_about(out)
+    if unknown := set(only) - {run.name for run in runs}:
+        raise ValueError(
+            f"--only must name runs: {', '.join(run.name for run in runs)}. Received: "
+            f"{', '.join(sorted(unknown))}"
+        )
+    end = None if minutes is None else time.monotonic() + 60 * minutes
+    for run in runs:
+        if (only and run.name not in only) or is_complete(out, size, run):
+            continue
+        limit = None if end is None else end - time.monotonic()
+        if limit is not None and limit <= 0:
+            break
+        say(f"training {run.name}")
+        _train(out, size, run, limit)
+
+
+def _train(out: pathlib.Path, size: Any, run: Run, limit: float | None) -> None:
+    folder, steps = out / run.name, steps_of(size, run)
+    more = [] if limit is None else ["--time-limit", f"{limit:.0f}"]
+    _run(
+        folder / "train.gshard",
+        *("--data", out / run.data, "--out", folder / "run"),
+        *("--steps", str(steps), "--log-every", str(min(50, size.save_every))),
+        *("--save-every", str(min(size.save_every, steps))),
+        *("--evaluate", folder / "eval.gshard", out / "data-dev"),
+        *more,
+    )
+    if steps in evaluations_of(folder / "run"):
+        _run(
+            folder / "eval.gshard",
+            *("--data", out / "data-dev_pairs", "--out", folder / "new-pairs"),
+            *("--state", folder / "run" / "state.npz"),
+        )
+
+
+def _run(program: pathlib.Path, *arguments: Any) -> None:
+    subprocess.run(  # noqa: S603
+        [sys.executable, "-m", "gshard_tf.export.runner", program, *arguments],
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
+
+
+def evaluations_of(folder: pathlib.Path) -> dict[int, dict[str, Any]]:
+    """Returns the evaluations in a folder's log, by step."""
+    return {line["step"]: line for line in _log(folder) if line["event"] == "evaluate"}
+
+
+def training_of(folder: pathlib.Path) -> list[dict[str, Any]]:
+    """Returns the lines of training of a folder's log, each step once."""
+    lines = {line["step"]: line for line in _log(folder) if line["event"] == "train"}
+    return [lines[step] for step in sorted(lines)]
+
+
+def _log(folder: pathlib.Path) -> list[dict[str, Any]]:
+    path = folder / "log.jsonl"
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+def measure(out: pathlib.Path, rounds: int = 20) -> None:
+    """Seconds of a step of each model, taken in turns."""
+    from gshard_tf import export
+
+    sides, runs = {}, [run for run in RUNS if run.seed == RUNS[0].seed]
+    for run in runs:
+        folder = out / run.name
+        program = export.load(folder / "train.gshard")
+        arrays, _ = export.read_state(folder / "start.npz")
+        batches = export.ArrayBatches(out / run.data, program.manifest.inputs)
+        sides[run.model] = _step_of(program, arrays, batches)
+    times = timing.alternate(sides, rounds, warm_up=2)
+    medians = {model: timing.median(times, model) for model in sides}
+    (out / "times.json").write_text(json.dumps(medians, indent=1) + "\n")
+    say(str(medians))
+
+
+def _step_of(program: Any, arrays: Any, batches: Any) -> Callable[[], object]:
+    import jax
+
+    current = {"state": program.put_state(arrays), "number": 0}
+
+    def step() -> None:
+        batch = batches.batch(current["number"])
+        _, current["state"] = program(batch, current["state"])
+        current["number"] = (current["number"] + 1) % len(batches)
+        jax.block_until_ready(current["state"])
+
+    return step
