@@ -38,11 +38,13 @@ SERVE = [
     "prometheus-client>=0.26,<1",
     f"tensorflow-serving-api{TENSORFLOW}",
 ]
+# What gshard_examples.tensor_parallel trains.
+KERAS_HUB = ["keras-hub>=0.32,<1"]
 # What benchmarks.moe.peers measures beside our layer.
 BENCHMARKS = [
     "torch>=2.13,<3",
     "transformers>=5.23,<6",
-    "keras-hub>=0.32,<1",
+    *KERAS_HUB,
     "tf-models-official~=2.20.0",
     "st-moe-pytorch>=0.1.8,<0.2",
     "mixture-of-experts>=0.2.3,<0.3",
@@ -112,6 +114,7 @@ setup(
         "serve": SERVE,
         "benchmarks": BENCHMARKS,
         "model-garden": MODEL_GARDEN,
+        "keras-hub": KERAS_HUB,
         "aot": AOT,
         "docs": DOCS,
         "test": TRANSLATION + SERVE + AOT + DOCS + TEST,

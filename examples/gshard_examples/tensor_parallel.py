@@ -1,6 +1,6 @@
 """Tensor-parallel fine-tuning of a keras-hub model, whose code knows nothing of meshes.
 
-    pip install "keras-hub>=0.32,<1"
+    pip install -e '.[keras-hub]'
     python -m gshard_examples.tensor_parallel
 
 Path rules split a small Gemma over 8 devices: the batch two ways; heads, hidden layer
