@@ -53,6 +53,8 @@ BENCHMARKS = [
 ]
 # What gshard_examples.model_garden trains. It needs TensorFlow 2.20.
 MODEL_GARDEN = ["tf-models-official~=2.20.0", "tf_keras~=2.20.0"]
+# Scripts that complete the commands in a shell.
+COMPLETION = ["shtab>=1.7,<2"]
 # The TPU compiler, for planning; no TPU is needed. It exists for Linux on x86-64.
 AOT = ["libtpu>=0.0.52,<0.1; platform_system=='Linux' and platform_machine=='x86_64'"]
 TEST = [
@@ -115,9 +117,10 @@ setup(
         "benchmarks": BENCHMARKS,
         "model-garden": MODEL_GARDEN,
         "keras-hub": KERAS_HUB,
+        "completion": COMPLETION,
         "aot": AOT,
         "docs": DOCS,
-        "test": TRANSLATION + SERVE + AOT + DOCS + TEST,
+        "test": TRANSLATION + SERVE + AOT + DOCS + COMPLETION + TEST,
     },
     entry_points={
         "console_scripts": [

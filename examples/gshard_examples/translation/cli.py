@@ -176,7 +176,7 @@ def _settings(options: argparse.Namespace) -> Settings:
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    alone = ("--help", "--version")
+    alone = ("--help", "--version", "--print-completion")
     if not arguments or (arguments[0][:2] == "--" and arguments[0] not in alone):
         arguments = ["run", *arguments]
     options = make_parser().parse_args(arguments)
