@@ -36,6 +36,8 @@ class Collective:
             None for a permutation.
         pairs: `[number, 2]` sources and targets of a permutation; else None.
         dimension: The dimension that an all-gather concatenates; else None.
+        origins: The operation that each of `shapes` stems from, or "": XLA combines
+            small collectives. Empty where all stem from `op_name`.
     """
 
     kind: str
@@ -46,11 +48,30 @@ class Collective:
     groups: np.ndarray | None = dataclasses.field(default=None, compare=False)
     pairs: np.ndarray | None = dataclasses.field(default=None, compare=False)
     dimension: int | None = None
+    origins: tuple[str, ...] = ()
 
     @property
     def runs(self) -> int:
         """The number of runs that count: 1 where `times` is not known."""
         return 1 if self.times is None else self.times
+
+    def parts(self) -> list["Collective"]:
+        """Returns the collectives that this one combines: one for each origin."""
+        if len(set(self.origins)) < 2:
+            return [self]
+        shapes: dict[str, list[tuple[str, tuple[int, ...]]]] = {}
+        for shape, origin in zip(self.shapes, self.origins, strict=True):
+            shapes.setdefault(origin, []).append(shape)
+        return [
+            dataclasses.replace(
+                self,
+                shapes=tuple(each),
+                bytes=sum(parser.Array(*shape).bytes for shape in each),
+                op_name=origin,
+                origins=(),
+            )
+            for origin, each in shapes.items()
+        ]
 
 
 def collectives(
@@ -77,14 +98,21 @@ def collectives(
         ):
             continue
         arrays = instruction.arrays
+        origins: tuple[str, ...] | None = None
         if kind == "all-reduce" and id(computation) in fused:
             shards = _reduce_scatter_shards(instruction, computation)
             if shards:
-                kind, arrays = "reduce-scatter", shards
-        elif instruction.opcode != kind and len(arrays) > 1:
-            # (operands, results, what else the pair needs)
+                kind = "reduce-scatter"
+                arrays = tuple(shard.arrays[0] for shard in shards)
+                origins = tuple(shard.op_name for shard in shards)
+        elif instruction.opcode != kind != "all-reduce" and len(arrays) > 1:
+            # (operands, results, what else the pair needs); of a sum, results alone.
             count = len(instruction.operands)
             arrays = arrays[count : 2 * count]
+        if origins is None:
+            origins = _origins(instruction, computation, len(arrays))
+        if not any(origins):
+            origins = ()
         dimension = re.search(r"dimensions=\{(\d+)\}", instruction.attributes)
         communication.append(
             Collective(
@@ -96,9 +124,42 @@ def collectives(
                 groups=_groups(instruction.attributes),
                 pairs=_pairs(instruction.attributes),
                 dimension=int(dimension[1]) if dimension else None,
+                origins=origins,
             )
         )
     return communication
+
+
+def _origins(
+    instruction: parser.Instruction,
+    computation: Mapping[str, parser.Instruction],
+    number: int,
+) -> tuple[str, ...]:
+    """Returns the operation that each result of a collective stems from, or "".
+
+    XLA combines collectives, and names the whole after one of them, or `(a:b:c)`. What
+    takes a result from the tuple keeps its own name; else its operand has one.
+    """
+    # (The operands of an all-to-all of a tuple are pieces of one tensor.)
+    if number < 2 or instruction.opcode.startswith("all-to-all"):
+        return (instruction.op_name,) * number
+    names = dict.fromkeys(range(number), "")
+    results = {instruction.name}
+    if instruction.opcode.endswith("-start"):
+        results = {
+            user.name
+            for user in computation.values()
+            if user.opcode.endswith("-done") and instruction.name in user.operands
+        }
+    for user in computation.values():
+        if user.opcode == "get-tuple-element" and results & set(user.operands):
+            index = re.search(r"index=(\d+)", user.attributes)
+            if index and int(index[1]) in names:
+                names[int(index[1])] = user.op_name
+    for i, operand in enumerate(instruction.operands[:number]):
+        if not names[i] and operand in computation:
+            names[i] = computation[operand].op_name
+    return tuple(names.values())
 
 
 def _channel(instruction: parser.Instruction) -> str:
@@ -143,19 +204,19 @@ def _fused(module: parser.Module) -> set[int]:
 
 def _reduce_scatter_shards(
     instruction: parser.Instruction, computation: Mapping[str, parser.Instruction]
-) -> tuple[parser.Array, ...]:
-    """Returns the shards kept of a fused all-reduce, or () if any result stays whole.
+) -> tuple[parser.Instruction, ...]:
+    """Returns what keeps a shard of a fused all-reduce; () if any result stays whole.
 
     The TPU compiler has no other form of a reduce-scatter: an all-reduce of which each
     device slices its own shard, in one fusion, which never makes the whole sum.
     """
-    shards: list[parser.Array] = []
+    shards: list[parser.Instruction] = []
     whole = [instruction.name]
     for name in whole:  # grows on the way
         users = [i for i in computation.values() if name in i.operands]
         for user in users:
             if user.opcode == "dynamic-slice":
-                shards += user.arrays
+                shards.append(user)
             elif user.opcode in ("get-tuple-element", "bitcast"):
                 whole.append(user.name)
             else:

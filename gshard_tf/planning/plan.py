@@ -17,7 +17,7 @@ from gshard_tf.planning.text import table
 
 #: Increased when the fields or their definitions change, so that an old file is
 #: rejected and not misread.
-FORMAT = 3
+FORMAT = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +134,10 @@ class Plan:
         )
 
     def count(self, kind: str, layer: str = "") -> int:
-        """Returns how many collectives of a kind run in a layer and those within it."""
+        """Returns how many collectives of a kind count in a layer and those within it.
+
+        `Communication.count` says where one of several layers counts.
+        """
         return sum(
             c.count
             for c in self.communication

@@ -85,16 +85,21 @@ class OutOfMemory:
 class Communication:
     """The collectives of one kind, layer and mesh axis.
 
+    XLA combines small collectives, as the sums of all gradients. Bytes and time of such
+    a one are divided among the layers whose tensors it moves.
+
     Attributes:
         kind: Such as "all-to-all".
         layer: The layer that they belong to, or "".
         axis: The mesh axes over which devices communicate, joined by "+".
         count: How many run in a step; those of a loop once per iteration, or once if
             the number of iterations depends on values (`Plan.complaints` names it).
-        bytes: The bytes that a core receives by all of them.
-        seconds: The time of all of them by the roofline.
+            One of several layers counts once, in that with most of its bytes.
+        bytes: The bytes that a core receives for this layer.
+        seconds: The part of the bytes in the time of all of them, by the roofline.
         asked: Whether annotations imply it; sums of partial results (all-reduce,
             reduce-scatter) always count as implied.
+        shared: How many more carry a part for this layer, and count in another one.
     """
 
     kind: str
@@ -104,6 +109,7 @@ class Communication:
     bytes: int
     seconds: float
     asked: bool
+    shared: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -159,16 +159,21 @@ def _related(one: str, other: str) -> bool:
 
 @dataclasses.dataclass
 class _Total:
-    """The sum over collectives that agree in some properties."""
+    """The sum over collectives that agree in some properties; see `Communication`."""
 
     count: int = 0
+    shared: int = 0
     bytes: int = 0
     seconds: float = 0.0
 
-    def add(self, collective: Collective, seconds: float) -> None:
-        self.count += collective.runs
-        self.bytes += collective.runs * collective.bytes
-        self.seconds += collective.runs * seconds
+    def add(self, part: Collective, seconds: float, counts: bool = True) -> None:
+        """Adds a collective, or a part of one that counts elsewhere."""
+        if counts:
+            self.count += part.runs
+        else:
+            self.shared += part.runs
+        self.bytes += part.runs * part.bytes
+        self.seconds += part.runs * seconds
 
 
 def summarize_communication(
@@ -189,22 +194,33 @@ def summarize_communication(
     unintended: dict[tuple, _Total] = collections.defaultdict(_Total)
     advice: dict[tuple, str] = {}
     for collective, time in zip(collectives, seconds, strict=True):
-        layer = layers.layer_of(collective.op_name)
         axis = axis_of(collective, classifier.mesh)
-        requested = classifier.is_requested(collective, layer)
-        totals[collective.kind, layer, axis, requested].add(collective, time)
-        if not requested:
-            operation = layer_names.operation_of(collective.op_name)
-            shape = " ".join(
-                f"{dtype}[{','.join(map(str, dims))}]"
-                for dtype, dims in collective.shapes[:1]
-            )
-            key = (collective.kind, layer, operation, shape, axis)
-            unintended[key].add(collective, time)
-            if key not in advice:
-                advice[key] = classifier.advice(collective, axis, operation)
+        shares: dict[tuple, list[Collective]] = {}
+        for part in collective.parts():
+            layer = layers.layer_of(part.op_name)
+            requested = classifier.is_requested(part, layer)
+            shares.setdefault((part.kind, layer, axis, requested), []).append(part)
+            if not requested:
+                operation = layer_names.operation_of(part.op_name)
+                shape = " ".join(
+                    f"{dtype}[{','.join(map(str, dims))}]"
+                    for dtype, dims in part.shapes[:1]
+                )
+                unasked = (part.kind, layer, operation, shape, axis)
+                unintended[unasked].add(part, 0.0)
+                if unasked not in advice:
+                    advice[unasked] = classifier.advice(part, axis, operation)
+        # It counts once, where most of its bytes are.
+        largest = max(shares, key=lambda key: sum(part.bytes for part in shares[key]))
+        for key, parts in shares.items():
+            size = sum(part.bytes for part in parts)
+            share = dataclasses.replace(collective, bytes=size)
+            portion = size / collective.bytes if collective.bytes else 1.0
+            totals[key].add(share, time * portion, key == largest)
     communication = [
-        Communication(kind, layer, axis, t.count, t.bytes, t.seconds, requested)
+        Communication(
+            kind, layer, axis, t.count, t.bytes, t.seconds, requested, t.shared
+        )
         for (kind, layer, axis, requested), t in totals.items()
     ]
     reshards = [

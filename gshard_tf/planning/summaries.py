@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from gshard_tf.planning import units
 from gshard_tf.planning.records import Communication, Weight
 
 if TYPE_CHECKING:
@@ -136,8 +137,11 @@ class LayerTotal:
     parts: list[Communication]
 
     @property
-    def count(self) -> int:
-        return sum(part.count for part in self.parts)
+    def number(self) -> str:
+        """`3+1`: three, and a part of one that counts in another layer."""
+        shared = sum(part.shared for part in self.parts)
+        number = units.number(sum(part.count for part in self.parts))
+        return f"{number}+{units.number(shared)}" if shared else number
 
     @property
     def bytes(self) -> int:
@@ -168,6 +172,7 @@ def by_kind(communication: Sequence[Communication]) -> list[Communication]:
                 bytes=sum(part.bytes for part in parts),
                 seconds=sum(part.seconds for part in parts),
                 asked=asked,
+                shared=sum(part.shared for part in parts),
             )
             for (kind, axis, asked), parts in groups.items()
         ),

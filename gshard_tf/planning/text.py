@@ -156,10 +156,12 @@ def _communication(plan: Plan) -> list[str]:
     timed = plan.time is not None
     lines = [""]
 
-    def row(name: str, parts: Sequence[Communication], note: str) -> tuple:
+    def row(
+        name: str, parts: Sequence[Communication], note: str, number: str = ""
+    ) -> tuple:
         return (
             name,
-            units.number(sum(part.count for part in parts)),
+            number or units.number(sum(part.count for part in parts)),
             units.size(sum(part.bytes for part in parts)),
             units.seconds(sum(part.seconds for part in parts)) if timed else "",
             note,
@@ -177,7 +179,7 @@ def _communication(plan: Plan) -> list[str]:
     for total in layers[:_LAYERS]:
         kinds = ", ".join(sorted({part.kind for part in total.parts}))
         name = _short(_named(total.layer, total.layers), 35)
-        rows.append(row(f"  {name}", total.parts, kinds))
+        rows.append(row(f"  {name}", total.parts, kinds, total.number))
     rest = [part for total in layers[_LAYERS:] for part in total.parts]
     if rest:
         rows.append(row(f"  {len(layers) - _LAYERS} more", rest, ""))
@@ -185,6 +187,8 @@ def _communication(plan: Plan) -> list[str]:
     if not timed:
         head = (*head[:3], "", head[4])
     lines += _columns(head, rows, "lrrr")
+    if any(part.shared for total in layers[:_LAYERS] for part in total.parts):
+        lines.append("  1+2: one, and parts of two that count in other layers")
     for reshard in plan.reshards[:_RESHARDS]:
         where = reshard.layer or "no layer"
         lines.append(

@@ -50,6 +50,11 @@ def communication_section(plan: Plan) -> str:
     )
     totals = summaries.by_layer(plan.communication)
     out += _layer_table(totals, timed)
+    if any(part.shared for part in plan.communication):
+        out += (
+            '<p class="quiet">1+2: one, and parts of two that count in other layers, '
+            "with most of their bytes. The compiler combines small collectives.</p>"
+        )
     if any(total.layers > 1 for total in totals):
         each = [
             summaries.LayerTotal(layer, 1, list(parts))
@@ -81,7 +86,7 @@ def _layer_table(totals: Sequence[summaries.LayerTotal], timed: bool) -> str:
         f'<td class="wide">'
         f"{_bar(total.parts, largest)}</td>"
         f'<td class="n">{units.size(total.bytes)}</td>'
-        f'<td class="n">{total.count:,}</td>'
+        f'<td class="n">{total.number}</td>'
         + (
             f'<td class="n">{units.seconds(sum(p.seconds for p in total.parts))}</td>'
             if timed
@@ -118,7 +123,8 @@ def _bar(parts: Sequence[Communication], largest: float) -> str:
 
 def _collective_part(part: Communication) -> elements.Part:
     key = part.kind if part.kind in KINDS else "other"
-    label = f"{part.count:,} {part.kind} over {part.axis or '-'}"
+    number = f"{part.count:,}" if part.count else f"part of {part.shared:,}"
+    label = f"{number} {part.kind} over {part.axis or '-'}"
     return (key, label, part.bytes) if part.asked else (f"{key}!", label, part.bytes)
 
 

@@ -120,3 +120,51 @@ ENTRY %main (a: f32[4]) -> f32[4] {
 """  # noqa: E501
     (found,) = found_in(text)
     assert (found.kind, found.times) == ("all-to-all", 1)
+
+
+def combined(names, whole, kind="all-reduce", suffix=""):
+    """A sum of three tensors whose results have these names, as XLA combines them."""
+    parts = "".join(
+        f"  %r.{i} = f32[{n}] get-tuple-element(%r{suffix}), index={i}"
+        + (f', metadata={{op_name="{name}"}}' if name else "")
+        + "\n"
+        for i, (n, name) in enumerate(zip((8, 4, 2), names, strict=True))
+    )
+    shapes = "(f32[8]{0}, f32[4]{0}, f32[2]{0})"
+    done = f"  %rd = {shapes} {kind}-done(%r)\n" if suffix else ""
+    opcode = f"{kind}-start" if suffix else kind
+    return f"""HloModule m
+
+ENTRY %main (a: f32[8], b: f32[4], c: f32[2]) -> f32[8] {{
+  %a = f32[8]{{0}} parameter(0)
+  %b = f32[4]{{0}} parameter(1)
+  %n = f32[2]{{0}} negate(%b), metadata={{op_name="m/last/neg"}}
+  %r = {shapes} {opcode}(%a, %b, %n), channel_id=1, replica_groups={{{{0,1}}}}, metadata={{op_name="{whole}"}}
+{done}{parts}  ROOT %z = f32[8]{{0}} negate(%r.0)
+}}
+"""  # noqa: E501
+
+
+@pytest.mark.parametrize("suffix", ["", "d"])
+def test_a_combined_sum_has_the_parts_of_its_operations(suffix):
+    names = ["m/first/grad", "m/first/grad", "m/last/grad"]
+    (found,) = found_in(combined(names, "m/first/grad", suffix=suffix))
+    assert found.bytes == 4 * (8 + 4 + 2)
+    parts = [(part.op_name, part.bytes, part.kind) for part in found.parts()]
+    assert parts == [
+        ("m/first/grad", 4 * (8 + 4), "all-reduce"),
+        ("m/last/grad", 4 * 2, "all-reduce"),
+    ]
+
+
+def test_a_part_without_a_name_has_that_of_its_operand_or_none():
+    (found,) = found_in(combined(["m/first/grad", "", ""], "m/first/grad"))
+    parts = [(part.op_name, part.bytes) for part in found.parts()]
+    assert parts == [("m/first/grad", 32), ("", 16), ("m/last/neg", 8)]
+
+
+def test_one_origin_is_one_part():
+    (found,) = found_in(combined(["m/a"] * 3, "m/a"))
+    assert found.parts() == [found]
+    (found,) = found_in(scattering("%s.0, %s.1"))
+    assert found.parts() == [found]

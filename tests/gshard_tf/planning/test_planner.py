@@ -323,3 +323,33 @@ def test_a_function_that_takes_the_scope_away_is_told():
 
     with pytest.raises(ValueError, match="must not call keras.backend.clear_session"):
         gshard_tf.plan(build, "cpu:8", batch=batch(), cache=False)
+
+
+def test_a_sum_of_all_gradients_is_divided_among_the_layers():
+    """On 8 devices, a batch in 8 parts: one all-reduce, of each gradient in float32."""
+
+    def build():
+        model = keras.Sequential(
+            [keras.layers.Input([64])]
+            + [keras.layers.Dense(128, name="one"), keras.layers.Dense(32, name="two")]
+            + [keras.layers.Dense(1, name="three")],
+            name="small",
+        )
+        model.compile("adam", "mse")
+        return model
+
+    batch = (tf.TensorSpec([64, 64]), tf.TensorSpec([64, 1]))
+    rules = gshard_tf.AxisRules({"batch": "data"})
+    plan = gshard_tf.plan(build, "cpu:8", {"data": 8}, rules, batch, cache=False)
+    sums = {c.layer: c for c in plan.communication if c.kind == "all-reduce"}
+    assert {layer: c.bytes for layer, c in sums.items()} == {
+        "small/one": 4 * (64 * 128 + 128),
+        "small/two": 4 * (128 * 32 + 32),
+        "small/three": 4 * (32 + 1),
+        "": 4,  # the loss
+    }
+    # XLA's own number: it combines them.
+    assert plan.count("all-reduce") == sum(c.count for c in sums.values()) == 1
+    assert sums["small/one"].count == 1
+    assert [c.shared for c in sums.values()].count(1) == 3
+    assert re.search(r"small/two +0\+1 +16.5 kB", str(plan))
