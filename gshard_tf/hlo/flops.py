@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from gshard_tf.hlo.parser import Instruction, Module
+from gshard_tf.hlo.parser import Instruction, Module, called
 
 
 def flops_by_operation(
@@ -29,6 +29,50 @@ def flops_by_operation(
                 totals.get(name, 0.0) + (1 if times is None else times) * flops
             )
     return totals
+
+
+def flops_of_a_device(
+    module: Module, devices: int, loops: Mapping[str, int | None] | None = None
+) -> float:
+    """Returns a device's share of a module that is not partitioned yet.
+
+    Args:
+        module: The module. Its shapes are whole, except in manual regions, which are
+            written for one device.
+        devices: The number of devices.
+        loops: See `flops_by_operation`.
+    """
+    manual = _manual_computations(module)
+    total = 0.0
+    for instruction, computation, times in module.executed(loops):
+        flops = instruction_flops(instruction, computation)
+        if flops:
+            share = 1 if id(computation) in manual else 1 / devices
+            total += (1 if times is None else times) * flops * share
+    return total
+
+
+def _manual_computations(module: Module) -> set[int]:
+    """Returns the identities of the computations that run on a device's parts.
+
+    `jax.shard_map` calls one with operands that `SPMDFullToShardShape` makes.
+    """
+    names: list[str] = []
+    for computation in module.computations.values():
+        for instruction in computation.values():
+            operands = [computation.get(name) for name in instruction.operands]
+            if instruction.opcode == "call" and any(
+                operand is not None and _TO_PARTS in operand.attributes
+                for operand in operands
+            ):
+                names += called(instruction)
+    for name in names:  # grows on the way
+        for instruction in module.computations[name].values():
+            names += [each for each in called(instruction) if each not in names]
+    return {id(module.computations[name]) for name in names}
+
+
+_TO_PARTS = 'custom_call_target="SPMDFullToShardShape"'
 
 
 def instruction_flops(

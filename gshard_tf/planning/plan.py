@@ -37,7 +37,8 @@ class Plan:
         memory: The memory of a core; None if the step does not fit.
         out_of_memory: The reason why it does not fit; None if it does.
         flops: FLOPs of the compiled matmuls and convolutions, per core.
-        flops_as_written: FLOPs of the step before partitioning, divided by the cores.
+        flops_as_written: FLOPs of the step before partitioning, divided by the cores;
+            of manual regions, which are written for one core, all.
         flops_by_layer: `flops` by layer.
         bytes_accessed: Bytes accessed per core, as the compiler counts them.
         communication: Collectives by kind, layer and axis.

@@ -15,7 +15,7 @@ from tensorflow.experimental import dtensor
 from gshard_tf.compat.jax_hlo import hlo_as_text
 from gshard_tf.compat.keras_seeds import own_global_seed_generator
 from gshard_tf.hlo import layer_names, parser
-from gshard_tf.hlo.flops import flops_by_operation
+from gshard_tf.hlo.flops import flops_of_a_device
 from gshard_tf.planning.cache import PlanCache, content_key
 from gshard_tf.planning.chips import Topology, find_topology
 from gshard_tf.planning.memory import (
@@ -52,8 +52,11 @@ from gshard_tf.spmd.program import SpmdProgram
 def plan(
     model: keras.Model | Callable[[], keras.Model],
     topology: str,
-    mesh: dtensor.Mesh | Mapping[str, int] | None = None,
-    rules: AxisRules | None = None,
+    mesh: dtensor.Mesh
+    | keras.distribution.DeviceMesh
+    | Mapping[str, int]
+    | None = None,
+    rules: AxisRules | keras.distribution.LayoutMap | None = None,
     batch: Any = None,
     mode: str = "train",
     cache: bool | str | os.PathLike = True,
@@ -83,8 +86,11 @@ def plan(
             64 chips with 128 cores (needs libtpu: `pip install 'gshard-tf[aot]'`).
             `"cpu:8"` is 8 virtual CPU devices and needs nothing more.
         mesh: Axes and sizes, such as `{"data": 4, "model": 2}`, whose product is the
-            number of cores; or a mesh. None: `{"expert": number of cores}`.
-        rules: An `AxisRules`; None: `AxisRules.default(mesh)`.
+            number of cores; or a mesh, or a `keras.distribution.DeviceMesh`, of which
+            only axes and sizes are read. None: the mesh of a layout map, or else
+            `{"expert": number of cores}`.
+        rules: An `AxisRules` or a `keras.distribution.LayoutMap`; None:
+            `AxisRules.default(mesh)`.
         batch: What `fit` passes to a step: `(x, y)` or `(x, y, sample_weight)`, or `x`
             alone, each a nest of `tf.TensorSpec`, `keras.KerasTensor` or arrays, of
             which only shape and dtype are read. The *global* batch.
@@ -106,6 +112,8 @@ def plan(
     plans = PlanCache.from_option(cache)
     specs = batch_specs(batch)
     hardware = find_topology(topology)
+    if mesh is None and isinstance(rules, keras.distribution.LayoutMap):
+        mesh = rules.device_mesh
     device_mesh = _mesh_for(hardware, mesh)
     strategy = AbstractStrategy(device_mesh, rules)
     layouts: VariableLayouts = strategy.extended.layouts
@@ -161,7 +169,6 @@ def plan(
     loops = written_module.loops()
     facts = program_facts(program, hardware, layers, classifier, loops)
     uncounted = uncounted_loops(facts.pop("unknown_loops"), layers)
-    written = flops_by_operation(written_module, loops)
     memory = None if program is None else memory_of(program, hardware.hbm_bytes)
     result = Plan(
         model=built.name,
@@ -178,7 +185,7 @@ def plan(
         weights=weights,
         memory=memory,
         out_of_memory=oom,
-        flops_as_written=sum(written.values()) / device_mesh.size,
+        flops_as_written=flops_of_a_device(written_module, device_mesh.size, loops),
         complaints=uncounted + layouts.warnings(),
         advice=advice_for(weights, memory, oom, hardware.hbm_bytes, device_mesh),
         trace_seconds=trace_seconds,
@@ -193,13 +200,15 @@ def plan(
 
 
 def _mesh_for(
-    topology: Topology, mesh: dtensor.Mesh | Mapping[str, int] | None
+    topology: Topology,
+    mesh: dtensor.Mesh | keras.distribution.DeviceMesh | Mapping[str, int] | None,
 ) -> dtensor.Mesh:
     cores = len(topology.devices)
-    device_mesh: dtensor.Mesh
     if isinstance(mesh, dtensor.Mesh):
-        device_mesh = mesh
+        device_mesh: dtensor.Mesh = mesh
     else:
+        if isinstance(mesh, keras.distribution.DeviceMesh):
+            mesh = dict(zip(mesh.axis_names, map(int, mesh.shape), strict=True))
         sizes = {"expert": cores} if mesh is None else mesh
         device_mesh = create_mesh(sizes, "CPU" if topology.chip is None else "TPU")
     if device_mesh.size != cores:

@@ -353,3 +353,78 @@ def test_a_sum_of_all_gradients_is_divided_among_the_layers():
     assert sums["small/one"].count == 1
     assert [c.shared for c in sums.values()].count(1) == 3
     assert re.search(r"small/two +0\+1 +16.5 kB", str(plan))
+
+
+class RowParallel(keras.layers.Layer):
+    """x @ w, whose contracted dimension each device has a part of."""
+
+    def build(self, shape):
+        self.w = self.add_weight(shape=(shape[-1], 32), name="w")
+        gshard_tf.name_axes(self.w, ("mlp", None))
+
+    def call(self, x):
+        import jax
+
+        def part(x, w):
+            return jax.lax.psum(x @ w, gshard_tf.mesh_axis("mlp"))
+
+        axes = [("batch", "mlp"), ("mlp", None)]
+        return gshard_tf.manual(part, axes, ("batch", None))(x, self.w)
+
+
+def test_a_manual_region_is_written_for_one_device():
+    def build():
+        x = keras.Input(batch_shape=(16, 64))
+        y = keras.layers.Dense(8, use_bias=False)(RowParallel()(x))
+        model = keras.Model(x, y)
+        model.compile("sgd", "mse")
+        return model
+
+    rules = gshard_tf.AxisRules({"batch": "data", "mlp": "model"})
+    mesh = {"data": 2, "model": 4}
+    x, y = tf.TensorSpec([16, 64]), tf.TensorSpec([16, 8])
+    plan = gshard_tf.plan(build, "cpu:8", mesh, rules, x, "predict", cache=False)
+    part = 2 * (16 // 2) * (64 // 4) * 32  # on each device
+    dense = 2 * 16 * 32 * 8  # of all of them
+    assert plan.flops_as_written == part + dense / 8
+    assert plan.flops == part + dense / 2  # the rules split the batch alone
+    plan = gshard_tf.plan(build, "cpu:8", mesh, rules, (x, y), cache=False)
+    # The gradients of x and w, and of the Dense layer's input and kernel.
+    assert plan.flops_as_written == 3 * part + 3 * dense / 8
+
+
+@pytest.mark.parametrize("of_mesh", [True, False])
+def test_keras_s_own_mesh_and_layout_map(of_mesh):
+    """A plan has the layouts that `SpmdStrategy` gives, which jax's are compared to."""
+    devices = [f"cpu:{i}" for i in range(8)]
+    mesh = keras.distribution.DeviceMesh((2, 4), ("batch", "model"), devices)
+    layout_map = keras.distribution.LayoutMap(mesh)
+    layout_map[".*up/kernel"] = (None, "model")
+    layout_map[".*down/kernel"] = ("model", None)
+
+    def build():
+        layers = [keras.layers.Dense(16, name="up"), keras.layers.Dense(4, name="down")]
+        model = keras.Sequential([keras.layers.Input([8]), *layers])
+        model.compile("sgd", "mse")
+        return model
+
+    batch = (tf.TensorSpec([16, 8]), tf.TensorSpec([16, 4]))
+    plan = gshard_tf.plan(
+        build, "cpu:8", mesh if of_mesh else None, layout_map, batch, cache=False
+    )
+    assert plan.mesh == {"batch": 2, "model": 4}
+    layouts = {w.path.partition("/")[2]: w.layout for w in plan.weights}
+    assert layouts["up/kernel"] == (None, "model")
+    assert layouts["down/kernel"] == ("model", None)
+    assert layouts["up/bias"] == (None,)
+    # The batch over 2, the hidden layer over 4: one sum of [8, 4] over `model`.
+    sums = {(c.axis, c.bytes) for c in plan.communication if c.kind == "all-reduce"}
+    assert ("model", 4 * 8 * 4) in sums
+    strategy = gshard_tf.SpmdStrategy(mesh, layout_map)
+    with strategy.scope():
+        model = build()
+    described = {
+        row.path.partition("/")[2]: row for row in strategy.describe(model).rows
+    }
+    for path in ("up/kernel", "down/kernel", "up/bias"):
+        assert described[path].layout == layouts[path]
