@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import re
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from gshard_tf.compat.jax_devices import skip_accelerators
@@ -142,6 +144,7 @@ def cpu_devices(count: int) -> list[Any]:
     """Returns the first `count` CPU devices of jax; see `request_cpu_devices`."""
     import jax
 
+    skip_accelerators()
     return jax.devices("cpu")[:count]
 
 
@@ -164,19 +167,36 @@ def topology_devices(name: str) -> list[Any]:
             "Compiling for TPUs needs the compiler in libtpu: "
             "pip install 'gshard-tf[aot]'"
         )
-    # libtpu otherwise looks for a TPU, or asks the metadata server of a cloud.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-8")
-    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    # Only one process may use a TPU, but any number may compile.
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     from jax.experimental import topologies
 
     try:
-        topology = topologies.get_topology_desc(platform="tpu", topology_name=name)
+        with _environment(_NO_TPU):
+            topology = topologies.get_topology_desc(platform="tpu", topology_name=name)
     except Exception as error:  # jaxlib has no narrower class for it
         raise ValueError(
             "`name` must be a topology that the TPU compiler knows, such as v5e:2x4, "
             f"v4:2x2x2 or v3:4x4. Its error: {error}. Received: name={name!r}"
         ) from error
     return list(topology.devices)
+
+
+# libtpu reads these when it loads, and would look for a TPU, or ask the metadata server
+# of a cloud. Only one process may use a TPU, but any number may compile.
+_NO_TPU = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
+
+@contextlib.contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[None]:
+    """Sets environment variables that are not set, for a time."""
+    added = {name: value for name, value in values.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)

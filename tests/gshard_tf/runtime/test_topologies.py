@@ -39,3 +39,19 @@ def test_the_layer_compiles_for_tpus_and_wastes_nothing():
         "True",
         "True {'all-reduce': 1, 'all-to-all': 4}",
     ]
+
+
+@pytest.mark.skipif(not HAVE_COMPILER, reason="needs libtpu: the extra aot")
+def test_the_environment_is_left_as_it_was():
+    # (A machine that is asked about may have what jax sets itself.)
+    printed = run_python(
+        """
+        import os, jax
+        from gshard_tf.runtime.devices import topology_devices
+        os.environ["TPU_SKIP_MDS_QUERY"] = "yes"
+        before = dict(os.environ)
+        print(len(topology_devices("v5e:2x4")), len(topology_devices("v3:2x2")))
+        print(dict(os.environ) == before)
+        """
+    )
+    assert printed.split() == ["8", "8", "True"]
