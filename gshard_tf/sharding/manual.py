@@ -88,7 +88,8 @@ def manual(fn: Callable, in_axes: Sequence[Axes], out_axes: Any) -> Callable:
 
     Raises:
         ValueError: when `in_axes` does not fit the tensors, or (when it is called) a
-            dimension does not divide by the devices that split it.
+            dimension does not divide by the devices that split it; and in the scope of
+            `tpu_strategy`.
 
     Example:
 
@@ -129,6 +130,7 @@ def manual(fn: Callable, in_axes: Sequence[Axes], out_axes: Any) -> Callable:
                 f"The region takes {len(in_axes)} tensors, as `in_axes` says. "
                 f"Received: {len(tensors)}"
             )
+        _check_strategy()
         values = [tf.convert_to_tensor(tensor) for tensor in tensors]
         for value, axes in zip(values, in_axes, strict=True):
             if value.shape.rank != len(axes):
@@ -218,6 +220,17 @@ def _for_arrays(fn: Callable, region: _Region) -> Callable:
         out_specs=jax.tree.map(spec, region.out_axes, is_leaf=_is_axes),
         check_vma=is_split,  # the check stops at an axis of `vmap`
     )
+
+
+def _check_strategy() -> None:
+    if isinstance(tf.distribute.get_strategy(), tf.distribute.TPUStrategy):
+        # jax would take the TPU from TensorFlow, from the first shape on.
+        raise ValueError(
+            "A manual region (gshard_tf.manual, and layers that use it: attention with "
+            "context_parallel, dropless experts, convolutions of split images) cannot "
+            "be in a step of tpu_strategy, which TensorFlow's runtime partitions. Use "
+            f"SpmdStrategy. Received: {tf.distribute.get_strategy()}"
+        )
 
 
 def _check_divides(

@@ -251,3 +251,6 @@ def test_tpu_strategy_warns():
         assert f"/{layer}" in warning
     assert "gshard_tf.replicate" in warning
     assert run["again"] == run["experts"] == run["one core"] == []
+    # For any mesh: jax, which a region imports, would take the TPU from TensorFlow.
+    for mesh in ("manual", "manual, one core"):
+        assert "cannot be in a step of tpu_strategy" in run[mesh]

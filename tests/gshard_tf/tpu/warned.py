@@ -55,6 +55,21 @@ def warned(strategy, model, *specs):
     return [message for message in messages if "partitioner" in message]
 
 
+def region_refused(strategy):
+    """The error of a layer with a manual region, or None."""
+    axes = ("batch", None, None)
+
+    class Absolute(keras.layers.Layer):
+        def call(self, x):
+            return gshard_tf.manual(abs, [axes], axes)(x)
+
+    try:
+        with strategy.scope():
+            Absolute()(keras.Input((8, 4)))
+    except ValueError as error:
+        return str(error)
+
+
 def main(mesh):
     tpu = SyntheticTPU((2, 4, 1, 1))
     strategy = gshard_tf.tpu_strategy(tpu, mesh, topology=tpu.topology)
@@ -69,6 +84,8 @@ def main(mesh):
         "convolutions": warned(strategy, model, *images),
         "again": warned(strategy, model, *images),
         "experts": warned(strategy, experts, *ids),
+        "manual": region_refused(strategy),
+        "manual, one core": region_refused(alone),
         "one core": warned(alone, single, *images),
     }
     print(json.dumps(results))
