@@ -147,6 +147,10 @@ class LayerTotal:
     def bytes(self) -> int:
         return sum(part.bytes for part in self.parts)
 
+    @property
+    def seconds(self) -> float:
+        return sum(part.seconds for part in self.parts)
+
 
 def by_layer(communication: Sequence[Communication]) -> list[LayerTotal]:
     """Returns collectives by layer, similar layers together; the most bytes first."""

@@ -33,11 +33,10 @@ def communication_section(plan: Plan) -> str:
     lines = "".join(
         f'<tr><th scope="row">{escape(part.kind)}</th>'
         f"<td>{elements.axis(part.axis)}</td>"
-        f"<td>{'yes' if part.asked else '<b>no</b>'}</td>"
+        f"{elements.cell('yes' if part.asked else 'no', 'asked for', _asked(part))}"
         f'<td class="wide">{elements.bar([_collective_part(part)], largest)}</td>'
-        f'<td class="n">{units.size(part.bytes)}</td><td class="n">{part.count:,}</td>'
-        + (f'<td class="n">{units.seconds(part.seconds)}</td>' if timed else "")
-        + "</tr>"
+        f"{_numbers(part.bytes, f'{part.count:,}', part.seconds, timed)}"
+        "</tr>"
         for part in kinds
     )
     time_head = '<th scope="col" class="n">estimate</th>' if timed else ""
@@ -70,6 +69,18 @@ def communication_section(plan: Plan) -> str:
     return f"{out}{_reshards(plan)}</section>"
 
 
+def _numbers(size: float, number: str, seconds: float, timed: bool) -> str:
+    return (
+        elements.cell(units.size(size), "to a core")
+        + elements.cell(number, "number")
+        + (elements.cell(units.seconds(seconds), "estimate") if timed else "")
+    )
+
+
+def _asked(part: Communication) -> str:
+    return "" if part.asked else "unasked-for"
+
+
 def _layer_order(plan: Plan) -> Callable[[Communication], int]:
     first: dict[str, int] = {}
     for part in plan.communication:
@@ -85,14 +96,7 @@ def _layer_table(totals: Sequence[summaries.LayerTotal], timed: bool) -> str:
         f"<td>{''.join(elements.axis(axis) for axis in _axis_names(total.parts))}</td>"
         f'<td class="wide">'
         f"{_bar(total.parts, largest)}</td>"
-        f'<td class="n">{units.size(total.bytes)}</td>'
-        f'<td class="n">{total.number}</td>'
-        + (
-            f'<td class="n">{units.seconds(sum(p.seconds for p in total.parts))}</td>'
-            if timed
-            else ""
-        )
-        + "</tr>"
+        f"{_numbers(total.bytes, total.number, total.seconds, timed)}</tr>"
         for total in totals
     )
     time_head = '<th scope="col" class="n">estimate</th>' if timed else ""

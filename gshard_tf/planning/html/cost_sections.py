@@ -22,9 +22,9 @@ def out_of_memory_section(plan: Plan) -> str:
         buffers = sorted(oom.buffers, key=lambda b: -b.bytes)
         lines = "".join(
             f'<tr><th scope="row"><code>{escape(b.shape)}</code></th>'
-            f"<td><code>{escape(b.layer or '-')}</code></td>"
-            f"<td><code>{escape(b.operation or '-')}</code></td>"
-            f'<td class="n">{units.size(b.bytes)}</td><td class="wide">'
+            f"{elements.cell(b.layer or '-', 'layer', 'mono')}"
+            f"{elements.cell(b.operation or '-', 'operation', 'mono')}"
+            f'{elements.cell(units.size(b.bytes), "size")}<td class="wide">'
             f"{elements.bar([('temporary', b.shape, b.bytes)], oom.capacity)}</td></tr>"
             for b in buffers
         )
@@ -145,8 +145,8 @@ def _layer_table(sums: Sequence[tuple[str, int, float]], whole: float | None) ->
         f'<tr><th scope="row"><code>{escape(name or "(no layer)")}</code>'
         f'{elements.times(count, "layers")}</th><td class="wide">'
         f"{elements.bar([('work', name, value)], largest, '', units.flops)}</td>"
-        f'<td class="n">{units.flops(value)}</td>'
-        f'<td class="n">{units.percent(value, whole) if whole else ""}</td></tr>'
+        f"{elements.cell(units.flops(value))}"
+        f"{elements.cell(units.percent(value, whole) if whole else '')}</tr>"
         for name, count, value in sums
     )
     return f'<div class="scroll"><table><tbody>{lines}</tbody></table></div>'

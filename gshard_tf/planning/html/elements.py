@@ -31,6 +31,12 @@ def bar(
     )
 
 
+def cell(text: str, head: str = "", css: str = "n") -> str:
+    """Returns a cell of a table, with the head of its column for narrow screens."""
+    named = f' data-head="{escape(head)}"' if head else ""
+    return f'<td class="{css}"{named}>{escape(text)}</td>'
+
+
 def axis(axis: str) -> str:
     return f'<span class="axis">{escape(axis or "-")}</span>'
 

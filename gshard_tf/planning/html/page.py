@@ -79,8 +79,9 @@ def _overview(plans: Sequence[Plan]) -> str:
             f'<tr><th scope="row"><a href="#plan-{i}">'
             f"{escape(elements.title(plan))}</a></th>"
             f"<td>{escape(elements.mesh_text(plan))}</td><td>{elements.badge(plan)}</td>"
-            f'<td class="n">{units.size(plan.bytes_needed)}</td>'
-            f'<td class="wide">{bar}</td><td class="n">{time}</td></tr>'
+            f"{elements.cell(units.size(plan.bytes_needed), 'on a core')}"
+            f'<td class="wide">{bar}</td>'
+            f"{elements.cell(time, 'step, at least (estimate)')}</tr>"
         )
     out = (
         '<section class="card"><h3>Side by side</h3><div class="scroll"><table><thead>'
@@ -96,8 +97,8 @@ def _overview(plans: Sequence[Plan]) -> str:
         )
         cells = "".join(
             f'<tr><th scope="row">{elements.indented(name)}</th>'
-            f'<td class="n">{escape(x)}</td><td class="n">{escape(y)}</td>'
-            f'<td class="n">{escape(r)}</td></tr>'
+            f"{elements.cell(x, 'A')}{elements.cell(y, 'B')}"
+            f"{elements.cell(r, 'B / A' if r else '')}</tr>"
             for name, x, y, r in compare.rows(a, b)
         )
         out += (

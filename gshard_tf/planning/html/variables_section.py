@@ -93,10 +93,12 @@ def _weight_row(plan: Plan, group: summaries.SimilarGroup, map_name: str) -> str
         f'data-count="{len(names)}" data-bytes="{whole}" data-core="{core}" '
         f'data-says="{escape(caption)}"><th scope="row"><button type="button" '
         f'class="pick">{escape(group.name)}</button></th>'
-        f'<td class="n">{len(names):,}</td><td class="n">{units.size(whole)}</td>'
-        f'<td class="n">{units.size(core)}</td>'
-        f'<td class="mono">{units.dims(first.shape)}</td><td>{layout}</td>'
-        f'<td class="quiet">{escape(rule)}</td></tr>'
+        f"{elements.cell(f'{len(names):,}', 'number')}"
+        f"{elements.cell(units.size(whole), 'whole')}"
+        f"{elements.cell(units.size(core), 'on a core')}"
+        f"{elements.cell(units.dims(first.shape), 'shape', 'mono')}"
+        f'<td data-head="split over">{layout}</td>'
+        f"{elements.cell(rule, 'decided by', 'quiet')}</tr>"
     )
 
 

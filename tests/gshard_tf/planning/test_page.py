@@ -1,6 +1,7 @@
 """The HTML page: complete, escaped, and alive in a browser without a network."""
 
 import dataclasses
+import html
 import html.parser
 import re
 import shutil
@@ -293,6 +294,35 @@ def test_no_complaints_from_the_browser(chromium, tmp_path):
     )
     assert errors == []
     assert picture.stat().st_size > 20_000
+
+
+# A page in a frame of a phone's width; the title is how many numbers are out of sight.
+PHONE = """<!DOCTYPE html><iframe width="390" height="800" srcdoc="{}"></iframe><script>
+const frame = document.querySelector("iframe");
+frame.addEventListener("load", () => {{
+  const page = frame.contentDocument;
+  const cells = [...page.querySelectorAll("td.n")].filter((c) => c.offsetParent);
+  const out = cells.filter((c) => c.getBoundingClientRect().right > 390);
+  const wide = page.documentElement.scrollWidth > 390;
+  document.title = [cells.length, out.length, wide].join(" ");
+}});
+</script>"""
+
+
+@pytest.mark.parametrize("name", plan_samples.ALL)
+def test_numbers_are_in_sight_on_a_phone(name, chromium):
+    plans = [plan_samples.ALL[name](), plan_samples.moe()]
+    text = page(plans)
+
+    def numbers(text):
+        dom, _ = chromium(PHONE.format(html.escape(text)), "--dump-dom")
+        return re.search(r"<title>(.*)</title>", dom)[1].split()
+
+    count, out, is_wide = numbers(text)
+    assert int(count) > 50 and (out, is_wide) == ("0", "false")
+    if name == "moe":  # what is counted is there when something is wrong
+        without = text.replace("@media (max-width: 700px)", "@media (max-width: 1px)")
+        assert int(numbers(without)[1]) > 20
 
 
 def test_the_browser_would_complain(chromium):
