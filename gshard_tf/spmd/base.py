@@ -156,6 +156,10 @@ class MeshExtended(OneDeviceExtended):
             "experimental_batch_initialization",
         ):
             kwargs.pop(unused, None)
+        if kwargs.get("initial_value") is None and kwargs.get("shape") is not None:
+            # A variable of a SavedModel, whose value is restored later.
+            shape, dtype = kwargs["shape"], kwargs["dtype"]
+            kwargs["initial_value"] = lambda: tf.zeros(shape, dtype)
         with tf.device(self._device):
             variable = self.create_variable(**kwargs)
         self.layouts.register(variable, reference)

@@ -28,7 +28,9 @@ from gshard_tf.spmd.step import Step
 from gshard_tf.spmd.variable import MeshVariable, VariableTransfer
 
 
-class SpmdStrategy(MeshStrategy, tf.distribute.Strategy):
+# A `OneDeviceStrategy`, since that is what a user of it sees: one replica. Keras 2
+# scales losses (`mixed_float16`) under strategies of a few known classes only.
+class SpmdStrategy(MeshStrategy, tf.distribute.OneDeviceStrategy):
     """Trains, evaluates and predicts with one program partitioned over a mesh.
 
     Keras sees one replica and one global batch. Each step that it runs is lowered
@@ -90,7 +92,9 @@ class SpmdStrategy(MeshStrategy, tf.distribute.Strategy):
         if mesh.device_type() == "GPU":
             # Before the strategy starts TensorFlow.
             hide_gpus_from_tensorflow()
-        super().__init__(
+        # Not that of `OneDeviceStrategy`, which takes a device.
+        tf.distribute.Strategy.__init__(
+            self,
             SpmdExtended(
                 self,
                 placement,
@@ -98,7 +102,7 @@ class SpmdStrategy(MeshStrategy, tf.distribute.Strategy):
                 check_numerics,
                 process_local_batches,
                 InputChecks(check_inputs),
-            )
+            ),
         )
 
     @property
