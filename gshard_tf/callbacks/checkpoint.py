@@ -9,6 +9,7 @@ import keras
 
 from gshard_tf.callbacks.completeness import check_state_is_complete
 from gshard_tf.callbacks.finished_runs import ended_by
+from gshard_tf.callbacks.keras_3 import Keras3Callback
 from gshard_tf.callbacks.preemption import listen_for_sigterm
 from gshard_tf.callbacks.resume import check_epoch_resumes, restore_run
 from gshard_tf.checkpoints.dataset import ResumableDataset
@@ -21,7 +22,7 @@ from gshard_tf.compat.keras_variables import backend_variable
 from gshard_tf.runtime.termination import Termination
 
 
-class CheckpointCallback(keras.callbacks.Callback):
+class CheckpointCallback(Keras3Callback):
     """Saves checkpoints while `fit` runs, and resumes from the newest one.
 
     Give the same command again after a stop: it restores weights, optimizer, seeds,

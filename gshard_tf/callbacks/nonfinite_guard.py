@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import keras
 import numpy as np
 
+from gshard_tf.callbacks.keras_3 import Keras3Callback
 from gshard_tf.compat.keras_epochs import running_fit
 from gshard_tf.compat.keras_layers import all_sublayers
 from gshard_tf.spmd.nonfinite import NonFiniteError, SkippedStep, is_finite
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 ACTIONS = ("raise", "skip", "roll_back")
 
 
-class NonFiniteGuard(keras.callbacks.Callback):
+class NonFiniteGuard(Keras3Callback):
     """Keeps NaN and infinity out of a model that is trained on a mesh.
 
     A training step that would make any weight, slot or metric not finite changes

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
-import keras
 import numpy as np
 
+from gshard_tf.callbacks.keras_3 import Keras3Callback
 from gshard_tf.spmd.lowering import LoweredStep
 from gshard_tf.spmd.step import Step
 from gshard_tf.verification.report import VerificationReport
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from gshard_tf.spmd.strategy import SpmdExtended
 
 
-class VerifyFirstStep(keras.callbacks.Callback):
+class VerifyFirstStep(Keras3Callback):
     """Compares the first training step of `fit` with the same step on one device.
 
     ```python

@@ -13,6 +13,8 @@ from typing import TypeAlias
 import keras
 import tensorflow as tf
 
+from gshard_tf.compat.keras_versions import check_is_keras_3
+
 Variable: TypeAlias = keras.Variable | tf.Variable
 
 
@@ -33,7 +35,9 @@ def training_state(
 
     Raises:
         ValueError: when the model is not built.
+        TypeError: for a model of Keras 2.
     """
+    check_is_keras_3(model, "A checkpoint")
     if not model.built:
         raise ValueError(
             "`model` must be built before it has its variables: call it on a batch, or "

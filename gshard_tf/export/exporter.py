@@ -20,6 +20,7 @@ from tensorflow.experimental import dtensor
 from gshard_tf.checkpoints.training_state import training_state
 from gshard_tf.compat.keras_seeds import global_seed_state
 from gshard_tf.compat.keras_variables import backend_variable
+from gshard_tf.compat.keras_versions import check_is_keras_3
 from gshard_tf.export import program_file
 from gshard_tf.export.manifest import (
     PLATFORMS,
@@ -76,6 +77,7 @@ def step_program(
     Raises:
         ValueError: for an unknown mode, a batch without static shapes, a model that is
             not compiled, or one that does not belong to such a strategy.
+        TypeError: for a model of Keras 2.
     """
     return StepProgram(model, mode, batch)
 
@@ -89,6 +91,7 @@ class StepProgram:
 
     def __init__(self, model: keras.Model, mode: str, batch: Any):
         check_mode(mode)
+        check_is_keras_3(model, "`step_program`")
         strategy = model.distribute_strategy
         if not isinstance(strategy.extended, MeshExtended):
             raise ValueError(

@@ -159,7 +159,9 @@ def describe(
         slots = optimizer.variables
         # A method of Keras 2's legacy optimizers.
         variables += slots() if callable(slots) else slots
-    rows = [summarize_variable(v.path, owned(v), layouts) for v in variables]
+    # In this order: a variable of Keras 2 that is not the strategy's has no path.
+    found = [(owned(v), v.path) for v in variables]
+    rows = [summarize_variable(path, value, layouts) for value, path in found]
     return LayoutReport(
         axis_sizes(layouts.mesh),
         rows,

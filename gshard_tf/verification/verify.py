@@ -7,6 +7,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from gshard_tf.compat.keras_versions import check_is_keras_3
 from gshard_tf.hlo.layer_names import LayerNames, layer_tree
 from gshard_tf.runtime.process_group import group
 from gshard_tf.sharding.mesh import axis_sizes, without_mesh
@@ -66,6 +67,7 @@ def verify(
         ValueError: for an unknown mode, a batch that is not made of arrays, a negative
             tolerance, a model that is not of an `SpmdStrategy` or not compiled, or
             several processes.
+        TypeError: for a model of Keras 2.
         RuntimeError: when the step runs neither on one device nor in TensorFlow alone,
             such as for lack of memory.
     """
@@ -162,7 +164,8 @@ def _check_alone() -> None:
 
 
 def strategy_of(model: keras.Model) -> SpmdStrategy:
-    """Returns the strategy of a model; raises `ValueError` if it cannot be verified."""
+    """Returns the strategy of a model; raises an error if it cannot be verified."""
+    check_is_keras_3(model, "`verify`")
     strategy = model.distribute_strategy
     if not isinstance(strategy, SpmdStrategy):
         raise ValueError(
