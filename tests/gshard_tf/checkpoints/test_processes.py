@@ -13,12 +13,14 @@ import many_processes as many
 import network_hosts
 import numpy as np
 import pytest
+from forks import Fork
 from processes import PYTHONPATH, ROOT
 
 import gshard_tf
 from gshard_tf.runtime.watchdog import ABORTED_BY_ANOTHER
 
 SCRIPT = pathlib.Path(many.__file__)
+CODE = f"import runpy; runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
 STEPS = many.STEPS_PER_EPOCH * many.EPOCHS
 
 
@@ -42,21 +44,21 @@ def run(
         "GSHARD_COORDINATOR": f"{first}:{free_port()}",
         "GSHARD_PROCESSES": str(count),
     }
-    command = [sys.executable, SCRIPT, devices // count, patience, folder, *given]
+    arguments = [devices // count, patience, folder, *given]
     started, deadline = [], time.monotonic() + timeout
     for index in range(count):
         out, err = (
             open(folder / f"{kind}-{index}.txt", "w") for kind in ("out", "err")
         )
         with out, err:
-            started.append(
-                subprocess.Popen(
-                    [*(on[index][0] if on else []), *map(str, command)],
-                    env=env | {"GSHARD_PROCESS": str(index)},
-                    stdout=out,
-                    stderr=err,
-                )
-            )
+            files = {"stdout": out, "stderr": err}
+            env["GSHARD_PROCESS"] = str(index)
+            if on is None:
+                begun = Fork(CODE, arguments, env=env, cwd=ROOT, **files)
+            else:
+                command = [*on[index][0], sys.executable, SCRIPT, *arguments]
+                begun = subprocess.Popen([*map(str, command)], env=env, **files)
+            started.append(begun)
     try:
         for index, process in enumerate(started):
             if index != stopped:
@@ -301,18 +303,15 @@ def test_wrong_arguments(arguments):
 
 @pytest.mark.broad(2)
 @pytest.mark.parametrize("index", [0, 1])
-def test_the_others_never_start(index):
+def test_the_others_never_start(tmp_path, index):
     given = f"'127.0.0.1:{free_port()}', 2, {index}, step_timeout=1"
     code = f"import gshard_tf; gshard_tf.initialize({given})"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | {"PYTHONPATH": PYTHONPATH},
-        stderr=subprocess.PIPE,
-        text=True,
-        timeout=100,
-    )
-    assert done.returncode == ABORTED_BY_ANOTHER, done.stderr
-    assert f"process {index} of 2 has waited 1 s for the others" in done.stderr
+    env = os.environ | {"PYTHONPATH": PYTHONPATH}
+    with open(tmp_path / "said", "w") as said:
+        process = Fork(code, env=env, cwd=ROOT, stdout=said, stderr=said)
+    status, said = process.wait(100), (tmp_path / "said").read_text()
+    assert status == ABORTED_BY_ANOTHER, said
+    assert f"process {index} of 2 has waited 1 s for the others" in said
 
 
 def test_one_process_joins_nobody():

@@ -3,13 +3,13 @@
 import gc
 import os
 import signal
-import subprocess
-import sys
+import tempfile
 import time
 
 import checkpoint_runs as runs
 import keras
 import pytest
+from forks import Fork
 from processes import ROOT
 
 import gshard_tf
@@ -150,19 +150,26 @@ runs.run(sys.argv[1], mesh=None, epochs=1000, grace=float(sys.argv[3]))
 
 def terminated(folder, seconds, grace):
     """Exit code, standard error and seconds from the signal to the end."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, str(folder), str(seconds), str(grace)],
-        env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout.readline() == "step\n"
-    process.stdout.readline()
-    process.terminate()
-    begun = time.monotonic()
-    _, error = process.communicate(timeout=100)
-    return process.returncode, error, time.monotonic() - begun
+    reading, writing = os.pipe()
+    env = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    with os.fdopen(reading) as printed, tempfile.TemporaryFile("w+") as errors:
+        with os.fdopen(writing) as stdout:
+            process = Fork(
+                SCRIPT,
+                [folder, seconds, grace],
+                env=env,
+                cwd=ROOT,
+                stdout=stdout,
+                stderr=errors,
+            )
+        assert printed.readline() == "step\n"
+        printed.readline()
+        os.kill(process.pid, signal.SIGTERM)
+        begun = time.monotonic()
+        code = process.wait(100)
+        ended = time.monotonic()
+        errors.seek(0)
+        return code, errors.read(), ended - begun
 
 
 def test_the_process_ends_by_its_code(tmp_path):

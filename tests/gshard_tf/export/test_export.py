@@ -378,7 +378,8 @@ def test_the_same_file_compiles_for_tpus(saved):
             {str(saved.program("train"))!r}, 8, topology_devices("v5e:2x4")
         )
         print(program.compiled.as_text().count(" all-to-all("), program.device_kind)
-        """
+        """,
+        loaded=False,
     )
     assert printed.split()[0] == "4" and "TPU" in printed
 
@@ -424,5 +425,5 @@ def test_a_platform_that_is_not_here_is_said(platform):
         except ValueError as error:
             print(error)
     """
-    said = run_python(code)
+    said = run_python(code, loaded=False)
     assert f"jax finds no devices of {platform} here. Take another" in said

@@ -1,0 +1,153 @@
+"""Processes forked from one that has loaded TensorFlow, Keras and jax.
+
+Loading them takes a core six seconds, and most scripts of tests one. Nothing of them
+has started there, and nothing of this project is loaded: a fork is as a new process in
+all but what `sys.modules` holds.
+"""
+
+import atexit
+import contextlib
+import functools
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import types
+
+
+class Fork:
+    """A script that runs in a fork.
+
+    Args:
+        code: Text of the script.
+        arguments: The rest of its `sys.argv`.
+        env: Its environment. Of what is read on loading, `JAX_PLATFORMS` holds.
+        cwd: Its working folder.
+        stdout: A file.
+        stderr: A file.
+
+    Attributes:
+        pid: Number of the process.
+    """
+
+    def __init__(self, code, arguments=(), *, env, cwd, stdout, stderr):
+        ours, theirs = socket.socketpair()
+        with theirs:
+            files = [theirs.fileno(), stdout.fileno(), stderr.fileno()]
+            socket.send_fds(_server(), [b"."], files)
+        request = [code, list(map(str, arguments)), dict(env), str(cwd)]
+        ours.sendall(json.dumps(request).encode())
+        ours.shutdown(socket.SHUT_WR)
+        self._answers = ours.makefile()
+        self._socket = ours
+        self._code = None
+        self.pid = int(self._answers.readline())
+
+    def wait(self, timeout=None):
+        """Waits for its end; returns the exit code, negative for a signal."""
+        if self._code is None:
+            self._socket.settimeout(timeout)
+            try:
+                self._code = int(self._answers.readline())
+            except TimeoutError:
+                # A file that timed out once cannot be read again.
+                self._socket.settimeout(None)
+                self._answers = self._socket.makefile()
+                raise
+            self._answers.close()
+            self._socket.close()
+        return self._code
+
+    def kill(self):
+        """Ends it, if it runs."""
+        if self._code is None:
+            os.kill(self.pid, signal.SIGKILL)
+
+
+@functools.cache
+def _server():
+    """The socket of the process that forks; it ends with this one."""
+    ours, theirs = socket.socketpair()
+    with theirs:
+        # Of the tests' own environment: what is loaded looks there.
+        process = subprocess.Popen(
+            [sys.executable, __file__, str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+        )
+
+    def end():
+        ours.close()
+        process.wait()
+
+    atexit.register(end)
+    return ours
+
+
+def _next_request(server):
+    """Waits for requests in the server; returns each in a fork of it."""
+    while True:
+        message, files, _, _ = socket.recv_fds(server, 1, 3)
+        if not message:
+            _reap()
+            os._exit(0)
+        if os.fork() == 0:
+            break
+        for file in files:
+            os.close(file)
+        _reap()
+    # Here is one process that waits for another, so that the server need not.
+    server.close()
+    conversation = socket.socket(fileno=files[0])
+    request = json.load(conversation.makefile())
+    pid = os.fork()
+    if pid:
+        for file in files[1:]:
+            os.close(file)
+        conversation.sendall(f"{pid}\n".encode())
+        _, status = os.waitpid(pid, 0)
+        with contextlib.suppress(BrokenPipeError):  # who asked did not wait
+            conversation.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
+        os._exit(0)
+    conversation.close()
+    for file, standard in zip(files[1:], (1, 2), strict=True):
+        os.dup2(file, standard)
+        os.close(file)
+    return request
+
+
+def _reap():
+    try:
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+    except ChildProcessError:  # there is none
+        pass
+
+
+def _serve():
+    import gc
+
+    import jax
+    import keras  # noqa: F401
+    import numpy as np
+
+    gc.freeze()  # what a collection touches, a fork copies
+    with socket.socket(fileno=int(sys.argv[1])) as server:
+        code, arguments, env, cwd = _next_request(server)
+    os.environ.clear()
+    os.environ.update(env)
+    os.chdir(cwd)
+    jax.config.update("jax_platforms", env.get("JAX_PLATFORMS"))
+    np.random.seed()
+    sys.argv = ["-c", *arguments]
+    paths = filter(None, env.get("PYTHONPATH", "").split(os.pathsep))
+    sys.path[:1] = ["", *paths]
+    main = sys.modules["__main__"] = types.ModuleType("__main__")
+    exec(compile(code, "<string>", "exec"), main.__dict__)  # noqa: S102
+
+
+if __name__ == "__main__":
+    _serve()
