@@ -6,7 +6,12 @@ import keras
 import tensorflow as tf
 
 from gshard_tf import accumulated_batches
-from keras_layers._arguments import check_choice, check_coefficient, check_int
+from keras_layers._arguments import (
+    check_choice,
+    check_coefficient,
+    check_int,
+    check_positive,
+)
 from keras_layers.routing.assignment import (
     assign,
     top_choices,
@@ -18,6 +23,7 @@ from keras_layers.routing.balancing import (
     sum_over_replicas,
 )
 from keras_layers.routing.counting import choices_of_real
+from keras_layers.routing.expert_groups import check_expert_groups, within_best_groups
 from keras_layers.routing.losses import load_balancing_loss
 from keras_layers.routing.router import Router
 from keras_layers.routing.routing import TokenChoiceRouting
@@ -29,7 +35,8 @@ class TopKRouter(Router):
 
     `k=1, normalize_weights=False` is the Switch Transformer's router (arXiv
     2101.03961), `k=2` Mixtral's and `k=8, scores="sigmoid", bias_update_rate=1e-3`
-    in the manner of DeepSeek-V3 (arXiv 2412.19437), each with a capacity.
+    in the manner of DeepSeek-V3 (arXiv 2412.19437), each with a capacity. Whole layers
+    like those of these models: `MoELayer.as_in`.
 
     Args:
         num_experts: E, at least 2.
@@ -56,6 +63,17 @@ class TopKRouter(Router):
             model that is being called accumulates gradients over, so that the bias
             moves once for each update of the weights; 1 where there is none, as in a
             custom loop: pass there how many it accumulates.
+        score_bias: Whether there is such a bias. None: where it moves. True with a rate
+            of 0 is for weights that have one, which then stays as it is.
+        weight_scale: A factor of the weights, after they are normalized (DeepSeek-V3:
+            2.5).
+        num_expert_groups: Number of groups of neighboring experts, of which a token
+            uses few (DeepSeek's device- or node-limited routing). Divides E; more than
+            1 goes with no `masked_experts`.
+        expert_groups_per_token: Number of groups that a token's experts lie in at
+            most. None: all.
+        expert_group_score: Score of a group for a token: "max", that of its best
+            expert (DeepSeek-V2), or "top2", the sum of its best two (DeepSeek-V3).
         **kwargs: Of `Router`.
 
     The balancing loss is `E * sum_e f_e P_e`: 1 at perfect balance. `f_e` is the share
@@ -75,6 +93,11 @@ class TopKRouter(Router):
         batch_prioritized: bool = False,
         bias_update_rate: float = 0.0,
         bias_update_every: int | None = None,
+        score_bias: bool | None = None,
+        weight_scale: float = 1.0,
+        num_expert_groups: int = 1,
+        expert_groups_per_token: int | None = None,
+        expert_group_score: str = "max",
         **kwargs: Any,
     ):
         k = check_int("k", k, 1)
@@ -82,10 +105,33 @@ class TopKRouter(Router):
         bias_update_rate = check_coefficient("bias_update_rate", bias_update_rate)
         if bias_update_every is not None:
             bias_update_every = check_int("bias_update_every", bias_update_every, 1)
+        score_bias = bool(bias_update_rate) if score_bias is None else bool(score_bias)
+        if bias_update_rate and not score_bias:
+            raise ValueError(
+                "bias_update_rate must be 0 without a score_bias. Received: "
+                f"bias_update_rate={bias_update_rate}, score_bias=False"
+            )
+        weight_scale = check_positive("weight_scale", weight_scale)
         if capacity_factor is None:
             capacity_factor = float(k)
         super().__init__(num_experts, capacity_factor, **kwargs)
         self._check_enough_experts(k)
+        self.num_expert_groups, self.expert_groups_per_token = check_expert_groups(
+            self.num_experts,
+            k,
+            num_expert_groups,
+            expert_groups_per_token,
+            expert_group_score,
+        )
+        if self.masked_experts and self.num_expert_groups > 1:
+            raise ValueError(
+                "masked_experts must be empty with num_expert_groups > 1. Received: "
+                f"masked_experts={self.masked_experts}, "
+                f"num_expert_groups={self.num_expert_groups}"
+            )
+        self.expert_group_score = expert_group_score
+        self.score_bias = score_bias
+        self.weight_scale = weight_scale
         self.k = k
         self.scores = scores
         self.normalize_weights = (
@@ -99,13 +145,14 @@ class TopKRouter(Router):
 
     def build(self, input_shape: Any) -> None:
         super().build(input_shape)
-        if self.bias_update_rate:
+        if self.score_bias:
             self.bias = self.add_weight(
                 name="bias",
                 shape=(self.num_experts,),
                 initializer="zeros",
                 trainable=False,
             )
+        if self.bias_update_rate:
             self.load_so_far = LoadSoFar(self.num_experts)
 
     def route(
@@ -128,11 +175,19 @@ class TopKRouter(Router):
             ranked = ranked + self.bias
             if self.masked_experts:
                 ranked = tf.where(logits > -1e29, ranked, -float("inf"))
+        if self.expert_groups_per_token < self.num_expert_groups:
+            ranked = within_best_groups(
+                ranked,
+                self.num_expert_groups,
+                self.expert_groups_per_token,
+                self.expert_group_score,
+            )
         expert_index = top_choices(ranked, self.k)  # [G, S, K]
         weight = values_at(scores, expert_index)  # [G, S, K]
         if self.normalize_weights:
             total = tf.reduce_sum(weight, axis=-1, keepdims=True)
             weight = tf.math.divide_no_nan(weight, total)
+        weight = weight * self.weight_scale
         requested = choices_of_real(expert_index, mask)
         priority = None
         if self.batch_prioritized:
@@ -147,7 +202,7 @@ class TopKRouter(Router):
             priority,
             limit,
         )
-        if training and self.trainable and self.bias is not None:
+        if training and self.trainable and self.bias_update_rate:
             self._move_bias(routing.load(mask))
         aux_loss = load_balancing_loss(gates, expert_index, mask, self.num_open_experts)
         return routing, gates, aux_loss * float(self.num_open_experts**2)
@@ -175,5 +230,10 @@ class TopKRouter(Router):
             batch_prioritized=self.batch_prioritized,
             bias_update_rate=self.bias_update_rate,
             bias_update_every=self.bias_update_every,
+            score_bias=self.score_bias,
+            weight_scale=self.weight_scale,
+            num_expert_groups=self.num_expert_groups,
+            expert_groups_per_token=self.expert_groups_per_token,
+            expert_group_score=self.expert_group_score,
         )
         return config

@@ -50,6 +50,20 @@ def top2(
     return choices
 
 
+def within_groups(ranked, groups, allowed, best):
+    """`ranked` `[S, E]` of the `allowed` groups whose `best` experts sum to the most.
+
+    -inf in the other groups.
+    """
+    limited = np.full_like(ranked, -np.inf)
+    members = np.split(np.arange(ranked.shape[1]), groups)
+    for row, result in zip(ranked, limited, strict=True):
+        scores = [sum(sorted(row[m])[::-1][:best]) for m in members]
+        for d in sorted(range(groups), key=lambda d: -scores[d])[:allowed]:
+            result[members[d]] = row[members[d]]
+    return limited
+
+
 def top_k(scores, ranked, k, capacity, *, real, normalize, prioritized):
     """k largest of `ranked`, weighted by `scores`; capacity in rounds of one choice."""
     tokens, experts = scores.shape
