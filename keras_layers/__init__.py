@@ -29,6 +29,7 @@ from keras_layers.moe import (
     IndexDispatcher,
     MoELayer,
     RouterMetrics,
+    assign_transformers_weights,
 )
 from keras_layers.routing import (
     ExpertChoiceRouter,
@@ -80,6 +81,7 @@ __all__ = [
     "TopKRouter",
     "Transformer",
     "VocabularyProjection",
+    "assign_transformers_weights",
     "beam_search",
     "expert_capacity",
     "greedy_decode",

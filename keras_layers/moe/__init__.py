@@ -5,6 +5,7 @@ from keras_layers.moe.expert_load import ExpertLoadImages
 from keras_layers.moe.experts import Experts
 from keras_layers.moe.layer import MoELayer
 from keras_layers.moe.metrics import RouterMetrics
+from keras_layers.moe.transformers_weights import assign_transformers_weights
 
 __all__ = [
     "Dispatcher",
@@ -14,4 +15,5 @@ __all__ = [
     "ExpertLoadImages",
     "MoELayer",
     "RouterMetrics",
+    "assign_transformers_weights",
 ]

@@ -8,11 +8,13 @@ from typing import Any, TypeGuard
 import keras
 import tensorflow as tf
 
-from gshard_tf import active_mesh, annotate
+from gshard_tf import active_mesh, annotate, name_axes
 from keras_layers._arguments import check_choice, check_coefficient, check_int
 from keras_layers._padding import zero_padding
-from keras_layers._seeds import child_seed
+from keras_layers._seeds import child_initializer, child_seed
+from keras_layers._shapes import at_each_position
 from keras_layers.feed_forward import FeedForward
+from keras_layers.moe.conventions import arguments_as_in
 from keras_layers.moe.dispatch import Dispatcher, EinsumDispatcher, IndexDispatcher
 from keras_layers.moe.dropless import apply_without_drops
 from keras_layers.moe.dropless_dispatch import apply_dropless, check_router
@@ -81,6 +83,8 @@ class MoELayer(keras.layers.Layer):
         num_shared_experts: Experts that every token passes through besides those it is
             routed to (DeepSeekMoE, arXiv 2401.06066), as one feed-forward layer
             that many times as wide. They stay on every device.
+        shared_expert_gate: Whether a token's output of the shared experts is scaled by
+            the sigmoid of its product with a learned vector (Qwen2-MoE).
         router_metrics: Names of the router's metrics to report: "all" or some of
             `RouterMetrics.NAMES`.
         metrics_per_expert: Whether to report the load of each expert too.
@@ -118,6 +122,7 @@ class MoELayer(keras.layers.Layer):
         decoding_group_size: int = 1,
         seed: int | None = None,
         pack_groups: bool = False,
+        shared_expert_gate: bool = False,
         **kwargs: Any,
     ):
         num_experts = check_int("num_experts", num_experts, 2)
@@ -135,6 +140,11 @@ class MoELayer(keras.layers.Layer):
         aux_loss_coef = check_coefficient("aux_loss_coef", aux_loss_coef)
         z_loss_coef = check_coefficient("z_loss_coef", z_loss_coef)
         num_shared_experts = check_int("num_shared_experts", num_shared_experts, 0)
+        if shared_expert_gate and not num_shared_experts:
+            raise ValueError(
+                "shared_expert_gate needs shared experts. Received: "
+                f"shared_expert_gate={shared_expert_gate}, num_shared_experts=0"
+            )
         super().__init__(**kwargs)
         if router is None:
             router = {}
@@ -165,6 +175,7 @@ class MoELayer(keras.layers.Layer):
         self.aux_loss_coef = aux_loss_coef
         self.z_loss_coef = z_loss_coef
         self.num_shared_experts = num_shared_experts
+        self.shared_expert_gate = bool(shared_expert_gate)
         self.router_metrics = router_metrics
         self.metrics_per_expert = metrics_per_expert
         self.decoding_group_size = decoding_group_size
@@ -205,6 +216,25 @@ class MoELayer(keras.layers.Layer):
         self.supports_masking = True
         self._warned = False
 
+    @classmethod
+    def as_in(
+        cls, convention: str, num_experts: int, hidden_dim: int, **kwargs: Any
+    ) -> "MoELayer":
+        """A dropless layer like those of a published model.
+
+        Its outputs and gradients are those of the model's block in Hugging Face
+        transformers, whose weights `assign_transformers_weights` brings in.
+
+        Args:
+            convention: "mixtral", "qwen2_moe", "qwen3_moe", "deepseek_v2" or
+                "deepseek_v3".
+            num_experts: E.
+            hidden_dim: H of each expert (`moe_intermediate_size`).
+            **kwargs: Arguments that go before the convention's; those of a `router`
+                dict, one by one: `router={"k": 6}`.
+        """
+        return cls(num_experts, hidden_dim, **arguments_as_in(convention, kwargs))
+
     def build(self, input_shape: Any) -> None:
         model_dim = input_shape[-1]
         if model_dim is None:
@@ -232,6 +262,15 @@ class MoELayer(keras.layers.Layer):
         self.experts.build((self.num_experts, None, None, model_dim))
         if self.shared_experts is not None:
             self.shared_experts.build((None, None, model_dim))
+        if self.shared_expert_gate:
+            self.shared_gate = self.add_weight(
+                name="shared_gate",
+                shape=(model_dim, 1),
+                initializer=child_initializer(
+                    self.experts.kernel_initializer, "shared_gate"
+                ),
+            )
+            name_axes(self.shared_gate, ("embed", None))
 
     def call(
         self,
@@ -281,6 +320,9 @@ class MoELayer(keras.layers.Layer):
         outputs = self._outputs_of_experts(tokens, routing, training, decoding)
         if self.shared_experts is not None:
             shared = self.shared_experts(tokens, training=training)
+            if self.shared_expert_gate:
+                gate = at_each_position(tokens, self.shared_gate)  # [G, S, 1]
+                shared = shared * tf.sigmoid(gate)
             outputs = outputs + zero_padding(shared, token_mask)
         if not decoding:
             self.health.count(self.path, training, routing, token_mask, stats)
@@ -349,6 +391,7 @@ class MoELayer(keras.layers.Layer):
             kernel_initializer=experts["kernel_initializer"],
             gated=experts["gated"],
             num_shared_experts=self.num_shared_experts,
+            shared_expert_gate=self.shared_expert_gate,
             router_metrics=self.router_metrics,
             metrics_per_expert=self.metrics_per_expert,
             decoding_group_size=self.decoding_group_size,

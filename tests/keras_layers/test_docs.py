@@ -8,7 +8,7 @@ GUIDE = pathlib.Path(__file__).resolve().parents[2] / "docs" / "layers.md"
 
 def test_examples_of_the_guide(capsys):
     blocks = re.findall(r"```python\n(.*?)```", GUIDE.read_text(), re.DOTALL)
-    assert len(blocks) == 8
+    assert len(blocks) == 10
     scope = {}
     for block in blocks:
         exec(compile(block, str(GUIDE), "exec"), scope)
