@@ -6,7 +6,7 @@ _HERE = "tests/gshard_tf"
 _ASSIGNMENT = f"{_HERE}/tpu/test_device_assignment.py"
 _CONSTRUCTION = f"{_HERE}/tpu/test_construction.py"
 _CORE_LAYOUTS = f"{_HERE}/tpu/test_core_layouts.py"
-_INITIAL = f"{_HERE}/tpu/test_initial_value.py"
+_INITIAL = f"{_HERE}/sharding/test_initial_value.py"
 _REPLICAS = f"{_HERE}/tpu/test_replicas.py"
 _SEMANTICS = f"{_HERE}/tpu/test_semantics.py"
 
@@ -49,35 +49,35 @@ MUTANTS = (
         "a weight that the axes left over split is not gathered for its use",
     ),
     Mutant(
-        "gshard_tf/tpu/initial_value.py",
-        "rows = elements(first.start * row, first.stop * row)",
-        "rows = elements(0, (first.stop - first.start) * row)",
+        "gshard_tf/sharding/initial_value.py",
+        "rows = elements(first * row, (first + count) * row)",
+        "rows = elements(0, count * row)",
         (f"{_INITIAL}::test_boxes",),
         "every core's part of a large weight begins as the first one's",
     ),
     Mutant(
-        "gshard_tf/tpu/initial_value.py",
+        "gshard_tf/sharding/initial_value.py",
         "at_once = max(1, _CHUNK // row)",
         "at_once = 1 + _CHUNK",
         (f"{_INITIAL}::test_a_box_is_cut_from_short_runs",),
         "the host makes all of a weight to cut a part out of it",
     ),
     Mutant(
-        "gshard_tf/tpu/random_shards.py",
+        "gshard_tf/random/random_shards.py",
         "return numbers[start - skipped * _GROUP :]",
         "return numbers[: stop - start]",
         (f"{_INITIAL}::test_a_run_of_elements_is_that_of_the_whole",),
         "a part that does not begin at a group of four is shifted",
     ),
     Mutant(
-        "gshard_tf/tpu/random_shards.py",
+        "gshard_tf/random/random_shards.py",
         '"StatelessTruncatedNormalV2": 256,',
         '"StatelessTruncatedNormalV2": 1,',
         (f"{_INITIAL}::test_a_run_of_elements_is_that_of_the_whole",),
         "parts of truncated normals repeat each other",
     ),
     Mutant(
-        "gshard_tf/tpu/random_shards.py",
+        "gshard_tf/random/random_shards.py",
         "np.array([total % 2**64, (total >> 64) % 2**64], np.uint64)",
         "np.array([total % 2**64, counter[1]], np.uint64)",
         (f"{_INITIAL}::test_the_counter_carries",),

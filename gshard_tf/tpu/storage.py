@@ -15,10 +15,10 @@ from gshard_tf.compat import tf_saving
 from gshard_tf.compat.tensorflow import out_of_graphs
 from gshard_tf.compat.tf_variables import ResourceVariable
 from gshard_tf.sharding import op_sharding
+from gshard_tf.sharding.initial_value import InitialValue
 from gshard_tf.sharding.regions import Region, whole
 from gshard_tf.sharding.sharded_variable import MeshVariableBase
 from gshard_tf.sharding.variable_layouts import VariableLayouts
-from gshard_tf.tpu.initial_value import InitialValue
 
 # The number of a shard along each dimension.
 Coordinates = tuple[int, ...]
@@ -91,11 +91,12 @@ class Storage:
     def _create(self, initial: InitialValue) -> list[list[Any]]:
         coordinates = self.shard_coordinates()
         distinct = list(dict.fromkeys(coordinates))
-        indices = [self.shard_index(each) for each in distinct]
         cores = range(len(coordinates))
         variables: list[list[Any]] = [[None] * len(cores) for _ in self.devices]
+        read = initial.reader()
         # One shard after the other, so that the host holds no more than it must.
-        for shard, value in zip(distinct, initial.shards(indices), strict=True):
+        for shard in distinct:
+            value = read(self.shard_region(shard))
             for replica, core in itertools.product(range(len(variables)), cores):
                 if coordinates[core] != shard:
                     continue

@@ -12,6 +12,7 @@ from gshard_tf.compat import tpu as tpu_compat
 from gshard_tf.compat.tf_graphs import is_compiled_by_tensorflow
 from gshard_tf.compat.tf_saving import patch_trackable_restore
 from gshard_tf.sharding.annotations import shard
+from gshard_tf.sharding.initial_value import InitialValue
 from gshard_tf.sharding.layout_map import as_rules
 from gshard_tf.sharding.mesh import axis_sizes, create_mesh, use_mesh
 from gshard_tf.sharding.rules import AxisRules
@@ -24,7 +25,6 @@ from gshard_tf.tpu.core_variables import (
     ReplicaVariable,
 )
 from gshard_tf.tpu.device_assignment import assign_cores
-from gshard_tf.tpu.initial_value import InitialValue
 from gshard_tf.tpu.partitioner_faults import PartitionerFaults
 from gshard_tf.tpu.storage import Storage
 from gshard_tf.tpu.system import connect

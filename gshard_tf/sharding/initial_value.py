@@ -1,13 +1,20 @@
 """The first value of a variable, one shard at a time."""
 
+import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import tensorflow as tf
 
 from gshard_tf.compat.keras_variables import current_variable, known_shape
-from gshard_tf.tpu.random_shards import Elements, NotShardable, shardable_initializer
+from gshard_tf.compat.tensorflow import out_of_graphs
+from gshard_tf.random.random_shards import (
+    Elements,
+    NotShardable,
+    shardable_initializer,
+)
+from gshard_tf.sharding.regions import Region, whole
 
 # Below this, a shard at a time costs more than it saves. (The values are the same.)
 WHOLE_BYTES = 1 << 24
@@ -46,48 +53,66 @@ class InitialValue:
         self.shape = tf.TensorShape(shape)
         self.dtype = tf.as_dtype(dtype)
 
-    def shards(self, indices: Sequence[tuple[slice, ...]]) -> Iterator[tf.Tensor]:
-        """Yields shards of it, on the host, one after the other; () is the whole."""
-        size = self.shape.num_elements() * self.dtype.size
-        elements = None
-        if size > WHOLE_BYTES and all(indices):
-            elements = self._elements()
-        if elements is None:
-            whole = self._whole()
-            for index in indices:
-                with tf.device("CPU:0"):
-                    yield whole[index] if index else whole
-            return
-        for index in indices:
-            with tf.device("CPU:0"):
-                yield tf.cast(self._cut(elements, index), self.dtype)
+    @property
+    def size_in_bytes(self) -> int:
+        """Its size."""
+        return self.shape.num_elements() * self.dtype.size
 
-    def _whole(self) -> tf.Tensor:
-        with tf.device("CPU:0"):
+    def whole(self) -> tf.Tensor:
+        """All of it, on the host."""
+        with out_of_graphs(), tf.device("CPU:0"):
             return tf.cast(tf.convert_to_tensor(self._compute()), self.dtype)
 
-    def _elements(self) -> Elements | None:
+    @functools.cached_property
+    def elements(self) -> Elements | None:
+        """Computes runs of its elements; None where only the whole can be computed.
+
+        None for a small one, too.
+        """
+        if self.size_in_bytes <= WHOLE_BYTES:
+            return None
         try:
-            elements = shardable_initializer(self._compute)
-            elements(0, 1)
+            with out_of_graphs():
+                elements = shardable_initializer(self._compute)
+                elements(0, 1)
         except NotShardable:
             return None
         return elements
 
-    def _cut(self, elements: Elements, index: tuple[slice, ...]) -> tf.Tensor:
+    def reader(self) -> Callable[[Region], tf.Tensor]:
+        """Returns a function that computes a region of it, on the host.
+
+        It may hold the whole: let go of it when all shards are there.
+        """
+        everything = whole(tuple(self.shape))
+        computed = None if self.elements is not None else self.whole()
+
+        def read(region: Region) -> tf.Tensor:
+            with out_of_graphs(), tf.device("CPU:0"):
+                if computed is None:
+                    return tf.cast(self._cut(self.elements, region), self.dtype)
+                if region == everything:
+                    return computed
+                starts, sizes = zip(*region, strict=True)
+                return tf.slice(computed, starts, sizes)
+
+        return read
+
+    def _cut(self, elements: Elements, region: Region) -> tf.Tensor:
         """A box of the whole, from runs of its flat elements."""
-        first, *others = index
+        (first, count), *others = region
         row = math.prod(self.shape[1:])
-        sizes = [s.stop - s.start for s in others]
+        sizes = [size for _, size in others]
         if math.prod(sizes) == row:
-            rows = elements(first.start * row, first.stop * row)
+            rows = elements(first * row, (first + count) * row)
             return tf.reshape(rows, [-1, *sizes])
         at_once = max(1, _CHUNK // row)
+        inner = tuple(slice(start, start + size) for start, size in others)
         chunks = []
-        for start in range(first.start, first.stop, at_once):
-            stop = min(start + at_once, first.stop)
+        for start in range(first, first + count, at_once):
+            stop = min(start + at_once, first + count)
             rows = tf.reshape(
                 elements(start * row, stop * row), [stop - start, *self.shape[1:]]
             )
-            chunks.append(rows[(slice(None), *others)])
+            chunks.append(rows[(slice(None), *inner)])
         return tf.concat(chunks, 0)

@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from gshard_tf.tpu import initial_value
-from gshard_tf.tpu.random_shards import NotShardable, shardable_initializer
+from gshard_tf.random.random_shards import NotShardable, shardable_initializer
+from gshard_tf.sharding import initial_value
+from gshard_tf.sharding.regions import cut
 from keras_layers.initializers import matrix_fan, per_expert_fan
 
 SHAPE = (6, 20, 14)
@@ -46,19 +47,19 @@ def test_boxes(monkeypatch, name):
     def whole_is_forbidden(self):
         raise AssertionError("the whole was computed")
 
-    monkeypatch.setattr(initial_value.InitialValue, "_whole", whole_is_forbidden)
+    monkeypatch.setattr(initial_value.InitialValue, "whole", whole_is_forbidden)
     initializer = INITIALIZERS[name]
     whole = np.array(initializer(SHAPE, dtype="float32"))
     value = initial_value.InitialValue(
         lambda: initializer(SHAPE, dtype="float32"), SHAPE, "float32"
     )
-    boxes = [
-        (slice(2, 4), slice(0, 20), slice(0, 14)),
-        (slice(0, 6), slice(10, 20), slice(0, 14)),
-        (slice(3, 6), slice(0, 10), slice(7, 14)),
-    ]
-    for box, part in zip(boxes, value.shards(boxes), strict=True):
-        np.testing.assert_array_equal(part, whole[box])
+    read = value.reader()
+    for box in [
+        ((2, 2), (0, 20), (0, 14)),
+        ((0, 6), (10, 10), (0, 14)),
+        ((3, 3), (0, 10), (7, 7)),
+    ]:
+        np.testing.assert_array_equal(read(box), cut(whole, box))
 
 
 @pytest.mark.parametrize(
@@ -81,8 +82,9 @@ def test_what_has_no_parts_is_made_whole(monkeypatch):
     value = initial_value.InitialValue(
         lambda: make((8, 8), dtype="float32"), (8, 8), "float32"
     )
-    [part] = value.shards([(slice(4, 8), slice(0, 8))])
-    np.testing.assert_array_equal(part, make((8, 8), dtype="float32")[4:])
+    read, whole = value.reader(), make((8, 8), dtype="float32")
+    np.testing.assert_array_equal(read(((4, 4), (0, 8))), whole[4:])
+    np.testing.assert_array_equal(read(((0, 8), (0, 8))), whole)
 
 
 def test_a_box_is_cut_from_short_runs(monkeypatch):
@@ -104,7 +106,7 @@ def test_a_box_is_cut_from_short_runs(monkeypatch):
     value = initial_value.InitialValue(
         lambda: initializer(SHAPE, dtype="float32"), SHAPE, "float32"
     )
-    list(value.shards([(slice(0, 6), slice(10, 20), slice(0, 14))]))
+    value.reader()(((0, 6), (10, 10), (0, 14)))
     # Never more elements at a time than that: the host would hold them.
     assert sum(runs) >= np.prod(SHAPE) and max(runs) <= 600
 
