@@ -32,6 +32,7 @@ def per_expert_fan(initializer: keras.initializers.Initializer, name: str) -> Ca
     def scaled(shape: Sequence[int], dtype: Any = None) -> tf.Tensor:
         return initializer(shape, dtype=dtype) * shape[0] ** 0.5
 
+    scaled.gshard_stateless = True
     return scaled
 
 
@@ -51,4 +52,5 @@ def matrix_fan(
     def reshaped(shape: Sequence[int], dtype: Any = None) -> tf.Tensor:
         return tf.reshape(initializer((rows, columns), dtype=dtype), shape)
 
+    reshaped.gshard_stateless = True
     return reshaped

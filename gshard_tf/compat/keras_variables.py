@@ -1,13 +1,16 @@
 """Keras variables and the TensorFlow variables behind them."""
 
 import inspect
+from collections.abc import Callable
 
 import keras
 import tensorflow as tf
+from keras.src.backend.common import name_scope
 from keras.src.backend.tensorflow import core
 
 # Where Keras calls `tf.Variable`, with the `keras.Variable` as `self`; and its callers.
 _CREATES = core.Variable._initialize.__code__
+_INITIALIZER_IS_CALLED = core.Variable._initialize_with_initializer.__code__
 _INITIALIZES = ("__init__", "_deferred_initialize", "_initialize_with_initializer")
 
 
@@ -46,6 +49,29 @@ def current_variable() -> keras.Variable | None:
             )
         frame = frame.f_back
     return None
+
+
+def current_initializer() -> Callable | None:
+    """Returns the initializer of the Keras variable that is being created, or None.
+
+    Relies on: `core.Variable._initialize_with_initializer`, whose argument it is. On an
+    upgrade, watch: that a variable with an initializer is still created there.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code is _INITIALIZER_IS_CALLED:
+            return frame.f_locals["initializer"]
+        frame = frame.f_back
+    return None
+
+
+def in_layer_scope() -> bool:
+    """Returns whether a layer is being built or called.
+
+    Relies on: the name scopes that layers open. On an upgrade, watch: that `build`
+    still runs in one.
+    """
+    return bool(name_scope.current_path())
 
 
 def known_shape(variable: keras.Variable) -> tf.TensorShape:

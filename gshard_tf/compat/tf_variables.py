@@ -1,5 +1,7 @@
 """TensorFlow's resource variables, to be extended or imitated."""
 
+from typing import Any
+
 from tensorflow.python.eager import tape
 from tensorflow.python.ops import resource_variable_ops
 
@@ -9,6 +11,17 @@ from tensorflow.python.ops import resource_variable_ops
 # its constructor, unlike `tf.Variable`, calls no strategy.
 # On an upgrade, watch: both, and `_restore_from_tensors`, by which checkpoints assign.
 ResourceVariable = resource_variable_ops.ResourceVariable
+
+
+class OwnContainer:
+    """Mixin for a variable that optimizers identify without taking its handle.
+
+    Relies on: `_distributed_container`, for which Keras's and Keras 2's `_var_key`
+    look, before they look for a handle. On an upgrade, watch: that they still do.
+    """
+
+    def _distributed_container(self) -> Any:
+        return self
 
 
 class ResourceVariableLike:

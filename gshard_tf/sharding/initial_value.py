@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import keras
 import tensorflow as tf
 
 from gshard_tf.compat.keras_variables import current_variable, known_shape
@@ -20,6 +21,18 @@ from gshard_tf.sharding.regions import Region, whole
 WHOLE_BYTES = 1 << 24
 # So many elements of other shards are computed at a time, and thrown away.
 _CHUNK = 1 << 22
+
+
+def is_stateless(initializer: Any) -> bool:
+    """Returns whether an initializer may be called later, and more than once.
+
+    One of Keras's may. (Its seed may be a generator; then it has no shards.) A function
+    may that says so by an attribute, `gshard_stateless`.
+    """
+    return getattr(initializer, "gshard_stateless", False) or (
+        isinstance(initializer, keras.initializers.Initializer)
+        and type(initializer).__module__.startswith("keras.")
+    )
 
 
 class InitialValue:

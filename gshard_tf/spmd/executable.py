@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import json
 import weakref
-import zlib
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +24,7 @@ from gshard_tf.spmd.lowering import LoweredStep
 from gshard_tf.spmd.nonfinite import NonFiniteError, SkippedStep, is_finite
 from gshard_tf.spmd.program import SpmdProgram
 from gshard_tf.spmd.step_layouts import step_layouts
-from gshard_tf.spmd.variable import MeshVariable
+from gshard_tf.spmd.variable import MeshVariable, checksum_of
 
 if TYPE_CHECKING:
     from gshard_tf.spmd.strategy import SpmdExtended
@@ -217,9 +216,10 @@ def check_processes_agree(step: LoweredStep, name: str) -> None:
     checksums: dict[str, int] = {}
     for i, value in enumerate(step.captures):
         path = f"{i} {getattr(value, 'path', 'constant')}"
-        if not isinstance(value, MeshVariable) or value.device_copy is None:
-            data = np.ascontiguousarray(value.numpy()).reshape(-1).view(np.uint8)
-            checksums[path] = zlib.crc32(data.data)
+        is_mesh = isinstance(value, MeshVariable)
+        checksum = value.checksum() if is_mesh else checksum_of(value.numpy())
+        if checksum is not None:
+            checksums[path] = checksum
     message = json.dumps({"shapes": shapes, "values": checksums})
     first, *others = (json.loads(text) for text in all_gather_text("step", message))
     for i, other in enumerate(others, 1):

@@ -20,7 +20,7 @@ from gshard_tf.compat.xla_protos import hlo_pb2, xla_data_pb2
 from gshard_tf.hlo.rewrites.recomputed_maxima import compute_compared_maxima_once
 from gshard_tf.hlo.rewrites.recomputed_rounding import compute_rounding_once
 from gshard_tf.spmd.stateful_random import warn_of_stateful_random
-from gshard_tf.spmd.variable import raw_handles, variable_of
+from gshard_tf.spmd.variable import raw_handles, variable_of, with_host_shapes
 
 
 @dataclasses.dataclass
@@ -162,7 +162,8 @@ def lower(function: Any, structure: Any) -> LoweredStep:
         for spec in tf.nest.flatten(function.structured_input_signature)
     ]
     try:
-        hlo = lower_to_hlo(function)
+        with with_host_shapes(captures):
+            hlo = lower_to_hlo(function)
     except ValueError as error:
         raise ValueError(
             "The step uses an operation that XLA cannot compile, on strings or a "

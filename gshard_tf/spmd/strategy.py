@@ -12,13 +12,16 @@ import tensorflow as tf
 from tensorflow.experimental import dtensor
 
 from gshard_tf.compat.keras_fit import BuildingMayFail, read_no_batch_to_build
+from gshard_tf.compat.keras_variables import current_initializer
 from gshard_tf.compat.tf_graphs import is_compiled_by_tensorflow
 from gshard_tf.runtime.device_arrays import Placement
 from gshard_tf.runtime.process_group import group
 from gshard_tf.runtime.visible_gpus import hide_gpus_from_tensorflow
+from gshard_tf.sharding.initial_value import InitialValue, is_stateless
 from gshard_tf.sharding.layout_map import as_mesh
 from gshard_tf.sharding.layout_report import LayoutReport
 from gshard_tf.sharding.rules import AxisRules
+from gshard_tf.spmd import resources
 from gshard_tf.spmd.base import ExplainedScope, MeshExtended, MeshStrategy
 from gshard_tf.spmd.eager_run import EagerRun
 from gshard_tf.spmd.input_checks import InputChecks
@@ -69,10 +72,15 @@ class SpmdStrategy(MeshStrategy, tf.distribute.OneDeviceStrategy):
             `tf.errors.InvalidArgumentError`, as in plain Keras on a CPU, with the layer
             or the loss, the value and the range. Without it, XLA reads the row of
             another id, and gives NaN for a label.
+        host_copy_bytes: The size up to which a variable keeps a copy on the host, in
+            each process. A larger one exists only as its shards on the devices; it is
+            made, written and checkpointed shard by shard, and put together for those
+            who read it. Defaults to 16 MiB. 0: no variable keeps one.
 
     Raises:
         ValueError: when the mesh does not fit the devices, jax finds none of its type,
-            a rule does not fit the mesh, or `check_inputs` is invalid.
+            a rule does not fit the mesh, or `check_inputs` or `host_copy_bytes` is
+            invalid.
         ImportError: for a mesh of TPU devices where tensorflow-tpu is installed.
         RuntimeError: for a mesh of GPU devices when TensorFlow has started with them.
     """
@@ -86,7 +94,13 @@ class SpmdStrategy(MeshStrategy, tf.distribute.OneDeviceStrategy):
         check_numerics: bool = False,
         process_local_batches: bool = False,
         check_inputs: bool | int = 100,
+        host_copy_bytes: int = 1 << 24,
     ):
+        if isinstance(host_copy_bytes, bool) or host_copy_bytes < 0:
+            raise ValueError(
+                "`host_copy_bytes` must be a number of bytes. Received: "
+                f"host_copy_bytes={host_copy_bytes!r}"
+            )
         mesh = as_mesh(mesh)
         placement = Placement(mesh)
         if mesh.device_type() == "GPU":
@@ -102,6 +116,7 @@ class SpmdStrategy(MeshStrategy, tf.distribute.OneDeviceStrategy):
                 check_numerics,
                 process_local_batches,
                 InputChecks(check_inputs),
+                host_copy_bytes,
             ),
         )
 
@@ -142,12 +157,14 @@ class SpmdExtended(MeshExtended):
         check_numerics: bool,
         process_local_batches: bool,
         input_checks: InputChecks,
+        host_copy_bytes: int,
     ):
         super().__init__(container, placement.mesh, rules)
         self.placement = placement
         self.check_numerics = check_numerics
         self._process_local_batches = process_local_batches
         self.input_checks = input_checks
+        self._host_copy_bytes = host_copy_bytes
         self.transfer = VariableTransfer(self.placement, self.layouts)
         self.programs: list[weakref.ref] = []
         self.steps_run: collections.Counter[str] = collections.Counter()
@@ -184,9 +201,30 @@ class SpmdExtended(MeshExtended):
         return specs
 
     def create_variable(self, **kwargs: Any) -> MeshVariable:
+        initial = self._made_in_shards(**kwargs)
+        if initial is not None:
+            value = resources.untouched(initial.shape, initial.dtype)
+            kwargs["initial_value"] = value
         variable = MeshVariable(**kwargs)
         variable.transfer = self.transfer
+        size = (variable.shape.num_elements() or 0) * variable.dtype.size
+        variable.is_large = size > self._host_copy_bytes
+        if initial is not None:
+            variable.begin_as(initial)
         return variable
+
+    def _made_in_shards(
+        self, initial_value: Any, dtype: Any = None, shape: Any = None, **unused: Any
+    ) -> InitialValue | None:
+        """The first value of a variable without a host copy, if it can be made so."""
+        del unused
+        if dtype is None or not is_stateless(current_initializer()):
+            # A function of the user's is called once, and now.
+            return None
+        initial = InitialValue(initial_value, shape, dtype)
+        if initial.size_in_bytes <= self._host_copy_bytes:
+            return None
+        return None if initial.elements is None else initial
 
     def owns(self, value: Any) -> bool:
         return getattr(value, "transfer", None) is self.transfer

@@ -5,12 +5,17 @@ second copy on the devices of a mesh. The two are kept coherent as caches are: o
 current, or both are, and every reader or writer of a stale one updates it first. So a
 step finds its state on the devices, and no reader (a callback, a checkpoint,
 `get_weights`, a function of the user's own) ever sees an old value.
+
+A large one has a host copy only while somebody holds it: its resource keeps shape and
+dtype, and the memory is freed once the devices have the value. It begins as an
+`InitialValue`, which the devices get shard by shard.
 """
 
 import contextlib
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -18,19 +23,26 @@ import tensorflow as tf
 from tensorflow.experimental import dtensor
 
 from gshard_tf.compat.keras_models import in_symbolic_scope
+from gshard_tf.compat.keras_variables import in_layer_scope
 from gshard_tf.compat.tensorflow import out_of_graphs
 from gshard_tf.compat.tf_gradients import with_dense_gradient
-from gshard_tf.compat.tf_variables import ResourceVariable
+from gshard_tf.compat.tf_variables import OwnContainer, ResourceVariable
 from gshard_tf.runtime.device_arrays import (
     Placement,
     addressable_shards,
     assemble,
     named_sharding,
 )
+from gshard_tf.runtime.process_group import group
+from gshard_tf.sharding.initial_value import InitialValue
 from gshard_tf.sharding.partition_spec import PartitionSpec, spec_of
-from gshard_tf.sharding.regions import Region
+from gshard_tf.sharding.regions import Region, cut
 from gshard_tf.sharding.sharded_variable import ShardedMeshVariable
 from gshard_tf.sharding.variable_layouts import VariableLayouts
+from gshard_tf.spmd import resources
+
+# Of an initial value, the elements that processes compare.
+_CHECKED_ELEMENTS = 1 << 16
 
 
 class _Raw(threading.local):
@@ -81,13 +93,21 @@ class VariableTransfer:
         return assemble(tuple(variable.shape), sharding, read)
 
 
-class MeshVariable(ShardedMeshVariable, ResourceVariable):
+class MeshVariable(ShardedMeshVariable, OwnContainer, ResourceVariable):
     """A `tf.Variable` that a strategy keeps on its mesh."""
 
     # The strategy sets it once the variable is created.
     transfer: VariableTransfer = None  # type: ignore[assignment]  # until then
+    # Too large to keep a host copy.
+    is_large: bool = False
     _device_copy: Any = None
     _host_is_current: bool = True
+    # Whether the resource has the memory of a value.
+    has_host_copy: bool = True
+    # The value, until it is on the devices or another one is assigned.
+    _initial: InitialValue | None = None
+    # Of a value that was assigned in all processes, and no step has changed.
+    _checksum: int | None = None
     _reader_graphs: weakref.WeakSet | None = None
     _resource: tf.Tensor
 
@@ -97,26 +117,30 @@ class MeshVariable(ShardedMeshVariable, ResourceVariable):
     def handle(self) -> tf.Tensor:
         if self.transfer is None or _RAW.depth:
             return self._resource
+        if in_symbolic_scope() and not tf.executing_eagerly():
+            # Keras infers shapes in a graph that never runs (and never dies).
+            return self._resource
         with self.transfer.lock:
             self._sync_host()
-            if in_symbolic_scope():
-                # Keras infers shapes in a graph that never runs (and never dies).
-                return self._resource
             # The holder of the handle may write, now or (from a graph) later.
-            self._device_copy = None
+            self._device_copy = self._initial = None
+            self.has_host_copy = True
             if not tf.executing_eagerly():
                 self._register_reader_graph()
         return self._resource
 
     def device_value(self, upload: Any) -> Any:
         """The value on the devices, which `upload(array)` copies there if need be."""
-        if self._device_copy is None or self._has_reader_graphs():
+        if self._initial is not None:
+            self._make_initial(self._initial)
+        elif self._device_copy is None or self._has_reader_graphs():
             with raw_handles():
                 # `.numpy()` copies, so nothing on a device aliases TensorFlow's
                 # buffer.
                 value = super().numpy()
             self._device_copy = upload(value)
         self._check_not_lost()
+        self._free_host_copy()
         return self._device_copy
 
     def _is_lost(self) -> bool:
@@ -134,10 +158,12 @@ class MeshVariable(ShardedMeshVariable, ResourceVariable):
     def set_device_copy(self, value: Any) -> None:
         """Replaces the device copy by a step's result; the host copy is stale then."""
         self._device_copy = value
+        self._initial = self._checksum = None
         self._host_is_current = False
         if self._has_reader_graphs():
             # A function of the user's reads the resource directly.
             self._sync_host()
+        self._free_host_copy()
 
     def discard_device_copy(self) -> None:
         """Makes the value count as lost: the step that was to make it has failed."""
@@ -150,6 +176,8 @@ class MeshVariable(ShardedMeshVariable, ResourceVariable):
         return self._device_copy
 
     def addressable_shards(self) -> list[tuple[Region, np.ndarray]] | None:
+        if self._initial is not None:
+            self._make_initial(self._initial)
         if self._device_copy is None:
             return None
         self._check_not_lost()
@@ -179,15 +207,68 @@ class MeshVariable(ShardedMeshVariable, ResourceVariable):
     def _sync_host(self) -> None:
         if not self._host_is_current:
             self._check_not_lost()
-            value = self.transfer.to_host(self._device_copy)
             # A reader may be building a graph of any kind: a function's, or the plain
             # one of a SavedModel.
             with out_of_graphs():
-                tf.raw_ops.AssignVariableOp(
-                    resource=self._resource,
-                    value=tf.constant(value, dtype=self._dtype),
-                )
-            self._host_is_current = True
+                if self._initial is not None:
+                    value = self._initial.whole()
+                else:
+                    value = self.transfer.to_host(self._device_copy)
+                    value = tf.constant(value, dtype=self._dtype)
+            resources.write(self._resource, value)
+            self._host_is_current = self.has_host_copy = True
+
+    # -- without a host copy -----------------------------------------------------
+
+    @property
+    def _keeps_host_copy(self) -> bool:
+        return not self.is_large or self._has_reader_graphs()
+
+    def _free_host_copy(self) -> None:
+        """Frees the memory of a host copy that is too large to be kept."""
+        if not self.has_host_copy or self._keeps_host_copy:
+            return
+        if self._device_copy is not None or self._initial is not None:
+            resources.free(self._resource, self._dtype)
+            self.has_host_copy = self._host_is_current = False
+
+    @contextlib.contextmanager
+    def with_host_shape(self) -> Iterator[None]:
+        """Context in which the resource has a shape: zeros, which nobody is to read."""
+        if self.has_host_copy:
+            yield
+            return
+        resources.write(self._resource, resources.untouched(self._shape, self._dtype))
+        try:
+            yield
+        finally:
+            resources.free(self._resource, self._dtype)
+
+    def begin_as(self, initial: InitialValue) -> None:
+        """Takes a first value in place of that of the resource."""
+        self._initial = initial
+        self._host_is_current = False
+        self._free_host_copy()
+
+    def _make_initial(self, initial: InitialValue) -> None:
+        read = initial.reader()
+        self._device_copy = self.transfer.assemble(
+            self, lambda region: np.asarray(read(region))
+        )
+        self._initial = None
+
+    def checksum(self) -> int | None:
+        """Of the value, where every process was to make or assign the same.
+
+        None where a step or a checkpoint made it. An initial value is represented by
+        its first elements.
+        """
+        if self._initial is not None and self._initial.elements is not None:
+            count = min(self._shape.num_elements(), _CHECKED_ELEMENTS)
+            return checksum_of(self._initial.elements(0, count).numpy())
+        if self._device_copy is None:
+            return checksum_of(self.numpy())
+        return self._checksum
 
     def _register_reader_graph(self) -> None:
         if self._reader_graphs is None:
@@ -234,7 +315,9 @@ class MeshVariable(ShardedMeshVariable, ResourceVariable):
         with self.transfer.lock:
             self._sync_host()
             with raw_handles():
-                return super()._read_variable_op(no_copy)
+                value = super()._read_variable_op(no_copy)
+            self._free_host_copy()
+            return value
 
     # -- a step looks rows up in the value, whose gradient is dense -----------------
 
@@ -256,8 +339,33 @@ class MeshVariable(ShardedMeshVariable, ResourceVariable):
     # -- a new value needs no old one ----------------------------------------------
 
     def assign(self, value: Any, *args: Any, **kwargs: Any) -> Any:
+        if self._is_assigned_in_shards():
+            with self.transfer.lock:
+                self._assign_shards(value)
+            return self
         self._discard_lost()
         return super().assign(value, *args, **kwargs)
+
+    def _is_assigned_in_shards(self) -> bool:
+        return (
+            self.transfer is not None
+            and not _RAW.depth
+            and tf.executing_eagerly()
+            and not self._keeps_host_copy
+            # A layer that is being built has yet to name the axes of its weights.
+            and (self.decision is not None or not in_layer_scope())
+        )
+
+    def _assign_shards(self, value: Any) -> None:
+        tensor = tf.convert_to_tensor(value, dtype=self._dtype)
+        if not self._shape.is_compatible_with(tensor.shape):
+            raise ValueError(
+                f"A value of {self.name!r} must have the shape {self._shape}. "
+                f"Received: a value of shape {tensor.shape}"
+            )
+        array = np.asarray(tensor)
+        self.stage(lambda region: cut(array, region))()
+        self._checksum = checksum_of(array) if group().count > 1 else None
 
     def _restore_from_tensors(self, restored_tensors: dict[str, Any]) -> Any:
         self._discard_lost()
@@ -281,3 +389,21 @@ def variable_of(handle: tf.Tensor) -> MeshVariable | None:
     """Returns the `MeshVariable` that a handle belongs to, or None."""
     reference = getattr(handle, "gshard_variable", None)
     return None if reference is None else reference()
+
+
+@contextlib.contextmanager
+def with_host_shapes(values: Iterable[Any]) -> Iterator[None]:
+    """`MeshVariable.with_host_shape` of all the variables among `values`."""
+    large = [v for v in values if isinstance(v, MeshVariable) and v.is_large]
+    with contextlib.ExitStack() as stack:
+        for transfer in {variable.transfer for variable in large}:
+            stack.enter_context(transfer.lock)  # nobody reads meanwhile
+        for variable in large:
+            stack.enter_context(variable.with_host_shape())
+        yield
+
+
+def checksum_of(value: np.ndarray) -> int:
+    """A checksum of an array's bytes."""
+    data = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
+    return zlib.crc32(data.data)

@@ -7,7 +7,9 @@ import tensorflow as tf
 from gshard_tf.compat import keras_variables
 from gshard_tf.compat.keras_variables import (
     backend_variable,
+    current_initializer,
     current_variable,
+    in_layer_scope,
     known_shape,
 )
 
@@ -71,3 +73,35 @@ def test_another_way_of_creating_variables_is_an_error(owners, monkeypatch):
     monkeypatch.setattr(keras_variables, "_CREATES", None)
     with pytest.raises(RuntimeError, match="must create a variable as .*Received: ker"):
         keras.Variable([1.0], name="weight")
+
+
+def test_the_initializer_of_a_variable(monkeypatch):
+    seen = []
+
+    def creator(next_creator, **kwargs):
+        seen.append(current_initializer())
+        return next_creator(**kwargs)
+
+    zeros = keras.initializers.Zeros()
+    with tf.variable_creator_scope(creator):
+        keras.Variable(zeros, shape=(2,))
+        keras.Variable([1.0])
+        tf.Variable(1.0)
+    assert seen == [zeros, None, None]
+
+
+def test_a_layer_is_built_and_called_in_its_scope():
+    seen = []
+
+    class Layer(keras.layers.Layer):
+        def build(self, shape):
+            seen.append(in_layer_scope())
+
+        def call(self, x):
+            seen.append(in_layer_scope())
+            return x
+
+    layer = Layer()
+    layer.build([1])
+    layer(tf.ones([1]))
+    assert seen == [True, True] and not in_layer_scope()

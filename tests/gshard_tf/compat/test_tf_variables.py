@@ -1,8 +1,10 @@
 """Resource variables, extended or imitated."""
 
+import keras
 import tensorflow as tf
 
 from gshard_tf.compat.tf_variables import (
+    OwnContainer,
     ResourceVariable,
     ResourceVariableLike,
     notify_tapes,
@@ -68,3 +70,21 @@ def test_tapes_watch_what_only_looks_like_one():
         notify_tapes(variable)
         y = variable.handle * variable.handle
     assert float(tape.gradient(y, variable.handle)) == 6.0
+
+
+def test_an_optimizer_that_is_built_takes_no_handle():
+    taken = []
+
+    class Watched(OwnContainer, ResourceVariable):
+        @property
+        def handle(self):
+            taken.append(self)
+            return self._handle
+
+    weight = keras.Variable(Watched([1.0]))
+    del taken[:]
+    optimizer = keras.optimizers.SGD(0.5)
+    optimizer.build([weight])
+    assert not taken
+    optimizer.apply([keras.ops.ones([1])])
+    assert weight.numpy() == [0.5]
