@@ -1,7 +1,8 @@
 """A process of a run: `many_processes.py DEVICES PATIENCE FOLDER [key=value ...]`.
 
 What may be given: `rows=own`, `seeds=differ`, `mesh=data|expert|both`,
-`weights=whole` (a model that no mesh splits), `position=iterator`, `epochs=`, and
+`weights=whole` (a model that no mesh splits), `copies=none` (no host copies, and first
+values shard by shard), `position=iterator`, `epochs=`, and
 `do=`, what process 1 (or those of `who=0,1`) does after step `step=`: `raise`, `hang`,
 `die`, `stop`, `exit`, or `term`, a SIGTERM.
 """
@@ -25,6 +26,7 @@ import parity
 import tensorflow as tf
 
 import gshard_tf
+from gshard_tf.sharding import initial_value
 
 use_older_emitter()
 
@@ -91,7 +93,11 @@ def train(index, devices, folder, given):
     position = given.get("position", "count")
     data = gshard_tf.ResumableDataset(dataset, position=position)
     mesh = mesh_of(devices, given.get("mesh", "expert"))
-    with gshard_tf.SpmdStrategy(mesh, process_local_batches=own).scope():
+    copies = {}
+    if given.get("copies") == "none":
+        copies = {"host_copy_bytes": 0}
+        initial_value.WHOLE_BYTES = 0
+    with gshard_tf.SpmdStrategy(mesh, process_local_batches=own, **copies).scope():
         model = classifier(given)
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
         model.compile("adam", loss)

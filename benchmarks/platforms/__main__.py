@@ -9,7 +9,8 @@ Three parts:
   and exported for CUDA. Nothing is run, and nothing is compiled for a GPU;
 * `overhead_ms_per_step`: of `fit`, on a stand-in device that takes 20 ms a step;
 * `host_bytes_over_shards`: host memory of a training process over the bytes of its own
-  shards, for 1, 2 and 4 processes. On CPU devices, so 1 would be the shards alone.
+  shards, for 1, 2 and 4 processes, and at its peak; and the difference of the two. On
+  CPU devices, so 1 would be the shards alone.
 """
 
 import os
@@ -36,7 +37,7 @@ def main() -> None:
     gshard_tf.request_cpu_devices(1)
     start, result = time.perf_counter(), {}
     if "memory" in options.parts:
-        hidden_dim = 64 if options.quick else 8192
+        hidden_dim = 64 if options.quick else 32768
         result["host_bytes_over_shards"] = {}
         for processes in (1, 2, 4):
             found = host_bytes_over_shards(processes, hidden_dim)

@@ -64,14 +64,17 @@ def main() -> None:
     strategy = gshard_tf.SpmdStrategy(gshard_tf.create_mesh({"expert": MESH_DEVICES}))
     small = _trained(strategy, 8)
     before = memory.resident()
+    memory.reset_peak()
     model = _trained(strategy, int(os.environ["HIDDEN_DIM"]))
-    extra = memory.resident() - before
+    peak, extra = memory.peak() - before, memory.resident() - before
     program = strategy.programs[-1]
     shards = sum(local for _, _, local in program.argument_bytes())
     shards *= MESH_DEVICES // group.count
     whole = sum(whole for _, whole, _ in program.argument_bytes())
     result = {
         "host_bytes_over_shards": round(extra / shards, 2),
+        "peak_over_shards": round(peak / shards, 2),
+        "beyond_shards_mb": round((extra - shards) / 1e6, 1),
         "shards_of_the_process_mb": round(shards / 1e6, 1),
         "whole_state_mb": round(whole / 1e6, 1),
     }

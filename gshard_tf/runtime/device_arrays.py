@@ -98,6 +98,18 @@ def addressable_shards(value: Any) -> Iterator[tuple[Region, np.ndarray]]:
 _COLLECT_BYTES = 1 << 23
 
 
+def _own_copy(part: np.ndarray, device: Any) -> Any:
+    """A copy of an array on a device, in memory that a step may write to."""
+    import jax
+
+    value = jax.device_put(part, device, may_alias=False)
+    if device.platform == "cpu":
+        # What is aligned jax takes as it is all the same, and holds on to it.
+        if value.unsafe_buffer_pointer() == part.__array_interface__["data"][0]:
+            return value.copy()
+    return value
+
+
 def assemble(
     shape: tuple[int, ...],
     sharding: Any,
@@ -118,9 +130,7 @@ def assemble(
 
     def place(part: np.ndarray, devices: list[Any]) -> list[Any]:
         # Once it is there, `part` may go: the host has one that is large at most.
-        return jax.block_until_ready(
-            [jax.device_put(part, device, may_alias=False) for device in devices]
-        )
+        return jax.block_until_ready([_own_copy(part, device) for device in devices])
 
     placed, uncollected = [], 0
     with jax.enable_x64(True):

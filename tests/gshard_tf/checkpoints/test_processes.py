@@ -280,9 +280,20 @@ def test_a_killed_process_stops_all_and_fewer_go_on(one, tmp_path):
     np.testing.assert_allclose(list(found.values()), list(one.values()), rtol=1e-4)
 
 
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_without_host_copies(one, tmp_path, count):
+    """No process holds more than its shards, saved and restored as such."""
+    codes, errors, _ = run(count, tmp_path, "copies=none", "epochs=1")
+    assert codes == [0] * count, errors
+    codes, errors, _ = run(count, tmp_path, "copies=none")
+    assert codes == [0] * count, errors
+    assert_same_losses(tmp_path, count, one)
+
+
 @pytest.mark.slow
-def test_other_seeds_are_an_error(tmp_path):
-    codes, errors, _ = run(2, tmp_path, "seeds=differ")
+@pytest.mark.parametrize("copies", ["small", "none"])
+def test_other_seeds_are_an_error(tmp_path, copies):
+    codes, errors, _ = run(2, tmp_path, "seeds=differ", f"copies={copies}")
     assert 0 not in codes
     assert all("must begin with the same values" in error for error in errors)
 
