@@ -135,7 +135,7 @@ def test_decoding_never_drops_and_leaves_no_trace():
         assert value == before[name]
 
 
-@pytest.mark.broad(3)
+@pytest.mark.broad(5)
 @pytest.mark.parametrize("count", [1, 5, 40])
 @pytest.mark.parametrize("alike", [True, False])
 def test_decoding_is_the_same_with_any_number_of_tokens(count, alike):
@@ -248,7 +248,11 @@ def test_metrics():
 
 
 @pytest.mark.parametrize(
-    ("policy", "jit_compile"), [("float32", False), ("mixed_bfloat16", True)]
+    ("policy", "jit_compile"),
+    [
+        pytest.param("float32", False, marks=pytest.mark.slow),
+        ("mixed_bfloat16", True),
+    ],
 )
 def test_fit_learns_and_logs(policy, jit_compile):
     keras.config.set_dtype_policy(policy)
