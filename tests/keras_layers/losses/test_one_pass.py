@@ -61,8 +61,13 @@ def passes(program, opcode, size):
     return count
 
 
-def test_one_exponential_for_loss_gradient_and_metrics():
-    program = train({"data": 1})[1]
+@pytest.fixture(scope="module")
+def on_one_device():
+    return train({"data": 1})
+
+
+def test_one_exponential_for_loss_gradient_and_metrics(on_one_device):
+    program = on_one_device[1]
     assert passes(program, "exponential", V) == 1
     # The maximum, the sum of exponentials, the sum for the smoothing. (Equal logits
     # before the label's are searched in windows, not a reduction of this size.)
@@ -80,7 +85,7 @@ def test_one_exponential_for_loss_gradient_and_metrics():
     ],
     ids=["tokens", "both", "vocabulary"],
 )
-def test_logits_stay_where_they_are(axes, rules, parts):
+def test_logits_stay_where_they_are(on_one_device, axes, rules, parts):
     history, program = train(axes, rules)
     assert passes(program, "exponential", V // parts) == 1
     found = program.collectives()
@@ -90,8 +95,7 @@ def test_logits_stay_where_they_are(axes, rules, parts):
     weights = 4 * (2 * V * M + M * M + M)
     assert max(c.bytes for c in found) < weights + 4 * tokens
     assert all(c.bytes != 4 * tokens * V // parts for c in found)
-    one = train({"data": 1})[0]
-    for name, values in one.items():
+    for name, values in on_one_device[0].items():
         np.testing.assert_allclose(history[name], values, rtol=1e-5, err_msg=name)
 
 

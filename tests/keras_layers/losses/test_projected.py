@@ -28,6 +28,7 @@ def samples():
     return rng.integers(0, V, (B, T)), hidden, table
 
 
+@pytest.mark.broad(3)
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("block", [1, 3, 5, 16])
@@ -36,8 +37,7 @@ def test_values_and_gradients_of_whole_logits(block, transposed, compiled):
     table = table.T if transposed else table
     scales = np.random.default_rng(1).normal(size=(3, B, T)).astype(np.float32)
 
-    def run(statistics):
-        @tf.function(jit_compile=compiled)
+    def run(statistics, compiled=False):
         def both(hidden, table):
             with tf.GradientTape() as tape:
                 tape.watch([hidden, table])
@@ -45,9 +45,13 @@ def test_values_and_gradients_of_whole_logits(block, transposed, compiled):
                 total = tf.reduce_sum(tf.stack(found[:3]) * scales)
             return found, tape.gradient(total, [hidden, table])
 
+        if compiled:
+            both = tf.function(both, jit_compile=True, autograph=False)
         return both(tf.constant(hidden), tf.constant(table))
 
-    found = run(lambda x, w: projected_statistics(labels, x, w, block, transposed))
+    found = run(
+        lambda x, w: projected_statistics(labels, x, w, block, transposed), compiled
+    )
     right = run(lambda x, w: token_statistics(
         labels, tf.einsum("BTM,MV->BTV", x, w if transposed else tf.transpose(w))
     ))  # fmt: skip
@@ -134,6 +138,11 @@ def train(block, axes=None, rules=None):
     return history, program
 
 
+@pytest.fixture(scope="module")
+def of_logits():
+    return train("logits")
+
+
 def whole_logits(program, size):
     """Whether any tensor of the program has `size` elements or more."""
     module = parser.parse(program.compiled.as_text())
@@ -144,8 +153,8 @@ def whole_logits(program, size):
     )
 
 
-def test_logits_never_exist_whole():
-    right, whole = train("logits")
+def test_logits_never_exist_whole(of_logits):
+    right, whole = of_logits
     found, blocks = train(4)
     for name, values in right.items():
         np.testing.assert_allclose(found[name], values, rtol=1e-5, err_msg=name)
@@ -170,9 +179,9 @@ def test_logits_never_exist_whole():
     ],
     ids=["tokens", "both", "vocabulary"],
 )
-def test_on_a_mesh_no_logits_and_no_table_move(axes, rules):
+def test_on_a_mesh_no_logits_and_no_table_move(of_logits, axes, rules):
     found, program = train(4, axes, rules)
-    for name, values in train("logits")[0].items():
+    for name, values in of_logits[0].items():
         np.testing.assert_allclose(found[name], values, rtol=2e-5, err_msg=name)
     assert not whole_logits(program, 16 * LENGTH * VOCAB // 8 // 2)
     moved = program.collectives()
