@@ -130,7 +130,8 @@ def mesh_devices(mesh: dtensor.Mesh) -> list[Any]:
 
 def _how_to_get(kind: str) -> str:
     platforms = os.environ.get("JAX_PLATFORMS")
-    if platforms and not {kind, "cuda"} & set(platforms.split(",")):
+    names = {"gpu", "cuda", "rocm"} if kind == "gpu" else {kind}
+    if platforms and not names & set(platforms.split(",")):
         return f"The environment's JAX_PLATFORMS={platforms} leaves them out."
     if kind == "tpu" and importlib.util.find_spec("libtpu") is None:
         return "jax has no plugin for TPUs: pip install 'jax[tpu]'."

@@ -81,6 +81,9 @@ def test_platforms_that_are_not_there():
     for error, kind in zip(errors, ("GPU", "CPU"), strict=True):
         assert f"over {kind} devices, and jax finds none" in error
         assert "Received: JAX_PLATFORMS='cuda'" in error
+        # More packages would not help a mesh of CPU devices.
+        assert ("JAX_PLATFORMS=cuda leaves them out" in error) == (kind == "CPU")
+        assert ("pip install" in error) == (kind == "GPU")
 
 
 def test_another_backend_of_keras():
