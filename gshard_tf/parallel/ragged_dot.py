@@ -4,6 +4,11 @@
 with all matrices, and a step that is compiled from HLO cannot have it: the way from
 HLO to StableHLO lacks the operation. Here the rows of each group are multiplied in
 blocks, in loops as long as they must be, so a group without rows costs nothing.
+
+A block's matrix is copied first: XLA's CPU compiler multiplies no part of an array
+where it lies. That is a small part of the time with many rows and most of it with a
+few, as in decoding. So a few rows are multiplied one by one, by sums that read a matrix
+once.
 """
 
 from collections.abc import Callable
@@ -15,6 +20,11 @@ from gshard_tf.parallel.permutations import stable_order
 LARGEST, SMALLEST = 256, 8
 #: Sizes of the last block of a group: it computes an eighth of a block in vain at most.
 STEPS = 8
+#: Rows that are so few that each is multiplied by itself, and rows of a matrix that are
+#: added up in one pass.
+FEW, UNROLLED = 8, 16
+#: Buffers up to this many times as large may turn out to hold few rows.
+MOSTLY_EMPTY = 32
 
 
 def ragged_dot(rows: Any, matrices: Any, sizes: Any) -> Any:
@@ -31,9 +41,24 @@ def ragged_dot(rows: Any, matrices: Any, sizes: Any) -> Any:
     """
     import jax
 
+    def in_blocks(rows, matrices, sizes):
+        return _rows_by_matrices(rows, matrices, sizes, "RM,MH->RH")
+
+    def on_cpu(rows, matrices, sizes):
+        if rows.shape[0] <= FEW:
+            return _row_by_row(rows, matrices, sizes)
+        return jax.lax.cond(
+            sizes.sum() <= FEW, _row_by_row, in_blocks, rows, matrices, sizes
+        )
+
     @jax.custom_vjp
     def dot(rows, matrices, sizes):
-        return _rows_by_matrices(rows, matrices, sizes, "RM,MH->RH")
+        count = rows.shape[0]
+        if not isinstance(count, int) or count > MOSTLY_EMPTY * FEW:
+            return in_blocks(rows, matrices, sizes)
+        return jax.lax.platform_dependent(
+            rows, matrices, sizes, cpu=on_cpu, default=in_blocks
+        )
 
     def forward(rows, matrices, sizes):
         return dot(rows, matrices, sizes), (rows, matrices, sizes)
@@ -45,6 +70,40 @@ def ragged_dot(rows: Any, matrices: Any, sizes: Any) -> Any:
 
     dot.defvjp(forward, backward)
     return dot(rows, matrices, sizes)
+
+
+def _row_by_row(rows: Any, matrices: Any, sizes: Any) -> Any:
+    """`ragged_dot` of a few rows, each by itself. No matrix is copied."""
+    from jax import lax
+    from jax import numpy as jnp
+
+    ends = jnp.cumsum(sizes)
+    _, width, hidden = matrices.shape
+    outputs = _zeros((rows.shape[0], hidden), rows, matrices)
+
+    def add(total, row, group, start, count):
+        # In one pass, which fuses with the reading of the matrix.
+        for i in range(count):
+            part = lax.dynamic_slice(matrices, (group, start + i, 0), (1, 1, hidden))
+            factor = lax.dynamic_slice_in_dim(row, start + i, 1)
+            total = total + factor * part.reshape(-1).astype(total.dtype)
+        return total
+
+    def one_row(i, outputs):
+        group = jnp.sum(ends <= i)
+        total = outputs[i].astype(jnp.promote_types(outputs.dtype, jnp.float32))
+        row = rows[i].astype(total.dtype)
+        whole, rest = divmod(width, UNROLLED)
+        total = lax.fori_loop(
+            0,
+            whole,
+            lambda j, total: add(total, row, group, j * UNROLLED, UNROLLED),
+            total,
+        )
+        total = add(total, row, group, whole * UNROLLED, rest)
+        return outputs.at[i].set(total.astype(outputs.dtype))
+
+    return lax.fori_loop(0, ends[-1], one_row, outputs)
 
 
 def _rows_by_matrices(rows: Any, matrices: Any, sizes: Any, equation: str) -> Any:

@@ -1,7 +1,10 @@
 """Products of ragged groups: against products group by group."""
 
+import re
+
 import jax
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -30,11 +33,11 @@ def _run(rows, matrices, sizes, d_outputs):
     return outputs, *pull(d_outputs)
 
 
-def _check(sizes, count):
+def _check(sizes, count, width=3):
     """Of `count` rows, those after all groups are of no group."""
     rng = np.random.default_rng(0)
-    rows = rng.normal(size=(count, 3)).astype("f")
-    matrices = rng.normal(size=(len(sizes), 3, 5)).astype("f")
+    rows = rng.normal(size=(count, width)).astype("f")
+    matrices = rng.normal(size=(len(sizes), width, 5)).astype("f")
     d_outputs = rng.normal(size=(count, 5)).astype("f")
     expected = _expected(rows, matrices, sizes, d_outputs)
     # Rows of no group affect nothing.
@@ -54,3 +57,29 @@ def test_groups_of_any_size(sizes):
 def test_full_blocks_and_one_that_fits():
     sizes = [3, 2 * LARGEST + 70, 0, LARGEST, 1]
     _check(sizes, sum(sizes) + 5)
+
+
+@pytest.mark.parametrize(("after", "width"), [(0, 3), (1, 40), (60, 16)])
+def test_few_rows(after, width):
+    _check([3, 0, 2, 0, 1], 6 + after, width)
+
+
+@pytest.mark.parametrize("count", [2, 64])
+def test_a_few_rows_read_matrices_where_they_lie(count):
+    """In bfloat16, too, with sums in float32. No matrix is copied or converted."""
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(count, 40)).astype(jax.numpy.bfloat16)
+    matrices = rng.normal(size=(16, 40, 24)).astype(jax.numpy.bfloat16)
+    sizes = np.zeros(16, "int32")
+    sizes[[3, 9]] = 1
+    compiled = jax.jit(ragged_dot).lower(rows, matrices, sizes).compile()
+    outputs = np.asarray(compiled(rows, matrices, sizes), "f")
+    expected = np.einsum(
+        "RM,RMH->RH", rows[:2].astype("f"), matrices[[3, 9]].astype("f")
+    )
+    np.testing.assert_allclose(outputs[:2], expected, rtol=0.01, atol=0.01)
+    np.testing.assert_array_equal(outputs[2:], 0)
+    copies = r"= \w+\[(1,)?40,24\]\S* (copy|convert|fusion|dynamic-slice)\("
+    found = re.findall(copies, compiled.as_text())
+    # With many rows the blocks are there, too, in a branch that is not taken.
+    assert bool(found) == (count == 64)

@@ -165,6 +165,33 @@ def test_tokens_that_do_not_divide(decoding):
     np.testing.assert_allclose(outputs, expected, atol=1e-5)
 
 
+def test_one_token(tmp_path):
+    """In TensorFlow, in a SavedModel, and on a mesh, where no weight is moved."""
+    x = _batch()[0][:1, :1]
+    expected = _layer("index")(x, decoding=True)
+    layer = _layer("dropless")
+    module = tf.Module()
+    module.layer = layer
+    module.decode = tf.function(
+        lambda x: layer(x, decoding=True),
+        input_signature=[tf.TensorSpec([1, 1, M])],
+        autograph=False,
+    )
+    tf.saved_model.save(module, str(tmp_path))
+    served = tf.saved_model.load(str(tmp_path))
+    for decode in (module.decode, served.decode):
+        np.testing.assert_allclose(decode(tf.constant(x)), expected, atol=1e-5)
+    strategy = gshard_tf.SpmdStrategy(gshard_tf.create_mesh({"expert": 4}))
+    with strategy.scope():
+        split = _layer("dropless")
+        step = tf.function(lambda x: split(x, decoding=True), autograph=False)
+        outputs = strategy.run(step, (x,))
+    np.testing.assert_allclose(outputs, expected, atol=1e-5)
+    for sent in strategy.programs[-1].collectives():
+        # As many numbers as n*K rows have, at most: fewer than a matrix of an expert.
+        assert sent.bytes <= 4 * (4 * 2 * M) < 4 * (M * H), sent
+
+
 def test_what_does_not_fit():
     with pytest.raises(ValueError, match='must have a capacity_factor of "dropless"'):
         MoELayer(E, H, router=TopKRouter(E), dispatcher="dropless")
