@@ -14,9 +14,11 @@ alternating, medians of ratios:
 * rest: router, dispatch, combine and metrics, each alone under jit;
 * dropless: the layer with dropless dispatch, its routing forced, over batched products
   of as many rows, with even experts and where a tenth of them get half of the rows
-  (`dropless_over_gemm`, the largest ratio).
+  (`dropless_over_gemm`, the largest ratio);
+* decoding: one token at a time through 64 experts, by each dispatcher, over a dense
+  layer of as many FLOPs (`decoding_over_dense`, that of dropless dispatch).
 
-About 15 minutes on two cores. `--part dropless` runs one of the four. `--quick` runs
+About 15 minutes on two cores. `--part dropless` runs one of the five. `--quick` runs
 tiny sizes, whose figures say nothing but that the script runs.
 """
 
@@ -34,6 +36,7 @@ from benchmarks.harness import timing
 from benchmarks.harness.command_line import circumstances, make_parser, say
 from benchmarks.moe.steps import (
     Shape,
+    decoding_side,
     dropless_side,
     in_tensorflow,
     layer_side,
@@ -44,13 +47,14 @@ from benchmarks.moe.steps import (
 
 GOAL = 1.08
 RUNTIMES = ("jit", "program", "ops")
-PARTS = ("limit", "rest", "sweep", "dropless")
+PARTS = ("limit", "rest", "sweep", "dropless", "decoding")
 GEMM_RATIOS = (
     "over_gemm",
     "over_gemm_program",
     "over_gemm_ops",
     "over_best_gemm",
     "dropless_over_gemm",
+    "decoding_over_dense",
 )
 
 #: The shape of the goal.
@@ -65,6 +69,7 @@ SWEEP = {
 TINY = Shape(experts=4, model_dim=16, hidden_dim=32, groups=2, group_size=32)
 #: Two choices for each token, and as many rows in each expert's products.
 DROPLESS = [Shape(experts=e, hidden_dim=1024) for e in (8, 16, 32, 64)]
+DECODING = Shape(experts=64)
 TINY_SWEEP = {"experts": [2], "group_size": [16]}
 
 
@@ -155,6 +160,22 @@ def dropless(shapes: list[Shape], rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
+def decoding(shape: Shape, rounds: int) -> dict[str, Any]:
+    sides = {
+        "dense": decoding_side(shape, None),
+        "dropless": decoding_side(shape, "dropless"),
+        "index": decoding_side(shape, "index"),
+    }
+    times = timing.alternate(sides, rounds, warm_up=2)
+    row = dataclasses.asdict(shape) | {
+        "dropless_over_dense": timing.ratio(times, "dropless", "dense"),
+        "index_over_dense": timing.ratio(times, "index", "dense"),
+        "dense_s": timing.median(times, "dense"),
+    }
+    say(f"decoding: {row}")
+    return row
+
+
 def main() -> None:
     parser = make_parser(__doc__, quick="tiny sizes, a few rounds")
     parser.add_argument("--part", choices=PARTS, action="append")
@@ -178,6 +199,10 @@ def main() -> None:
         result["dropless_over_gemm"] = max(
             max(row["even_over_gemm"], row["skewed_over_gemm"]) for row in rows
         )
+    if "decoding" in parts:
+        row = decoding(TINY if quick else DECODING, 2 if quick else 15)
+        result["decoding"] = row
+        result["decoding_over_dense"] = row["dropless_over_dense"]
     result |= circumstances(start, quick)
     if options.json:
         print(json.dumps(result))

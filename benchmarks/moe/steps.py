@@ -17,6 +17,7 @@ import tensorflow as tf
 import gshard_tf
 from gshard_tf.spmd.program import SpmdProgram
 from keras_layers import (
+    FeedForward,
     IndexDispatcher,
     MoELayer,
     TokenChoiceRouting,
@@ -130,6 +131,32 @@ def dropless_side(shape: Shape, skewed: bool) -> Side:
 
     arguments = [*tokens_and_gradients(shape), *routing[:4]]
     return in_tensorflow(step, arguments, jit=True)
+
+
+def decoding_side(shape: Shape, dispatcher: str | None, tokens: int = 32) -> Side:
+    """Tokens one after the other, each a batch of its own, under TensorFlow's jit.
+
+    Args:
+        shape: The sizes; tokens choose two experts.
+        dispatcher: Of `MoELayer`; None: a dense layer of as many FLOPs, twice as wide.
+        tokens: Their number.
+    """
+    if dispatcher is None:
+        layer, options = FeedForward(2 * shape.hidden_dim, seed=0), {}
+    else:
+        router = {"kind": "top_k", "k": 2}
+        layer = MoELayer(
+            shape.experts,
+            shape.hidden_dim,
+            router=router,
+            dispatcher=dispatcher,
+            seed=0,
+        )
+        options = {"decoding": True}
+    layer.build((1, 1, shape.model_dim))
+    step = tf.function(lambda x: layer(x, **options), jit_compile=True, autograph=False)
+    inputs = [tf.constant(normal(i, 1, 1, shape.model_dim)) for i in range(tokens)]
+    return lambda: [step(x) for x in inputs]
 
 
 def matmul_step(
