@@ -74,6 +74,11 @@ def _ours(
 OURS: dict[str, Callable[[Shape, str], Side]] = {
     "top2": _ours({"capacity_factor": 2.0}),
     "top2_gated": _ours({"capacity_factor": 2.0}, gated=True),
+    "dropless_gated": _ours(
+        {"kind": "top_k", "k": 2, "capacity_factor": "dropless"},
+        gated=True,
+        dispatcher="dropless",
+    ),
     "top1": _ours({"kind": "top_k", "k": 1, "capacity_factor": 1.0}),
     "expert_choice": _ours({"kind": "expert_choice", "capacity_factor": 2.0}),
 }
@@ -335,13 +340,13 @@ PEERS: dict[str, Peer] = {
         "the paper's top-2 with one-hot products, in a TensorFlow 1 session",
     ),
     "keras-hub Mixtral": Peer(
-        keras_hub_mixtral, ("jit", "ops"), "top2_gated", {"keras-hub": "0.32.0"},
-        "every expert on every token, then weighted by top-2; no capacity",
+        keras_hub_mixtral, ("jit", "ops"), "dropless_gated", {"keras-hub": "0.32.0"},
+        "every expert on every token, then weighted by top-2; drops nothing",
     ),
     "transformers Mixtral": Peer(
-        transformers_mixtral, ("eager", "grouped_mm"), "top2_gated",
+        transformers_mixtral, ("eager", "grouped_mm"), "dropless_gated",
         _TORCH | {"transformers": "5.23.0"},
-        "top-2 without capacity, so nothing is dropped; no balancing loss in the block",
+        "top-2, drops nothing, computes no empty slots; no balancing loss in the block",
     ),
     "st-moe-pytorch": Peer(
         st_moe, ("eager",), "top2_gated", _TORCH | {"st-moe-pytorch": "0.1.8"},

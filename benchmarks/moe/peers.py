@@ -12,14 +12,17 @@ taken, of theirs and of ours. The two processes then take turns. Ratios are thei
 ours: above 1 we are ahead.
 
 * time: median of the ratios of neighboring steps;
-* memory: growth of the resident set during a step, from between steps, where weights
-  and inputs exist and compiling is over, to the peak; gradients of weights are part
-  of it;
+* memory: the most that is resident in three steps after compiling, in a new process,
+  less that of the same block at a tiny size, in another new process. Weights, their
+  gradients and inputs are in it; libraries and what compiling left are not;
 * useful tokens per second: tokens that at least one expert took.
 
 A peer that is not installed is listed with the command that installs it. About ten
 minutes on two cores; `--quick` runs tiny sizes, whose figures say nothing but that the
 script runs.
+
+Peers that drop nothing stand beside our dropless layer, those with a capacity beside
+ours with the same.
 """
 
 import argparse
@@ -47,13 +50,15 @@ from benchmarks.moe.steps import Shape
 
 SHAPE = Shape(experts=16, model_dim=512, hidden_dim=1536, groups=4, group_size=512)
 TINY = Shape(experts=4, model_dim=24, hidden_dim=48, groups=2, group_size=32)
+#: Of the process whose memory is subtracted.
+LEAST = Shape(experts=2, model_dim=8, hidden_dim=16, groups=1, group_size=8)
 
 
 # ----------------------------------------------------------------- in the process
 
 
 def serve(block: str, way: str, shape: Shape) -> None:
-    """Answers "step" with seconds, "memory" with the bytes that a step grows by."""
+    """Answers "step" with seconds, "memory" with the most bytes resident in steps."""
     make = OURS[block] if block in OURS else PEERS[block].make
     side = make(shape, way)
     result = side()
@@ -67,13 +72,13 @@ def serve(block: str, way: str, shape: Shape) -> None:
         side()
         return time.perf_counter() - start
 
-    def grown() -> int:
+    def most_resident() -> int:
         memory.reset_peak()
-        before = memory.resident()
-        side()
-        return memory.peak() - before
+        for _ in range(3):
+            side()
+        return memory.peak()
 
-    served.serve(dispatched, {"step": step, "memory": grown})
+    served.serve(dispatched, {"step": step, "memory": most_resident})
 
 
 # --------------------------------------------------------------- outside of it
@@ -107,6 +112,18 @@ def fastest(block: str, ways: tuple[str, ...], shape: Shape) -> Iterator[Block]:
         running.close()
 
 
+def memory_of(block: str, way: str, shape: Shape) -> int:
+    """Bytes that steps of a block need beyond those of `LEAST`, in new processes."""
+    peaks = []
+    for each in (shape, LEAST):
+        running = Block(block, way, each)
+        try:
+            peaks.append(running.ask("memory"))
+        finally:
+            running.close()
+    return peaks[0] - peaks[1]
+
+
 def compare(theirs: Block, ours: Block, shape: Shape, rounds: int) -> dict[str, Any]:
     times: dict[str, list[float]] = {"theirs": [], "ours": []}
     for i in range(rounds):
@@ -114,17 +131,14 @@ def compare(theirs: Block, ours: Block, shape: Shape, rounds: int) -> dict[str, 
         for name, block in reversed(sides) if i % 2 else sides:
             times[name].append(block.ask("step"))
     pairs = zip(times["theirs"], times["ours"], strict=True)
-    grown = {"theirs": theirs.ask("memory"), "ours": ours.ask("memory")}
     result = {
         "time_ratio": statistics.median(a / b for a, b in pairs),
-        "memory_ratio": grown["theirs"] / grown["ours"],
         "way": theirs.way,
         "our_way": ours.way,
     }
     for name, block in (("theirs", theirs), ("ours", ours)):
         seconds = statistics.median(times[name])
         result[f"{name}_seconds"] = seconds
-        result[f"{name}_megabytes"] = grown[name] / 1e6
         result[f"{name}_useful_tokens_per_second"] = (
             block.hello * shape.tokens / seconds
         )
@@ -144,16 +158,24 @@ def run(names: list[str], shape: Shape, rounds: int) -> dict[str, Any]:
         if not selected:
             continue
         with fastest(ours_name, OUR_WAYS, shape) as ours:
+            our_bytes = memory_of(ours_name, ours.way, shape)
             for name in selected:
                 peer = PEERS[name]
                 try:
                     with fastest(name, peer.ways, shape) as theirs:
-                        rows[name] = compare(theirs, ours, shape, rounds)
+                        row = compare(theirs, ours, shape, rounds)
+                        their_bytes = memory_of(name, theirs.way, shape)
                 except SideError as error:
                     failed[name] = str(error)
                     say(f"{name} failed: {error}")
                     continue
-                rows[name] |= {"beside": ours_name, "work": peer.work}
+                rows[name] = row | {
+                    "memory_ratio": their_bytes / our_bytes,
+                    "theirs_megabytes": their_bytes / 1e6,
+                    "ours_megabytes": our_bytes / 1e6,
+                    "beside": ours_name,
+                    "work": peer.work,
+                }
                 say(f"{name}: {rows[name]}")
     return {"peers": rows, "not_installed": missing, "failed": failed}
 
@@ -175,12 +197,12 @@ def main() -> None:
     if options.json:
         print(json.dumps(result))
         return
-    print("peer                    time  memory  tokens/s theirs  ours  beside our")
+    print("peer                    time  memory  tokens/s theirs   ours  beside our")
     for name, row in result["peers"].items():
         print(
             f"{name:22s} {row['time_ratio']:5.2f} {row['memory_ratio']:7.2f} "
             f"{row['theirs_useful_tokens_per_second']:16.0f} "
-            f"{row['ours_useful_tokens_per_second']:5.0f}  {row['beside']}"
+            f"{row['ours_useful_tokens_per_second']:6.0f}  {row['beside']}"
         )
     for name, command in result["not_installed"].items():
         print(f"{name:22s} is not installed: {command}")

@@ -11,6 +11,7 @@ import tensorflow as tf
 from processes import ROOT
 
 from benchmarks.harness import memory, served, timing
+from benchmarks.moe import peers
 from benchmarks.moe.peer_blocks import OURS, PEERS, Peer
 from benchmarks.moe.scaling import routing_bytes
 from benchmarks.moe.steps import (
@@ -47,6 +48,7 @@ def test_limit():
     assert set(result["rest_ms"]) == {"router", "dispatch", "combine", "metrics"}
     assert {"experts", "model_dim", "tokens", "over_gemm"} <= set(result["sweep"][0])
     assert result["dropless_over_gemm"] > 0
+    assert result["decoding_over_dense"] > 0
     assert result["machine"]["cores"] >= 1
 
 
@@ -66,7 +68,7 @@ def test_peers():
     result = run_script("moe.peers", "--peers", "our one-hot einsum")
     peer = result["peers"]["our one-hot einsum"]
     assert peer["time_ratio"] > 0
-    assert peer["memory_ratio"] > 0
+    assert {"memory_ratio", "ours_megabytes", "theirs_megabytes"} <= set(peer)
     assert peer["ours_useful_tokens_per_second"] > 0
     assert not result["failed"]
 
@@ -80,6 +82,25 @@ def test_every_peer_stands_beside_one_of_ours():
     for peer in PEERS.values():
         assert peer.ours in OURS
         assert peer.work
+
+
+def test_memory_is_that_beyond_the_least(monkeypatch):
+    asked = []
+
+    class Block:
+        def __init__(self, block, way, shape):
+            self.bytes = 900 if shape == SHAPE else 300
+
+        def ask(self, command):
+            asked.append(command)
+            return self.bytes
+
+        def close(self):
+            asked.append("close")
+
+    monkeypatch.setattr(peers, "Block", Block)
+    assert peers.memory_of("top2", "jit", SHAPE) == 600
+    assert asked == ["memory", "close"] * 2
 
 
 def test_sides_take_turns():
