@@ -32,7 +32,7 @@ def per_expert_fan(initializer: keras.initializers.Initializer, name: str) -> Ca
     def scaled(shape: Sequence[int], dtype: Any = None) -> tf.Tensor:
         return initializer(shape, dtype=dtype) * shape[0] ** 0.5
 
-    scaled.gshard_stateless = True
+    scaled.gshard_initializer = initializer  # from which a strategy makes shards
     return scaled
 
 
@@ -52,5 +52,5 @@ def matrix_fan(
     def reshaped(shape: Sequence[int], dtype: Any = None) -> tf.Tensor:
         return tf.reshape(initializer((rows, columns), dtype=dtype), shape)
 
-    reshaped.gshard_stateless = True
+    reshaped.gshard_initializer = initializer
     return reshaped

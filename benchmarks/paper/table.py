@@ -36,7 +36,13 @@ from typing import Any
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+import keras
+import tensorflow as tf
+
+import gshard_tf
 from benchmarks.harness.command_line import make_parser
+from gshard_tf.optimizers import Adafactor
+from keras_layers import Transformer
 
 M, H, N, D = 1024, 8192, 16, 128
 SOURCE_VOCABULARY, TARGET_VOCABULARY = 64_000, 32_000
@@ -92,49 +98,58 @@ def analytic_flops(experts: int, blocks: int, remat: bool) -> float:
     return (4 if remat else 3) * forward + 3 * output
 
 
+def rules(spread: bool) -> gshard_tf.AxisRules:
+    """The paper's layout; `spread`: dense weights over all cores, too."""
+    paper = dict.fromkeys(("batch", "group", "expert"), "expert")
+    return gshard_tf.AxisRules(paper, fsdp="expert" if spread else None)
+
+
+def transformer(experts: int, blocks: int, deep: bool, low: bool) -> keras.Model:
+    """The paper's model, compiled.
+
+    Args:
+        experts: Per MoE layer; 0: none.
+        blocks: Of the encoder and of the decoder each.
+        deep: Whether blocks are stacked, and computed again for the gradient.
+        low: Whether activations are in bfloat16.
+    """
+    model = Transformer(
+        SOURCE_VOCABULARY,
+        TARGET_VOCABULARY,
+        blocks,
+        blocks,
+        model_dim=M,
+        hidden_dim=H,
+        num_heads=N,
+        key_dim=D,
+        num_experts=experts or None,
+        dropout=0.1,
+        seed=0,
+        stacked=deep,
+        remat=deep or "attention",
+        dtype="mixed_bfloat16" if low else "float32",
+        name="transformer",
+    )
+    model.compile(
+        Adafactor(0.01, relative_step=False),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+    )
+    return model
+
+
 def run(name: str, quick: bool) -> dict[str, Any]:
     """One row; in a process of its own, whose memory it reports."""
-    import keras
-    import tensorflow as tf
-
-    import gshard_tf
-    from gshard_tf.optimizers import Adafactor
-    from keras_layers import Transformer
-
     experts, layers, low, spread = parse(name)
     blocks = 2 if quick else layers // 2
     deep = layers > 12 and not quick
     cores = experts or 2048
 
     def build() -> keras.Model:
-        model = Transformer(
-            SOURCE_VOCABULARY,
-            TARGET_VOCABULARY,
-            blocks,
-            blocks,
-            model_dim=M,
-            hidden_dim=H,
-            num_heads=N,
-            key_dim=D,
-            num_experts=experts or None,
-            dropout=0.1,
-            seed=0,
-            stacked=deep,
-            remat=deep or "attention",
-            dtype="mixed_bfloat16" if low else "float32",
-            name="transformer",
-        )
-        model.compile(
-            Adafactor(0.01, relative_step=False),
-            keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        )
-        return model
+        return transformer(experts, blocks, deep, low)
 
     ids = tf.TensorSpec([cores, LENGTH], tf.int32)
-    paper = dict.fromkeys(("batch", "group", "expert"), "expert")
-    rules = gshard_tf.AxisRules(paper, fsdp="expert" if spread else None)
     plan = gshard_tf.plan(
-        build, TOPOLOGIES[cores], {"expert": cores}, rules, ((ids, ids), ids)
+        build, TOPOLOGIES[cores], {"expert": cores}, rules(spread), ((ids, ids), ids)
     )
     moe_layers = 2 * (blocks // 2) if experts else 0
     analytic = analytic_flops(experts, blocks, deep)

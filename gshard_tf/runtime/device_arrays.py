@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -124,24 +124,41 @@ def assemble(
     """
     import jax
 
+    shards = place(shape, sharding.addressable_devices_indices_map(shape), read)
+    with jax.enable_x64(True):
+        return jax.make_array_from_single_device_arrays(shape, sharding, shards)
+
+
+def place(
+    shape: tuple[int, ...],
+    indices: Mapping[Any, tuple[slice, ...]],
+    read: Callable[[Region], np.ndarray],
+) -> list[Any]:
+    """Shards on devices, each a `jax.Array` of its own.
+
+    Args:
+        shape: Of the whole array.
+        indices: The slices of the whole that each device holds.
+        read: Returns the values of a region; called once for each region.
+    """
+    import jax
+
     holders: dict[Region, list[Any]] = {}
-    for device, index in sharding.addressable_devices_indices_map(shape).items():
+    for device, index in indices.items():
         holders.setdefault(region_of(index, shape), []).append(device)
-
-    def place(part: np.ndarray, devices: list[Any]) -> list[Any]:
-        # Once it is there, `part` may go: the host has one that is large at most.
-        return jax.block_until_ready([_own_copy(part, device) for device in devices])
-
     placed, uncollected = [], 0
     with jax.enable_x64(True):
         for region, devices in holders.items():
             part = read(region)
             uncollected += part.nbytes
-            placed += place(part, devices)
+            # Once it is there, `part` may go: the host has one that is large at most.
+            placed += jax.block_until_ready(
+                [_own_copy(part, device) for device in devices]
+            )
             # jax lets go of what it was given when Python next collects garbage. That
             # takes milliseconds, too many for each of a thousand small arrays.
             if uncollected > _COLLECT_BYTES:
                 del part
                 gc.collect(0)
                 uncollected = 0
-        return jax.make_array_from_single_device_arrays(shape, sharding, placed)
+    return placed

@@ -24,14 +24,18 @@ _CHUNK = 1 << 22
 
 
 def is_stateless(initializer: Any) -> bool:
-    """Returns whether an initializer may be called later, and more than once.
+    """Returns whether an initializer gives the same values whenever it is called.
 
-    One of Keras's may. (Its seed may be a generator; then it has no shards.) A function
-    may that says so by an attribute, `gshard_stateless`.
+    Keras's own do, but with a seed that is a generator. So does a function that scales
+    or reshapes one, and names it by its attribute `gshard_initializer`.
     """
-    return getattr(initializer, "gshard_stateless", False) or (
+    initializer = getattr(initializer, "gshard_initializer", initializer)
+    return (
         isinstance(initializer, keras.initializers.Initializer)
         and type(initializer).__module__.startswith("keras.")
+        and not isinstance(
+            getattr(initializer, "seed", None), keras.random.SeedGenerator
+        )
     )
 
 
@@ -66,15 +70,18 @@ class InitialValue:
         self.shape = tf.TensorShape(shape)
         self.dtype = tf.as_dtype(dtype)
 
-    @property
-    def size_in_bytes(self) -> int:
-        """Its size."""
-        return self.shape.num_elements() * self.dtype.size
-
     def whole(self) -> tf.Tensor:
         """All of it, on the host."""
         with out_of_graphs(), tf.device("CPU:0"):
             return tf.cast(tf.convert_to_tensor(self._compute()), self.dtype)
+
+    def first(self, count: int) -> tf.Tensor:
+        """Its first elements, flat, on the host; fewer where it has no more."""
+        count = min(count, self.shape.num_elements())
+        if self.elements is None:
+            return tf.reshape(self.whole(), [-1])[:count]
+        with out_of_graphs(), tf.device("CPU:0"):
+            return self.elements(0, count)
 
     @functools.cached_property
     def elements(self) -> Elements | None:
@@ -82,7 +89,7 @@ class InitialValue:
 
         None for a small one, too.
         """
-        if self.size_in_bytes <= WHOLE_BYTES:
+        if self.shape.num_elements() * self.dtype.size <= WHOLE_BYTES:
             return None
         try:
             with out_of_graphs():

@@ -75,7 +75,7 @@ class SpmdStrategy(MeshStrategy, tf.distribute.OneDeviceStrategy):
         host_copy_bytes: The size up to which a variable keeps a copy on the host, in
             each process. A larger one exists only as its shards on the devices; it is
             made, written and checkpointed shard by shard, and put together for those
-            who read it. Defaults to 16 MiB. 0: no variable keeps one.
+            who read it. Defaults to 1 MiB. 0: no variable keeps one.
 
     Raises:
         ValueError: when the mesh does not fit the devices, jax finds none of its type,
@@ -94,7 +94,7 @@ class SpmdStrategy(MeshStrategy, tf.distribute.OneDeviceStrategy):
         check_numerics: bool = False,
         process_local_batches: bool = False,
         check_inputs: bool | int = 100,
-        host_copy_bytes: int = 1 << 24,
+        host_copy_bytes: int = 1 << 20,
     ):
         if isinstance(host_copy_bytes, bool) or host_copy_bytes < 0:
             raise ValueError(
@@ -201,30 +201,25 @@ class SpmdExtended(MeshExtended):
         return specs
 
     def create_variable(self, **kwargs: Any) -> MeshVariable:
-        initial = self._made_in_shards(**kwargs)
-        if initial is not None:
-            value = resources.untouched(initial.shape, initial.dtype)
-            kwargs["initial_value"] = value
+        initial = None
+        if kwargs.get("dtype") is not None and is_stateless(current_initializer()):
+            value = InitialValue(
+                kwargs["initial_value"], kwargs.get("shape"), kwargs["dtype"]
+            )
+            if self._is_large(value):
+                # It is made on the devices. (Another function is called once, and now.)
+                initial = value
+                kwargs["initial_value"] = resources.untouched(value.shape, value.dtype)
         variable = MeshVariable(**kwargs)
         variable.transfer = self.transfer
-        size = (variable.shape.num_elements() or 0) * variable.dtype.size
-        variable.is_large = size > self._host_copy_bytes
+        variable.is_large = self._is_large(variable)
         if initial is not None:
             variable.begin_as(initial)
         return variable
 
-    def _made_in_shards(
-        self, initial_value: Any, dtype: Any = None, shape: Any = None, **unused: Any
-    ) -> InitialValue | None:
-        """The first value of a variable without a host copy, if it can be made so."""
-        del unused
-        if dtype is None or not is_stateless(current_initializer()):
-            # A function of the user's is called once, and now.
-            return None
-        initial = InitialValue(initial_value, shape, dtype)
-        if initial.size_in_bytes <= self._host_copy_bytes:
-            return None
-        return None if initial.elements is None else initial
+    def _is_large(self, value: MeshVariable | InitialValue) -> bool:
+        size = (value.shape.num_elements() or 0) * value.dtype.size
+        return size > self._host_copy_bytes
 
     def owns(self, value: Any) -> bool:
         return getattr(value, "transfer", None) is self.transfer

@@ -263,9 +263,8 @@ class MeshVariable(ShardedMeshVariable, OwnContainer, ResourceVariable):
         None where a step or a checkpoint made it. An initial value is represented by
         its first elements.
         """
-        if self._initial is not None and self._initial.elements is not None:
-            count = min(self._shape.num_elements(), _CHECKED_ELEMENTS)
-            return checksum_of(self._initial.elements(0, count).numpy())
+        if self._initial is not None:
+            return checksum_of(self._initial.first(_CHECKED_ELEMENTS).numpy())
         if self._device_copy is None:
             return checksum_of(self.numpy())
         return self._checksum
