@@ -28,7 +28,8 @@ def untrained(**arguments):
 
 def small(**arguments):
     """The same with outputs that vary, and some of which end."""
-    model = untrained(num_decoder_layers=2, tie_output=False, **arguments)
+    defaults = {"num_decoder_layers": 2, "tie_output": False}
+    model = untrained(**{**defaults, **arguments})
     model.build([(None, None), (None, None)])
     # Sharp enough to differ from row to row, and to end now and then.
     kernel = model.projection.kernel

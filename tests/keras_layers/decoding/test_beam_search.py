@@ -16,9 +16,9 @@ LENGTH = 7
 @pytest.fixture(scope="module")
 def model():
     # With this seed some outputs end and some do not.
-    keras.utils.set_random_seed(2)
+    keras.utils.set_random_seed(3)
     # Little room: a pass in groups would drop tokens, decoding must not.
-    return small(moe_options={"router": {"capacity_factor": 0.5}})
+    return small(moe_every=2, moe_options={"router": {"capacity_factor": 0.5}})
 
 
 @pytest.fixture(scope="module")
@@ -79,12 +79,14 @@ def test_it_finds_what_lists_find(
     wanted = expected(log_probs_after, ids, limits, **options)
     assert EOS in wanted[0] and not np.all(np.any(wanted[0] == EOS, axis=-1))
     for flat, compiled in ((not early_stop, True), (early_stop, False)):
-        search = tf.function(
-            lambda ids, flat=flat: beam_search(
+
+        def search(ids, flat=flat):
+            return beam_search(
                 model, ids, LENGTH, BOS, EOS, limits=limits, flat=flat, **options
-            ),
-            jit_compile=compiled,
-        )
+            )
+
+        if compiled:
+            search = tf.function(search, jit_compile=True, autograph=False)
         found = search(tf.constant(ids))
         np.testing.assert_array_equal(found.ids, wanted[0])
         np.testing.assert_allclose(found.scores, wanted[1], atol=1e-4)
@@ -94,23 +96,17 @@ def test_it_finds_what_lists_find(
 def test_a_beam_of_one_is_greedy(model):
     ids = sources(16, seed=1)
     limits = length_limits(ids, 0, 0.5, 3)
-    decode = tf.function(
-        lambda ids: greedy_decode(model, ids, LENGTH, BOS, EOS, limits=limits)
-    )
-    greedy, log_prob = decode(ids)
+    greedy, log_prob = greedy_decode(model, ids, LENGTH, BOS, EOS, limits=limits)
     assert len(np.unique(np.count_nonzero(greedy, axis=1))) > 1
-    search = tf.function(
-        lambda ids: beam_search(
-            model, ids, LENGTH, BOS, EOS, beam_size=1, alpha=1.0, limits=limits
-        )
+    found = beam_search(
+        model, ids, LENGTH, BOS, EOS, beam_size=1, alpha=1.0, limits=limits
     )
-    found = search(ids)
     np.testing.assert_array_equal(found.ids[:, 0], greedy)
     np.testing.assert_allclose(found.log_probs[:, 0], log_prob, rtol=1e-5)
 
 
 def test_a_row_depends_on_nothing_else_in_the_batch(model):
-    ids = sources(5, seed=2)
+    ids = sources(3, seed=2)  # of 3, 5 and 3 tokens
     options = {"beam_size": 3, "num_results": 3, "early_stop": False}
     together = beam_search(model, ids, LENGTH, BOS, EOS, **options)
     for b in range(len(ids)):
@@ -132,12 +128,12 @@ def test_ties_go_to_the_first_hypothesis_and_the_lowest_id(compiled):
             "num_results": 3,
             "early_stop": early_stop,
         }
-        search = tf.function(
-            lambda ids, options=options: beam_search(
-                Fixed(logits), ids, 4, BOS, EOS, **options
-            ),
-            jit_compile=compiled,
-        )
+
+        def search(ids, options=options):
+            return beam_search(Fixed(logits), ids, 4, BOS, EOS, **options)
+
+        if compiled:
+            search = tf.function(search, jit_compile=True)
         found = search(tf.ones([2, 1], tf.int64))
         best = oracle.beam_search(lambda prefix: row, 4, EOS, 0, **options)
         for i, (tokens, score, _) in enumerate(best):

@@ -22,7 +22,7 @@ LENGTH = 5
 @pytest.fixture(scope="module")
 def model():
     keras.utils.set_random_seed(2)
-    return small()
+    return small(num_decoder_layers=1)
 
 
 @pytest.mark.parametrize("decoder", DECODERS)
@@ -61,7 +61,7 @@ def test_ids_of_a_model():
 @pytest.fixture(scope="module")
 def begins_with_pad(model):
     """As `model`, but PAD begins its targets and is embedded as BOS is there."""
-    twin = small(bos_id=0)
+    twin = small(num_decoder_layers=1, bos_id=0)
     twin.set_weights(model.get_weights())
     table = twin.target_embedding.table.numpy()
     table[0] = table[1]
