@@ -38,7 +38,7 @@ def naive(layer, inputs, memory, segments, memory_segments, mask, memory_mask, c
 
 
 @pytest.mark.parametrize("kind", ["self", "causal", "cross"])
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(
     length=st.sampled_from([1, 4, 7]),
     names=st.integers(1, 4),
@@ -86,7 +86,7 @@ def test_attention_against_an_oracle(kind, length, names, masked, remat, dtype, 
     assert np.all(np.isfinite(outputs))
 
 
-@settings(max_examples=30)
+@settings(max_examples=20)
 @given(st.lists(st.tuples(st.integers(0, 3), st.booleans()), min_size=1, max_size=12))
 def test_positions_and_starts(tokens):
     names, mask = (np.array(part) for part in zip(*tokens, strict=True))
