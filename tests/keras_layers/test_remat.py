@@ -186,6 +186,7 @@ def test_routing_is_recorded_and_replayed_once():
     tape.gradient(loss, [v.value for v in model.trainable_variables])
 
 
+@pytest.mark.slow  # as one of stacked blocks can, see test_stacked.py
 def test_a_plan_without_memory_can_be_traced():
     mesh = gshard_tf.create_mesh({"expert": 8})
     strategy = AbstractStrategy(mesh)
@@ -230,7 +231,9 @@ def attention_step(remat):
     return layer, step
 
 
-@pytest.mark.parametrize("jit", [None, False, True])
+@pytest.mark.parametrize(
+    "jit", [None, pytest.param(False, marks=pytest.mark.slow), True]
+)
 def test_attention_weights_computed_again_are_the_same(jit):
     x = tf.random.stateless_normal([3, 16, 8], [1, 2])
     mask = tf.range(16) < tf.constant([16, 9, 3])[:, None]
