@@ -1,5 +1,5 @@
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gshard_examples.translation.clean import clean_pair, normalize_text
@@ -65,6 +65,7 @@ def test_more_placeholders_than_symbols_are_refused():
     assert clean_pair("de", "wort " + text, text) == "placeholders differ"
 
 
+@settings(max_examples=20)
 @given(st.text(max_size=60), st.text(max_size=60))
 def test_a_kept_pair_fits_a_tab_separated_line(source, english):
     cleaned = clean_pair("de", source, english)

@@ -63,6 +63,25 @@ def searched(model, toy_vocabulary, pairs):
     return {way: said_by(model, toy_vocabulary, pairs, way) for way in ways}
 
 
+@pytest.fixture(autouse=True)
+def each_search_once(monkeypatch, searches):
+    """The same model, sources and beam size: what a search found before."""
+    search = decoding_choice._beams
+
+    def once(translator, pairs):
+        key = (translator.beam_size, *(pair.source for pair in pairs))
+        if key not in searches:
+            searches[key] = search(translator, pairs)
+        return searches[key]
+
+    monkeypatch.setattr(decoding_choice, "_beams", once)
+
+
+@pytest.fixture(scope="module")
+def searches():
+    return {}
+
+
 @pytest.mark.slow
 def test_the_searches_differ(searched):
     """Else the tests below could not fail."""
@@ -91,7 +110,7 @@ def test_the_best_is_what_the_search_itself_says(
 def test_of_equals_the_fastest_is_taken(model, toy_vocabulary, pairs, monkeypatch):
     monkeypatch.setattr(decoding_choice, "overall_chrf", lambda pairs, texts: 20.0)
     choice = choose_decoding(
-        model, toy_vocabulary, pairs[:2], beam_sizes=(1, 2), alphas=(1.0,)
+        model, toy_vocabulary, pairs, beam_sizes=(1, 4), alphas=(1.0,)
     )
     assert choice.best == Decoding(1)
 

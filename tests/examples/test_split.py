@@ -2,7 +2,7 @@ import itertools
 from collections import Counter
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gshard_examples.translation.split import (
@@ -26,6 +26,7 @@ words = st.lists(st.sampled_from("a b c d e f g".split()), min_size=1, max_size=
 keys = st.lists(words.map(" ".join), max_size=12)
 
 
+@settings(max_examples=20)
 @given(keys, keys, st.sampled_from([0.3, 0.5, 0.6, 0.8, 1.0]))
 def test_near_copies_are_exact(held, training, threshold):
     def jaccard(a, b):
@@ -112,6 +113,7 @@ rows = st.tuples(
 )
 
 
+@settings(max_examples=20)
 @given(st.lists(rows, max_size=40))
 def test_new_pairs_are_known_elsewhere_and_nowhere_here(training):
     split_of = choose_new_pairs(training, most=2, least=1)
