@@ -13,6 +13,11 @@ def needs(package):
     )
 
 
+def shrink(monkeypatch, example, **sizes):
+    for name, size in sizes.items():
+        monkeypatch.setattr(example, name, size)
+
+
 def layout(printed, weight):
     """The layout in the line of `weight`, as `describe` prints it."""
     [found] = re.findall(rf"^{re.escape(weight)} +\S+ +(\S+)", printed, flags=re.M)
@@ -20,33 +25,29 @@ def layout(printed, weight):
 
 
 @needs("sklearn")
-def test_the_digits_are_learned_by_split_experts():
-    printed = run_python(
-        """
-        from gshard_examples import vision
-        vision.BLOCKS, vision.WIDTH, vision.HIDDEN = 1, 16, 16
-        scores = vision.main(epochs=2, steps_per_epoch=40)
-        # One of ten is right by chance.
-        assert scores["accuracy"] > 0.5, scores
-        """
-    )
+def test_the_digits_are_learned_by_split_experts(monkeypatch, capsys):
+    from gshard_examples import vision
+
+    shrink(monkeypatch, vision, BLOCKS=1, WIDTH=16, HIDDEN=16)
+    scores = vision.main(epochs=2, steps_per_epoch=40)
+    # One of ten is right by chance.
+    assert scores["accuracy"] > 0.5
+    printed = capsys.readouterr().out
     assert layout(printed.partition("Of 448")[0], "moe_0/experts/wi") == "expert,-,-"
     assert layout(printed.partition("Of 448")[0], "classes/kernel") == "-,-"
 
 
-def test_the_upcycled_model_starts_at_the_loss_of_the_dense_one():
-    printed = run_python(
-        """
-        from gshard_examples import upcycle
-        upcycle.BLOCKS, upcycle.LENGTH, upcycle.WIDTH, upcycle.HIDDEN = 1, 16, 16, 32
-        losses = upcycle.main(dense_steps=30, sparse_steps=30)
-        # It knows nothing at log(128).
-        assert losses["dense"] < 4.0 < 4.85, losses
-        # The copies have noise of a percent.
-        assert abs(losses["upcycled"] - losses["dense"]) < 0.01, losses
-        assert losses["sparse"] < losses["upcycled"] - 0.05, losses
-        """
-    )
+def test_the_upcycled_model_starts_at_the_loss_of_the_dense_one(monkeypatch, capsys):
+    from gshard_examples import upcycle
+
+    shrink(monkeypatch, upcycle, BLOCKS=1, LENGTH=16, WIDTH=16, HIDDEN=32)
+    losses = upcycle.main(dense_steps=30, sparse_steps=30)
+    # It knows nothing at log(128).
+    assert losses["dense"] < 4.0 < 4.85
+    # The copies have noise of a percent.
+    assert abs(losses["upcycled"] - losses["dense"]) < 0.01
+    assert losses["sparse"] < losses["upcycled"] - 0.05
+    printed = capsys.readouterr().out
     assert layout(printed, "feed_forward_0/experts/wo") == "expert,-,-"
     assert "dense_longer" in printed
 

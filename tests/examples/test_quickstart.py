@@ -1,19 +1,13 @@
 """The quick start runs, and its second half continues its first."""
 
-from processes import run_python
+from gshard_examples import quickstart
 
 
-def test_the_quickstart_resumes_what_it_stopped():
-    printed = run_python(
-        """
-        from gshard_examples import quickstart
-        losses = quickstart.main(steps_per_epoch=10)
-        # The two epochs that end after the stop.
-        assert len(losses) == 2 and losses[1] < losses[0] < 4.16, losses
-        """,
-        # It computes more than it compiles, so as users do, with the optimizer.
-        XLA_FLAGS="",
-    )
+def test_the_quickstart_resumes_what_it_stopped(capsys):
+    losses = quickstart.main(steps_per_epoch=10)
+    # The two epochs that end after the stop.
+    assert len(losses) == 2 and losses[1] < losses[0] < 4.16
+    printed = capsys.readouterr().out
     assert "Stopped after step 25" in printed
     assert "Epoch 1/4" in printed.partition("Stopped")[0]
     assert "Epoch 1/4" not in printed.partition("Stopped")[2]
