@@ -1,15 +1,16 @@
 """`gshard-checkpoints`: lists, shows and verifies the checkpoints of a run."""
 
 import json
+import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import gshard_tf
 from gshard_tf.checkpoints import step_folders
 from gshard_tf.checkpoints.errors import CorruptCheckpointError
 from gshard_tf.checkpoints.manifest import Manifest
-from gshard_tf.io.command_line import Parser, report
+from gshard_tf.io.command_line import Parser, reader_left, report
 from gshard_tf.io.paths import path_option
 
 DAMAGED = 1
@@ -43,12 +44,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows = _rows(folder, options.step, options.command)
     except (OSError, ValueError) as error:
         return report(parser.prog, error)
-    if options.json:
-        print(json.dumps(rows, indent=1))
-    elif options.command == "show":
-        _print_arrays(rows[0])
-    else:
-        _print_rows(rows)
+    try:
+        if options.json:
+            print(json.dumps(rows, indent=1))
+        elif options.command == "show":
+            _print_arrays(rows[0])
+        else:
+            _print_rows(rows)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        return reader_left()
     return DAMAGED if any(row["problem"] for row in rows) else 0
 
 
@@ -116,15 +121,31 @@ def _print_rows(rows: list[dict]) -> None:
         if row["problem"]:
             print(f"step {row['step']:>10}  DAMAGED: {row['problem']}")
             continue
-        logs = " ".join(f"{name}={value:.4g}" for name, value in row["logs"].items())
-        print(
+        mesh = ",".join(f"{axis}={size}" for axis, size in (row["mesh"] or {}).items())
+        line = (
             f"step {row['step']:>10}  epoch {row['epoch']:>4}  "
-            f"{row['bytes'] / 1e9:.3f} GB  mesh {row['mesh']}  {logs}"
+            f"{row['bytes'] / 1e9:.3f} GB  {mesh or 'no mesh'}"
         )
+        print(line + _fitting(row["logs"], shutil.get_terminal_size().columns, line))
+
+
+def _fitting(logs: Mapping[str, float], width: int, line: str) -> str:
+    """Returns the metrics that fit behind a line, and how many do not; losses first."""
+    names = sorted(logs, key=lambda name: not name.endswith("loss"))
+    texts = [f"  {name}={logs[name]:.4g}" for name in names]
+    room = width - len(line) - len("  +99 more")
+    shown = ""
+    for i, text in enumerate(texts):
+        if len(shown) + len(text) > room:
+            return f"{shown}  +{len(texts) - i} more"
+        shown += text
+    return shown
 
 
 def _print_arrays(row: dict) -> None:
-    _print_rows([row])
+    _print_rows([row | {"logs": {}}])
+    for name, value in row.get("logs", {}).items():
+        print(f"  {name}={value:.6g}")
     for name, array in row.get("arrays", {}).items():
         split = ",".join("-" if axis is None else axis for axis in array["split"])
         print(f"  {name}  {list(array['shape'])}  {array['dtype']}  {split}")

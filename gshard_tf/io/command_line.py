@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn
@@ -17,8 +18,9 @@ from gshard_tf.io.paths import path_option
 # argparse's own, for input that cannot be used. 1 stays for what was found to be wrong,
 # and for errors with a traceback.
 BAD_INPUT = 2
-# As shells do for Ctrl-C.
+# As shells do for Ctrl-C, and for SIGPIPE.
 INTERRUPTED = 130
+READER_LEFT = 141
 
 INSTALL = "Install it with: pip install 'gshard-tf[completion]'"
 
@@ -178,3 +180,9 @@ def report(prog: str, message: object, status: int = BAD_INPUT) -> int:
     """
     print(f"{prog}: {message}", file=sys.stderr, flush=True)
     return status
+
+
+def reader_left() -> int:
+    """Returns the exit code where `| head` has read enough; nothing more is written."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return READER_LEFT
