@@ -54,6 +54,7 @@ def scoped(mesh, make=model, **kwargs):
     if mesh is None:
         made = make(**kwargs)
         made.jit_compile = False  # quicker to start
+        parity.build_optimizer(made)
         return made
     with parity.strategy_of(mesh).scope():
         return make(**kwargs)

@@ -106,7 +106,15 @@ def run_plain(make: Callable, use: Callable) -> Run:
     if model.jit_compile and getattr(model, "compiled", False):
         # Operation by operation: quicker to start, and further from what we do.
         model.jit_compile = False
+    build_optimizer(model)
     return Run(model, use(model))
+
+
+def build_optimizer(model: keras.Model) -> None:
+    """Makes the slots, which a first step would make in a trace that is thrown away."""
+    optimizer = getattr(model, "optimizer", None)
+    if optimizer is not None and getattr(model, "built", False):
+        optimizer.build(model.trainable_variables)
 
 
 def run_on_mesh(make: Callable, use: Callable, mesh=8, **kwargs) -> Run:

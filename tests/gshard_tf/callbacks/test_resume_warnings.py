@@ -4,6 +4,7 @@ import warnings
 
 import keras
 import numpy as np
+import parity
 import pytest
 import tensorflow as tf
 
@@ -40,6 +41,7 @@ def run(folder, x=None, stop_after=None, rate=0.1, seed=7, callbacks=(), **kwarg
     made = keras.Sequential([keras.layers.Input([4]), keras.layers.Dense(1)])
     made.compile(keras.optimizers.SGD(rate), "mse")
     made.jit_compile = False
+    parity.build_optimizer(made)
     tf.random.set_seed(seed)
     losses = []
 
@@ -78,7 +80,7 @@ DATA = {
 }
 
 
-@pytest.mark.broad(2)
+@pytest.mark.broad(3)
 @pytest.mark.parametrize("kind", DATA)
 def test_data_that_is_not_where_it_was(tmp_path, kind):
     make, options, expected = DATA[kind]
@@ -127,6 +129,7 @@ def test_another_learning_rate(tmp_path):
     assert said == []
 
 
+@pytest.mark.broad(2)
 @pytest.mark.parametrize(
     "make",
     [

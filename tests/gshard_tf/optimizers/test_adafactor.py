@@ -32,6 +32,7 @@ def test_it_takes_the_steps_of_keras(relative_step):
     ours = model(Adafactor(**arguments))
     theirs = model(keras.optimizers.Adafactor(**arguments))
     for each in (ours, theirs):
+        parity.build_optimizer(each)
         each.fit(*DATA, batch_size=8, epochs=2, shuffle=False, verbose=0)
     for one, other in zip(ours.get_weights(), theirs.get_weights(), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
