@@ -63,7 +63,8 @@ class Fork:
     def kill(self):
         """Ends it, if it runs."""
         if self._code is None:
-            os.kill(self.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it has ended by itself
+                os.kill(self.pid, signal.SIGKILL)
 
 
 @functools.cache

@@ -147,8 +147,7 @@ def test_an_exported_model_needs_only_tensorflow(trained, exported, tmp_path):
         # Any number of examples.
         assert list(signature(tf.constant(x[:2])).values())[0].shape == (2, 3)
         assert "gshard_tf" not in sys.modules
-        """,
-        with_repo=False,
+        """
     )
 
 
