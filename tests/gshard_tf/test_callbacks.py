@@ -104,7 +104,7 @@ def test_early_stopping_restores_the_best_weights():
     np.testing.assert_allclose(measured, min(meshed.result["val_loss"]), rtol=1e-5)
 
 
-def test_learning_rate_callbacks():
+def test_learning_rates_and_csv_logger(tmp_path):
     def plateau(model):
         return keras.callbacks.ReduceLROnPlateau(
             monitor="val_loss", factor=0.5, patience=1, min_delta=10.0
@@ -115,16 +115,15 @@ def test_learning_rate_callbacks():
             lambda epoch, rate: rate if epoch < 2 else rate * 0.1
         )
 
-    plain, meshed = assert_equal_runs(make, fit_with(schedule, plateau))
-    assert float(meshed.model.optimizer.learning_rate.numpy()) < 0.001
-    assert len(set(meshed.result["learning_rate"])) > 2
-
-
-def test_csv_logger_and_terminate_on_nan(tmp_path):
     def log(model):
         return keras.callbacks.CSVLogger(folder(tmp_path, model) / "log.csv")
 
-    assert_equal_runs(make, fit_with(log, lambda m: keras.callbacks.TerminateOnNaN()))
+    def nan(model):
+        return keras.callbacks.TerminateOnNaN()
+
+    plain, meshed = assert_equal_runs(make, fit_with(schedule, plateau, log, nan))
+    assert float(meshed.model.optimizer.learning_rate.numpy()) < 0.001
+    assert len(set(meshed.result["learning_rate"])) > 2
 
     def read(name):
         with open(tmp_path / name / "log.csv") as file:

@@ -121,7 +121,8 @@ def test_stop_training_loses_nothing(tmp_path, place, after):
     runs.assert_same_bits(made, whole)
 
 
-@pytest.mark.parametrize("mesh", [None, 2])
+@pytest.mark.broad(2)
+@pytest.mark.parametrize("mesh", [2, None])
 def test_stop_training_without_validation(tmp_path, mesh):
     _, whole, _ = life(tmp_path / "whole", mesh, feed(), steps_per_epoch=5)
     data, made = feed(), model(mesh)
@@ -139,6 +140,7 @@ def test_stop_training_without_validation(tmp_path, mesh):
     assert rest.epochs == whole.epochs[1:]
 
 
+@pytest.mark.broad(3)
 @pytest.mark.parametrize(("mesh", "stop"), [(None, 7), (None, 8), (None, 13), (2, 7)])
 def test_a_pydataset_goes_on_in_its_epoch(tmp_path, mesh, stop):
     whole, every, _ = life(tmp_path / "whole", mesh, Batches(), every=None)
@@ -174,9 +176,9 @@ def test_a_pass_of_unknown_length_goes_on(tmp_path):
     runs.assert_same_bits(made, whole)
 
 
-@pytest.mark.broad(2)
+@pytest.mark.broad(4)
 @pytest.mark.parametrize(
-    ("mesh", "stop"), [(None, 1), (None, 2), (None, 3), (None, 5), (2, 2)]
+    ("mesh", "stop"), [(None, 3), (None, 1), (None, 2), (None, 5), (2, 2)]
 )
 def test_executions_that_do_not_divide_an_epoch(tmp_path, mesh, stop):
     """Keras trains three executions of 4 steps where an epoch has 9."""
@@ -236,6 +238,7 @@ def early_stopping(**kwargs):
     return keras.callbacks.EarlyStopping(**kwargs)
 
 
+@pytest.mark.broad(2)
 @pytest.mark.parametrize("saver_first", [True, False])
 def test_a_run_that_early_stopping_ended_is_finished(tmp_path, saver_first):
     def callbacks(**kwargs):

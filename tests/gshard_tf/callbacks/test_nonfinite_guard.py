@@ -108,6 +108,7 @@ def test_many_in_a_row_are_an_error(skipping):
     assert len(guard.skipped) == 3
 
 
+@pytest.mark.broad(2)
 @pytest.mark.parametrize("guard_first", [True, False])
 def test_an_epoch_of_skipped_steps_is_of_nothing(skipping, tmp_path, guard_first):
     """Its metrics are not 0, which would be the best of all."""
@@ -254,7 +255,8 @@ class Interrupts(keras.callbacks.Callback):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("where", ["begin", "step", "end"])
+@pytest.mark.broad(3)
+@pytest.mark.parametrize("where", ["step", "begin", "end"])
 def test_an_interrupted_guard_is_off(skipping, tmp_path, where):
     """The batch that it is interrupted in is a bad one, too."""
     made = skipping[0]

@@ -11,7 +11,9 @@ def whole(tmp_path_factory):
     return runs.run(tmp_path_factory.mktemp("whole"), save_every=2)
 
 
-@pytest.mark.parametrize("stop", [1, 3, 5, 8])
+@pytest.mark.parametrize(
+    "stop", [1, 3, *(pytest.param(stop, marks=pytest.mark.slow) for stop in (5, 8))]
+)
 def test_going_on_is_exact(whole, tmp_path, stop):
     runs.run(tmp_path, save_every=2, stop_after=stop)
     made, losses, saver = runs.run(tmp_path, save_every=2)
@@ -33,6 +35,7 @@ def test_a_run_that_is_done_does_nothing(tmp_path):
     assert len(more.seen) == 5
 
 
+@pytest.mark.broad(2)
 @pytest.mark.parametrize("mesh", [{"data": 4, "model": 2}, None])
 def test_going_on_elsewhere_agrees(whole, tmp_path, mesh):
     runs.run(tmp_path, save_every=2, stop_after=7)
