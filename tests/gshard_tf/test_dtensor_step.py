@@ -30,11 +30,13 @@ def assert_as_on_one_device(run):
     assert inward == outward == ["expert", "unsharded", "unsharded"]
 
 
-@pytest.mark.parametrize(
-    "how",
-    ["eager", pytest.param("function", marks=pytest.mark.slow)],
-)
-def test_a_step_is_that_of_one_device(how):
+def test_a_step_is_that_of_one_device():
+    assert_as_on_one_device(found("eager", "adam")["adam"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["eager", "function"])
+def test_a_step_of_any_optimizer_is_that_of_one_device(how):
     run = found(how, "sgd", "adam", "adafactor")
     for optimizer in ("sgd", "adam", "adafactor"):
         assert_as_on_one_device(run[optimizer])
