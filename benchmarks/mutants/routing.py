@@ -2,12 +2,14 @@
 
 from benchmarks.mutants.mutant import Mutant
 
+_CONVENTIONS = "tests/keras_layers/moe/test_conventions.py"
 _DISPATCH = "tests/keras_layers/moe/test_dispatch.py"
 _LOAD_BIAS = "tests/keras_layers/moe/test_load_bias.py"
 _MOE = "tests/keras_layers/moe/test_moe.py"
 _OPTIONS = "tests/keras_layers/moe/test_moe_options.py"
 _PADDING = "tests/keras_layers/test_padding.py"
 _PARTITIONED = "tests/keras_layers/test_partitioned.py"
+_RAGGED_DOT = "tests/gshard_tf/parallel/test_ragged_dot.py"
 _ROUTERS = "tests/keras_layers/routing/test_routers.py"
 _ROUTING = "tests/keras_layers/routing/test_routing.py"
 
@@ -347,5 +349,26 @@ MUTANTS = (
         "outputs = outputs + shared",
         (f"{_OPTIONS}::test_shared_experts_make_nothing_of_padding",),
         "padding comes out of shared experts as something",
+    ),
+    Mutant(
+        "keras_layers/routing/expert_groups.py",
+        "scores += tf.reduce_max(others, axis=-1)",
+        "scores += tf.reduce_max(members, axis=-1)",
+        (f"{_ROUTERS}::test_groups_of_experts",),
+        "the score of a group of experts is twice its best expert's",
+    ),
+    Mutant(
+        "keras_layers/moe/transformers_weights.py",
+        "gate, up = np.split",
+        "up, gate = np.split",
+        (f"{_CONVENTIONS}::test_equals_the_papers_block",),
+        "weights of the gate and of the gated are exchanged",
+    ),
+    Mutant(
+        "gshard_tf/parallel/ragged_dot.py",
+        "group = jnp.sum(ends <= i)",
+        "group = jnp.sum(ends < i)",
+        (f"{_RAGGED_DOT}::test_few_rows",),
+        "the first of a few rows of a group is multiplied by the matrix before",
     ),
 )
