@@ -3,6 +3,8 @@
 from benchmarks.mutants.mutant import Mutant
 
 _HERE = "tests/gshard_tf"
+_ARRAYS = f"{_HERE}/runtime/test_device_arrays.py"
+_HOST_COPIES = f"{_HERE}/spmd/test_host_copies.py"
 _ANNOTATIONS = f"{_HERE}/sharding/test_annotations.py"
 _COHERENCE = f"{_HERE}/spmd/test_coherence.py"
 _COUNTER_RNG = f"{_HERE}/random/test_threefry.py"
@@ -228,16 +230,15 @@ MUTANTS = (
     ),
     Mutant(
         "gshard_tf/spmd/variable.py",
-        "        self._device_copy = value\n        self._host_is_current = False\n",
-        "        self._device_copy = value\n",
+        "_initial = self._checksum = None\n        self._host_is_current = False\n",
+        "_initial = self._checksum = None\n",
         (f"{_COHERENCE}::test_reads_see_what_the_step_made",),
         "readers see the value before the step",
     ),
     Mutant(
         "gshard_tf/spmd/variable.py",
-        "            self._device_copy = None\n"
-        "            if not tf.executing_eagerly():\n",
-        "            if not tf.executing_eagerly():\n",
+        "self._device_copy = self._initial = None",
+        "self._initial = None",
         (f"{_COHERENCE}::test_the_step_sees_writes",),
         "a step does not see what was assigned before it",
     ),
@@ -257,11 +258,38 @@ MUTANTS = (
     ),
     Mutant(
         "gshard_tf/spmd/variable.py",
-        "    def assign(self, value: Any, *args: Any, **kwargs: Any) -> Any:\n"
-        "        self._discard_lost()\n",
-        "    def assign(self, value: Any, *args: Any, **kwargs: Any) -> Any:\n",
+        "        self._discard_lost()\n        return super().assign(",
+        "        return super().assign(",
         (f"{_ERRORS}::test_a_lost_state_says_so",),
         "a lost value cannot be assigned anew",
+    ),
+    Mutant(
+        "gshard_tf/spmd/variable.py",
+        "        if not self.has_host_copy or self._keeps_host_copy:\n",
+        "        if True:\n",
+        (f"{_HOST_COPIES}::test_small_ones_keep_their_copy",),
+        "every process holds the whole model on its host",
+    ),
+    Mutant(
+        "gshard_tf/spmd/variable.py",
+        "and (self.decision is not None or not in_layer_scope())",
+        "",
+        (f"{_HOST_COPIES}::test_a_layer_may_assign_before_it_names_the_axes",),
+        "a weight that is assigned in build is stored whole",
+    ),
+    Mutant(
+        "gshard_tf/sharding/initial_value.py",
+        'getattr(initializer, "seed", None), keras.random.SeedGenerator',
+        'getattr(initializer, "seed", None), str',
+        (f"{_HOST_COPIES}::test_first_values_are_plain_keras",),
+        "a generator is asked for the first value at each reading",
+    ),
+    Mutant(
+        "gshard_tf/runtime/device_arrays.py",
+        "            return value.copy()\n",
+        "            return value\n",
+        (f"{_ARRAYS}::test_a_step_may_write_to_what_is_assembled",),
+        "the host keeps the memory that shards were made in",
     ),
     Mutant(
         "gshard_tf/random/threefry.py",

@@ -50,8 +50,8 @@ MUTANTS = (
     ),
     Mutant(
         "gshard_tf/sharding/initial_value.py",
-        "rows = elements(first * row, (first + count) * row)",
-        "rows = elements(0, count * row)",
+        "elements(start * row, stop * row)",
+        "elements(0, (stop - start) * row)",
         (f"{_INITIAL}::test_boxes",),
         "every core's part of a large weight begins as the first one's",
     ),

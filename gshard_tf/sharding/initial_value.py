@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from gshard_tf.compat.keras_variables import current_variable, known_shape
@@ -15,7 +16,7 @@ from gshard_tf.random.random_shards import (
     NotShardable,
     shardable_initializer,
 )
-from gshard_tf.sharding.regions import Region, whole
+from gshard_tf.sharding.regions import Region, cut
 
 # Below this, a shard at a time costs more than it saves. (The values are the same.)
 WHOLE_BYTES = 1 << 24
@@ -89,7 +90,8 @@ class InitialValue:
 
         None for a small one, too.
         """
-        if self.shape.num_elements() * self.dtype.size <= WHOLE_BYTES:
+        size = self.shape.num_elements() * self.dtype.size
+        if self.shape.rank == 0 or size <= WHOLE_BYTES:
             return None
         try:
             with out_of_graphs():
@@ -99,40 +101,31 @@ class InitialValue:
             return None
         return elements
 
-    def reader(self) -> Callable[[Region], tf.Tensor]:
-        """Returns a function that computes a region of it, on the host.
+    def reader(self) -> Callable[[Region], np.ndarray]:
+        """Returns a function that computes a region of it.
 
         It may hold the whole: let go of it when all shards are there.
         """
-        everything = whole(tuple(self.shape))
-        computed = None if self.elements is not None else self.whole()
+        elements = self.elements
+        if elements is None:
+            computed = self.whole().numpy()
+            return lambda region: np.asarray(cut(computed, region))
+        return lambda region: self._cut(elements, region)
 
-        def read(region: Region) -> tf.Tensor:
-            with out_of_graphs(), tf.device("CPU:0"):
-                if computed is None:
-                    return tf.cast(self._cut(self.elements, region), self.dtype)
-                if region == everything:
-                    return computed
-                starts, sizes = zip(*region, strict=True)
-                return tf.slice(computed, starts, sizes)
+    def _cut(self, elements: Elements, region: Region) -> np.ndarray:
+        """A box of the whole, from short runs of its flat elements.
 
-        return read
-
-    def _cut(self, elements: Elements, region: Region) -> tf.Tensor:
-        """A box of the whole, from runs of its flat elements."""
+        TensorFlow's allocator keeps as much memory as it ever gave for a run.
+        """
         (first, count), *others = region
-        row = math.prod(self.shape[1:])
-        sizes = [size for _, size in others]
-        if math.prod(sizes) == row:
-            rows = elements(first * row, (first + count) * row)
-            return tf.reshape(rows, [-1, *sizes])
+        shape = tuple(self.shape)
+        row = math.prod(shape[1:])
+        box = np.empty([size for _, size in region], self.dtype.as_numpy_dtype)
         at_once = max(1, _CHUNK // row)
-        inner = tuple(slice(start, start + size) for start, size in others)
-        chunks = []
         for start in range(first, first + count, at_once):
             stop = min(start + at_once, first + count)
-            rows = tf.reshape(
-                elements(start * row, stop * row), [stop - start, *self.shape[1:]]
-            )
-            chunks.append(rows[(slice(None), *inner)])
-        return tf.concat(chunks, 0)
+            with out_of_graphs(), tf.device("CPU:0"):
+                run = tf.cast(elements(start * row, stop * row), self.dtype)
+            rows = np.reshape(run, [stop - start, *shape[1:]])
+            box[start - first : stop - first] = cut(rows, ((0, stop - start), *others))
+        return box

@@ -251,10 +251,7 @@ class MeshVariable(ShardedMeshVariable, OwnContainer, ResourceVariable):
         self._free_host_copy()
 
     def _make_initial(self, initial: InitialValue) -> None:
-        read = initial.reader()
-        self._device_copy = self.transfer.assemble(
-            self, lambda region: np.asarray(read(region))
-        )
+        self._device_copy = self.transfer.assemble(self, initial.reader())
         self._initial = None
 
     def checksum(self) -> int | None:
@@ -317,6 +314,15 @@ class MeshVariable(ShardedMeshVariable, OwnContainer, ResourceVariable):
                 value = super()._read_variable_op(no_copy)
             self._free_host_copy()
             return value
+
+    def numpy(self) -> np.ndarray:
+        if self.is_large and not _RAW.depth and tf.executing_eagerly():
+            with self.transfer.lock:
+                if not self._host_is_current and self._device_copy is not None:
+                    # Past TensorFlow, whose allocator keeps the memory.
+                    self._check_not_lost()
+                    return self.transfer.to_host(self._device_copy)
+        return super().numpy()
 
     # -- a step looks rows up in the value, whose gradient is dense -----------------
 
