@@ -33,7 +33,7 @@ TINY = {
     "row_lengths": "48,40",
     "batch_tokens": 384,
     "encoder_layers": 2,
-    "decoder_layers": 2,
+    "decoder_layers": 1,
     "model_dim": 32,
     "hidden_dim": 48,
     "heads": 2,
@@ -64,6 +64,13 @@ def run(corpus, vocabulary, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "whole"
     train.train(folder, Settings(**TINY), corpus, vocabulary, verbose=0)
     return folder
+
+
+@pytest.fixture(scope="module")
+def translator(run):
+    """Of the whole run, in its default way."""
+    _, vocabulary, model = train.load_model(run)
+    return Translator(model, vocabulary)
 
 
 def without_time(row):
@@ -133,13 +140,11 @@ def test_another_run_in_the_same_folder_is_refused(run, corpus, vocabulary):
         train.train(run, other, corpus, vocabulary, verbose=0)
 
 
-def test_scores_beside_the_baselines(run, corpus, tmp_path):
-    _, vocabulary, model = train.load_model(run)
+def test_scores_beside_the_baselines(translator, corpus, tmp_path):
     sets = {
         name: evaluate.choose(corpus.read(name), 3, None, 0)
         for name in ("test", "test_pairs")
     }
-    translator = Translator(model, vocabulary)
     scores = evaluate.evaluate(translator, corpus, sets, tmp_path, print)
     memory = TranslationMemory(corpus.read("train"))
     assert (tmp_path / "scores.png").stat().st_size > 5_000
@@ -171,8 +176,7 @@ def test_the_command_tests_on_new_messages_and_new_pairs(run, corpus, capsys):
     assert "Received: --split test test_pairs" in capsys.readouterr().err
 
 
-def test_scores_beside_apertium(run, corpus, tmp_path, monkeypatch):
-    _, vocabulary, model = train.load_model(run)
+def test_scores_beside_apertium(translator, corpus, tmp_path, monkeypatch):
     pairs = evaluate.choose(corpus.read("test"), 3, None, 0)
     german = [i for i, pair in enumerate(pairs) if pair.lang == "de"]
     # As if it had the pair de-en, and were never wrong.
@@ -181,7 +185,6 @@ def test_scores_beside_apertium(run, corpus, tmp_path, monkeypatch):
         "translate_with_apertium",
         lambda pairs: ApertiumResult(german, [pairs[i].english for i in german]),
     )
-    translator = Translator(model, vocabulary)
     evaluate.evaluate(translator, corpus, {"toy": pairs}, tmp_path, print)
     out = tmp_path / "evaluation-toy"
     beside = json.loads((out / "scores-apertium.json").read_text())
@@ -267,9 +270,7 @@ def test_a_full_disk_loses_no_checkpoint(corpus, vocabulary, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def saved_model(run, tmp_path_factory):
-    _, vocabulary, model = train.load_model(run)
-    translator = Translator(model, vocabulary)
+def saved_model(translator, tmp_path_factory):
     folder = tmp_path_factory.mktemp("export") / "saved_model"
     return export.export(translator, folder), translator
 
@@ -359,6 +360,15 @@ def test_evaluate_chooses_how_to_decode_on_dev_pairs(
         return choose(model, vocabulary, pairs[:4], beam_sizes=(1, 2), alphas=(1.0,))
 
     monkeypatch.setattr(decoding_choice, "choose_decoding", watched)
+    evaluated = []
+
+    def scored(translator, corpus, sets, out, progress):
+        evaluated.append(translator)
+        for name in sets:
+            (out / f"evaluation-{name}").mkdir(exist_ok=True)
+            (out / f"evaluation-{name}" / "scores.txt").write_text("")
+
+    monkeypatch.setattr(evaluate, "evaluate", scored)
     command = ["evaluate", "--run", str(folder), "--data", str(corpus.path)]
     command += ["--per-language", "1"]
     # Both given: nothing is chosen.
@@ -372,6 +382,9 @@ def test_evaluate_chooses_how_to_decode_on_dev_pairs(
     assert cli.main(command) == 0 and len(seen) == 1
     printed = capsys.readouterr().out
     assert "the best of 2 ways" in printed and "as chosen before" in printed
+    ways = [(each.beam_size, each.alpha) for each in evaluated]
+    chosen = (record["beam_size"], record["alpha"])
+    assert ways == [(3, 0.7), chosen, chosen]
 
 
 def test_what_was_chosen_is_what_translates_and_is_exported(
@@ -388,6 +401,7 @@ def test_what_was_chosen_is_what_translates_and_is_exported(
             super().__init__(*arguments, **options)
 
     monkeypatch.setattr(translator_module, "Translator", Watched)
+    monkeypatch.setattr(export, "export", lambda translator, *_, **__: translator)
     for flags in ([], ["--beam-size", "1"], ["--alpha", "0.5"]):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"")))
         assert cli.main(["translate", "de", "--run", str(folder), *flags]) == 0
@@ -397,7 +411,11 @@ def test_what_was_chosen_is_what_translates_and_is_exported(
 
 @pytest.mark.parametrize(
     ("typed", "lines"),
-    [(b"", 0), (b"\n", 1), (b"gardenen\n\n\xff\xfe abc\n" + b"x " * 25_000, 4)],
+    [
+        (b"", 0),
+        (b"gardenen\n\n\xff\xfe abc\n" + b"x " * 25_000, 4),
+        pytest.param(b"\n", 1, marks=pytest.mark.slow),
+    ],
 )
 def test_the_translate_command(run, typed, lines, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(typed)))

@@ -67,7 +67,7 @@ def test_a_tag_is_its_id_whatever_follows(toy_vocabulary, after):
     assert ids[0] == toy_vocabulary.language_id("fr")
 
 
-@settings(max_examples=60)
+@settings(max_examples=20)
 @given(
     st.lists(
         st.sampled_from(
@@ -86,7 +86,7 @@ def test_text_cannot_pose_as_a_symbol(toy_vocabulary, text):
     assert EOS == ids[-1]
 
 
-@settings(max_examples=60)
+@settings(max_examples=20)
 @given(st.text(max_size=40))
 def test_round_trip_of_clean_text(toy_vocabulary, text):
     text = normalize_text(text).replace("\u2581", "")
