@@ -60,7 +60,7 @@ def assigning(concrete):
 BIASED = {"kind": "top_k", "scores": "sigmoid", "bias_update_rate": 0.1, "jitter": 0.1}
 
 
-@pytest.mark.broad(2)
+@pytest.mark.broad(4)
 @pytest.mark.parametrize("kind", [*KINDS, "biased"])
 def test_a_graph_of_inference_assigns_nothing(kind):
     biased = (lambda: mixture(BIASED, dropout=0.1, num_shared_experts=1), X, None)
@@ -167,7 +167,12 @@ def two_blocks(names):
 
 
 @pytest.mark.parametrize(
-    "how", ["graph", "eager", pytest.param("mesh", marks=pytest.mark.slow)]
+    "how",
+    [
+        "eager",
+        pytest.param("graph", marks=pytest.mark.slow),
+        pytest.param("mesh", marks=pytest.mark.slow),
+    ],
 )
 def test_layers_of_one_name_are_told_apart(how):
     """Their logs are those of layers that have the qualified names."""
