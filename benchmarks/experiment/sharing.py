@@ -1,4 +1,4 @@
-"""Which languages share experts: a picture of the encoder's routing."""
+"""A picture of the languages that share experts, from the routing of the encoder."""
 
 import pathlib
 from collections import defaultdict
