@@ -32,7 +32,8 @@ def per_expert_fan(initializer: keras.initializers.Initializer, name: str) -> Ca
     def scaled(shape: Sequence[int], dtype: Any = None) -> tf.Tensor:
         return initializer(shape, dtype=dtype) * shape[0] ** 0.5
 
-    scaled.gshard_initializer = initializer  # from which a strategy makes shards
+    # A strategy may make shards, since that one gives the same values at each call.
+    scaled.gshard_initializer = initializer  # type: ignore[attr-defined]
     return scaled
 
 
@@ -52,5 +53,5 @@ def matrix_fan(
     def reshaped(shape: Sequence[int], dtype: Any = None) -> tf.Tensor:
         return tf.reshape(initializer((rows, columns), dtype=dtype), shape)
 
-    reshaped.gshard_initializer = initializer
+    reshaped.gshard_initializer = initializer  # type: ignore[attr-defined]
     return reshaped

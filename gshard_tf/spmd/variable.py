@@ -255,7 +255,7 @@ class MeshVariable(ShardedMeshVariable, OwnContainer, ResourceVariable):
         self._initial = None
 
     def checksum(self) -> int | None:
-        """Of the value, where every process was to make or assign the same.
+        """A checksum of the value, where every process is to have made the same.
 
         None where a step or a checkpoint made it. An initial value is represented by
         its first elements.
