@@ -55,6 +55,8 @@ BENCHMARKS = [
 MODEL_GARDEN = ["tf-models-official~=2.20.0", "tf_keras~=2.20.0"]
 # Scripts that complete the commands in a shell.
 COMPLETION = ["shtab>=1.7,<2"]
+# What makes docs/notebooks of examples, and runs them.
+NOTEBOOKS = ["jupytext>=1.19,<2", "nbclient>=0.11,<1", "ipykernel>=7,<8"]
 # The TPU compiler, for planning; no TPU is needed. It exists for Linux on x86-64.
 AOT = ["libtpu>=0.0.52,<0.1; platform_system=='Linux' and platform_machine=='x86_64'"]
 TEST = [
@@ -120,7 +122,8 @@ setup(
         "completion": COMPLETION,
         "aot": AOT,
         "docs": DOCS,
-        "test": TRANSLATION + SERVE + AOT + DOCS + COMPLETION + TEST,
+        "notebooks": NOTEBOOKS,
+        "test": TRANSLATION + SERVE + AOT + DOCS + COMPLETION + NOTEBOOKS + TEST,
     },
     entry_points={
         "console_scripts": [

@@ -33,6 +33,7 @@ def test_the_digits_are_learned_by_split_experts(monkeypatch, capsys):
     # One of ten is right by chance.
     assert scores["accuracy"] > 0.5
     printed = capsys.readouterr().out
+    assert "Of 448 images held out" in printed
     assert layout(printed.partition("Of 448")[0], "moe_0/experts/wi") == "expert,-,-"
     assert layout(printed.partition("Of 448")[0], "classes/kernel") == "-,-"
 
@@ -94,7 +95,6 @@ def test_a_gemma_split_by_paths_has_the_losses_of_plain_keras():
     assert layout(printed, "decoder_block_0/ffw_linear/kernel") == "model,-"
 
 
-@pytest.mark.slow
 @needs("official")
 def test_a_bert_of_the_model_garden_trains_with_its_own_optimizer():
     printed = trained_beside_one_device("model_garden", steps=60, fall=0.1)
