@@ -146,9 +146,8 @@ def test_a_model_is_planned_like_the_function_that_makes_it(made):
 
 def test_nothing_is_allocated():
     def build():
-        model = Transformer(
-            1000, 1000, 2, 2, 4096, 65536, 32, num_experts=512, dropout=0.0
-        )
+        sizes = (1000, 1000, 1, 1, 4096, 65536, 32)
+        model = Transformer(*sizes, num_experts=512, moe_every=1, dropout=0.0)
         model.compile("adam", keras.losses.SparseCategoricalCrossentropy(True))
         return model
 

@@ -1,6 +1,8 @@
 """A training step sent to a stand-in TPU host; what arrives there, and compiles.
 
-    python protocol.py '{"expert": 8}'      mesh of one replica, on 8 cores
+    python protocol.py '{"expert": 8}' v5e:2x4      mesh of one replica, on 8 cores
+
+What follows the mesh are topologies of eight cores to compile for.
 
 Prints the results as JSON.
 """
@@ -32,8 +34,6 @@ HERE = pathlib.Path(__file__).parent
 # On a TPU VM this is where everything but the TPU is; to the client of a remote host,
 # the machine that it runs on itself, which then rewrites the step.
 HERE_ON_THE_HOST = "/job:localhost/replica:0/task:0/device:CPU:0"
-# Of eight cores each.
-TOPOLOGIES = ("v5e:2x4", "v4:2x2x1")
 BATCH, STEPS, EPOCHS = 16, 2, 2
 
 
@@ -83,7 +83,7 @@ def executions(executes, log):
     return runs
 
 
-def compiled(text, metadata, results):
+def compiled(text, metadata, topologies, results):
     """Memory of the captured module by the TPU's own compiler."""
     lowered = pywrap_mlir.experimental_run_pass_pipeline(text, bridge._LOWER, False)
     module = bridge.CoreModule(
@@ -98,7 +98,7 @@ def compiled(text, metadata, results):
         host_operations=(),
     )
     results["left"] = re.findall(r'"tf\.\w+', lowered)
-    for name in TOPOLOGIES:
+    for name in topologies:
         devices = topology_devices(name)
         program = CoreProgram(module, devices)
         results[f"kind {name}"] = devices[0].device_kind
@@ -109,9 +109,9 @@ def compiled(text, metadata, results):
         ]
 
 
-def planned(mesh, results):
+def planned(mesh, topologies, results):
     ids, y = models.data(BATCH)
-    for name in TOPOLOGIES:
+    for name in topologies:
         # The host that TensorFlow would ask by now is gone.
         with tf.device(HERE_ON_THE_HOST):
             plan = gshard_tf.plan(
@@ -124,7 +124,7 @@ def planned(mesh, results):
         results[f"plan {name}"] = [plan.memory.arguments, plan.memory.temporaries]
 
 
-def main(mesh):
+def main(mesh, topologies):
     folder = pathlib.Path(tempfile.mkdtemp())
     topology = serialized_topology((2, 4, 1, 1)).hex()
     host = subprocess.Popen(  # noqa: S603
@@ -167,8 +167,8 @@ def main(mesh):
     }
     text = compile_.attr["mlir_module"].s.decode("utf-8", "surrogateescape")
     if importlib.util.find_spec("libtpu") and metadata.num_replicas == 1:
-        compiled(text, metadata, results)
-        planned(mesh, results)
+        compiled(text, metadata, topologies, results)
+        planned(mesh, topologies, results)
     print(json.dumps(results), flush=True)
 
 
@@ -182,7 +182,7 @@ def device_assignment(text):
 
 
 try:
-    main(json.loads(sys.argv[1]))
+    main(json.loads(sys.argv[1]), sys.argv[2:])
 except BaseException:
     traceback.print_exc()
     os._exit(1)
