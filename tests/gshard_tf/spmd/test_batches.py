@@ -78,14 +78,15 @@ def make():
 
 
 INPUTS = {
-    "PyDataset": Data,
-    "PyDataset, workers": lambda: Data(workers=2),
     "PyDataset, a short queue": lambda: Data(workers=3, max_queue_size=2),
+    "PyDataset": Data,
     "generator": generator,
+    "PyDataset, workers": lambda: Data(workers=2),
     "dataset over one iterator": over_one_iterator,
 }
 
 
+@pytest.mark.broad(2)
 @pytest.mark.parametrize("kind", INPUTS)
 def test_no_batch_is_lost_or_moved(kind):
     def use(model):

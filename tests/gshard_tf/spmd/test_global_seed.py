@@ -100,6 +100,7 @@ def test_the_numbers_of_plain_keras_in_any_order(order, size):
     parity.assert_close(ours, plain, 1e-5, "weights")
 
 
+@pytest.mark.broad(2)
 @pytest.mark.parametrize("order", ["a p", "p a"])
 def test_a_generator_that_a_step_draws_from_first(order):
     order = order.split()

@@ -79,6 +79,8 @@ for topology in {topologies}:
     mesh = gshard_tf.create_mesh({{"expert": len(target)}}, "TPU")
     assert len(target) == 8, topology
     for mode, program in zip(batches, strategy.programs, strict=True):
+        if mode not in {modes}:
+            continue
         step = program.step  # the one that ran on CPU devices
         found = compile_step(
             strategy.extended.layouts, step, Placement(mesh, target)
@@ -111,13 +113,21 @@ for topology in {topologies}:
 """
 
 
-def compile_for(*topologies):
+def compile_for(*topologies, modes=("train", "evaluate", "predict")):
     from processes import ROOT
 
-    code = _COMPILE.format(tests=str(ROOT / "tests"), topologies=topologies)
+    tests = str(ROOT / "tests")
+    code = _COMPILE.format(tests=tests, topologies=topologies, modes=modes)
     return run_python(code, timeout=600, JAX_PLATFORMS="cpu").splitlines()
 
 
+@pytest.mark.skipif(not HAVE_COMPILER, reason="needs libtpu: the extra aot")
+def test_a_step_that_ran_compiles_for_a_tpu_as_planned():
+    [line] = compile_for("v5e:2x4", modes=["train"])
+    assert "'all-to-all': 3" in line
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(not HAVE_COMPILER, reason="needs libtpu: the extra aot")
 def test_the_steps_that_ran_compile_for_a_tpu_as_planned():
     lines = compile_for("v5e:2x4")
