@@ -20,7 +20,7 @@ def mixture(router=None):
     inputs = keras.Input([6, 4])
     moe = MoELayer(4, 8, router=router, num_shared_experts=1, gated=True)
     model = keras.Model(inputs, keras.layers.Dense(1)(moe(inputs)))
-    model.compile("sgd", "mse", jit_compile=False)
+    model.compile("sgd", "mse", run_eagerly=True)
     return model
 
 
@@ -28,7 +28,7 @@ def transformer(**arguments):
     sizes = [12, 12, 1, 1, 8, 16, 2]
     model = Transformer(*sizes, num_experts=4, moe_every=1, **arguments)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile("sgd", loss, jit_compile=False)
+    model.compile("sgd", loss, run_eagerly=True)
     return model
 
 
