@@ -32,7 +32,7 @@ M = 8  # width
 
 def transformer(**options):
     return Transformer(
-        11, 11, 2, 2, M, 8, 2, num_experts=2, moe_every=1, dropout=0.5, **options
+        11, 11, 2, 1, M, 8, 2, num_experts=2, moe_every=1, dropout=0.5, **options
     )
 
 
@@ -122,7 +122,7 @@ def test_a_saved_model_gives_the_same_generators(tmp_path):
     fresh = states(model)
     model.save(tmp_path / "model.keras")
     assert states(keras.saving.load_model(tmp_path / "model.keras")) == fresh
-    assert len(fresh) > 20
+    assert len(fresh) > 15
 
 
 def test_without_a_seed_the_global_one_decides():
@@ -165,7 +165,7 @@ def test_a_hash_is_chosen_for_all_layers():
     ):
         model = transformer(moe_options=options, seed=seed)
         blocks = [*model.encoder_blocks, *model.decoder_blocks]
-        assert [b.feed_forward.router.seed for b in blocks] == [chosen] * 4
+        assert [b.feed_forward.router.seed for b in blocks] == [chosen] * 3
     assert MoELayer(2, 4, router={"kind": "hash"}, seed=7).router.seed == 7
 
 
@@ -231,6 +231,7 @@ def random_weights(name, initializer):
     return found
 
 
+@pytest.mark.broad(2)
 @pytest.mark.parametrize("initializer", INITIALIZERS)
 @pytest.mark.parametrize("name", WITH_WEIGHTS)
 def test_no_two_weights_of_one_shape_start_equal(name, initializer):
