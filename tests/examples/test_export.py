@@ -21,7 +21,7 @@ def model(toy_vocabulary):
     """Untrained, but not evenly so: some translations end, some do not."""
     settings = Settings(
         encoder_layers=2,
-        decoder_layers=2,
+        decoder_layers=1,
         model_dim=32,
         hidden_dim=48,
         heads=2,
