@@ -149,57 +149,6 @@ def test_a_pattern_that_matches_a_weight_of_another_rank_says_what_would_be_righ
     assert set(found["self_attention/attention_output/kernel"]) == {None}
 
 
-@pytest.mark.slow
-def test_a_bert_of_the_model_garden_trains_as_on_one_device():
-    pytest.importorskip("official")
-    from official.nlp import modeling
-
-    def make():
-        encoder = modeling.networks.BertEncoderV2(
-            vocab_size=64,
-            hidden_size=32,
-            num_layers=2,
-            num_attention_heads=4,
-            inner_dim=64,
-            output_dropout=0.0,
-            attention_dropout=0.0,
-            max_sequence_length=16,
-        )
-        model = modeling.models.BertClassifier(encoder, 3, dropout_rate=0.0)
-        loss = tf_keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-        model.compile(K.Adam(1e-3), loss, metrics=["accuracy"])
-        return model
-
-    rng = np.random.default_rng(0)
-    ids = rng.integers(1, 64, (32, 16)).astype("int32")
-    x = {
-        "input_word_ids": ids,
-        "input_mask": np.ones_like(ids),
-        "input_type_ids": np.zeros_like(ids),
-    }
-    y = rng.integers(0, 3, 32)
-    plain, expected = fitted(make, None, x, y)
-    rules = gshard_tf.AxisRules(
-        {"batch": "data", "mlp": "model", "vocab": "model"},
-        paths=[
-            (r".*/word_embeddings/embeddings", ("vocab", None)),
-            (r".*/intermediate/kernel", (None, "mlp")),
-            (r".*/output/kernel", ("mlp", None)),
-        ],
-    )
-    strategy = parity.strategy_of({"data": 2, "model": 2}, rules=rules)
-    model, found = fitted(make, strategy, x, y)
-    parity.assert_close(found, expected, parity.RTOL, "history")
-    for one, other in zip(model.get_weights(), plain.get_weights(), strict=True):
-        # The biases of keys have no gradient but for rounding.
-        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
-    description = strategy.describe(model)
-    split = [row.path for row in description.rows if "model" in row.layout]
-    # Of five weights, each with two slots.
-    assert len(split) == 15, split
-    assert not description.warnings
-
-
 def test_the_value_on_the_mesh_is_read_by_keras_2():
     strategy = parity.strategy_of({"data": 2, "model": 2}, rules=RULES)
     model, _ = fitted(lambda: classifier("Adam"), strategy, IDS, TARGETS)
