@@ -29,15 +29,20 @@ class Corner:
         python: The interpreter's minor version.
         constraints: Requirements that narrow those of `setup.py`; packages that none
             names are the newest that install.
+        extras: The extras that are installed.
     """
 
     python: str
     constraints: tuple[str, ...] = ()
+    extras: str = "test"
 
 
 CORNERS = {
+    # The Model Garden's last release needs TensorFlow 2.20.
     "oldest": Corner(
-        "3.11", ("tensorflow==2.20.*", "keras==3.13.*", "jax==0.9.*", "jaxlib==0.9.*")
+        "3.11",
+        ("tensorflow==2.20.*", "keras==3.13.*", "jax==0.9.*", "jaxlib==0.9.*"),
+        "test,model-garden",
     ),
     "python 3.11": Corner("3.11"),
     "python 3.12": Corner("3.12", ("tensorflow==2.20.*",)),
@@ -58,7 +63,7 @@ def environment(corner: Corner, folder: Path, here: bool) -> Path:
             f"`python{corner.python}` must be on PATH for this corner. Received: none"
         )
     run([interpreter, "-m", "venv", folder])
-    packages = [f"{ROOT}[test]", *corner.constraints]
+    packages = [f"{ROOT}[{corner.extras}]", *corner.constraints]
     run([python, "-m", "pip", "install", "--quiet", "--editable", *packages])
     return python
 
