@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import re
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -88,7 +89,7 @@ def _state(model: Any) -> dict[str, np.ndarray]:
         f"{i} {variable.name}": np.array(variable.numpy())
         for i, variable in enumerate(variables)
         # The bias of attention's keys has no gradient but that of rounding.
-        if "key/bias" not in variable.name and "key/bias" not in _path(variable)
+        if not re.search("key[/_]bias", f"{variable.name} {_path(variable)}")
     }
 
 
