@@ -99,9 +99,9 @@ def test_differences():
 
 
 def test_a_few_cases():
-    found = partition_fuzz.fuzz(minutes=10, seed=0, cases=14)
-    assert found["cases"] >= 10
-    assert found["ok"] >= 9
+    found = partition_fuzz.fuzz(minutes=10, seed=0, cases=8)
+    assert found["cases"] >= 6
+    assert found["ok"] >= 5
     assert found["wrong"] == found["crashed"] == 0, found["failures"]
 
 
@@ -132,6 +132,7 @@ def test_a_planted_fault_is_found_and_its_script_shows_it(tmp_path):
     assert shrinking.verdict(runpy.run_path(str(script)))["verdict"] == "ok"
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_is_a_crash_and_the_next_case_runs():
     dies = """
 import os

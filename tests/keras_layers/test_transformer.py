@@ -103,15 +103,14 @@ def test_fit_learns_and_decoding_generates_what_was_learnt():
     ).history
     assert history["accuracy"][-1] > 0.9 > 0.4 > history["accuracy"][0]
     assert "encoder_1_moe_dropped" in history and "decoder_1_moe_dropped" in history
-    decode = tf.function(lambda ids: greedy_decode(model, ids, 7, BOS, EOS))
-    ids, _ = decode(tf.constant(source))
-    expected = np.pad(labels, [[0, 0], [0, 2]])
+    ids, _ = greedy_decode(model, source[:64], 7, BOS, EOS)
+    expected = np.pad(labels[:64], [[0, 0], [0, 2]])
     assert np.mean(np.all(ids == expected, axis=1)) > 0.6
 
 
 def test_compiled_mixed_precision_step_trains_every_weight():
     keras.config.set_dtype_policy("mixed_bfloat16")
-    model = small()
+    model = small(num_experts=None)  # for those see moe/test_moe.py
     source, inputs, labels = reversing_data(8)
     model.compile(
         "sgd",
@@ -155,14 +154,17 @@ def test_cached_decoding_is_uncached_decoding(arguments):
     if model.tie_output:
         table = model.target_embedding.table
         table.assign(tf.tensor_scatter_nd_update(table, [[EOS]], [table[EOS] * 3.0]))
-    ids, log_prob = greedy_decode(model, source, 9, BOS, EOS)
-    expected_ids, expected_log_prob = uncached_decode(model, source, 9)
+    ids, log_prob = greedy_decode(model, source, 7, BOS, EOS)
+    expected_ids, expected_log_prob = uncached_decode(model, source, 7)
     np.testing.assert_array_equal(ids, expected_ids)
     np.testing.assert_allclose(log_prob, expected_log_prob, rtol=1e-4)
-    compiled = tf.function(
-        lambda ids: greedy_decode(model, ids, 9, BOS, EOS), jit_compile=True
-    )
-    np.testing.assert_array_equal(compiled(tf.constant(source))[0], expected_ids)
+    if not model.num_experts:  # test_beam_search.py compiles one with experts
+        compiled = tf.function(
+            lambda ids: greedy_decode(model, ids, 7, BOS, EOS),
+            jit_compile=True,
+            autograph=False,
+        )
+        np.testing.assert_array_equal(compiled(tf.constant(source))[0], expected_ids)
 
 
 def test_what_is_generated_depends_on_nothing_else_in_the_batch():
@@ -176,10 +178,10 @@ def test_what_is_generated_depends_on_nothing_else_in_the_batch():
     np.testing.assert_allclose(short[real], long[real], rtol=1e-4, atol=1e-5)
     whole = model.encode(sources, decoding=True)[0]
     assert np.max(np.abs(short - whole)[real]) > 0.01
-    ids, log_prob = greedy_decode(model, padded, 9, BOS, EOS)
+    ids, log_prob = greedy_decode(model, padded, 5, BOS, EOS)
     for row in range(3):
         own = sources[row : row + 1, : np.count_nonzero(sources[row])]
-        alone_ids, alone_log_prob = greedy_decode(model, own, 9, BOS, EOS)
+        alone_ids, alone_log_prob = greedy_decode(model, own, 5, BOS, EOS)
         np.testing.assert_array_equal(alone_ids, ids[row : row + 1])
         np.testing.assert_allclose(alone_log_prob[0], log_prob[row], rtol=1e-4)
 
