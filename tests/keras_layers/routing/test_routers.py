@@ -73,7 +73,7 @@ SIZES = {
 }
 
 
-@settings(max_examples=20)
+@settings(max_examples=50)
 @given(
     **SIZES,
     policy=st.sampled_from(["random", "all", "threshold"]),
