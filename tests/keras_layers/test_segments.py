@@ -218,14 +218,17 @@ def fit(model, inputs):
     return {name: history[name] for name in ("loss", "accuracy")}
 
 
-@pytest.mark.broad(2)
+@pytest.mark.broad(4)
+@pytest.mark.parametrize("partitions", [8, 1])
 @pytest.mark.parametrize("router", ["top_k", "dense"])
-def test_training_on_eight_partitions(router):
+def test_training_on_one_and_on_eight_partitions(router, partitions):
     rows, alone = rows_for_fit()
     plain = run_plain(lambda: compiled(router, True), lambda model: fit(model, alone))
     weights = [w.numpy() for w in plain.model.trainable_variables]
     assert plain.result["loss"][1] < plain.result["loss"][0]
-    run = run_on_mesh(lambda: compiled(router), lambda model: fit(model, rows))
+    run = run_on_mesh(
+        lambda: compiled(router), lambda model: fit(model, rows), partitions
+    )
     assert_close(run.result, plain.result, 1e-5, "logs")
     found = [w.numpy() for w in run.model.trainable_variables]
     assert_close(found, weights, 1e-5, "weights")
