@@ -212,7 +212,14 @@ CASES = {
         lambda K: _bert(K, one_hot=True),
         _fit_bert,
     ),
-    "resnet": Case("a ResNet-18, momentum with warmup and decay", _resnet, _fit_images),
+    "resnet": Case(
+        "a ResNet-18, momentum with warmup and decay",
+        _resnet,
+        _fit_images,
+        # Its last layers normalize over four numbers, which magnifies rounding; the
+        # difference is another one in each run.
+        tolerance=5e-4,
+    ),
     "lamb": Case("LAMB", _with("lamb"), fit),
     "lars": Case("LARS", _with("lars"), fit),
     "averages": Case(
