@@ -66,7 +66,8 @@ class PackedDataset:
         lookahead: int = LOOKAHEAD,
         too_long: str = "raise",
     ):
-        limits = np.asarray(list(row_lengths.values()))
+        sizes = list(row_lengths.values())
+        limits = np.asarray(sizes)
         check_options(limits, lookahead, too_long)
         if batch_size < 1:
             raise ValueError(
@@ -89,7 +90,7 @@ class PackedDataset:
         def pack(*ids_and_starts: np.ndarray) -> list[np.ndarray]:
             ids, ends = ids_and_starts[::2], ids_and_starts[1::2]
             lengths = np.stack([np.diff(end) for end in ends], axis=1)
-            plan = plan_rows(lengths, limits.tolist(), lookahead, too_long)
+            plan = plan_rows(lengths, sizes, lookahead, too_long)
             self.too_long += plan.too_long
             made: list[np.ndarray] = []
             for feature, values in enumerate(ids):

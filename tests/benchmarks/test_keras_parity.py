@@ -20,10 +20,16 @@ def agrees(case, module, devices):
 
 def cases(names, quick, devices):
     """Cases on each mesh; those of `quick` on the largest alone are not slow."""
-    for name in names:
-        for count in devices:
-            marks = [] if name in quick and count == 8 else [pytest.mark.slow]
-            yield pytest.param(name, count, marks=marks, id=f"{name}-{count}")
+    return [
+        pytest.param(
+            name,
+            count,
+            marks=[] if name in quick and count == 8 else [pytest.mark.slow],
+            id=f"{name}-{count}",
+        )
+        for name in names
+        for count in devices
+    ]
 
 
 @pytest.mark.parametrize(("name", "devices"), cases(keras_cases.CASES, QUICK, MESHES))
