@@ -96,11 +96,12 @@ def train(
     )
 
     def stop(batch: int, logs: dict | None = None) -> None:
-        if model.optimizer.iterations.numpy() == stop_at:
+        if stop_at is not None and model.optimizer.iterations.numpy() == stop_at:
             raise KeyboardInterrupt  # as Ctrl-C does
 
     stopper = keras.callbacks.LambdaCallback(on_train_batch_end=stop)
-    with contextlib.suppress(KeyboardInterrupt):
+    expected = [] if stop_at is None else [KeyboardInterrupt]  # not a user's Ctrl-C
+    with contextlib.suppress(*expected):
         model.fit(
             dataset.dataset,
             epochs=EPOCHS,
