@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.experiment.design import Run, settings_of
+from benchmarks.experiment.design import MODELS, Run
 from benchmarks.experiment.report import format_results, plot
 from benchmarks.experiment.sharing import expert_use, plot_sharing
 from benchmarks.experiment.training import (
@@ -36,8 +36,7 @@ def score(data: pathlib.Path, out: pathlib.Path, udhr: pathlib.Path | None) -> N
     from gshard_examples.translation.evaluate import choose
     from gshard_examples.translation.udhr import load_udhr
 
-    size, runs = read_about(out)
-    languages = json.loads((out / "experiment.json").read_text())["languages"]
+    size, languages, runs = read_about(out)
     runs = [run for run in runs if is_complete(out, size, run)]
     if not runs:
         raise ValueError(f"A run must be complete. Received: none in {out}")
@@ -51,13 +50,13 @@ def score(data: pathlib.Path, out: pathlib.Path, udhr: pathlib.Path | None) -> N
         )
         for name, pairs in sets.items()
     }
-    rows = [_row(out, size, languages, run, scores) for run in runs]
+    rows = [_row(out, run, scores) for run in runs]
     results = {"counts": corpus.languages("train"), "rows": rows, "scores": scores}
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
     print(format_results(results))
     plot(results, out / "experts.png")
     for run in runs:
-        if settings_of(size, languages, run).experts:
+        if MODELS[run.model].experts:
             _sharing(corpus, out, run, choose(sets["test"], ROUTED, languages, seed=0))
 
 
@@ -126,13 +125,7 @@ def _translate(
     return translator.translate([p.lang for p in pairs], [p.source for p in pairs])
 
 
-def _row(
-    out: pathlib.Path,
-    size: Any,
-    languages: Sequence[str],
-    run: Run,
-    scores: dict[str, Any],
-) -> dict[str, Any]:
+def _row(out: pathlib.Path, run: Run, scores: dict[str, Any]) -> dict[str, Any]:
     from gshard_tf import export
 
     folder = out / run.name
@@ -148,7 +141,7 @@ def _row(
         "model": run.model,
         "seed": run.seed,
         "language": run.language,
-        "experts": settings_of(size, languages, run).experts,
+        "experts": MODELS[run.model].experts,
         "parameters": sum(
             int(np.prod(t.shape)) for t in manifest.state if t.role == "weight"
         ),

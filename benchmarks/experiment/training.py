@@ -13,11 +13,11 @@ from benchmarks.harness import timing
 from benchmarks.harness.command_line import say
 
 
-def read_about(out: pathlib.Path) -> tuple[Any, list[Run]]:
-    """Returns the size of a prepared experiment, and its runs."""
+def read_about(out: pathlib.Path) -> tuple[Any, list[str], list[Run]]:
+    """Returns the size of a prepared experiment, its languages and its runs."""
     about = json.loads((out / "experiment.json").read_text())
     size = SIZES[about["size"]]
-    return size, all_runs(size, about["languages"])
+    return size, about["languages"], all_runs(size, about["languages"])
 
 
 def steps_of(size: Any, run: Run) -> int:
@@ -41,7 +41,7 @@ def train(out: pathlib.Path, only: Sequence[str], minutes: float | None) -> None
     Raises:
         ValueError: for a name that no run has.
     """
-    size, runs = read_about(out)
+    size, _, runs = read_about(out)
     if unknown := set(only) - {run.name for run in runs}:
         raise ValueError(
             f"--only must name runs: {', '.join(run.name for run in runs)}. Received: "
