@@ -177,3 +177,13 @@ def assert_close(ours: Any, theirs: Any, rtol: float, what: str) -> None:
     else:
         difference = relative_difference(ours, theirs)
         assert difference <= rtol, f"{what}: {difference:.3g}\n{ours}\n{theirs}"
+
+
+def assert_same_saved(model, other):
+    """What a file keeps: weights and slots, not metrics."""
+    for ours, theirs in zip(
+        model.variables + model.optimizer.variables,
+        other.variables + other.optimizer.variables,
+        strict=True,
+    ):
+        np.testing.assert_array_equal(ours.numpy(), theirs.numpy(), err_msg=ours.path)

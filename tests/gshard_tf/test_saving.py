@@ -22,20 +22,10 @@ def trained():
     return parity.run_on_mesh(parity.compiled, lambda m: m.fit(X, Y, **FIT))
 
 
-def assert_same_saved(model, other):
-    """What a file keeps: weights and slots, not metrics."""
-    for ours, theirs in zip(
-        model.variables + model.optimizer.variables,
-        other.variables + other.optimizer.variables,
-        strict=True,
-    ):
-        np.testing.assert_array_equal(ours.numpy(), theirs.numpy(), err_msg=ours.path)
-
-
 def test_keras_file_there_and_back(trained, tmp_path):
     trained.model.save(tmp_path / "model.keras")
     plain = keras.models.load_model(tmp_path / "model.keras", CUSTOM)
-    assert_same_saved(plain, trained.model)
+    parity.assert_same_saved(plain, trained.model)
     np.testing.assert_allclose(
         plain.predict(X, verbose=0), trained.model.predict(X, verbose=0), rtol=1e-4
     )
@@ -43,7 +33,7 @@ def test_keras_file_there_and_back(trained, tmp_path):
     strategy = parity.strategy_of({"data": 4, "model": 2})
     with strategy.scope():
         meshed = keras.models.load_model(tmp_path / "model.keras", CUSTOM)
-    assert_same_saved(meshed, trained.model)
+    parity.assert_same_saved(meshed, trained.model)
     histories = [model.fit(X, Y, **FIT).history for model in (plain, meshed)]
     parity.assert_close(histories[1], histories[0], parity.RTOL, "history")
     parity.assert_same_state(meshed, plain)

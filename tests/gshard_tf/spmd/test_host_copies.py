@@ -192,16 +192,6 @@ def test_a_layer_may_assign_before_it_names_the_axes():
     assert layer.w.value.device_copy.sharding.shard_shape((8, 4)) == (1, 4)
 
 
-def assert_same_variables(model, other):
-    """Of weights and slots, which files keep; not of metrics."""
-    for ours, theirs in zip(
-        model.variables + model.optimizer.variables,
-        other.variables + other.optimizer.variables,
-        strict=True,
-    ):
-        np.testing.assert_array_equal(ours.numpy(), theirs.numpy(), err_msg=ours.path)
-
-
 def test_files_of_keras_there_and_back(tmp_path):
     trained = parity.run_on_mesh(
         parity.compiled, lambda m: m.fit(X, Y, **FIT), **NONE
@@ -212,7 +202,7 @@ def test_files_of_keras_there_and_back(tmp_path):
         loaded = keras.models.load_model(
             tmp_path / "model.keras", {"Experts": parity.Experts}
         )
-    assert_same_variables(loaded, trained)
+    parity.assert_same_saved(loaded, trained)
     # What was read went to the devices at once.
     assert elements_on_host(loaded.layers[0].wi) == 0
     loaded.fit(X, Y, **FIT)
@@ -240,7 +230,7 @@ def test_checkpoints_there_and_back(monkeypatch, tmp_path, steps):
     ).model
     manager.restore(gshard_tf.training_state(restored))
     assert_no_host_copy(restored)
-    assert_same_variables(restored, saved)
+    parity.assert_same_saved(restored, saved)
     for model in (expected, restored):
         model.train_on_batch(X[:12], Y[:12])
     parity.assert_same_state(restored, expected)
