@@ -53,6 +53,8 @@ BENCHMARKS = [
 ]
 # What gshard_examples.model_garden trains. It needs TensorFlow 2.20.
 MODEL_GARDEN = ["tf-models-official~=2.20.0", "tf_keras~=2.20.0"]
+# The page of a plan.
+HTML = ["jinja2>=3.1,<4"]
 # Scripts that complete the commands in a shell.
 COMPLETION = ["shtab>=1.7,<2"]
 # What makes docs/notebooks of examples, and runs them.
@@ -120,10 +122,11 @@ setup(
         "model-garden": MODEL_GARDEN,
         "keras-hub": KERAS_HUB,
         "completion": COMPLETION,
+        "html": HTML,
         "aot": AOT,
         "docs": DOCS,
         "notebooks": NOTEBOOKS,
-        "test": TRANSLATION + SERVE + AOT + DOCS + COMPLETION + NOTEBOOKS + TEST,
+        "test": TRANSLATION + SERVE + AOT + DOCS + COMPLETION + HTML + NOTEBOOKS + TEST,
     },
     entry_points={
         "console_scripts": [

@@ -60,7 +60,14 @@ def main() -> int:
     top = {name.split("/")[0] for name in names if ".dist-info" not in name}
     if top != PACKAGES:
         raise SystemExit(f"the wheel must hold {PACKAGES}. Received: {top}")
-    for needed in ("gshard_tf/py.typed", "keras_layers/py.typed"):
+    page = "gshard_tf/planning/html"
+    for needed in (
+        "gshard_tf/py.typed",
+        "keras_layers/py.typed",
+        f"{page}/plan.html.j2",
+        f"{page}/page.css",
+        f"{page}/page.js",
+    ):
         if needed not in names:
             raise SystemExit(f"the wheel must hold {needed}")
     if not any(name.endswith("licenses/LICENSE") for name in names):
@@ -70,7 +77,7 @@ def main() -> int:
     fresh = folder / "environment"
     venv.create(fresh, with_pip=True, clear=True)
     python = fresh / "bin" / "python"
-    run(python, *pip[1:], "install", f"{wheel}[translation,serve]")
+    run(python, *pip[1:], "install", f"{wheel}[translation,serve,html]")
     run(python, "-m", "pip", "check")
     run(python, "-c", USE, IMPORT_BUDGET, cwd="/")
     for command in COMMANDS:

@@ -160,6 +160,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _check(command_line: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """Checks arguments against each other; `error` exits with status 2."""
+    if options.html and importlib.util.find_spec("jinja2") is None:
+        command_line.error(
+            "argument --html: needs jinja2, which is not installed: "
+            "pip install 'gshard-tf[html]'"
+        )
     if options.compare:
         others = ("target", "topology", "mesh", "rule", "batch", "json", "no_cache")
         extra = [name for name in others if getattr(options, name)]

@@ -18,7 +18,6 @@ from gshard_tf.io.command_line import INTERRUPTED, report
 from gshard_tf.planning import planner
 from gshard_tf.planning.arguments import Target
 from gshard_tf.planning.compare import compare
-from gshard_tf.planning.html.page import page
 from gshard_tf.planning.plan import Plan
 from gshard_tf.runtime.devices import request_cpu_devices
 from gshard_tf.sharding.mesh import create_mesh
@@ -116,6 +115,8 @@ def _rules(options: argparse.Namespace) -> AxisRules | None:
 
 def _write_page(options: argparse.Namespace, plans: list[Plan]) -> None:
     if options.html:
+        from gshard_tf.planning.html.page import page  # with jinja2, an extra
+
         options.html.write_text(page(plans), "utf-8")
         _say(f"wrote {options.html}")
 

@@ -1,29 +1,24 @@
-"""Plans as one self-contained HTML page, without a network or a server."""
+"""Plans as one self-contained HTML page, without a network or a server.
 
+`plan.html.j2` is the page; here is what it computes with.
+"""
+
+import dataclasses
+import functools
 import importlib.resources
+import itertools
 from collections.abc import Sequence
-from html import escape
+from typing import Any, NamedTuple
 
-from gshard_tf.planning import compare, units
-from gshard_tf.planning.html import elements
-from gshard_tf.planning.html.communication_section import communication_section
-from gshard_tf.planning.html.cost_sections import (
-    flops_section,
-    memory_parts,
-    memory_section,
-    out_of_memory_section,
-    step_time_section,
-)
-from gshard_tf.planning.html.variables_section import (
-    devices_section,
-    origin_section,
-    variables_section,
-)
+import jinja2
+from markupsafe import Markup
+
+from gshard_tf.hlo.collectives import KINDS
+from gshard_tf.planning import compare, summaries, units
+from gshard_tf.planning.html.weight_map import weight_map
 from gshard_tf.planning.plan import Plan
-from gshard_tf.planning.text import hardware
-
-# The page may load nothing, whatever a name in a plan contains.
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+from gshard_tf.planning.records import Communication, StepTime, Weight
+from gshard_tf.planning.text import hardware, verdict
 
 
 def page(plans: Sequence[Plan]) -> str:
@@ -40,151 +35,170 @@ def page(plans: Sequence[Plan]) -> str:
     """
     if not plans:
         raise ValueError(f"A page needs at least one plan. Received: plans={plans}")
+    name = " and ".join(dict.fromkeys(f"{p.model} on {p.topology}" for p in plans))
+    return _template().render(plans=list(plans), name=name)
+
+
+@functools.cache
+def _template() -> jinja2.Template:
     files = importlib.resources.files(__package__)
-    title = " and ".join(dict.fromkeys(f"{p.model} on {p.topology}" for p in plans))
-    body = "".join(_plan(plan, i) for i, plan in enumerate(plans))
+    environment = jinja2.Environment(
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+        keep_trailing_newline=True,
+    )
+    environment.filters["collective_part"] = _collective_part
+    environment.globals |= {
+        "css": Markup(files.joinpath("page.css").read_text("utf-8")),
+        "js": Markup(files.joinpath("page.js").read_text("utf-8")),
+        "weight_map": lambda *args: Markup(weight_map(*args)),
+        "indented": lambda name: Markup("&emsp;" * (_indent(name) // 2)) + name.strip(),
+    }
+    environment.globals |= {
+        function.__name__.removeprefix("_"): function
+        for function in (
+            units.dims, units.flops, units.number, units.percent, units.seconds,
+            units.size, compare.differences, compare.rows, hardware, verdict,
+            summaries.by_kind, summaries.by_layer, _by_each_layer, _flops_of_each,
+            _flops_of_similar, _logical_axes, _memory_parts, _mesh_text, _time_parts,
+            _title, _variable_rows,
+        )
+    }  # fmt: skip
+    environment.globals |= {
+        "KINDS": KINDS,
+        "ROLE_NAMES": summaries.ROLE_NAMES,
+        "part": _Part,
+    }
+    return environment.from_string(files.joinpath("plan.html.j2").read_text("utf-8"))
+
+
+class _Part(NamedTuple):
+    """A part of a bar; its color is a variable of `page.css`."""
+
+    color: str
+    label: str
+    value: float
+    striped: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class _VariableRow:
+    """Similar variables, and the number of the map that shows them on the mesh."""
+
+    name: str
+    paths: list[str]
+    first: Weight
+    bytes: int
+    bytes_per_core: int
+    caption: str
+    rule: str
+    map: int
+
+
+def _title(plan: Plan) -> str:
+    return f"{plan.model}, {plan.mode}, on {plan.topology}"
+
+
+def _mesh_text(plan: Plan) -> str:
+    return " \u00d7 ".join(f"{axis} {size:,}" for axis, size in plan.mesh.items())
+
+
+def _indent(name: str) -> int:
+    return len(name) - len(name.lstrip())
+
+
+def _memory_parts(plan: Plan) -> list[_Part]:
+    return [_Part(s.key, s.label, s.bytes) for s in summaries.memory_segments(plan)]
+
+
+def _time_parts(time: StepTime) -> list[_Part]:
+    parts = [
+        _Part("work", "matmuls at the chip's peak", time.compute),
+        _Part("temporary", "memory accesses", time.hbm),
+        _Part("all-to-all", "communication", time.interconnect),
+        _Part("code", "at least: the longest of these", time.roofline),
+        _Part("code", "without overlap", time.without_overlap),
+    ]
+    if time.compiler is not None:
+        parts.append(_Part("other", "the compiler's own estimate", time.compiler))
+    return parts
+
+
+def _collective_part(part: Communication) -> _Part:
+    number = f"{part.count:,}" if part.count else f"part of {part.shared:,}"
+    return _Part(
+        part.kind if part.kind in KINDS else "other",
+        f"{number} {part.kind} over {part.axis or '-'}",
+        part.bytes,
+        striped=not part.asked,
+    )
+
+
+def _flops_of_each(plan: Plan) -> list[tuple[str, int, float]]:
+    return [(name, 1, value) for name, value in plan.flops_by_layer.items()]
+
+
+def _flops_of_similar(plan: Plan) -> list[tuple[str, int, float]]:
+    """Returns name, number of layers and FLOPs; the most FLOPs first."""
+    groups = summaries.group_similar(plan.flops_by_layer.items(), lambda item: item[0])
+    sums = [(g.name, len(g.items), sum(value for _, value in g.items)) for g in groups]
+    return sorted(sums, key=lambda item: -item[2])
+
+
+def _by_each_layer(parts: Sequence[Communication]) -> list[summaries.LayerTotal]:
+    """Returns collectives by layer, in order of appearance."""
+    order = {layer: i for i, layer in enumerate(dict.fromkeys(p.layer for p in parts))}
+    ordered = sorted(parts, key=lambda part: order[part.layer])
+    return [
+        summaries.LayerTotal(layer, 1, list(of_layer))
+        for layer, of_layer in itertools.groupby(ordered, key=lambda part: part.layer)
+    ]
+
+
+def _logical_axes(plan: Plan) -> dict[str | None, list[str]]:
+    """Returns the logical axes of each mesh axis, and under None those of none."""
+    by_axis: dict[str | None, list[str]] = {}
+    for logical, axis in plan.rules.items():
+        by_axis.setdefault(axis, []).append(logical)
+    return by_axis
+
+
+def _variable_rows(plan: Plan) -> list[_VariableRow]:
+    """Returns similar variables together; the most bytes on a core first."""
+    groups = summaries.group_similar(
+        plan.weights, lambda w: w.path, lambda w: (w.shape, w.layout, w.dtype, w.role)
+    )
+    groups.sort(key=lambda group: -sum(w.bytes_per_core for w in group.items))
+    maps: dict[Any, int] = {}
+    rows = []
+    for group in groups:
+        first: Weight = group.items[0]
+        rules = list(dict.fromkeys(w.rule for w in group.items))
+        rows.append(
+            _VariableRow(
+                name=group.name,
+                paths=[w.path for w in group.items],
+                first=first,
+                bytes=sum(w.bytes for w in group.items),
+                bytes_per_core=sum(w.bytes_per_core for w in group.items),
+                caption=("Each of them: " if len(group.items) > 1 else "")
+                + _caption(plan, first),
+                rule=rules[0] if len(rules) == 1 else f"{rules[0]}, and others",
+                map=maps.setdefault((first.shape, first.layout), len(maps)),
+            )
+        )
+    return rows
+
+
+def _caption(plan: Plan, weight: Weight) -> str:
+    replicas = summaries.replicas(plan, weight)
+    shards = plan.num_devices // replicas
+    what = f"{weight.dtype} {units.dims(weight.shape)}, {units.size(weight.bytes)}, "
+    if shards == 1:
+        return f"{what}whole on each of the {plan.num_devices:,} cores."
     return (
-        "<!DOCTYPE html>\n"
-        '<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>Plan: {escape(title)}</title>"
-        f"<style>{files.joinpath('page.css').read_text('utf-8')}</style></head><body>"
-        f'<header class="top"><h1>{_heading(plans)}</h1>'
-        '<p class="quiet">Compiled by gshard-tf without the hardware. Sizes '
-        "are decimal (1 GB is 10<sup>9</sup> bytes), and of one core where they "
-        "say so. Times are estimates, not measurements.</p></header>"
-        f"<main>{_overview(plans)}{body}</main>"
-        f"<script>{files.joinpath('page.js').read_text('utf-8')}</script>"
-        "</body></html>\n"
+        f"{what}in {shards:,} parts of {units.size(weight.bytes_per_core)}, each on "
+        f"{replicas:,} of {plan.num_devices:,} cores."
     )
-
-
-def _heading(plans: Sequence[Plan]) -> str:
-    if len(plans) > 1:
-        return f"{len(plans)} plans"
-    return f"Plan of {escape(plans[0].model)} for {escape(plans[0].topology)}"
-
-
-def _overview(plans: Sequence[Plan]) -> str:
-    """Returns several plans as a table; for two, also their ratio."""
-    if len(plans) == 1:
-        return ""
-    largest = max(plan.bytes_needed for plan in plans) or 1
-    lines = []
-    for i, plan in enumerate(plans):
-        bar = elements.bar(memory_parts(plan), largest, "bare")
-        time = "-" if plan.time is None else units.seconds(plan.time.roofline)
-        lines.append(
-            f'<tr><th scope="row"><a href="#plan-{i}">'
-            f"{escape(elements.title(plan))}</a></th>"
-            f"<td>{escape(elements.mesh_text(plan))}</td><td>{elements.badge(plan)}</td>"
-            f"{elements.cell(units.size(plan.bytes_needed), 'on a core')}"
-            f'<td class="wide">{bar}</td>'
-            f"{elements.cell(time, 'step, at least (estimate)')}</tr>"
-        )
-    out = (
-        '<section class="card"><h3>Side by side</h3><div class="scroll"><table><thead>'
-        '<tr><th scope="col">plan</th><th scope="col">mesh</th><th scope="col"></th>'
-        '<th scope="col" class="n">on a core</th><th scope="col"></th>'
-        '<th scope="col" class="n">step, at least (estimate)</th></tr></thead>'
-        f"<tbody>{''.join(lines)}</tbody></table></div>"
-    )
-    if len(plans) == 2:
-        a, b = plans
-        notes = "".join(
-            elements.note(text, "bad") for text in compare.differences(a, b)
-        )
-        cells = "".join(
-            f'<tr><th scope="row">{elements.indented(name)}</th>'
-            f"{elements.cell(x, 'A')}{elements.cell(y, 'B')}"
-            f"{elements.cell(r, 'B / A' if r else '')}</tr>"
-            for name, x, y, r in compare.rows(a, b)
-        )
-        out += (
-            f"{notes}<details open><summary>Line by line</summary>"
-            '<div class="scroll"><table><thead><tr><th></th>'
-            f'<th scope="col" class="n">A: {escape(a.topology)}</th>'
-            f'<th scope="col" class="n">B: {escape(b.topology)}</th>'
-            '<th scope="col" class="n">B / A</th></tr></thead>'
-            f"<tbody>{cells}</tbody></table></div></details>"
-        )
-    return out + "</section>"
-
-
-def _plan(plan: Plan, number: int) -> str:
-    return (
-        f'<section class="plan" id="plan-{number}"><div class="title">'
-        f"<h2>{escape(elements.title(plan))}</h2>{elements.badge(plan)}</div>"
-        f"{_facts(plan)}{out_of_memory_section(plan)}{_notes(plan)}"
-        f'<div class="pair">{memory_section(plan)}{step_time_section(plan)}</div>'
-        f"{communication_section(plan)}{flops_section(plan)}"
-        f"{variables_section(plan, number)}"
-        f'<div class="pair">{devices_section(plan)}{origin_section(plan)}</div>'
-        "</section>"
-    )
-
-
-def _facts(plan: Plan) -> str:
-    facts = [
-        ("mesh", elements.mesh_text(plan), hardware(plan)),
-        ("parameters", units.number(plan.parameters),
-         f"{units.size(plan.state_bytes())} with the optimizer"),
-        ("memory of a core", units.size(plan.bytes_needed), _of_capacity(plan)),
-    ]  # fmt: skip
-    if plan.flops is not None:
-        over = plan.flops_ratio
-        facts.append(
-            (
-                "FLOPs of a core",
-                units.flops(plan.flops),
-                f"{over:.3f} of those written" if over else "",
-            )
-        )
-    else:
-        facts.append(
-            ("FLOPs of a core", units.flops(plan.flops_as_written), "as written")
-        )
-    if plan.fits:
-        facts.append(
-            (
-                "communication to a core",
-                units.size(sum(part.bytes for part in plan.communication)),
-                f"{sum(part.count for part in plan.communication):,} collectives",
-            )
-        )
-    if plan.time is not None:
-        facts.append(
-            (
-                "step, an estimate",
-                units.seconds(plan.time.roofline),
-                f"to {units.seconds(plan.time.without_overlap)} without overlap",
-            )
-        )
-    cells = "".join(
-        f"<div><dt>{escape(name)}</dt><dd>{escape(value)}"
-        f"<small>{escape(more)}</small></dd></div>"
-        for name, value, more in facts
-    )
-    return f'<dl class="facts">{cells}</dl>'
-
-
-def _of_capacity(plan: Plan) -> str:
-    capacity = plan.bytes_available
-    if not capacity:
-        return "the host's"
-    return f"{units.percent(plan.bytes_needed, capacity)} of {units.size(capacity)}"
-
-
-def _notes(plan: Plan) -> str:
-    if not plan.advice and not plan.complaints:
-        return ""
-    out = ""
-    if plan.advice:
-        out += "<h3>What to try</h3>" + "".join(
-            elements.note(t, "try") for t in plan.advice
-        )
-    if plan.complaints:
-        out += "<h3>What looks wrong</h3>" if not out else "<h4>What looks wrong</h4>"
-        out += "".join(elements.note(text, "bad") for text in plan.complaints)
-    return f'<section class="card">{out}</section>'

@@ -1,5 +1,6 @@
 """`gshard-plan`: its arguments, exit statuses and files, and one real plan."""
 
+import importlib.util
 import json
 import pathlib
 import re
@@ -136,6 +137,20 @@ def test_bad_arguments(arguments, said, model_file, asked, capsys):
     assert (status, out, asked) == (2, "", [])
     assert said in err
     assert len(err.splitlines()) == 1 and err.startswith("gshard-plan: ")
+
+
+def test_a_page_without_its_library(model_file, asked, capsys, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name: None if name == "jinja2" else find(name),
+    )
+    status, out, err = command(
+        capsys, f"{model_file}:build", "--topology", "cpu:2", "--html", "page.html"
+    )
+    assert (status, out, asked) == (2, "", [])
+    assert "needs jinja2" in err and "pip install 'gshard-tf[html]'" in err
 
 
 def test_batches():
