@@ -4,6 +4,7 @@ import collections
 
 import keras
 import numpy as np
+import processes
 import pytest
 import tensorflow as tf
 
@@ -148,8 +149,9 @@ def test_on_a_mesh(descended, name):
     _assert_close(split.get_weights(), layer.get_weights())
     sent = strategy.programs[-1].collectives()
     kinds = collections.Counter(each.kind for each in sent)
-    # Sizes, rows, results; the gradients of the two; the choices, for dropout.
-    assert kinds["all-to-all"] == (0 if name == "data" else 6)
+    # Sizes; then rows, results, the gradients of the two, and the choices, for dropout:
+    # a round each, and the loop of further ones.
+    assert kinds["all-to-all"] == (0 if name == "data" else 1 + 2 * 5)
     assert kinds["all-gather"] == 0  # of a weight, or of tokens
 
 
@@ -190,6 +192,41 @@ def test_one_token(tmp_path):
     for sent in strategy.programs[-1].collectives():
         # As many numbers as n*K rows have, at most: fewer than a matrix of an expert.
         assert sent.bytes <= 4 * (4 * 2 * M) < 4 * (M * H), sent
+
+
+COMPILE_FOR_TPU = """
+import keras
+import tensorflow as tf
+
+import gshard_tf
+
+
+class Experts(keras.layers.Layer):
+    def build(self, shape):
+        self.kernel = self.add_weight(shape=(8, 4, 4))
+        gshard_tf.name_axes(self.kernel, ("expert", "embed", "mlp"))
+
+    def call(self, x):
+        x = gshard_tf.annotate(x, ("group", None))
+        dispatch = gshard_tf.RaggedDispatch(tf.cast(x[:, :2], "int32"), 8)
+        rows = dispatch.dot(dispatch.rows(x), self.kernel, ("expert", "embed", "mlp"))
+        return dispatch.combine(rows)
+
+
+def build():
+    model = keras.Sequential([keras.Input((4,)), Experts()])
+    model.compile("sgd", "mse")
+    return model
+
+
+batch = tf.TensorSpec((16, 4), "float32")
+print(gshard_tf.plan(build, "v5e:2x2", batch=batch, mode="predict", cache=False).fits)
+"""
+
+
+def test_several_experts_on_a_device_compile_for_a_tpu():
+    """XLA stops the process at a sort of two arrays, which a stable one becomes."""
+    assert processes.run_python(COMPILE_FOR_TPU).endswith("True\n")
 
 
 def test_what_does_not_fit():
