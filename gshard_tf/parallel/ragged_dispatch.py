@@ -85,7 +85,7 @@ class _Layout(NamedTuple):
     @property
     def maps(self) -> Maps:
         """The axes of the maps."""
-        return Maps(*[self.by_token] * len(Maps._fields))
+        return Maps(*[self.by_token] * (len(Maps._fields) - 1), rounds=())
 
     def axis(self) -> str | None:
         """The mesh axis to exchange rows over, within a region."""

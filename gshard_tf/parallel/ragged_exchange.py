@@ -1,19 +1,26 @@
 """Tokens sorted by expert, and back, on one device or on many: functions of jax.
 
 R = T*K choices of experts become rows. A device sends each other device the rows for
-its experts, in an all-to-all, and sorts what it receives by expert. Its buffer has
-room for the worst case, that all rows of all n devices are for it: n*R rows. Sorting is
-stable, so an expert gets its rows in the order of the tokens, however many devices
-there are.
+its experts, and sorts what it receives by expert. Its buffer has room for the worst
+case, that all rows of all n devices are for it: n*R rows. Sorting is stable, so an
+expert gets its rows in the order of the tokens, however many devices there are.
+
+Shapes are static, and an all-to-all of the worst case would send n times the rows of an
+even load. So rows are sent in rounds, each with room for a little more than an even
+load, and there are as many rounds as the fullest pair of devices needs: one, mostly.
 """
 
+import math
 from typing import Any, NamedTuple
 
 from gshard_tf.parallel.permutations import inverse, stable_order
 
+#: Rows that a round sends from a device to another, over those of an even load: R / n.
+ROOM = 1.25
+
 
 class Maps(NamedTuple):
-    """Places of rows; -1 for none. All have T as their first dimension.
+    """Places of rows; -1 for none.
 
     Attributes:
         choice_of_slot: `[T, n*K]` int32, the choice that is sent in each place.
@@ -21,12 +28,15 @@ class Maps(NamedTuple):
         arrival_of_row: `[T, n*K]` int32, the received place that each row, sorted by
             expert, comes from.
         row_of_arrival: `[T, n*K]` int32, the inverse.
+        rounds: Int32, the number of all-to-alls that send all rows: the same on all
+            devices.
     """
 
     choice_of_slot: Any
     slot_of_choice: Any
     arrival_of_row: Any
     row_of_arrival: Any
+    rounds: Any
 
 
 def index_maps(
@@ -64,7 +74,10 @@ def index_maps(
     if axis is None:
         arrivals = jnp.where(within < starts[-1], within, -1)
         arrival_of_row = row_of_arrival = arrivals
+        rounds = jnp.int32(0)
     else:
+        fullest = jax.lax.pmax(jnp.max(sent), axis)
+        rounds = -(-fullest // _rows_of_round(choices, devices))
         received = jax.lax.all_to_all(sizes.reshape(devices, own), axis, 0, 0)
         ends = jnp.cumsum(received, axis=1)  # [n, E / n]
         behind = within >= ends[..., None]  # [n, E / n, R]
@@ -79,7 +92,7 @@ def index_maps(
         return x.reshape(tokens, -1).astype(jnp.int32)
 
     maps = (choice_of_slot, slot_of_choice, arrival_of_row, row_of_arrival)
-    return Maps(*map(by_token, maps)), sizes.astype(jnp.int32)
+    return Maps(*map(by_token, maps), rounds.astype(jnp.int32)), sizes.astype(jnp.int32)
 
 
 def _counts(values: Any, number: int) -> Any:
@@ -121,8 +134,8 @@ def choices_of_rows(rows: Any, maps: Maps, axis: str | None) -> Any:
 
     @jax.custom_vjp
     def back(rows, maps):
-        arrived = _take(_flat(rows), maps.row_of_arrival)
-        return _take(_flat(_all_to_all(arrived, axis)), maps.slot_of_choice)
+        to, back = maps.row_of_arrival, maps.slot_of_choice
+        return _exchange(_flat(rows), to, back, maps.rounds, axis)
 
     def backward(maps, d_choices):
         return rows_of_choices(d_choices, maps, axis), None
@@ -133,10 +146,53 @@ def choices_of_rows(rows: Any, maps: Maps, axis: str | None) -> Any:
 
 def _send(values: Any, value_of_slot: Any, maps: Maps, axis: str | None) -> Any:
     """Sends rows of `values` `[., M]` to their experts: `[T, n*K, M]`."""
-    slots = _take(values, value_of_slot)
     if axis is None:
-        return slots
-    return _take(_flat(_all_to_all(slots, axis)), maps.arrival_of_row)
+        return _take(values, value_of_slot)
+    return _exchange(values, value_of_slot, maps.arrival_of_row, maps.rounds, axis)
+
+
+def _rows_of_round(choices: int, devices: int) -> int:
+    """The rows that a round sends from a device to another."""
+    return min(choices, math.ceil(ROOM * choices / devices))
+
+
+def _exchange(rows: Any, sent: Any, taken: Any, rounds: Any, axis: str | None) -> Any:
+    """Sends rows `[., M]` at `sent`, and returns those that came at `taken`.
+
+    Args:
+        rows: The rows of this device.
+        sent: `[T, n*K]`, its n parts for the n devices; -1 for none, last in each part.
+        taken: `[T, .]`, places in what came, of n parts from the n devices, `[n*R]`; -1
+            for a row of zeros.
+        rounds: See `Maps`.
+        axis: The mesh axis of the devices; None for one device.
+
+    Returns:
+        `[*taken.shape, M]`.
+    """
+    from jax import lax
+    from jax import numpy as jnp
+
+    if axis is None:
+        return _take(_take(rows, sent.reshape(-1)), taken)
+    devices = lax.axis_size(axis)
+    sent = sent.reshape(devices, -1)  # [n, R]
+    choices = sent.shape[1]
+    size = _rows_of_round(choices, devices)  # C
+    sent = jnp.pad(sent, ((0, 0), (0, -choices % size)), constant_values=-1)
+
+    def one_round(i):
+        slots = lax.dynamic_slice_in_dim(sent, i * size, size, 1)
+        came = lax.all_to_all(_take(rows, slots), axis, 0, 0)  # [n, C, M]
+        sender, place = taken // choices, taken % choices - i * size
+        is_here = (taken >= 0) & (place >= 0) & (place < size)
+        return is_here, _take(_flat(came), jnp.where(is_here, sender * size + place, -1))
+
+    def one_more(i, result):
+        is_here, more = one_round(i)
+        return jnp.where(is_here[..., None], more, result)
+
+    return lax.fori_loop(1, rounds, one_more, one_round(0)[1])
 
 
 def _take(rows: Any, index: Any) -> Any:
@@ -150,14 +206,3 @@ def _take(rows: Any, index: Any) -> Any:
 
 def _flat(rows: Any) -> Any:
     return rows.reshape(-1, rows.shape[-1])
-
-
-def _all_to_all(slots: Any, axis: str | None) -> Any:
-    """Exchanges `[T, n*K, M]`, whose n parts are for the n devices, in order."""
-    import jax
-
-    if axis is None:
-        return slots
-    devices = jax.lax.axis_size(axis)
-    parts = slots.reshape(devices, -1, slots.shape[-1])  # [n, R, M]
-    return jax.lax.all_to_all(parts, axis, 0, 0).reshape(slots.shape)
