@@ -4,12 +4,14 @@ from benchmarks.mutants.mutant import Mutant
 
 _CONVENTIONS = "tests/keras_layers/moe/test_conventions.py"
 _DISPATCH = "tests/keras_layers/moe/test_dispatch.py"
+_EXPERT_GROUPS = "tests/keras_layers/routing/test_expert_groups.py"
 _LOAD_BIAS = "tests/keras_layers/moe/test_load_bias.py"
 _MOE = "tests/keras_layers/moe/test_moe.py"
 _OPTIONS = "tests/keras_layers/moe/test_moe_options.py"
 _PADDING = "tests/keras_layers/test_padding.py"
 _PARTITIONED = "tests/keras_layers/test_partitioned.py"
 _RAGGED_DOT = "tests/gshard_tf/parallel/test_ragged_dot.py"
+_ROUTER_OPTIONS = "tests/keras_layers/routing/test_router_options.py"
 _ROUTERS = "tests/keras_layers/routing/test_routers.py"
 _ROUTING = "tests/keras_layers/routing/test_routing.py"
 
@@ -74,7 +76,7 @@ MUTANTS = (
         "keras_layers/routing/counting.py",
         "tf.reduce_sum(running[:, -1:], axis=1)",
         "tf.reduce_sum(running[:, :1], axis=1)",
-        (f"{_ROUTERS}::test_bias_balances_without_a_loss",),
+        (f"{_ROUTER_OPTIONS}::test_bias_balances_without_a_loss",),
         "the load of the experts is that of the first block of choices",
     ),
     Mutant(
@@ -193,14 +195,14 @@ MUTANTS = (
         "keras_layers/routing/losses.py",
         "per_token = tf.square(tf.reduce_logsumexp(logits, axis=-1))",
         "per_token = tf.reduce_logsumexp(logits, axis=-1)",
-        (f"{_ROUTERS}::test_jitter_cap_and_z_loss",),
+        (f"{_ROUTER_OPTIONS}::test_jitter_cap_and_z_loss",),
         "the z-loss is not squared, and rewards negative logits",
     ),
     Mutant(
         "keras_layers/routing/router.py",
         "inputs = inputs * (1.0 + self.jitter * (2.0 * noise - 1.0))",
         "inputs = inputs * (1.0 + self.jitter * noise)",
-        (f"{_ROUTERS}::test_jitter_is_around_1",),
+        (f"{_ROUTER_OPTIONS}::test_jitter_is_around_1",),
         "jitter makes inputs larger on average",
     ),
     Mutant(
@@ -221,7 +223,7 @@ MUTANTS = (
         "keras_layers/routing/router.py",
         "logits = self.logit_cap * tf.tanh(logits / self.logit_cap)",
         "logits = tf.tanh(logits / self.logit_cap)",
-        (f"{_ROUTERS}::test_a_cap_is_a_scaled_tanh",),
+        (f"{_ROUTER_OPTIONS}::test_a_cap_is_a_scaled_tanh",),
         "capped logits are capped to 1",
     ),
     Mutant(
@@ -235,7 +237,7 @@ MUTANTS = (
         "keras_layers/routing/top_k.py",
         "weight = values_at(scores, expert_index)",
         "weight = values_at(ranked, expert_index)",
-        (f"{_ROUTERS}::test_bias_counts_in_choosing_and_not_in_weights",),
+        (f"{_ROUTER_OPTIONS}::test_bias_counts_in_choosing_and_not_in_weights",),
         "the bias of load balancing is part of the weights",
     ),
     Mutant(
@@ -263,7 +265,7 @@ MUTANTS = (
         "keras_layers/routing/hash_router.py",
         "expert_index = hashed % self.num_experts",
         "expert_index = hashed % (self.num_experts - 1)",
-        (f"{_ROUTERS}::test_hash_routes_by_id_alone_and_evenly",),
+        (f"{_ROUTER_OPTIONS}::test_hash_routes_by_id_alone_and_evenly",),
         "the last expert of hash routing gets no token",
     ),
     Mutant(
@@ -354,7 +356,7 @@ MUTANTS = (
         "keras_layers/routing/expert_groups.py",
         "scores += tf.reduce_max(others, axis=-1)",
         "scores += tf.reduce_max(members, axis=-1)",
-        (f"{_ROUTERS}::test_groups_of_experts",),
+        (f"{_EXPERT_GROUPS}::test_groups_of_experts",),
         "the score of a group of experts is twice its best expert's",
     ),
     Mutant(
