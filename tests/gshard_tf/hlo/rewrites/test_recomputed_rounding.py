@@ -12,7 +12,7 @@ from gshard_tf.spmd import lowering
 
 @pytest.fixture(autouse=True)
 def _as_users_compile(monkeypatch):
-    """The emitter of fusions that `conftest.py` turns off is the one that is wrong."""
+    """The emitter that `one_process.py` turns off is the one that is wrong."""
     if TWO_EMITTERS:
         monkeypatch.setitem(xla._CPU, EMITTER, True)
 
