@@ -6,9 +6,12 @@ in a process of its own: see `processes.py`.
 
 import itertools
 import os
+import pathlib
 
 import pytest
 from xla_flags import QUICK_TO_COMPILE
+
+HERE = pathlib.Path(__file__).resolve().parent
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # Nothing here runs on a TPU, and libtpu complains loudly where it finds none.
@@ -38,7 +41,12 @@ def pytest_xdist_auto_num_workers(config):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """`@pytest.mark.broad(n)`: by default one case of n runs; the others are slow."""
+    """`@pytest.mark.broad(n)`: by default one case of n runs; the others are slow.
+
+    Files beside this one come first: they check the whole project by commands that take
+    long, for which the other workers would wait at the end.
+    """
+    items.sort(key=lambda item: item.path.parent != HERE)
     cases = {}
     for item in items:
         mark = item.get_closest_marker("broad")
