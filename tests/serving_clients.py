@@ -3,11 +3,15 @@
 import contextlib
 import http.client
 import json
+import os
 import socket
+import tempfile
 import threading
 import time
 
 import uvicorn
+from forks import Fork
+from processes import PYTHONPATH
 
 from gshard_examples.serving.requests import Limits
 
@@ -61,6 +65,63 @@ def serving(app):
         server.should_exit = True
         thread.join(20)
     assert not thread.is_alive()
+
+
+COMMAND = "import runpy; runpy.run_module('gshard_examples.serving', None, '__main__')"
+
+
+class Served:
+    """The command in a process of its own, which answers and has said where.
+
+    Args:
+        folder: A SavedModel.
+        options: Of the command.
+
+    Attributes:
+        port: It listens there.
+    """
+
+    def __init__(self, folder, *options):
+        self.port = free_port()
+        self._printed = tempfile.TemporaryFile()
+        self._errors = tempfile.TemporaryFile("w+")
+        self._process = Fork(
+            COMMAND,
+            [folder, "--port", self.port, *options],
+            env=os.environ | {"PYTHONPATH": PYTHONPATH},
+            cwd="/",
+            stdout=self._printed,
+            stderr=self._errors,
+        )
+        if not self._answers():
+            _, errors = self.ended()
+            raise AssertionError(errors)
+
+    def _answers(self):
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            with contextlib.suppress(OSError):
+                if call(self.port, "GET", "/healthz")[0] == 200:
+                    printed = os.pread(self._printed.fileno(), 4096, 0)
+                    return f"http://127.0.0.1:{self.port}\n".encode() in printed
+            with contextlib.suppress(TimeoutError):
+                self._process.wait(0.1)
+                return False
+        return False
+
+    def send(self, number):
+        """Sends it a signal."""
+        os.kill(self._process.pid, number)
+
+    def ended(self):
+        """Waits for its end; returns its status and its errors."""
+        try:
+            status = self._process.wait(60)
+        finally:
+            self._process.kill()
+        with self._printed, self._errors:
+            self._errors.seek(0)
+            return status, self._errors.read()
 
 
 LIMITS = Limits(body_bytes=2_000_000, texts=8, text_characters=100, seconds=2.0)

@@ -2,24 +2,20 @@
 
 import collections
 import concurrent.futures
-import contextlib
 import http.client
 import json
-import os
 import re
 import shutil
 import signal
 import socket
 import subprocess
-import sys
 import time
 
 import pytest
-from processes import PYTHONPATH
 
 pytest.importorskip("uvicorn")
 
-from serving_clients import LIMITS, Echo, ask, call, free_port, serving  # noqa: E402
+from serving_clients import LIMITS, Echo, Served, ask, call, serving  # noqa: E402
 
 from gshard_examples.serving.app import PAGE, make_app  # noqa: E402
 from gshard_examples.serving.requests import Limits  # noqa: E402
@@ -300,41 +296,20 @@ def exported(toy_vocabulary, tmp_path_factory):
 
 def test_the_command_serves_a_saved_model(exported):
     folder, translator = exported
-    port = free_port()
-    process = subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "gshard_examples.serving",
-            str(folder),
-            "--port",
-            str(port),
-        ],
-        env=os.environ | {"PYTHONPATH": PYTHONPATH, "TF_CPP_MIN_LOG_LEVEL": "3"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    server = Served(folder)
     try:
-        deadline = time.monotonic() + 120
-        while True:
-            with contextlib.suppress(OSError):
-                if call(port, "GET", "/healthz")[0] == 200:
-                    break
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.1)
         texts, tags = ["appleo basketo", "", "x " * 500], ["de", "fr", "ru"]
-        status, answer = ask(port, texts, tags)
+        status, answer = ask(server.port, texts, tags)
         assert status == 200
         found = answer["translations"]
         assert [t["text"] for t in found] == translator.translate(tags, texts)
         assert [t["truncated"] for t in found] == [False, False, True]
         assert len(found[0]["n_best"]) == 4
-        languages = json.loads(call(port, "GET", "/languages")[1])["languages"]
+        languages = json.loads(call(server.port, "GET", "/languages")[1])["languages"]
         assert languages == list(translator.vocabulary.languages)
     finally:
-        process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=60)
+        server.send(signal.SIGINT)
+        _, errors = server.ended()
     assert "Traceback" not in errors, errors
 
 

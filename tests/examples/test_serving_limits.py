@@ -1,26 +1,23 @@
 """Options of the server, clients that disconnect, and requests of every kind."""
 
+import contextlib
 import dataclasses
 import json
-import os
 import re
 import shutil
 import signal
 import socket
 import struct
-import subprocess
-import sys
 import time
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from processes import PYTHONPATH
 
 pytest.importorskip("uvicorn")
 
 import tensorflow as tf  # noqa: E402
-from serving_clients import LIMITS, Echo, ask, call, free_port, serving  # noqa: E402
+from serving_clients import LIMITS, Echo, Served, ask, call, free_port, serving  # noqa: E402
 
 from gshard_examples.serving.__main__ import main  # noqa: E402
 from gshard_examples.serving.app import make_app  # noqa: E402
@@ -279,38 +276,23 @@ def test_a_body_where_none_is_read_closes_the_connection():
         assert b" 200 " in answer and b"connection: close" in answer.lower()
 
 
-def started(folder, *options):
-    port = free_port()
-    command = [sys.executable, "-m", "gshard_examples.serving", str(folder)]
-    process = subprocess.Popen(
-        [*command, "--port", str(port), *options],
-        env=os.environ | {"PYTHONPATH": PYTHONPATH, "TF_CPP_MIN_LOG_LEVEL": "3"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    for line in process.stdout:
-        if line.startswith("http://"):
-            return process, port
-    raise AssertionError(process.communicate()[1])
-
-
 def test_sigterm_answers_what_is_in_flight_and_ends_with_0(good):
-    process, port = started(good, "--max-batch", "2")
+    server = Served(good, "--max-batch", "2")
     try:
         body = json.dumps({"texts": ["a"] * 6, "languages": ["de"] * 6}).encode()
-        with socket.create_connection(("127.0.0.1", port), timeout=60) as client:
+        with socket.create_connection(("127.0.0.1", server.port), timeout=60) as client:
             client.sendall(post(body))
             time.sleep(0.3)
-            process.send_signal(signal.SIGTERM)
+            server.send(signal.SIGTERM)
             answer = b""
             while part := client.recv(65536):
                 answer += part
         assert answer.startswith(b"HTTP/1.1 200 ") and answer.count(b'"a de"') == 6
     finally:
-        process.send_signal(signal.SIGTERM)
-        _, errors = process.communicate(timeout=60)
-    assert process.returncode == 0 and "Traceback" not in errors, errors
+        with contextlib.suppress(ProcessLookupError):  # it has ended
+            server.send(signal.SIGTERM)
+        status, errors = server.ended()
+    assert status == 0 and "Traceback" not in errors, errors
 
 
 # ---------------------------------------------------------------- requests of any kind
