@@ -16,7 +16,12 @@ if TYPE_CHECKING:
     from gshard_tf.checkpoints.manager import CheckpointManager
     from gshard_tf.checkpoints.training_state import training_state
     from gshard_tf.compat.keras_calls import accumulated_batches
-    from gshard_tf.parallel.halo import halo_convolution, halo_max_pool
+    from gshard_tf.parallel.halo import (
+        halo_average_pool,
+        halo_convolution,
+        halo_max_pool,
+        halo_transposed_convolution,
+    )
     from gshard_tf.parallel.ragged_dispatch import RaggedDispatch
     from gshard_tf.parallel.ring_attention import ring_attention
     from gshard_tf.planning.plan import Plan
@@ -63,8 +68,10 @@ __all__ = [
     "random",
     "create_mesh",
     "data",
+    "halo_average_pool",
     "halo_convolution",
     "halo_max_pool",
+    "halo_transposed_convolution",
     "initialize",
     "manual",
     "mesh_axis",
@@ -107,8 +114,10 @@ _HOME = {
     "random": None,
     "create_mesh": "sharding.mesh",
     "data": None,
+    "halo_average_pool": "parallel.halo",
     "halo_convolution": "parallel.halo",
     "halo_max_pool": "parallel.halo",
+    "halo_transposed_convolution": "parallel.halo",
     "initialize": "runtime.initialize",
     "manual": "sharding.manual",
     "mesh_axis": "sharding.manual",

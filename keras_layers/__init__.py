@@ -2,7 +2,14 @@
 
 from keras_layers.attention import MultiHeadAttention
 from keras_layers.blocks import DecoderBlock, EncoderBlock
-from keras_layers.convolution import Conv2D, MaxPooling2D
+from keras_layers.convolution import (
+    AveragePooling2D,
+    Conv2D,
+    Conv2DTranspose,
+    DepthwiseConv2D,
+    MaxPooling2D,
+    SeparableConv2D,
+)
 from keras_layers.decoding import (
     Hypotheses,
     beam_search,
@@ -50,8 +57,11 @@ from keras_layers.transformer import Transformer
 from keras_layers.upcycling import upcycle
 
 __all__ = [
+    "AveragePooling2D",
     "Conv2D",
+    "Conv2DTranspose",
     "DecoderBlock",
+    "DepthwiseConv2D",
     "Dropout",
     "EinsumDispatcher",
     "EncoderBlock",
@@ -72,6 +82,7 @@ __all__ = [
     "RouterMetrics",
     "RouterStats",
     "Routing",
+    "SeparableConv2D",
     "TokenAccuracy",
     "TokenChoiceRouting",
     "TokenCrossentropy",

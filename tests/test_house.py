@@ -73,6 +73,7 @@ def test_jax_is_imported_late_and_in_few_places():
         "devices.py",
         "dropout.py",
         "halo.py",
+        "halo_exchange.py",
         "exporter.py",
         "initialize.py",
         "jax_devices.py",
