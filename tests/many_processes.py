@@ -13,6 +13,7 @@ import pathlib
 import signal
 import sys
 import time
+from unittest import mock
 
 from xla_flags import QUICK_TO_COMPILE, use_older_emitter
 
@@ -27,6 +28,7 @@ import tensorflow as tf
 
 import gshard_tf
 from gshard_tf.sharding import initial_value
+from gshard_tf.spmd.program import SpmdProgram
 
 use_older_emitter()
 
@@ -34,7 +36,7 @@ STEPS_PER_EPOCH, EPOCHS, BATCH = 4, 2, 16
 
 
 class Note(keras.callbacks.Callback):
-    """Notes the losses, and does what is to go wrong."""
+    """Notes losses and the rows that were fed, and does what is to go wrong."""
 
     def __init__(self, saver, index, folder, given):
         super().__init__()
@@ -43,11 +45,26 @@ class Note(keras.callbacks.Callback):
         mine = str(index) in given.get("who", "1").split(",")
         self.goes_wrong = mine and given.get("do")
         self.step = int(given.get("step", 0))
+        self.rows = None
+
+    def on_train_begin(self, logs=None):
+        put = SpmdProgram.put_inputs
+
+        def noted(program, arrays):
+            # A number of each example, which no other one has.
+            self.rows = arrays[0][:, 0, 0].tolist()
+            return put(program, arrays)
+
+        self.patch = mock.patch.object(SpmdProgram, "put_inputs", noted)
+        self.patch.start()
+
+    def on_train_end(self, logs=None):
+        self.patch.stop()
 
     def on_train_batch_end(self, batch, logs=None):
         with open(self.path, "a") as file:
             row = {"step": self.saver.step, "loss": float(logs["loss"])}
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps(row | {"rows": self.rows}) + "\n")
         if self.saver.step == self.step:
             if self.goes_wrong == "raise":
                 raise RuntimeError("the disk of this host is on fire")
