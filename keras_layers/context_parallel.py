@@ -6,8 +6,6 @@ the ring, and the all-to-all from lengths to heads and back (DeepSpeed-Ulysses, 
 et al., arXiv 2309.14509).
 """
 
-from typing import Any
-
 import keras
 import tensorflow as tf
 
@@ -34,7 +32,7 @@ def length_is_split(*tensors: tf.Tensor) -> bool:
     whose shapes are unknown.
     """
     active = active_mesh()
-    if active is None or active.rules.rules.get("length") is None:
+    if active is None or active.rules.mesh_axis("length") is None:
         return False
     return all(
         tf.is_symbolic_tensor(tensor) and tensor.shape.is_fully_defined()
@@ -54,9 +52,10 @@ def split_heads_instead(*tensors: tf.Tensor) -> list[tf.Tensor]:
     """
     active = active_mesh()
     heads = tensors[0].shape[2]
-    rules: dict[str, Any] = {} if active is None else active.rules.rules
-    devices = 1 if active is None else active.mesh.dim_size(rules["length"])
-    if rules.get("heads") is not None or heads % devices:
+    rules = None if active is None else active.rules
+    devices = 1 if active is None else active.parts("length")
+    heads_axis = None if rules is None else rules.mesh_axis("heads")
+    if heads_axis is not None or heads % devices:
         raise ValueError(
             'context_parallel="all_to_all" needs heads that no rule splits, and whose '
             f"number divides by the {devices} devices that split the length. "

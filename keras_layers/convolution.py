@@ -126,5 +126,4 @@ def _is_split(images: Any, data_format: str) -> bool:
         return False
     if data_format != "channels_last" or not images.shape.is_fully_defined():
         return False
-    axes = [active.rules.rules.get(name) for name in ("height", "width")]
-    return any(axis is not None and active.mesh.dim_size(axis) > 1 for axis in axes)
+    return any(active.parts(name) > 1 for name in ("height", "width"))

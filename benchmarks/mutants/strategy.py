@@ -101,8 +101,8 @@ MUTANTS = (
     ),
     Mutant(
         "gshard_tf/sharding/variable_layouts.py",
-        "specs[max(fitting, key=lambda d: shape[d])] = axis",
-        "specs[min(fitting, key=lambda d: shape[d])] = axis",
+        "{max(fitting, key=lambda d: shape[d]): axis}",
+        "{min(fitting, key=lambda d: shape[d]): axis}",
         (
             "tests/gshard_tf/tpu/test_core_layouts.py::test_the_axis_left_over_splits_the_largest_dimension_that_divides",
         ),
@@ -110,8 +110,8 @@ MUTANTS = (
     ),
     Mutant(
         "gshard_tf/sharding/variable_layouts.py",
-        "shape[d] % layout.mesh.dim_size(spec)",
-        "shape[d] % layout.mesh.size",
+        "if size % layout.num_shards(d)",
+        "if size % layout.mesh.size",
         (f"{_LAYOUTS}::test_adafactors_rows_and_columns_are_split_as_their_weights",),
         "a dimension must divide by all devices to be stored split over one axis",
     ),
@@ -221,8 +221,8 @@ MUTANTS = (
     ),
     Mutant(
         "gshard_tf/runtime/device_arrays.py",
-        "return NamedSharding(mesh, PartitionSpec(*spec_of(layout)))",
-        "return NamedSharding(mesh, PartitionSpec(*reversed(spec_of(layout))))",
+        "return NamedSharding(mesh, PartitionSpec(*as_jax(layout.spec)))",
+        "return NamedSharding(mesh, PartitionSpec(*reversed(as_jax(layout.spec))))",
         (
             f"{_LAYOUTS}::test_the_program_holds_an_eighth_of_the_experts_and_their_slots",
         ),

@@ -24,7 +24,6 @@ from gshard_tf.compat.keras_versions import check_is_keras_3
 from gshard_tf.export import program_file
 from gshard_tf.export.manifest import (
     PLATFORMS,
-    Layout,
     Manifest,
     Tensor,
     Variant,
@@ -32,7 +31,8 @@ from gshard_tf.export.manifest import (
 )
 from gshard_tf.io.paths import local_path
 from gshard_tf.sharding.mesh import axis_sizes, create_mesh, use_mesh
-from gshard_tf.sharding.partition_spec import layout_of, spec_of
+from gshard_tf.sharding.mesh_layout import MeshLayout
+from gshard_tf.sharding.partition_spec import PartitionSpec
 from gshard_tf.spmd import lowering
 from gshard_tf.spmd.abstract import is_abstract, lower_abstract
 from gshard_tf.spmd.base import MeshExtended, owned
@@ -250,9 +250,9 @@ class StepProgram:
             },
         )
 
-    def _used(self, step: lowering.LoweredStep) -> list[Layout | None]:
+    def _used(self, step: lowering.LoweredStep) -> list[PartitionSpec | None]:
         uses = step_layouts(self.strategy.extended.layouts, step).compute
-        return [None if use is None else spec_of(use) for use in uses]
+        return [None if use is None else use.spec for use in uses]
 
 
 def _check_metrics(model: keras.Model) -> None:
@@ -288,21 +288,21 @@ def _export(
     manifest: Manifest,
     sizes: Mapping[str, int],
     platforms: Sequence[str],
-    used: Sequence[Layout | None],
+    used: Sequence[PartitionSpec | None],
 ) -> bytes:
     import jax
     from jax import export
 
     mesh = create_mesh(sizes, "CPU")  # of abstract devices: any type
 
-    def on_mesh(tensors: Iterable[Tensor]) -> list[dtensor.Layout]:
-        return [layout_of(fit_layout(tensor, sizes), mesh) for tensor in tensors]
+    def on_mesh(tensors: Iterable[Tensor]) -> list[MeshLayout]:
+        return [MeshLayout(fit_layout(tensor, sizes), mesh) for tensor in tensors]
 
     layouts = StepLayouts(
         on_mesh(manifest.inputs),
         on_mesh(manifest.outputs),
         on_mesh(manifest.state),
-        [None if use is None else layout_of(use, mesh) for use in used],
+        [None if use is None else MeshLayout(use, mesh) for use in used],
     )
     abstract = jax.sharding.AbstractMesh(tuple(sizes.values()), tuple(sizes))
     with jax.enable_x64(True), warnings.catch_warnings():
@@ -324,7 +324,7 @@ def _tensors(
     role: str,
     names: Sequence[str],
     specs: Sequence[tf.TensorSpec],
-    layouts: Sequence[dtensor.Layout],
+    layouts: Sequence[MeshLayout],
 ) -> list[Tensor]:
     # There are more results than outputs: new values of state follow.
     return [
@@ -333,8 +333,8 @@ def _tensors(
     ]
 
 
-def _tensor(name: str, value: Any, layout: dtensor.Layout, role: str) -> Tensor:
-    return Tensor(name, tuple(value.shape), _dtype(value), spec_of(layout), role)
+def _tensor(name: str, value: Any, layout: MeshLayout, role: str) -> Tensor:
+    return Tensor(name, tuple(value.shape), _dtype(value), layout.spec, role)
 
 
 def _dtype(value: Any) -> str:

@@ -18,6 +18,7 @@ from gshard_tf.export.manifest import (
     Tensor,
     Variant,
     fit_layout,
+    jax_layout,
 )
 
 State = dict[str, Any]
@@ -97,7 +98,8 @@ class LoadedProgram:
         def shardings(tensors: Sequence[Tensor]) -> list[Any]:
             return [
                 jax.sharding.NamedSharding(
-                    jax_mesh, jax.sharding.PartitionSpec(*fit_layout(t, self.mesh))
+                    jax_mesh,
+                    jax.sharding.PartitionSpec(*jax_layout(fit_layout(t, self.mesh))),
                 )
                 for t in tensors
             ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,7 +22,8 @@ class Tensor:
         name: `x`, `loss`, or for state `model/dense/kernel`: the same in every process.
         shape: The global shape.
         dtype: The name that numpy (and ml_dtypes) uses.
-        layout: For each dimension, the mesh axis that it is split over, or None.
+        layout: For each dimension, the mesh axis that it is split over (several are
+            joined by "+"), or None.
         role: "weight", "optimizer", "metric", "other" (statistics, seeds) or "constant"
             for state; else "input" or "output".
         path: The Keras path of a variable where it was saved, for information.
@@ -155,6 +157,16 @@ def _tensor(fields: Mapping[str, Any]) -> Tensor:
 def fit_layout(tensor: Tensor, mesh: Mapping[str, int]) -> Layout:
     """Returns a tensor's layout on a mesh, whole where the axis does not divide."""
     return tuple(
-        axis if axis is not None and size % mesh[axis] == 0 else None
+        None if size % math.prod(mesh[name] for name in _axes(axis)) else axis
         for axis, size in zip(tensor.layout, tensor.shape, strict=True)
     )
+
+
+def jax_layout(layout: Layout) -> tuple[str | tuple[str, ...] | None, ...]:
+    """Returns a layout as the entries of jax's `PartitionSpec`."""
+    return tuple(_axes(axis) if axis and "+" in axis else axis for axis in layout)
+
+
+def _axes(axis: str | None) -> tuple[str, ...]:
+    # As `gshard_tf.sharding` has it, which needs TensorFlow. A program does not.
+    return () if axis is None else tuple(axis.split("+"))

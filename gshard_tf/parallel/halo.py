@@ -214,8 +214,7 @@ def _by_parts(
     active = partitioning(images)
     padded = images
     if active is not None:
-        axes = [active.rules.rules.get(name) for name in _IMAGE[:3]]
-        parts = [1 if axis is None else active.mesh.dim_size(axis) for axis in axes]
+        parts = [active.parts(name) for name in _IMAGE[:3]]
         sizes = zip(images.shape[:3], parts, strict=True)
         pads = [0 if size is None else -size % n for size, n in sizes]
         padded = annotate(images, _IMAGE)

@@ -170,7 +170,7 @@ def own_outputs(outputs: Any, dimensions: Sequence[int], all_reached: Any) -> An
 
 
 def _exchange(
-    x: Any, dimension: int, axis: str, window: Window, edge: float
+    x: Any, dimension: int, axis: Any, window: Window, edge: float
 ) -> tuple[Any, Reached]:
     import jax.numpy as jnp
     from jax import lax
@@ -217,7 +217,7 @@ def _exchange(
 
 
 def _moved(
-    part: Any, axis: str, here: Any, n: int, pairs: Sequence, edge: float
+    part: Any, axis: Any, here: Any, n: int, pairs: Sequence, edge: float
 ) -> Any:
     """A part of a neighbor, or `edge` where there is none."""
     import jax.numpy as jnp

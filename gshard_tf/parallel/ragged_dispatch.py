@@ -87,7 +87,7 @@ class _Layout(NamedTuple):
         """The axes of the maps."""
         return Maps(*[self.by_token] * (len(Maps._fields) - 1), rounds=())
 
-    def axis(self) -> str | None:
+    def axis(self) -> str | tuple[str, ...] | None:
         """The mesh axis to exchange rows over, within a region."""
         return None if self.expert is None else mesh_axis("group")
 

@@ -39,9 +39,7 @@ class Maps(NamedTuple):
     rounds: Any
 
 
-def index_maps(
-    expert_index: Any, num_experts: int, axis: str | None
-) -> tuple[Maps, Any]:
+def index_maps(expert_index: Any, num_experts: int, axis: Any) -> tuple[Maps, Any]:
     """The maps, and the number of rows of each of the device's experts, `[E / n]`.
 
     Args:
@@ -104,7 +102,7 @@ def _counts(values: Any, number: int) -> Any:
     return jnp.sum(found, axis=1, dtype=jnp.int32)
 
 
-def rows_of_tokens(tokens: Any, maps: Maps, axis: str | None) -> Any:
+def rows_of_tokens(tokens: Any, maps: Maps, axis: Any) -> Any:
     """Tokens `[T, M]` -> the rows of the device's experts, `[T, n*K, M]`."""
     import jax
 
@@ -123,12 +121,12 @@ def rows_of_tokens(tokens: Any, maps: Maps, axis: str | None) -> Any:
     return there(tokens, maps)
 
 
-def rows_of_choices(choices: Any, maps: Maps, axis: str | None) -> Any:
+def rows_of_choices(choices: Any, maps: Maps, axis: Any) -> Any:
     """Rows `[T, K, M]` of the choices -> those of the experts, `[T, n*K, M]`."""
     return _send(_flat(choices), maps.choice_of_slot, maps, axis)
 
 
-def choices_of_rows(rows: Any, maps: Maps, axis: str | None) -> Any:
+def choices_of_rows(rows: Any, maps: Maps, axis: Any) -> Any:
     """Rows `[T, n*K, M]` -> what each token gets for its choices, `[T, K, M]`."""
     import jax
 
@@ -144,7 +142,7 @@ def choices_of_rows(rows: Any, maps: Maps, axis: str | None) -> Any:
     return back(rows, maps)
 
 
-def _send(values: Any, value_of_slot: Any, maps: Maps, axis: str | None) -> Any:
+def _send(values: Any, value_of_slot: Any, maps: Maps, axis: Any) -> Any:
     """Sends rows of `values` `[., M]` to their experts: `[T, n*K, M]`."""
     if axis is None:
         return _take(values, value_of_slot)
@@ -156,7 +154,7 @@ def _rows_of_round(choices: int, devices: int) -> int:
     return min(choices, math.ceil(ROOM * choices / devices))
 
 
-def _exchange(rows: Any, sent: Any, taken: Any, rounds: Any, axis: str | None) -> Any:
+def _exchange(rows: Any, sent: Any, taken: Any, rounds: Any, axis: Any) -> Any:
     """Sends rows `[., M]` at `sent`, and returns those that came at `taken`.
 
     Args:
@@ -165,7 +163,7 @@ def _exchange(rows: Any, sent: Any, taken: Any, rounds: Any, axis: str | None) -
         taken: `[T, .]`, places in what came, of n parts from the n devices, `[n*R]`; -1
             for a row of zeros.
         rounds: See `Maps`.
-        axis: The mesh axis of the devices; None for one device.
+        axis: The mesh axis of the devices, or several; None for one device.
 
     Returns:
         `[*taken.shape, M]`.
@@ -186,7 +184,9 @@ def _exchange(rows: Any, sent: Any, taken: Any, rounds: Any, axis: str | None) -
         came = lax.all_to_all(_take(rows, slots), axis, 0, 0)  # [n, C, M]
         sender, place = taken // choices, taken % choices - i * size
         is_here = (taken >= 0) & (place >= 0) & (place < size)
-        return is_here, _take(_flat(came), jnp.where(is_here, sender * size + place, -1))
+        return is_here, _take(
+            _flat(came), jnp.where(is_here, sender * size + place, -1)
+        )
 
     def one_more(i, result):
         is_here, more = one_round(i)

@@ -257,8 +257,8 @@ class _Block(NamedTuple):
         if not self.options.dropout:
             return weights
         index, shape = [], []
-        for axis, size in zip(("batch", "heads"), weights.shape, strict=False):
-            axis = mesh_axis(axis)
+        for name, size in zip(("batch", "heads"), weights.shape, strict=False):
+            axis = mesh_axis(name)
             index.append(lax.axis_index(axis) * size + jnp.arange(size))
             shape.append(lax.axis_size(axis) * size)
         index += self.positions()

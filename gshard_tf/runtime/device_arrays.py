@@ -16,15 +16,16 @@ from tensorflow.experimental import dtensor
 
 from gshard_tf.runtime.devices import mesh_devices
 from gshard_tf.runtime.process_group import collective_section
-from gshard_tf.sharding.partition_spec import spec_of
+from gshard_tf.sharding.mesh_layout import MeshLayout
+from gshard_tf.sharding.partition_spec import as_jax
 from gshard_tf.sharding.regions import Region, cut, region_of
 
 
-def named_sharding(layout: dtensor.Layout, mesh: Any) -> Any:
-    """A DTensor layout as jax's `NamedSharding` on `mesh`."""
+def named_sharding(layout: MeshLayout, mesh: Any) -> Any:
+    """A layout as jax's `NamedSharding` on `mesh`."""
     from jax.sharding import NamedSharding, PartitionSpec
 
-    return NamedSharding(mesh, PartitionSpec(*spec_of(layout)))
+    return NamedSharding(mesh, PartitionSpec(*as_jax(layout.spec)))
 
 
 class Placement:
@@ -45,7 +46,7 @@ class Placement:
         grid = np.array(devices).reshape(mesh.shape())
         self.jax_mesh = jax.sharding.Mesh(grid, tuple(mesh.dim_names))
 
-    def put(self, value: np.ndarray, layout: dtensor.Layout) -> Any:
+    def put(self, value: np.ndarray, layout: MeshLayout) -> Any:
         """A copy of `value` on the devices, laid out as `layout` says."""
         import jax
 

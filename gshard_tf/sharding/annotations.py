@@ -19,6 +19,7 @@ from tensorflow.experimental import dtensor
 
 from gshard_tf.sharding import op_sharding
 from gshard_tf.sharding.mesh import ActiveMesh, active_mesh, axis_sizes
+from gshard_tf.sharding.mesh_layout import MeshLayout
 
 
 @tf.autograph.experimental.do_not_convert
@@ -126,7 +127,8 @@ def shard(tensor: Any, layout: dtensor.Layout | Sequence | np.ndarray) -> Any:
             return tensor
         _check_same_axes(layout.mesh, active.mesh, "The layout")
         return op_sharding.constrain(
-            tf.convert_to_tensor(tensor), op_sharding.from_layout(layout)
+            tf.convert_to_tensor(tensor),
+            op_sharding.from_layout(MeshLayout.from_dtensor(layout)),
         )
 
     assignment = np.asarray(layout)
@@ -264,7 +266,7 @@ def _annotate_dtensor(tensor: tf.Tensor, axes: Sequence[str | None]) -> tf.Tenso
         return tensor
     mesh = dtensor.fetch_layout(tensor).mesh
     _check_same_axes(mesh, active.mesh, "The DTensor")
-    return dtensor.relayout(tensor, active.rules.layout(axes, mesh))
+    return dtensor.relayout(tensor, active.rules.layout(axes, mesh).to_dtensor())
 
 
 def _check_same_axes(mesh: dtensor.Mesh, active: dtensor.Mesh, what: str) -> None:

@@ -8,7 +8,7 @@ import keras
 import numpy as np
 
 from gshard_tf.sharding.mesh import axis_sizes
-from gshard_tf.sharding.partition_spec import PartitionSpec, spec_of
+from gshard_tf.sharding.partition_spec import PartitionSpec
 from gshard_tf.sharding.sharded_variable import MeshVariableBase
 from gshard_tf.sharding.variable_layouts import WHOLE_SLOT, VariableLayouts
 
@@ -24,7 +24,7 @@ class VariableSummary:
     Attributes:
         path: Its Keras path.
         shape: Its whole shape.
-        layout: Mesh axis, or None, of each dimension.
+        layout: Mesh axis, or None, of each dimension; several are joined by "+".
         bytes: Bytes of the whole.
         bytes_per_device: Bytes that each device holds.
         rule: The rule that decided the layout.
@@ -181,7 +181,7 @@ def summarize_variable(
     return VariableSummary(
         path=path,
         shape=shape,
-        layout=spec_of(decision.storage),
+        layout=decision.storage.spec,
         bytes=size,
         bytes_per_device=size // shards,
         rule=decision.reason,

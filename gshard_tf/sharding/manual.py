@@ -15,7 +15,12 @@ import tensorflow as tf
 from gshard_tf.compat.tf_call_module import jax_call
 from gshard_tf.sharding.annotations import partitioning
 from gshard_tf.sharding.mesh import ActiveMesh, axis_sizes
-from gshard_tf.sharding.partition_spec import PartitionSpec, spec_of
+from gshard_tf.sharding.partition_spec import (
+    PartitionSpec,
+    as_jax,
+    collective_axis,
+    parts_over,
+)
 
 Axes = Sequence[str | None]
 
@@ -46,14 +51,18 @@ class _Region:
 
         results = jax.tree.leaves(self.out_axes, is_leaf=_is_axes)
         names = {name for axes in (*self.in_axes, *results) for name in axes}
-        rules = {} if self.active is None else self.active.rules.rules
-        return {name: rules.get(name) for name in names if name is not None}
+        rules = None if self.active is None else self.active.rules
+        return {
+            name: None if rules is None else rules.mesh_axis(name)
+            for name in names
+            if name is not None
+        }
 
     def spec(self, axes: Axes) -> PartitionSpec:
         """The partition spec for some of its axes."""
         if self.active is None:
             return (None,) * len(axes)
-        return spec_of(self.active.rules.layout(axes, self.active.mesh))
+        return self.active.rules.layout(axes, self.active.mesh).spec
 
 
 _REGION: contextvars.ContextVar[_Region] = contextvars.ContextVar("gshard_tf_region")
@@ -154,7 +163,7 @@ def manual(fn: Callable, in_axes: Sequence[Axes], out_axes: Any) -> Callable:
     return call
 
 
-def mesh_axis(name: str) -> str:
+def mesh_axis(name: str) -> str | tuple[str, ...]:
     """Returns the axis that collectives in a manual region name for a logical axis.
 
     Args:
@@ -162,7 +171,8 @@ def mesh_axis(name: str) -> str:
             `out_axes` name.
 
     Returns:
-        The mesh axis over which the rules split it, or an axis of size 1.
+        The mesh axis over which the rules split it, several as a tuple, which
+        collectives of jax take as one; or an axis of size 1.
 
     Raises:
         ValueError: outside of the function of a manual region, or for another axis.
@@ -178,7 +188,7 @@ def mesh_axis(name: str) -> str:
             f"`name` must be one of the axes of the region, {sorted(region.mesh_axes)}."
             f" Received: mesh_axis({name!r})"
         )
-    return region.mesh_axes[name] or _UNSPLIT
+    return collective_axis(region.mesh_axes[name]) or _UNSPLIT
 
 
 def _for_arrays(fn: Callable, region: _Region) -> Callable:
@@ -205,7 +215,7 @@ def _for_arrays(fn: Callable, region: _Region) -> Callable:
         return body
 
     def spec(axes: Axes) -> Any:
-        return sharding.PartitionSpec(*region.spec(axes))
+        return sharding.PartitionSpec(*as_jax(region.spec(axes)))
 
     sizes = axis_sizes(region.active.mesh)
     return jax.shard_map(
@@ -237,7 +247,7 @@ def _check_divides(
     tensor: tf.Tensor, axes: Axes, spec: PartitionSpec, sizes: dict[str, int]
 ) -> None:
     for size, axis in zip(tensor.shape, spec, strict=True):
-        parts = 1 if axis is None else sizes[axis]
+        parts = parts_over(axis, sizes)
         if size % parts:
             raise ValueError(
                 f"A dimension that a manual region splits over {axis!r} must divide "

@@ -17,6 +17,7 @@ import tensorflow as tf
 from tensorflow.experimental import dtensor
 
 from gshard_tf.compat.jax_devices import default_device_type
+from gshard_tf.sharding.partition_spec import parts_over
 
 if TYPE_CHECKING:
     from gshard_tf.sharding.rules import AxisRules
@@ -95,6 +96,10 @@ class ActiveMesh:
 
     mesh: dtensor.Mesh
     rules: "AxisRules"
+
+    def parts(self, logical: str) -> int:
+        """The number of parts into which the rules split a logical axis."""
+        return parts_over(self.rules.mesh_axis(logical), axis_sizes(self.mesh))
 
 
 _ACTIVE: contextvars.ContextVar[ActiveMesh | None] = contextvars.ContextVar(

@@ -3,7 +3,7 @@
 import collections
 from collections.abc import Mapping
 
-from gshard_tf.sharding.partition_spec import PartitionSpec
+from gshard_tf.sharding.partition_spec import PartitionSpec, parts_over
 
 
 def splits_against_neighbors(
@@ -28,7 +28,7 @@ def splits_against_neighbors(
     for path, (shape, spec) in weights.items():
         for size, axis in zip(shape, spec, strict=True):
             if size > 1 and shape.count(size) == 1:
-                splits = axis is not None and axis_sizes[axis] > 1
+                splits = parts_over(axis, axis_sizes) > 1
                 by_size[size][axis if splits else None].append(path)
     sentences = []
     for size, groups in by_size.items():

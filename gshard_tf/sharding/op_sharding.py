@@ -4,7 +4,6 @@ When Shardy takes over from GSPMD's propagation, this file changes and no layer 
 """
 
 import numpy as np
-from tensorflow.experimental import dtensor
 
 from gshard_tf.compat.xla_protos import OpSharding
 from gshard_tf.compat.xla_sharding import (
@@ -13,6 +12,7 @@ from gshard_tf.compat.xla_sharding import (
     replicated,
     tiled,
 )
+from gshard_tf.sharding.mesh_layout import MeshLayout
 
 __all__ = [
     "constrain",
@@ -31,24 +31,21 @@ def tiled_with_copies(tiles: list[int], num_devices: int) -> bytes:
     return partially_tiled(np.arange(num_devices).reshape(tiles + [copies]))
 
 
-def from_layout(layout: dtensor.Layout) -> bytes:
-    """The sharding that a DTensor layout stands for.
+def from_layout(layout: MeshLayout) -> bytes:
+    """The sharding that a layout stands for.
 
     Mesh axes that the layout does not use hold copies.
     """
     mesh = layout.mesh
     names = list(mesh.dim_names)
-    used = [spec for spec in layout.sharding_specs if spec != dtensor.UNSHARDED]
+    used = list(layout.axes)
     if not used:
         return replicated()
     unused = [name for name in names if name not in used]
     devices = np.arange(mesh.size).reshape(mesh.shape())
     # [*mesh] -> [*axes in the order of the tensor's dimensions, copies]
     devices = devices.transpose([names.index(name) for name in used + unused])
-    tiles = [
-        1 if spec == dtensor.UNSHARDED else mesh.dim_size(spec)
-        for spec in layout.sharding_specs
-    ]
+    tiles = [layout.num_shards(d) for d in range(len(layout.spec))]
     copies = mesh.size // int(np.prod(tiles))
     if copies == 1:
         return tiled(devices.reshape(tiles))

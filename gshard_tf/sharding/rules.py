@@ -2,8 +2,15 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from tensorflow.experimental import dtensor
+
+from gshard_tf.sharding.mesh_layout import MeshLayout
+from gshard_tf.sharding.partition_spec import axes_of, join_axes
+
+# A mesh axis; several, outermost first; or none.
+Axes = str | Sequence[str] | None
 
 LOGICAL_AXES = (
     "batch",
@@ -26,7 +33,11 @@ class AxisRules:
     split. Weights of layers that know nothing of this package are named by `paths`.
 
     Args:
-        rules: Logical axis -> mesh axis, or None for "not split". Names outside the
+        rules: Logical axis -> mesh axis, or None for "not split". Several mesh axes,
+            `("data", "fsdp")`, split a dimension over the devices of all of them: into
+            parts along the first, and these along the second, as jax's
+            `PartitionSpec(("data", "fsdp"))` does. `"data+fsdp"` is the same, and is
+            how reports name it. Names outside the
             usual ones (`batch group expert length embed mlp heads kv vocab`) are
             welcome: they are whatever layers pass to `annotate` and `name_axes`.
         paths: `(pattern, axes)` pairs for weights: a regular expression that must
@@ -60,26 +71,33 @@ class AxisRules:
 
     def __init__(
         self,
-        rules: Mapping[str, str | None],
+        rules: Mapping[str, Axes],
         paths: Sequence[tuple[str, Sequence[str | None]]] = (),
-        fsdp: str | None = None,
-        zero: str | None = None,
+        fsdp: Axes = None,
+        zero: Axes = None,
         fsdp_min_bytes: int = 1 << 16,
     ):
         for logical, axis in rules.items():
-            if not isinstance(logical, str) or not isinstance(axis, str | None):
+            if not isinstance(logical, str) or not _is_axes(axis):
                 raise ValueError(
                     "A rule must be a logical axis name and a mesh axis name (or "
-                    f"None), such as 'expert': 'data'. Received: {logical!r}: {axis!r}"
+                    "several, each once; or None), such as 'expert': 'data'. "
+                    f"Received: {logical!r}: {axis!r}"
+                )
+        for name, axis in (("fsdp", fsdp), ("zero", zero)):
+            if not _is_axes(axis):
+                raise ValueError(
+                    f"`{name}` must be the name of a mesh axis, or several, each once. "
+                    f"Received: {name}={axis!r}"
                 )
         if fsdp is not None and zero is not None:
             raise ValueError(
                 "`fsdp` already shards optimizer slots; you must set `fsdp` or `zero`, "
                 f"not both. Received: fsdp={fsdp!r}, zero={zero!r}"
             )
-        self.rules = dict(rules)
-        self.fsdp = fsdp
-        self.zero = zero
+        self.rules = {logical: _joined(axis) for logical, axis in rules.items()}
+        self.fsdp = _joined(fsdp)
+        self.zero = _joined(zero)
         self.fsdp_min_bytes = fsdp_min_bytes
         self._is_default = False
         self._used: set[str] = set()
@@ -114,13 +132,13 @@ class AxisRules:
     def check(self, mesh: dtensor.Mesh) -> None:
         """Raises `ValueError` for a rule whose mesh axis `mesh` does not have."""
         for name, axis in (("fsdp", self.fsdp), ("zero", self.zero)):
-            if axis is not None and axis not in mesh.dim_names:
+            if not set(axes_of(axis)) <= set(mesh.dim_names):
                 raise ValueError(
                     f"`{name}` must be an axis of the mesh, which has "
                     f"{list(mesh.dim_names)}. Received: {name}={axis!r}"
                 )
         for logical, axis in self.rules.items():
-            if axis is not None and axis not in mesh.dim_names:
+            if not set(axes_of(axis)) <= set(mesh.dim_names):
                 raise ValueError(
                     f"The rule {logical!r}: {axis!r} must name an axis of the mesh, "
                     f"which has {list(mesh.dim_names)}. Received: rules={self.rules}"
@@ -128,26 +146,32 @@ class AxisRules:
 
     def layout(
         self, axes: Sequence[str | None], mesh: dtensor.Mesh, what: str = "a tensor"
-    ) -> dtensor.Layout:
+    ) -> MeshLayout:
         """The layout of something whose dimensions are named `axes`.
 
         Raises:
             ValueError: when two dimensions would be split over the same mesh axis.
         """
-        specs: list[str] = []
+        spec = []
+        taken: dict[str, str] = {}
         for logical in axes:
-            axis = self.rules.get(logical) if logical is not None else None
-            if axis is not None and axis in specs:
-                other = axes[specs.index(axis)]
-                raise ValueError(
-                    f"The rules cannot split two dimensions of {what} over the mesh "
-                    f"axis {axis!r}: {other!r} and {logical!r}. Name one of them None, "
-                    f"or give it another mesh axis. Received: axes={tuple(axes)}, "
-                    f"rules={self.rules}"
-                )
-            specs.append(dtensor.UNSHARDED if axis is None else axis)
+            axis = None if logical is None else self.mesh_axis(logical)
+            for name in axes_of(axis):
+                if name in taken:
+                    raise ValueError(
+                        f"The rules cannot split two dimensions of {what} over the "
+                        f"mesh axis {name!r}: {taken[name]!r} and {logical!r}. Name "
+                        "one of them None, or give it another mesh axis. Received: "
+                        f"axes={tuple(axes)}, rules={self.rules}"
+                    )
+                taken[name] = str(logical)
+            spec.append(axis)
         self._used.update(logical for logical in axes if logical is not None)
-        return dtensor.Layout(specs, mesh)
+        return MeshLayout(tuple(spec), mesh)
+
+    def mesh_axis(self, logical: str) -> str | None:
+        """The mesh axis of a logical one, or several joined by "+"; None: not split."""
+        return self.rules.get(logical)
 
     def path_axes(
         self, path: str, rank: int | None = None
@@ -186,3 +210,20 @@ class AxisRules:
             if axis is not None
         )
         return f"AxisRules({self.rules}, paths={paths}{more})"
+
+
+def _is_axes(axis: Any) -> bool:
+    """Returns whether it is a mesh axis, several without a repetition, or None."""
+    if axis is None:
+        return True
+    names = axis
+    if isinstance(axis, str):
+        names = axes_of(axis)
+    elif not isinstance(axis, tuple | list):
+        return False
+    is_named = all(isinstance(name, str) and name for name in names)
+    return bool(names) and is_named and len(set(names)) == len(names)
+
+
+def _joined(axes: Axes) -> str | None:
+    return axes if axes is None or isinstance(axes, str) else join_axes(axes)

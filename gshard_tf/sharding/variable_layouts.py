@@ -13,8 +13,14 @@ from tensorflow.experimental import dtensor
 from gshard_tf.compat.keras_variables import current_variable
 from gshard_tf.sharding.annotations import logical_axes
 from gshard_tf.sharding.mesh import axis_sizes
+from gshard_tf.sharding.mesh_layout import MeshLayout
 from gshard_tf.sharding.neighbors import splits_against_neighbors
-from gshard_tf.sharding.partition_spec import PartitionSpec, spec_of
+from gshard_tf.sharding.partition_spec import (
+    PartitionSpec,
+    axes_of,
+    join_axes,
+    parts_over,
+)
 from gshard_tf.sharding.rules import AxisRules
 from gshard_tf.sharding.sharded_variable import MeshVariableBase
 
@@ -36,9 +42,9 @@ class LayoutDecision:
             None: as it is stored.
     """
 
-    storage: dtensor.Layout
+    storage: MeshLayout
     reason: str
-    compute: dtensor.Layout | None = None
+    compute: MeshLayout | None = None
 
 
 class VariableLayouts:
@@ -105,11 +111,12 @@ class VariableLayouts:
     ) -> LayoutDecision:
         """`decision`, split over the axis of `fsdp` or `zero` too if that is asked."""
         is_slot = variable.reference is not None
-        axis = self.rules.fsdp or (self.rules.zero if is_slot else None)
+        asked = axes_of(self.rules.fsdp or (self.rules.zero if is_slot else None))
         shape = tuple(variable.shape)
         size = int(np.prod(shape)) * variable.dtype.size
-        specs = decision.storage.sharding_specs
-        if axis is None or axis in specs or size < self.rules.fsdp_min_bytes:
+        # Those that no rule splits it over already.
+        axis = join_axes(a for a in asked if a not in decision.storage.axes)
+        if axis is None or size < self.rules.fsdp_min_bytes:
             return decision
         layout = self._split(decision.storage, shape, axis)
         if layout is None:
@@ -120,21 +127,17 @@ class VariableLayouts:
             compute=None if self._computes_as_stored(variable) else decision.storage,
         )
 
-    def _split(
-        self, layout: dtensor.Layout, shape: tuple, axis: str
-    ) -> dtensor.Layout | None:
+    def _split(self, layout: MeshLayout, shape: tuple, axis: str) -> MeshLayout | None:
         """`layout`, its largest dimension that divides split over `axis` too."""
-        specs = list(layout.sharding_specs)
-        count = self.mesh.dim_size(axis)
+        count = parts_over(axis, axis_sizes(self.mesh))
         fitting = [
             d
-            for d, spec in enumerate(specs)
-            if spec == dtensor.UNSHARDED and shape[d] % count == 0
+            for d, spec in enumerate(layout.spec)
+            if spec is None and shape[d] % count == 0
         ]
         if not fitting:
             return None
-        specs[max(fitting, key=lambda d: shape[d])] = axis
-        return dtensor.Layout(specs, self.mesh)
+        return layout.with_axes({max(fitting, key=lambda d: shape[d]): axis})
 
     def _computes_as_stored(self, variable: MeshVariableBase) -> bool:
         """Returns whether a step computes with the shards as stored."""
@@ -166,28 +169,24 @@ class VariableLayouts:
                 )
             decision = self._from_axes(pattern[1], variable, f"path {pattern[0]!r}")
             if variable.reference is None and len(shape) > 1:
-                self._patterned[name] = shape, spec_of(decision.storage)
+                self._patterned[name] = shape, decision.storage.spec
             return decision
         axes = None if owner is None else logical_axes(owner)
         if axes is not None:
             return self._from_axes(axes, variable, f"axes {_names(axes)}")
         if variable.reference is not None:
             weight = self.layout_for(variable.reference)
-            specs = [
-                weight.storage.sharding_specs[dim]
-                for dim in variable.reference_dims or ()
-            ]
-            rule = WHOLE_SLOT
-            if any(spec != dtensor.UNSHARDED for spec in specs):
-                rule = "slot of its weight"
-            return LayoutDecision(dtensor.Layout(specs, self.mesh), rule)
+            dims = variable.reference_dims or ()
+            spec = tuple(weight.storage.spec[dim] for dim in dims)
+            rule = "slot of its weight" if any(spec) else WHOLE_SLOT
+            return LayoutDecision(MeshLayout(spec, self.mesh), rule)
         size = int(np.prod(shape)) * variable.dtype.size
         if self.rules.is_layout_map:
             if len(shape) > 1:
                 self._unmentioned.append(name)
         elif size > LARGE_BYTES and self.mesh.size > 1:
             self._large[name] = size
-        return LayoutDecision(dtensor.Layout.replicated(self.mesh, len(shape)), NO_RULE)
+        return LayoutDecision(MeshLayout.replicated(self.mesh, len(shape)), NO_RULE)
 
     def _is_factor_under(
         self, pattern: tuple[str, tuple[str | None, ...]], variable: MeshVariableBase
@@ -209,11 +208,11 @@ class VariableLayouts:
             rule += f"; dimension {uneven} does not divide: whole"
             # Of a bias, its kernel's will do.
             for d in uneven if len(shape) > 1 else []:
-                each = shape[d], layout.sharding_specs[d]
+                each = shape[d], str(layout.spec[d])
                 self._uneven.setdefault(each, []).append(name)
         return LayoutDecision(stored, rule)
 
-    def batch_layout(self, shape: tf.TensorShape) -> dtensor.Layout:
+    def batch_layout(self, shape: tf.TensorShape) -> MeshLayout:
         """The layout of what enters or leaves a step: split by examples.
 
         The first dimension counts the examples; where it does not divide, every
@@ -227,11 +226,12 @@ class VariableLayouts:
 
         One that does not may be the last of an epoch, after others that do.
         """
-        axis = self.rules.rules.get("batch")
+        axis = self.rules.mesh_axis("batch")
         sizes = {shape[0] for shape in shapes if shape.rank}
         if axis is None or not sizes:
             return
-        if any(size % self.mesh.dim_size(axis) == 0 for size in sizes):
+        parts = parts_over(axis, axis_sizes(self.mesh))
+        if any(size % parts == 0 for size in sizes):
             self._batch_divides = True
         elif not self._batch_divides and max(sizes) > 1:
             self._uneven_batch = max(sizes), axis
@@ -280,7 +280,7 @@ class VariableLayouts:
         return messages
 
     def _fitting(self, size: int, axis: str) -> str:
-        count = self.mesh.dim_size(axis)
+        count = parts_over(axis, axis_sizes(self.mesh))
         below, above = size // count * count, -(-size // count) * count
         fitting = f"{below} or {above}" if below else f"{above}"
         return f"{size} over the {count} devices of {axis!r}, where {fitting} would do"
@@ -293,24 +293,14 @@ class VariableLayouts:
                 warnings.warn(message, stacklevel=2)
 
 
-def _storable(layout: dtensor.Layout, shape: tuple) -> tuple[dtensor.Layout, list[int]]:
+def _storable(layout: MeshLayout, shape: tuple) -> tuple[MeshLayout, list[int]]:
     """`layout`, whole along the dimensions that do not divide, and those dimensions.
 
     XLA's runtime takes only equal parts as arguments. (Inside a program, dimensions
     need not divide.)
     """
-    uneven = [
-        d
-        for d, spec in enumerate(layout.sharding_specs)
-        if spec != dtensor.UNSHARDED and shape[d] % layout.mesh.dim_size(spec)
-    ]
-    if not uneven:
-        return layout, []
-    specs = [
-        dtensor.UNSHARDED if d in uneven else spec
-        for d, spec in enumerate(layout.sharding_specs)
-    ]
-    return dtensor.Layout(specs, layout.mesh), uneven
+    uneven = [d for d, size in enumerate(shape) if size % layout.num_shards(d)]
+    return layout.with_axes(dict.fromkeys(uneven)), uneven
 
 
 def _names(axes: tuple[str | None, ...]) -> str:

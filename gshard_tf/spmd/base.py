@@ -45,8 +45,14 @@ class MeshStrategy:
         return self.extended.layouts.rules
 
     def layout(self, variable: tf.Variable | keras.Variable) -> dtensor.Layout:
-        """The layout in which a variable of this strategy is stored."""
-        return self.extended.layouts.layout_for(owned(variable, self)).storage
+        """The layout in which a variable of this strategy is stored.
+
+        Raises:
+            ValueError: when a dimension of it is split over several mesh axes, which
+                DTensor has no layout for. `describe` shows those too.
+        """
+        decision = self.extended.layouts.layout_for(owned(variable, self))
+        return decision.storage.to_dtensor()
 
     def describe(self, model: keras.Model) -> LayoutReport:
         """Returns the layout of each weight and slot of a built model, with its reason.

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from tensorflow.experimental import dtensor
 
 from gshard_tf.runtime.device_arrays import Placement
 from gshard_tf.runtime.process_group import (
@@ -16,6 +15,7 @@ from gshard_tf.runtime.process_group import (
     collective_section,
     group,
 )
+from gshard_tf.sharding.mesh_layout import MeshLayout
 from gshard_tf.sharding.variable_layouts import VariableLayouts
 from gshard_tf.spmd.borrowed_variable import BorrowedVariable
 from gshard_tf.spmd.index_uses import IndexUse
@@ -126,7 +126,7 @@ class Executable:
                 if isinstance(self.step.captures[i], MeshVariable):
                     self.step.captures[i].discard_device_copy()
 
-    def _put(self, layout: dtensor.Layout, array: np.ndarray) -> Any:
+    def _put(self, layout: MeshLayout, array: np.ndarray) -> Any:
         return self.extended.placement.put(array, layout)
 
     def check_inputs(self, arrays: Sequence[np.ndarray]) -> None:

@@ -21,7 +21,7 @@ from gshard_tf.hlo.custom_calls import check_portable
 from gshard_tf.hlo.rewrites import partition_safely
 from gshard_tf.hlo.rewrites.wide_operands import fast_on_cpu
 from gshard_tf.runtime.device_arrays import Placement, named_sharding
-from gshard_tf.sharding.partition_spec import spec_of
+from gshard_tf.sharding.partition_spec import axes_of
 from gshard_tf.spmd.local_batches import assemble_batch
 from gshard_tf.spmd.lowering import LoweredStep
 from gshard_tf.spmd.nonfinite import kept_finite
@@ -63,7 +63,9 @@ def jit_step(
     # parts or be no layout of this mesh, and jax takes neither.
     outputs = [named_sharding(x, mesh) for x in layouts.outputs]
     outputs += [captures[i] for i in step.updates]
-    batch_axes = [axis for x in layouts.inputs for axis in spec_of(x)[:1] if axis]
+    batch_axes = [
+        name for x in layouts.inputs for axis in x.spec[:1] for name in axes_of(axis)
+    ]
     if platform not in ("cpu", None):
         check_portable(step.hlo, platform)
     safe = partition_safely(step.hlo, dict(mesh.shape), batch_axes)

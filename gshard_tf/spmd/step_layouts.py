@@ -2,9 +2,8 @@
 
 import dataclasses
 
-from tensorflow.experimental import dtensor
-
 from gshard_tf.runtime.process_group import group
+from gshard_tf.sharding.mesh_layout import MeshLayout
 from gshard_tf.sharding.sharded_variable import MeshVariableBase
 from gshard_tf.sharding.variable_layouts import VariableLayouts
 from gshard_tf.spmd.lowering import LoweredStep
@@ -22,23 +21,23 @@ class StepLayouts:
             not the one in which it is stored; else None.
     """
 
-    inputs: list[dtensor.Layout]
-    outputs: list[dtensor.Layout]
-    captures: list[dtensor.Layout]
-    compute: list[dtensor.Layout | None]
+    inputs: list[MeshLayout]
+    outputs: list[MeshLayout]
+    captures: list[MeshLayout]
+    compute: list[MeshLayout | None]
 
 
 def step_layouts(layouts: VariableLayouts, step: LoweredStep) -> StepLayouts:
     """The layouts that the rules of a strategy give to a step."""
-    captures: list[dtensor.Layout] = []
-    compute: list[dtensor.Layout | None] = []
+    captures: list[MeshLayout] = []
+    compute: list[MeshLayout | None] = []
     for value in step.captures:
         if isinstance(value, MeshVariableBase):
             decision = layouts.layout_for(value)
             captures.append(decision.storage)
             compute.append(decision.compute)
         else:
-            captures.append(dtensor.Layout.replicated(layouts.mesh, value.shape.rank))
+            captures.append(MeshLayout.replicated(layouts.mesh, value.shape.rank))
             compute.append(None)
     outputs = [spec.shape for spec in step.results[: step.num_outputs]]
     layouts.note_batch([spec.shape for spec in step.inputs])
@@ -46,7 +45,7 @@ def step_layouts(layouts: VariableLayouts, step: LoweredStep) -> StepLayouts:
         [layouts.batch_layout(spec.shape) for spec in step.inputs],
         [
             # Every process is given all of what comes out.
-            dtensor.Layout.replicated(layouts.mesh, shape.rank)
+            MeshLayout.replicated(layouts.mesh, shape.rank)
             if group().count > 1
             else layouts.batch_layout(shape)
             for shape in outputs

@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import tensorflow as tf
-from tensorflow.experimental import dtensor
 
 from gshard_tf.compat.keras_models import in_symbolic_scope
 from gshard_tf.compat.keras_variables import in_layer_scope
@@ -35,7 +34,8 @@ from gshard_tf.runtime.device_arrays import (
 )
 from gshard_tf.runtime.process_group import group
 from gshard_tf.sharding.initial_value import InitialValue
-from gshard_tf.sharding.partition_spec import PartitionSpec, spec_of
+from gshard_tf.sharding.mesh_layout import MeshLayout
+from gshard_tf.sharding.partition_spec import PartitionSpec
 from gshard_tf.sharding.regions import Region, cut
 from gshard_tf.sharding.sharded_variable import ShardedMeshVariable
 from gshard_tf.sharding.variable_layouts import VariableLayouts
@@ -81,7 +81,7 @@ class VariableTransfer:
         self._placement = placement
         self._layouts = layouts
 
-    def layout(self, variable: "MeshVariable") -> dtensor.Layout:
+    def layout(self, variable: "MeshVariable") -> MeshLayout:
         """The layout in which a variable is stored."""
         return self._layouts.layout_for(variable).storage
 
@@ -197,7 +197,7 @@ class MeshVariable(ShardedMeshVariable, OwnContainer, ResourceVariable):
         return commit
 
     def partition_spec(self) -> PartitionSpec:
-        return spec_of(self.transfer.layout(self))
+        return self.transfer.layout(self).spec
 
     @property
     def mesh(self) -> tf.experimental.dtensor.Mesh:

@@ -1,7 +1,6 @@
 """Layouts that TensorFlow's TPU bridge can store: split over all axes, or whole."""
 
-from tensorflow.experimental import dtensor
-
+from gshard_tf.sharding.mesh_layout import MeshLayout
 from gshard_tf.sharding.sharded_variable import MeshVariableBase
 from gshard_tf.sharding.variable_layouts import LayoutDecision, VariableLayouts
 
@@ -26,16 +25,18 @@ class CoreLayouts(VariableLayouts):
     def _without_copies(
         self, variable: MeshVariableBase, decision: LayoutDecision
     ) -> LayoutDecision:
-        specs = list(decision.storage.sharding_specs)
-        unused = [a for a in self.mesh.dim_names if a not in specs]
+        used = decision.storage.axes
+        unused = [a for a in self.mesh.dim_names if a not in used]
         unused = [axis for axis in unused if self.mesh.dim_size(axis) > 1]
-        if not unused or decision.storage.is_fully_replicated():
+        if not unused or not used:
             return decision
         layout, reason = decision.storage, "; the axes left over split it too"
         for axis in unused:
-            layout = self._split(layout, tuple(variable.shape), axis)
-            if layout is None:
-                layout = dtensor.Layout.replicated(self.mesh, len(specs))
+            split = self._split(layout, tuple(variable.shape), axis)
+            if split is not None:
+                layout = split
+            else:
+                layout = MeshLayout.replicated(self.mesh, len(variable.shape))
                 reason = "; the axes left over do not divide it: whole"
                 break
         compute = decision.compute or decision.storage

@@ -17,7 +17,7 @@ from gshard_tf.checkpoints.tensor_bundle import slice_spec
 from gshard_tf.compat import tf_saving, tpu
 from gshard_tf.compat.keras_export import is_exporting
 from gshard_tf.sharding import op_sharding
-from gshard_tf.sharding.partition_spec import PartitionSpec, spec_of
+from gshard_tf.sharding.partition_spec import PartitionSpec
 from gshard_tf.sharding.regions import Region
 from gshard_tf.sharding.sharded_variable import MeshVariableBase, ShardedMeshVariable
 from gshard_tf.tpu.storage import Coordinates, Storage
@@ -267,7 +267,7 @@ class MeshTPUVariable(ShardedMeshVariable, _StoredVariable, tpu.TPUMirroredVaria
         return self.storage.layout.mesh
 
     def partition_spec(self) -> PartitionSpec:
-        return spec_of(self.storage.layout)
+        return self.storage.layout.spec
 
     def addressable_shards(self) -> list[tuple[Region, tf.Tensor]]:
         shards = {}

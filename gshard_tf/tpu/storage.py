@@ -9,13 +9,15 @@ from typing import Any
 
 import numpy as np
 import tensorflow as tf
-from tensorflow.experimental import dtensor
 
 from gshard_tf.compat import tf_saving
 from gshard_tf.compat.tensorflow import out_of_graphs
 from gshard_tf.compat.tf_variables import ResourceVariable
 from gshard_tf.sharding import op_sharding
 from gshard_tf.sharding.initial_value import InitialValue
+from gshard_tf.sharding.mesh import axis_sizes
+from gshard_tf.sharding.mesh_layout import MeshLayout
+from gshard_tf.sharding.partition_spec import part_at
 from gshard_tf.sharding.regions import Region, whole
 from gshard_tf.sharding.sharded_variable import MeshVariableBase
 from gshard_tf.sharding.variable_layouts import VariableLayouts
@@ -61,7 +63,7 @@ class Storage:
         self._owner = weakref.ref(owner)
 
     @property
-    def layout(self) -> dtensor.Layout:
+    def layout(self) -> MeshLayout:
         owner = None if self._owner is None else self._owner()
         if owner is None:
             raise RuntimeError(
@@ -115,7 +117,7 @@ class Storage:
     @property
     def shards_per_dimension(self) -> list[int]:
         layout = self.layout
-        return [layout.num_shards(d) for d in range(layout.rank)]
+        return [layout.num_shards(d) for d in range(len(layout.spec))]
 
     @property
     def is_sharded(self) -> bool:
@@ -124,13 +126,11 @@ class Storage:
     def shard_coordinates(self) -> list[Coordinates]:
         """Returns the coordinates of each core's shard, in the order of the mesh."""
         layout = self.layout
-        mesh, specs = layout.mesh, layout.sharding_specs
+        sizes = axis_sizes(layout.mesh)
         coordinates = []
-        for position in np.ndindex(*mesh.shape()):
-            at = dict(zip(mesh.dim_names, map(int, position), strict=True))
-            coordinates.append(
-                tuple(0 if spec == dtensor.UNSHARDED else at[spec] for spec in specs)
-            )
+        for position in np.ndindex(*sizes.values()):
+            at = dict(zip(sizes, map(int, position), strict=True))
+            coordinates.append(tuple(part_at(axis, at, sizes) for axis in layout.spec))
         return coordinates
 
     def shard_index(self, coordinates: Coordinates) -> tuple[slice, ...]:

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 import tensorflow as tf
-from tensorflow.experimental import dtensor
 
 from gshard_tf.runtime.device_arrays import Placement
 from gshard_tf.sharding.mesh import create_mesh
+from gshard_tf.sharding.mesh_layout import MeshLayout
 from gshard_tf.spmd import lowering
 from gshard_tf.spmd.program import SpmdProgram
 from gshard_tf.spmd.step_layouts import StepLayouts, step_layouts
@@ -51,7 +51,7 @@ class OnDevices:
                 all of them outputs, which are replicated.
         """
         extra = [
-            dtensor.Layout.replicated(self.placement.mesh, spec.shape.rank)
+            MeshLayout.replicated(self.placement.mesh, spec.shape.rank)
             for spec in step.results[len(self.results) :]
         ]
         outputs = [*self.results, *extra][: step.num_outputs]
@@ -88,8 +88,8 @@ def on_one_device(
     mesh = create_mesh({"one": 1}, extended.mesh.device_type())
     placement = Placement(mesh, [extended.placement.jax_mesh.devices.flat[0]])
 
-    def whole(specs: Sequence[Any]) -> list[dtensor.Layout]:
-        return [dtensor.Layout.replicated(mesh, spec.shape.rank) for spec in specs]
+    def whole(specs: Sequence[Any]) -> list[MeshLayout]:
+        return [MeshLayout.replicated(mesh, spec.shape.rank) for spec in specs]
 
     layouts = StepLayouts(
         whole(step.inputs),

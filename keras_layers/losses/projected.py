@@ -160,8 +160,7 @@ def _batch_parts(batch: int | None) -> int:
     active = active_mesh()
     if active is None or batch is None:
         return 1
-    (axis,) = active.rules.layout(("batch",), active.mesh).sharding_specs
-    parts = active.mesh.dim_size(axis) if axis in active.mesh.dim_names else 1
+    parts = active.parts("batch")
     return parts if batch % parts == 0 else 1
 
 

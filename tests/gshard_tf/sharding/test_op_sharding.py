@@ -5,17 +5,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensorflow.compiler.xla import xla_data_pb2
-from tensorflow.experimental import dtensor
 
 import gshard_tf
 from gshard_tf.sharding import op_sharding
+from gshard_tf.sharding.mesh_layout import MeshLayout
+from gshard_tf.sharding.partition_spec import join_axes
 
 AXES = ("a", "b", "c")
 
 
 @st.composite
 def layouts(draw):
-    """A random layout on a random mesh of at most 8 devices."""
+    """A random layout, of joined axes too, on a random mesh of at most 8 devices."""
     sizes = draw(
         st.lists(st.sampled_from([1, 2, 4, 8]), min_size=1, max_size=3).filter(
             lambda sizes: np.prod(sizes) <= 8
@@ -24,9 +25,10 @@ def layouts(draw):
     mesh = gshard_tf.create_mesh(dict(zip(AXES, sizes, strict=False)))
     rank = draw(st.integers(1, 4))
     axes = draw(st.permutations(mesh.dim_names))
-    axes = axes[: draw(st.integers(0, min(rank, len(axes))))]
-    specs = draw(st.permutations(axes + [dtensor.UNSHARDED] * (rank - len(axes))))
-    return dtensor.Layout(specs, mesh)
+    specs = [[] for _ in range(rank)]
+    for axis in axes[: draw(st.integers(0, len(axes)))]:
+        specs[draw(st.integers(0, rank - 1))].append(axis)
+    return MeshLayout(tuple(map(join_axes, specs)), mesh)
 
 
 def parsed(sharding: bytes):
@@ -44,7 +46,8 @@ def as_jax(layout):
 
     mesh = layout.mesh
     devices = np.array(jax.devices("cpu")[: mesh.size]).reshape(mesh.shape())
-    specs = [None if s == dtensor.UNSHARDED else s for s in layout.sharding_specs]
+    # Not by `as_jax`, which is ours.
+    specs = [tuple(axis.split("+")) if axis else None for axis in layout.spec]
     return NamedSharding(
         jax.sharding.Mesh(devices, mesh.dim_names), PartitionSpec(*specs)
     )
@@ -56,7 +59,7 @@ def test_from_layout_is_jaxs_own_sharding(layout):
     from jax._src.op_shardings import are_hlo_shardings_equal
 
     ours = parsed(op_sharding.from_layout(layout))
-    theirs = as_jax(layout)._to_xla_hlo_sharding(layout.rank)
+    theirs = as_jax(layout)._to_xla_hlo_sharding(len(layout.spec))
     assert are_hlo_shardings_equal(ours, theirs), f"{ours} is not {theirs}"
 
 
@@ -66,17 +69,21 @@ def test_from_layout_puts_each_slice_where_jax_and_dtensor_do(layout):
     import jax
     from jax._src.sharding_impls import GSPMDSharding
 
-    shape = [8] * layout.rank
+    rank = len(layout.spec)
+    shape = [8] * rank
     ours = GSPMDSharding(
         jax.devices("cpu")[: layout.mesh.size],
         parsed(op_sharding.from_layout(layout)),
     ).devices_indices_map(tuple(shape))
     theirs = as_jax(layout).devices_indices_map(tuple(shape))
+    is_dtensors = not any("+" in (axis or "") for axis in layout.spec)
     for i, device in enumerate(jax.devices("cpu")[: layout.mesh.size]):
         assert ours[device] == theirs[device]
+        if not is_dtensors:
+            continue
         # DTensor counts shards: its offset along a dimension is in shards.
-        offsets = layout.offset_to_shard()[i]
-        for d in range(layout.rank):
+        offsets = layout.to_dtensor().offset_to_shard()[i]
+        for d in range(rank):
             start = offsets[d] * 8 // layout.num_shards(d)
             assert (ours[device][d].start or 0) == start
 
@@ -87,7 +94,7 @@ def _message(sharding: bytes):
 
 def test_replicated():
     assert _message(op_sharding.replicated()).type == xla_data_pb2.OpSharding.REPLICATED
-    layout = dtensor.Layout.replicated(gshard_tf.create_mesh({"a": 8}), 3)
+    layout = MeshLayout.replicated(gshard_tf.create_mesh({"a": 8}), 3)
     assert op_sharding.from_layout(layout) == op_sharding.replicated()
 
 
@@ -112,12 +119,14 @@ def test_tiled_with_copies_puts_copies_on_neighbours():
     [
         (["b", "a"], (3, 2), [[0, 3], [1, 4], [2, 5]]),
         ([None, "a"], (1, 2, 3), [[[0, 1, 2], [3, 4, 5]]]),  # the last is of copies
+        (["a+b", None], (6, 1), [[0], [1], [2], [3], [4], [5]]),
+        (["b+a", None], (6, 1), [[0], [3], [1], [4], [2], [5]]),
         ([None, None], (), None),
     ],
 )
 def test_the_device_of_each_shard(specs, dimensions, devices):
     mesh = gshard_tf.create_mesh({"a": 2, "b": 3})
-    layout = dtensor.Layout([s or dtensor.UNSHARDED for s in specs], mesh)
+    layout = MeshLayout(tuple(specs), mesh)
     sharding = op_sharding.from_layout(layout)
     assert op_sharding.tile_dimensions(sharding) == dimensions
     if devices is None:

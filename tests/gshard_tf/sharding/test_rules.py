@@ -1,5 +1,4 @@
 import pytest
-from tensorflow.experimental import dtensor
 
 import gshard_tf
 
@@ -8,10 +7,7 @@ GRID = gshard_tf.create_mesh({"data": 4, "model": 2})
 
 
 def specs(rules, axes, mesh=GRID):
-    return [
-        None if spec == dtensor.UNSHARDED else spec
-        for spec in rules.layout(axes, mesh).sharding_specs
-    ]
+    return list(rules.layout(axes, mesh).spec)
 
 
 def test_layout_by_names():
@@ -50,16 +46,43 @@ def test_refuses_one_mesh_axis_for_two_dimensions():
         rules.layout(("expert", "expert"), LINE)
 
 
+def test_several_axes_for_one_dimension():
+    rules = gshard_tf.AxisRules(
+        {"batch": ("data", "model"), "mlp": ["model", "data"], "embed": ("data",)}
+    )
+    assert specs(rules, ("batch", None)) == ["data+model", None]
+    assert specs(rules, ("mlp", "other")) == ["model+data", None]
+    assert specs(rules, ("embed",)) == ["data"]
+    # The name of the joined axis says the same.
+    again = gshard_tf.AxisRules({"batch": "data+model"})
+    assert again.rules == {"batch": rules.rules["batch"]}
+    with pytest.raises(ValueError, match=r"over the mesh axis 'data': 'batch' and 'em"):
+        rules.layout(("batch", "embed"), GRID)
+
+
+@pytest.mark.parametrize("axes", [("data", "data"), "data+data", "data+", 1])
+def test_refuses_an_axis_twice_and_no_axis(axes):
+    with pytest.raises(ValueError, match="each once"):
+        gshard_tf.AxisRules({"batch": axes})
+    with pytest.raises(ValueError, match=r"`fsdp` must be the name.*each once"):
+        gshard_tf.AxisRules({}, fsdp=axes)
+
+
 def test_check_refuses_an_axis_that_the_mesh_lacks():
     rules = gshard_tf.AxisRules({"batch": "data", "mlp": "modle"})
     with pytest.raises(
         ValueError, match=r"'mlp': 'modle' must name an axis.*\['data', 'model'\]"
     ):
         rules.check(GRID)
+    with pytest.raises(ValueError, match=r"'mlp': 'data\+modle' must name an axis"):
+        gshard_tf.AxisRules({"mlp": ("data", "modle")}).check(GRID)
+    with pytest.raises(ValueError, match=r"`zero` must be an axis.*zero='data\+modle'"):
+        gshard_tf.AxisRules({}, zero=("data", "modle")).check(GRID)
 
 
 @pytest.mark.parametrize(
-    "rules", [{"batch": 0}, {0: "data"}, {"batch": ("data", "model")}]
+    "rules",
+    [{"batch": 0}, {0: "data"}, {"batch": ("data", 1)}, {"batch": ()}, {"batch": ""}],
 )
 def test_refuses_rules_of_other_types(rules):
     with pytest.raises(ValueError, match="A rule must be a logical axis name"):

@@ -32,7 +32,7 @@ def decided(axes, *shape):
 
 
 def specs(layout):
-    return [None if spec == "unsharded" else spec for spec in layout.sharding_specs]
+    return list(layout.spec)
 
 
 def test_the_axis_left_over_splits_the_largest_dimension_that_divides():
@@ -47,10 +47,10 @@ def test_the_axis_left_over_splits_the_largest_dimension_that_divides():
 @pytest.mark.parametrize(("axes", "shape"), [(("mlp",), (8,)), (("mlp", None), (8, 3))])
 def test_whole_where_nothing_divides(axes, shape):
     weight_decision, slot = decided(axes, *shape)
-    assert weight_decision.storage.is_fully_replicated()
+    assert not any(weight_decision.storage.spec)
     assert specs(weight_decision.compute) == ["model", None][: len(shape)]
     assert "whole" in weight_decision.reason
-    assert slot.storage.is_fully_replicated()
+    assert not any(slot.storage.spec)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,64 @@
+"""Rules that split a dimension over several mesh axes: equal to one device."""
+
+import keras
+import numpy as np
+import parity
+import pytest
+
+import gshard_tf
+from keras_layers import MoELayer
+
+CUBE = {"data": 2, "x": 2, "y": 2}
+ALL = ("data", "x", "y")
+
+
+def data(examples=16, length=8, width=16):
+    x = np.random.default_rng(0).normal(size=(examples, length, width))
+    return x.astype("float32")
+
+
+def with_experts(**kwargs):
+    """A model whose experts' inputs need a gradient too, compiled."""
+    x = inputs = keras.Input((8, 16))
+    x = keras.layers.Dense(16, name="first")(x)
+    x = x + MoELayer(**{"num_experts": 8, "hidden_dim": 32, **kwargs}, name="moe")(x)
+    model = keras.Model(inputs, keras.layers.Dense(16, name="last")(x))
+    model.compile(keras.optimizers.SGD(0.1, momentum=0.9), "mse")
+    return model
+
+
+def fit(model):
+    x = data()
+    return model.fit(x, x, batch_size=16, epochs=3, verbose=0, shuffle=False)
+
+
+def kinds(strategy):
+    """The collectives of the last program, but those of scalars and small sums."""
+    found = strategy.programs[-1].collectives()
+    return sorted(c.kind for c in found if c.kind != "all-reduce")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "experts", "width"),
+    [
+        (ALL, ("x", "y"), None),
+        pytest.param(("x", "y"), ("y", "x"), "data", marks=pytest.mark.slow),
+        pytest.param(ALL, ALL, None, marks=pytest.mark.slow),
+    ],
+)
+def test_experts_over_two_axes(tokens, experts, width):
+    rules = gshard_tf.AxisRules(
+        {"batch": tokens, "group": tokens, "expert": experts, "mlp": width}
+    )
+    _, meshed = parity.assert_equal_runs(
+        with_experts, fit, CUBE, rtol=1e-5, rules=rules
+    )
+    rows = {row.path: row for row in meshed.strategy.describe(meshed.model).rows}
+    stored = rows["moe/experts/wi"]
+    assert stored.layout == ("+".join(experts), None, width)
+    assert stored.bytes_per_device * 2 ** (len(experts) + bool(width)) == stored.bytes
+    # As the compiled program has it, not as it was asked for.
+    held = {path: own for path, _, own in meshed.strategy.programs[-1].argument_bytes()}
+    assert held["moe/experts/wi"] == stored.bytes_per_device
+    slot = next(row for path, row in rows.items() if "experts_wi" in path)
+    assert slot.layout == stored.layout
