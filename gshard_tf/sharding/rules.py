@@ -16,6 +16,7 @@ LOGICAL_AXES = (
     "batch",
     "group",
     "expert",
+    "expert_group",
     "length",
     "embed",
     "mlp",
@@ -40,6 +41,9 @@ class AxisRules:
             how reports name it. Names outside the
             usual ones (`batch group expert length embed mlp heads kv vocab`) are
             welcome: they are whatever layers pass to `annotate` and `name_axes`.
+            `expert_group`, the groups of which an expert has the tokens, follows from
+            others: it is split over the axes of `group` that experts and their widths
+            leave, so that devices which share an expert share its tokens.
         paths: `(pattern, axes)` pairs for weights: a regular expression that must
             match the whole of the weight's Keras `path` (of a weight of Keras 2: its
             name, without `:0`), and one logical axis (or None) per dimension.
@@ -171,7 +175,16 @@ class AxisRules:
 
     def mesh_axis(self, logical: str) -> str | None:
         """The mesh axis of a logical one, or several joined by "+"; None: not split."""
-        return self.rules.get(logical)
+        if logical != "expert_group" or logical in self.rules:
+            return self.rules.get(logical)
+        taken = {
+            name
+            for other in ("expert", "embed", "mlp")
+            for name in axes_of(self.rules.get(other))
+        }
+        return join_axes(
+            name for name in axes_of(self.rules.get("group")) if name not in taken
+        )
 
     def path_axes(
         self, path: str, rank: int | None = None

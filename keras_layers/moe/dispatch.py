@@ -120,14 +120,17 @@ def _finite_einsum(
 
 
 def _to_experts(buffers: tf.Tensor) -> tf.Tensor:
-    """`[G, E, C, M]` split over groups -> `[E, G, C, M]` split over experts."""
+    """`[G, E, C, M]` split over groups -> `[E, G, C, M]` split over experts.
+
+    Where groups are split over more devices than experts, their outer part stays.
+    """
     buffers = annotate(buffers, ("group", None, None, "embed"))
     return annotate(
-        tf.transpose(buffers, [1, 0, 2, 3]), ("expert", None, None, "embed")
+        tf.transpose(buffers, [1, 0, 2, 3]), ("expert", "expert_group", None, "embed")
     )
 
 
 def _to_groups(buffers: tf.Tensor) -> tf.Tensor:
     """Inverse of `_to_experts`: `[E, G, C, M]` -> `[G, E, C, M]`."""
-    buffers = annotate(buffers, ("expert", None, None, "embed"))
+    buffers = annotate(buffers, ("expert", "expert_group", None, "embed"))
     return annotate(tf.transpose(buffers, [1, 0, 2, 3]), ("group", None, None, "embed"))

@@ -102,9 +102,9 @@ class Experts(MLP):
         # Batched products of [E, G*C, .], not einsums over G and C: the gradients of
         # those with respect to the weights make XLA transpose [E, G*C, H] in memory.
         rows = tf.reshape(inputs, [experts, groups * capacity, width])  # [E, G*C, M]
-        rows = annotate(rows, ("expert", None, "embed"))
+        rows = annotate(rows, ("expert", "expert_group", "embed"))
         hidden = self.hidden(lambda weight: matmul(rows, weight))  # [E, G*C, H]
-        hidden = annotate(hidden, ("expert", None, "mlp"))
+        hidden = annotate(hidden, ("expert", "expert_group", "mlp"))
         hidden = self.dropout(hidden, training=training)
         outputs = matmul(hidden, self.wo)  # [E, G*C, M]
         return tf.reshape(outputs, [experts, groups, capacity, width])

@@ -6,6 +6,8 @@ import parity
 import pytest
 
 import gshard_tf
+from gshard_tf.hlo.flops import flops_by_operation
+from gshard_tf.hlo.parser import parse
 from keras_layers import MoELayer
 
 CUBE = {"data": 2, "x": 2, "y": 2}
@@ -62,3 +64,29 @@ def test_experts_over_two_axes(tokens, experts, width):
     assert held["moe/experts/wi"] == stored.bytes_per_device
     slot = next(row for path, row in rows.items() if "experts_wi" in path)
     assert slot.layout == stored.layout
+
+
+def test_fewer_experts_than_devices_compute_nothing_twice():
+    """Devices that share an expert share its groups, and exchange among themselves."""
+    rules = gshard_tf.AxisRules({"batch": ALL, "group": ALL, "expert": ("x", "y")})
+    _, meshed = parity.assert_equal_runs(
+        lambda: with_experts(num_experts=4), fit, CUBE, 1e-5, rules=rules
+    )
+    assert kinds(meshed.strategy) == ["all-to-all"] * 4
+    compiled = parse(meshed.strategy.programs[-1].compiled.as_text())
+    flops = sum(flops_by_operation(compiled).values())
+    # An eighth of 128 tokens, 2 slots for each, by two matrices, forward and backward;
+    # and of what is around the experts: two dense layers and the router.
+    tokens, m, h, e = 16 * 8 / 8, 16, 32, 4
+    around = (2 + 3) * m * m + 3 * m * e
+    expected = 2 * tokens * (3 * 2 * 2 * m * h + around)
+    assert expected <= flops < 1.02 * expected
+
+
+def test_groups_and_experts_over_different_axes_gather_only_results():
+    rules = gshard_tf.AxisRules({"batch": "data", "group": "data", "expert": "x"})
+    _, meshed = parity.assert_equal_runs(
+        with_experts, fit, {"data": 4, "x": 2}, 1e-5, rules=rules
+    )
+    # What the experts give, and its gradient's way back to the tokens.
+    assert kinds(meshed.strategy) == ["all-gather"] * 2
