@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from gshard_tf.sharding.manual import manual, mesh_axis
     from gshard_tf.sharding.mesh import active_mesh, create_mesh, use_mesh
     from gshard_tf.sharding.rules import AxisRules
+    from gshard_tf.sharding.vectorize import vmap
     from gshard_tf.spmd.local_batches import process_local_rows
     from gshard_tf.spmd.strategy import SpmdStrategy
     from gshard_tf.tpu.strategy import tpu_strategy
@@ -91,6 +92,7 @@ __all__ = [
     "tpu_strategy",
     "use_mesh",
     "verify",
+    "vmap",
 ]
 
 # Where each name is; None: it is a module of this package.
@@ -136,6 +138,7 @@ _HOME = {
     "abort_all": "runtime.watchdog",
     "use_mesh": "sharding.mesh",
     "verify": "verification.verify",
+    "vmap": "sharding.vectorize",
 }
 # They need neither TensorFlow nor the versions that it is tested with.
 _ALONE = ("export", "request_cpu_devices")

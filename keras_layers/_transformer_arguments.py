@@ -87,6 +87,17 @@ def check_stackable(
         )
 
 
+def check_microbatches(microbatches: int, stacked: bool, remat: bool | str) -> None:
+    """Raises ValueError unless the model's stacks can be pipelines."""
+    if not stacked or remat is not True:
+        raise ValueError(
+            "`microbatches` must be None without stacked=True and remat=True: a "
+            "pipeline passes through stacked weights, and computes activations again "
+            f"for the gradient. Received: microbatches={microbatches}, "
+            f"stacked={stacked}, remat={remat!r}"
+        )
+
+
 class TransformerInputs(NamedTuple):
     """Arguments of a call of the model.
 

@@ -65,6 +65,7 @@ def make_stack(model: Any, side: str, num_layers: int) -> Stacked:
         make_blocks,
         num_layers // unit,
         model.remat is True,
+        model.microbatches,
         dtype=model.dtype_policy,
         name=side,
     )

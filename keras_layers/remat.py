@@ -98,7 +98,7 @@ def recompute(
         count = len(outputs)
 
         def gradient(*d_results):
-            later, d_outputs = _behind_barrier(kept, d_results[:count])
+            later, d_outputs = behind_barrier(kept, d_results[:count])
             floats = [x for x in later if x.dtype.is_floating]
             with tf.GradientTape() as tape:
                 tape.watch(floats)
@@ -161,7 +161,7 @@ def recompute_units(
                 slices = [weight_slice(w, number) for w in stacked]
                 values = [kept[number], *shared, *slices]
                 # XLA would merge the two loops if each is a single turn.
-                values, d_results = _behind_barrier(values, [d_x, tf.identity(d_loss)])
+                values, d_results = behind_barrier(values, [d_x, tf.identity(d_loss)])
                 sources = [values[i] for i in differentiable]
                 with tf.GradientTape() as tape:
                     tape.watch(sources)
@@ -221,7 +221,7 @@ def _array_like(stacked: tf.Tensor) -> tf.TensorArray:
     )
 
 
-def _behind_barrier(
+def behind_barrier(
     tensors: Sequence[tf.Tensor], gradients: Sequence[tf.Tensor]
 ) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
     """Returns both lists, available only after all `gradients` are computed.

@@ -15,6 +15,7 @@ import tensorflow as tf
 
 from gshard_tf import logical_axes, name_axes
 from gshard_tf.compat.keras_calls import clear_losses, no_autocast
+from gshard_tf.random import microbatch
 from keras_layers._arguments import check_int
 from keras_layers._stacked_variables import (
     Blocks,
@@ -29,6 +30,14 @@ from keras_layers._stacked_variables import (
     stand_in,
     variables_by_kind,
 )
+from keras_layers.pipeline import (
+    check_pipeline,
+    from_microbatches,
+    from_stages,
+    run_pipeline,
+    to_microbatches,
+    to_stages,
+)
 from keras_layers.remat import (
     Effects,
     pure_call,
@@ -36,6 +45,7 @@ from keras_layers.remat import (
     stored_values,
     weight_slice,
 )
+from keras_layers.routing.balancing import parts_of_batch
 from keras_layers.routing.recording import routing_is_watched
 from keras_layers.step_metrics import counts_are_deferred
 
@@ -52,6 +62,7 @@ class Stacked(keras.layers.Layer):
         count: How many repetitions.
         remat: Whether training keeps only the input of each repetition, and computes
             the rest again for its gradient.
+        microbatches: K, of a pipeline (see `Transformer`); None: no pipeline.
 
     The layer has no config, because of `make_blocks`; the model around it has one.
     """
@@ -61,12 +72,14 @@ class Stacked(keras.layers.Layer):
         make_blocks: Callable[[int], Blocks],
         count: int,
         remat: bool = False,
+        microbatches: int | None = None,
         **kwargs: Any,
     ):
         count = check_int("count", count, 1)
         super().__init__(**kwargs)
         self.count = count
         self.remat = bool(remat)
+        self.microbatches = microbatches
         with tf.variable_creator_scope(stand_in), no_autocast():
             units = [list(make_blocks(i)) for i in range(count)]
         variables = [block_variables(blocks) for blocks in units]
@@ -114,7 +127,10 @@ class Stacked(keras.layers.Layer):
         weight.regularizer = stacked_regularizer(like.regularizer)
         weight.constraint = stacked_constraint(like.constraint)
         axes = logical_axes(like)
-        return weight if axes is None else name_axes(weight, ("layer", *axes))
+        if axes is None:
+            return weight
+        first = "layer" if self.microbatches is None else "stage"
+        return name_axes(weight, (first, *axes))
 
     @property
     def inner_layers(self) -> Iterator[keras.layers.Layer]:
@@ -183,7 +199,7 @@ class Stacked(keras.layers.Layer):
             loss = tf.add_n(
                 [tf.zeros([]), *(tf.cast(y, tf.float32) for y in effects.losses)]
             )
-            effects.outputs.set_shape(inputs.shape)
+            effects.outputs.set_shape(x.shape)
             return effects.outputs, loss, list(effects.updates.values())
 
         def loop(inputs, shared, stacked, unit_inputs=()):
@@ -216,7 +232,11 @@ class Stacked(keras.layers.Layer):
             unit_inputs.set_shape([self.count, *inputs.shape])
             return unit_inputs, outputs, loss, state
 
-        if self.remat and training and not watched:
+        if self.microbatches is not None and not watched and not decoding:
+            outputs, loss, state = self._run_pipeline(
+                unit, inputs, shared, stacked, updated, first_metric, training
+            )
+        elif self.remat and training and not watched:
             trained = [i for i, w in enumerate(self._stacked_weights) if w.trainable]
             outputs, loss, state = recompute_units(
                 loop_with_inputs,
@@ -243,6 +263,39 @@ class Stacked(keras.layers.Layer):
                 metric.join_step(self.path, training)
             first_metric = end
         return outputs
+
+    def _run_pipeline(
+        self,
+        unit: Callable,
+        inputs: tf.Tensor,
+        shared: list[tf.Tensor],
+        stacked: list[tf.Tensor],
+        updated: list[int],
+        first_metric: int,
+        training: bool | None,
+    ) -> tuple[tf.Tensor, tf.Tensor, list[tf.Tensor]]:
+        """Runs `unit` as `Stacked.call` does, on microbatches and stages."""
+        count, carried = self.microbatches, self._carried
+        pipeline = check_pipeline(self.name, self.count, count, inputs.shape[0])
+
+        def of_microbatch(x, shared, values, number):
+            with microbatch(number, count), parts_of_batch(count):
+                outputs, loss, new = unit(x, shared, values)
+            new = dict(zip(updated, new, strict=True))
+            return outputs, loss, [new.get(i, values[i]) for i in carried]
+
+        outputs, loss, state = run_pipeline(
+            of_microbatch,
+            pipeline,
+            to_microbatches(inputs, count),
+            [to_microbatches(x, count) for x in shared],
+            [to_stages(x, pipeline) for x in stacked],
+            [i for i, w in enumerate(self._stacked_weights) if w.trainable],
+            carried,
+            range(first_metric, len(stacked)),
+            training,
+        )
+        return from_microbatches(outputs), loss, [from_stages(x) for x in state]
 
     def _run(
         self, x: tf.Tensor, values: list[tf.Tensor], arguments: dict[str, Any]

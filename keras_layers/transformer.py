@@ -18,6 +18,7 @@ from keras_layers._segments import (
 from keras_layers._transformer_arguments import (
     TransformerInputs,
     check_key_dim,
+    check_microbatches,
     check_moe_options,
     check_stackable,
     check_vocabularies,
@@ -119,6 +120,7 @@ class Transformer(TransformerDecoding):
         bos_id: int | None = None,
         context_parallel: str | None = None,
         block_length: int | None = None,
+        microbatches: int | None = None,
         **kwargs: Any,
     ):
         source_vocab_size, target_vocab_size, pad_id, bos_id = check_vocabularies(
@@ -140,6 +142,9 @@ class Transformer(TransformerDecoding):
         if stacked:
             unit = moe_every if num_experts else 1
             check_stackable(unit, num_encoder_layers, num_decoder_layers)
+        if microbatches is not None:
+            microbatches = check_int("microbatches", microbatches, 1)
+            check_microbatches(microbatches, stacked, remat)
         super().__init__(**kwargs)
         self.source_vocab_size = source_vocab_size
         self.target_vocab_size = target_vocab_size
@@ -165,6 +170,7 @@ class Transformer(TransformerDecoding):
         self.stacked = bool(stacked)
         self.context_parallel = context_parallel
         self.block_length = block_length
+        self.microbatches = microbatches
         self._make_layers()
         self.supports_masking = True
 
@@ -400,6 +406,7 @@ class Transformer(TransformerDecoding):
             bos_id=self.bos_id,
             context_parallel=self.context_parallel,
             block_length=self.block_length,
+            microbatches=self.microbatches,
         )
         return config
 

@@ -6,7 +6,9 @@ seed and its own position, made of elementwise operations. So every device makes
 its shard, and the numbers do not depend on the number of devices.
 """
 
-from collections.abc import Sequence
+import contextlib
+import contextvars
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import tensorflow as tf
@@ -18,6 +20,29 @@ import tensorflow as tf
 ROUNDS = 13
 ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 PARITY = 0x1BD11BDA
+
+# Number of the microbatch, and their count.
+_MICROBATCH: contextvars.ContextVar[tuple[Any, int] | None] = contextvars.ContextVar(
+    "gshard_tf_microbatch", default=None
+)
+
+
+@contextlib.contextmanager
+def microbatch(number: Any, count: int) -> Iterator[None]:
+    """Context in which tensors have the random numbers of rows of a larger batch.
+
+    Examples are those at the positions `number`, `number + count`, `number + 2 *
+    count`, ... of that batch.
+
+    Args:
+        number: Scalar int32 tensor in [0, count).
+        count: Into how many microbatches the batch is cut.
+    """
+    token = _MICROBATCH.set((number, count))
+    try:
+        yield
+    finally:
+        _MICROBATCH.reset(token)
 
 
 def threefry2x32(
@@ -73,19 +98,24 @@ def random_bits(
             not 0, 1, 2, ...: numbers that stay with rows that change places.
     """
     shape = list(shape)
-    replicas, start = 1, None
+    parts, step, start = 1, 1, None
     if batch_dim is not None and shape:
+        if (of_batch := _MICROBATCH.get()) is not None:
+            number, parts = of_batch
+            step, start = parts, tf.cast(number, tf.uint32)
         context = tf.distribute.get_replica_context()
         if context is not None and context.num_replicas_in_sync > 1:
-            replicas = context.num_replicas_in_sync
             # On a TPU the replica's number is a tensor.
             replica = tf.cast(context.replica_id_in_sync_group, tf.uint32)
-            start = replica * tf.cast(shape[batch_dim], tf.uint32)
+            first = replica * tf.cast(shape[batch_dim] * parts, tf.uint32)
+            start = first if start is None else start + first
+            parts *= context.num_replicas_in_sync
     return _random_bits(
         tf.convert_to_tensor(seed),
         shape,
         batch_dim=batch_dim,
-        replicas=replicas,
+        parts=parts,
+        step=step,
         start=start,
         first=positions,
     )
@@ -97,7 +127,8 @@ def _random_bits(
     seed: tf.Tensor,
     shape: list[Any],
     batch_dim: int | None,
-    replicas: int,
+    parts: int,
+    step: int,
     start: tf.Tensor | None,
     first: tf.Tensor | None,
 ) -> tf.Tensor:
@@ -113,14 +144,16 @@ def _random_bits(
     def positions(i: int) -> tf.Tensor:
         index = tf.range(shape[i]) if first is None or i > 0 else first
         index = tf.cast(index, tf.uint32)
-        return index if start is None or i != batch_dim else index + start
+        if start is None or i != batch_dim:
+            return index
+        return index * tf.constant(step, tf.uint32) + start
 
     stride = tf.ones([], tf.uint32)
     for i in reversed(range(1, rank)):
         x1 = x1 + tf.reshape(positions(i) * stride, [-1] + [1] * (rank - 1 - i))
         stride = stride * tf.cast(shape[i], tf.uint32)
-        if i == batch_dim and replicas > 1:
-            stride = stride * tf.cast(replicas, tf.uint32)
+        if i == batch_dim and parts > 1:
+            stride = stride * tf.cast(parts, tf.uint32)
     if shape:
         x0 = x0 + tf.reshape(positions(0), [-1] + [1] * (rank - 1))
     # The first round adds the two words, which gives the whole shape.

@@ -20,6 +20,7 @@ from tensorflow.experimental import dtensor
 from gshard_tf.sharding import op_sharding
 from gshard_tf.sharding.mesh import ActiveMesh, active_mesh, axis_sizes
 from gshard_tf.sharding.mesh_layout import MeshLayout
+from gshard_tf.sharding.vectorize import mapped_axes
 
 
 @tf.autograph.experimental.do_not_convert
@@ -191,7 +192,8 @@ def annotate(tensor: Any, axes: Sequence[str | None]) -> Any:
     active = partitioning(tensor)
     if active is None:
         return tensor
-    layout = active.rules.layout(axes, active.mesh)
+    # A tensor of a function that is mapped has those dimensions in front.
+    layout = active.rules.layout((*mapped_axes(), *axes), active.mesh)
     return op_sharding.constrain(
         tf.convert_to_tensor(tensor), op_sharding.from_layout(layout)
     )

@@ -1,9 +1,30 @@
 """Balance of load without a loss: a bias on the scores, moved by the load."""
 
-from collections.abc import Sequence
+import contextlib
+import contextvars
+from collections.abc import Iterator, Sequence
 
 import keras
 import tensorflow as tf
+
+_PARTS: contextvars.ContextVar[int] = contextvars.ContextVar(
+    "keras_layers_parts_of_batch", default=1
+)
+
+
+@contextlib.contextmanager
+def parts_of_batch(count: int) -> Iterator[None]:
+    """Context in which a router is called `count` times for each batch."""
+    token = _PARTS.set(count)
+    try:
+        yield
+    finally:
+        _PARTS.reset(token)
+
+
+def calls_per_batch() -> int:
+    """Returns how often a router is called for each batch."""
+    return _PARTS.get()
 
 
 def bias_direction(load: tf.Tensor, masked_experts: Sequence[int] = ()) -> tf.Tensor:

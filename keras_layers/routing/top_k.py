@@ -210,6 +210,7 @@ class TopKRouter(Router):
     def _move_bias(self, load: tf.Tensor) -> None:
         """Moves the bias by the load `[E]` of this and the accumulated batches."""
         every = self.bias_update_every or accumulated_batches() or 1
+        every *= calls_per_batch()
         due = None
         if every > 1:
             self.load_so_far.update_state(load)

@@ -1,0 +1,58 @@
+"""Functions mapped over a leading dimension, which the partitioner splits.
+
+GSPMD (arXiv 2105.04663, section 3.3) reduces pipeline parallelism to tensors with a
+dimension of stages: "vectorized_map", with annotations inside that keep the dimension
+split.
+"""
+
+import contextvars
+from collections.abc import Callable
+from typing import Any
+
+import tensorflow as tf
+
+# Logical axes of the dimensions that tensors have outside of the functions that are
+# being mapped, outermost first.
+_AXES: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar(
+    "gshard_tf_vectorized_axes", default=()
+)
+
+
+def vmap(fn: Callable[..., Any], axis: str) -> Callable[..., Any]:
+    """Returns `fn` mapped over the first dimension of all its arguments, at once.
+
+    It is `tf.vectorized_map`, but annotations within `fn` (`annotate`) hold for the
+    tensors with that dimension, which they split as the rules split `axis`. Each device
+    then computes the elements that it has. `axis` and those that `fn` annotates must
+    not map to the same mesh axis.
+
+    A custom gradient within `fn` holds where `fn` itself asks for the gradient. The
+    gradient of the mapped function is that of TensorFlow's own operations.
+
+    Args:
+        fn: A function of tensors, which returns a nest of tensors. It must not read or
+            assign variables, nor use manual regions (`gshard_tf.manual`).
+        axis: The logical axis of the first dimension, such as `"stage"`.
+
+    Returns:
+        A function of nests of tensors. Results have the dimension in front, too.
+    """
+
+    @tf.autograph.experimental.do_not_convert
+    def mapped(*arguments: Any) -> Any:
+        def element(arguments):
+            token = _AXES.set((*_AXES.get(), axis))
+            try:
+                return fn(*arguments)
+            finally:
+                _AXES.reset(token)
+
+        # A loop in its place would compute one element after the other, on all devices.
+        return tf.vectorized_map(element, arguments, fallback_to_while_loop=False)
+
+    return mapped
+
+
+def mapped_axes() -> tuple[str, ...]:
+    """Returns the axes of the dimensions that functions are being mapped over."""
+    return _AXES.get()
