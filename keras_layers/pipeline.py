@@ -360,7 +360,8 @@ class _Run:
     def _of_stage(self, x: tf.Tensor, stage: int) -> tf.Tensor:
         """`[K, P, ...]` -> `[K, ...]`, those of one stage, on all devices."""
         # A sum: a slice of a dimension that is split may gather it.
-        here = tf.reshape(tf.range(self.pipeline.stages) == stage, [-1, *_ones(x, 2)])
+        here = tf.range(self.pipeline.stages) == stage
+        here = tf.reshape(here, [-1, *[1] * (len(x.shape) - 2)])
         x = tf.reduce_sum(tf.where(here, x, tf.zeros([], x.dtype)), axis=1)
         return annotate(x, (None, *_AXES[: len(x.shape) - 1]))
 
@@ -373,10 +374,17 @@ def _shifted(new: tf.Tensor, buffer: tf.Tensor, by: int = 1) -> tf.Tensor:
         buffer: The buffer.
         by: 1: to the next stage. -1: to the one before.
     """
-    if buffer.shape[0] == 1:
+    stages = buffer.shape[0]
+    if stages == 1:
         return _annotated(new[None])
-    parts = [new[None], buffer[:-1]] if by == 1 else [buffer[1:], new[None]]
-    return _annotated(tf.concat(parts, 0))
+    # Not a concatenation, which the partitioner makes of all-to-alls.
+    pad = [[0, 0]] * (len(buffer.shape) - 1)
+    if by == 1:
+        moved = tf.pad(buffer, [[1, 0], *pad])[:-1]
+    else:
+        moved = tf.pad(buffer, [[0, 1], *pad])[1:]
+    place = tf.range(stages) == (0 if by == 1 else stages - 1)
+    return _annotated(_where(place, new[None], _annotated(moved)))
 
 
 def _annotated(x: tf.Tensor) -> tf.Tensor:
@@ -386,11 +394,8 @@ def _annotated(x: tf.Tensor) -> tf.Tensor:
 
 def _where(valid: tf.Tensor, new: tf.Tensor, old: Any) -> tf.Tensor:
     """Selects by stage: `[P]`, `[P, ...]`, `[P, ...]`."""
-    return tf.where(tf.reshape(valid, [-1, *_ones(new, 1)]), new, old)
-
-
-def _ones(x: tf.Tensor, fewer: int) -> list[int]:
-    return [1] * (len(x.shape) - fewer)
+    valid = tf.reshape(valid, [-1, *[1] * (len(new.shape) - 1)])
+    return tf.where(valid, new, old)
 
 
 def _array(dtype: tf.DType, size: int, shape: Any) -> tf.TensorArray:

@@ -127,10 +127,10 @@ class Stacked(keras.layers.Layer):
         weight.regularizer = stacked_regularizer(like.regularizer)
         weight.constraint = stacked_constraint(like.constraint)
         axes = logical_axes(like)
-        if axes is None:
-            return weight
-        first = "layer" if self.microbatches is None else "stage"
-        return name_axes(weight, (first, *axes))
+        if self.microbatches is not None:
+            # The layers of a stage, one after another.
+            return name_axes(weight, ("stage", *(axes or [None] * len(like.shape))))
+        return weight if axes is None else name_axes(weight, ("layer", *axes))
 
     @property
     def inner_layers(self) -> Iterator[keras.layers.Layer]:
