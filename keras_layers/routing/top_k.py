@@ -20,6 +20,7 @@ from keras_layers.routing.assignment import (
 from keras_layers.routing.balancing import (
     LoadSoFar,
     bias_direction,
+    calls_per_batch,
     sum_over_replicas,
 )
 from keras_layers.routing.counting import choices_of_real
