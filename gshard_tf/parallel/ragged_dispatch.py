@@ -85,7 +85,8 @@ class _Layout(NamedTuple):
     @property
     def maps(self) -> Maps:
         """The axes of the maps."""
-        return Maps(*[self.by_token] * (len(Maps._fields) - 1), rounds=())
+        rows = self.by_token
+        return Maps(rows, rows, rows, rows, rounds=())
 
     def axis(self) -> str | tuple[str, ...] | None:
         """The mesh axis to exchange rows over, within a region."""

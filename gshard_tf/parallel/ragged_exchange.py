@@ -89,8 +89,14 @@ def index_maps(expert_index: Any, num_experts: int, axis: Any) -> tuple[Maps, An
     def by_token(x):
         return x.reshape(tokens, -1).astype(jnp.int32)
 
-    maps = (choice_of_slot, slot_of_choice, arrival_of_row, row_of_arrival)
-    return Maps(*map(by_token, maps), rounds.astype(jnp.int32)), sizes.astype(jnp.int32)
+    maps = Maps(
+        by_token(choice_of_slot),
+        by_token(slot_of_choice),
+        by_token(arrival_of_row),
+        by_token(row_of_arrival),
+        rounds.astype(jnp.int32),
+    )
+    return maps, sizes.astype(jnp.int32)
 
 
 def _counts(values: Any, number: int) -> Any:
