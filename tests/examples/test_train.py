@@ -67,9 +67,13 @@ def run(corpus, vocabulary, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def translator(run):
+def model(run):
+    return train.load_model(run)[2]
+
+
+@pytest.fixture(scope="module")
+def translator(model, vocabulary):
     """Of the whole run, in its default way."""
-    _, vocabulary, model = train.load_model(run)
     return Translator(model, vocabulary)
 
 
@@ -87,32 +91,43 @@ def test_it_learns_and_says_what_it_did(run):
     assert list((run / "logs").glob("*/events*"))
 
 
-def test_a_stopped_run_with_samples_goes_on_as_the_whole_run(
-    run, corpus, vocabulary, tmp_path, capsys
-):
-    folder = tmp_path / "stopped"
-    first = Settings(**TINY | {"steps": 10})
-    train.train(folder, first, corpus, vocabulary, samples=2)
-    lines = capsys.readouterr().out.splitlines()
-    check_samples(folder, lines, train.sample_pairs(corpus, "dev", 32))
-    train.train(folder, Settings(**TINY), corpus, vocabulary, verbose=0)
+def assert_goes_on_as(run, folder, corpus, vocabulary, **options):
+    """The run in a folder, which was stopped, has the figures of the whole one."""
+    train.train(folder, Settings(**TINY), corpus, vocabulary, **options)
     whole = train.read_history(run)
     parts = train.read_history(folder)
     assert [without_time(row) for row in parts] == [without_time(row) for row in whole]
 
 
-def check_samples(folder, lines, dev):
-    """Two samples are among the `lines` printed, and are what the model says."""
+def test_a_stopped_run_goes_on_as_the_whole_run_with_samples(
+    run, model, corpus, vocabulary, tmp_path, capsys
+):
+    # As a kill in its last epoch leaves it.
+    folder = tmp_path / "stopped"
+    shutil.copytree(run, folder)
+    shutil.rmtree(CheckpointManager(folder / "checkpoints").path(30))
+    rows = (folder / "history.csv").read_text().splitlines(keepends=True)
+    (folder / "history.csv").write_text("".join(rows[:-1]))
+    assert train.last_step(folder) == 20 and len(train.read_history(folder)) == 2
+    assert_goes_on_as(run, folder, corpus, vocabulary, samples=2)
+    # Two samples were printed, and are what the whole run's model says.
+    lines = capsys.readouterr().out.splitlines()
     said = [line for line in lines if line.split()[:1] == ["model"]]
     assert len(said) == 2 and len(lines) == 2 + 2 + 3 * 2
-    _, vocabulary, model = train.load_model(folder)
-    pairs = sample_sentences(dev, 2)
+    pairs = sample_sentences(train.sample_pairs(corpus, "dev", 32), 2)
     texts = Translator(model, vocabulary, beam_size=1).translate(
         [p.lang for p in pairs], [p.source for p in pairs]
     )
     for line, text in zip(said, texts, strict=True):
         assert f"model  {text}".startswith(line.strip().removesuffix("…"))
     assert "encoder_2_moe_dropped" in (folder / "train.log").read_text()
+
+
+@pytest.mark.slow
+def test_a_short_run_goes_on_as_a_long_one(run, corpus, vocabulary, tmp_path):
+    first = Settings(**TINY | {"steps": 10})
+    train.train(tmp_path / "run", first, corpus, vocabulary, verbose=0)
+    assert_goes_on_as(run, tmp_path / "run", corpus, vocabulary, verbose=0)
 
 
 @pytest.mark.slow
