@@ -1,6 +1,6 @@
 """A process of a run: `many_processes.py DEVICES PATIENCE FOLDER [key=value ...]`.
 
-What may be given: `rows=own`, `seeds=differ`, `mesh=data|expert|both`,
+What may be given: `rows=own`, `seeds=differ`, `mesh=data|expert|both|turned`,
 `weights=whole` (a model that no mesh splits), `copies=none` (no host copies, and first
 values shard by shard), `position=iterator`, `epochs=`, and
 `do=`, what process 1 (or those of `who=0,1`) does after step `step=`: `raise`, `hang`,
@@ -95,6 +95,8 @@ def mesh_of(devices, kind):
     """All devices along one axis, or half of them along each of two."""
     if kind == "both":
         return gshard_tf.create_mesh({"data": devices // 2, "expert": 2})
+    if kind == "turned":  # examples are split within a process
+        return gshard_tf.create_mesh({"expert": 2, "data": devices // 2})
     return gshard_tf.create_mesh({kind: devices})
 
 

@@ -4,6 +4,7 @@ import contextlib
 import os
 import pathlib
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -61,6 +62,12 @@ def run_python(
         assert status == 0, f"exit {status}\n{errors.read()[-4000:]}"
         printed.seek(0)
         return printed.read()
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def forked(function, *arguments):

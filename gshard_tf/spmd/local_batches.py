@@ -1,5 +1,7 @@
 """Global batches, and the rows of them that each process has."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -59,4 +61,33 @@ def assemble_batch(array: np.ndarray, shape: tuple[int, ...], sharding: Any) -> 
 
     if array.shape == shape:
         return assemble(shape, sharding, lambda region: cut(array, region))
-    return jax.make_array_from_process_local_data(sharding, array, shape)
+    fed = _rows_by_process(sharding)
+    theirs, wanted = (each.devices_indices_map(shape) for each in (fed, sharding))
+    if all(_holds(theirs[device][0], wanted[device][0], shape[0]) for device in wanted):
+        return jax.make_array_from_process_local_data(sharding, array, shape)
+    # Devices need rows that another process feeds.
+    value = jax.make_array_from_process_local_data(fed, array, shape)
+    return _copy_to(sharding)(value)
+
+
+def _rows_by_process(sharding: Any) -> Any:
+    """How the devices of a sharding hold rows that each process feeds its own of."""
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+    # Those of a process follow each other.
+    devices = sharding.mesh.devices.reshape(group().count, -1)
+    return NamedSharding(Mesh(devices, ("process", "device")), PartitionSpec("process"))
+
+
+def _holds(rows: slice, others: slice, size: int) -> bool:
+    """Whether the first of two slices of `size` rows has all rows of the second."""
+    start, stop, _ = others.indices(size)
+    return rows.start <= start and stop <= rows.stop
+
+
+@functools.cache
+def _copy_to(sharding: Any) -> Callable[[Any], Any]:
+    """A function that copies values between devices; all processes must call it."""
+    import jax
+
+    return jax.jit(lambda value: value, out_shardings=sharding)

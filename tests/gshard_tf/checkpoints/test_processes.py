@@ -5,7 +5,6 @@ import json
 import os
 import pathlib
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,7 +15,7 @@ import network_hosts
 import numpy as np
 import pytest
 from forks import Fork
-from processes import PYTHONPATH, ROOT
+from processes import PYTHONPATH, ROOT, free_port
 
 import gshard_tf
 from gshard_tf.runtime.watchdog import ABORTED_BY_ANOTHER
@@ -24,12 +23,6 @@ from gshard_tf.runtime.watchdog import ABORTED_BY_ANOTHER
 SCRIPT = pathlib.Path(many.__file__)
 CODE = f"import runpy; runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
 STEPS = many.STEPS_PER_EPOCH * many.EPOCHS
-
-
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def run(
@@ -295,11 +288,13 @@ class Change:
     who: int = 1
     rows: str = "own"
     copies: str = "none"
+    mesh_before: str = "expert"
 
     def ends(self, folder):
         """Runs it until its end in step 3; returns the step that is saved."""
         given = [f"do={self.do}", f"who={self.who}", "step=3"]
         given += [f"rows={self.rows}", f"copies={self.copies}"]
+        given += [f"mesh={self.mesh_before}"]
         codes, errors, seconds = run(self.before, folder, *given)
         assert self.before == 1 or seconds < 30
         if self.do == "term":
@@ -316,13 +311,13 @@ class Change:
 
 
 CHANGES = [
-    Change(2, 1, "both", 4),
+    Change(2, 1, "both", 4, mesh_before="turned"),
     Change(2, 4, "both", 8),
     Change(2, 4, "expert", 4, who=0),
     Change(2, 3, "both", 6, rows="all", copies="small"),
     Change(4, 2, "data", 2, copies="small"),
     Change(4, 1, "expert", 8, rows="all"),
-    Change(4, 2, "both", 4, do="term"),
+    Change(4, 2, "turned", 4, do="term"),
     Change(1, 4, "both", 8, do="term", who=0, copies="small"),
 ]
 
