@@ -93,14 +93,21 @@ def check_tpu_versions() -> None:
 
 def check_tensorflow_leaves_tpu() -> None:
     """Raises `ImportError` where TensorFlow would hold the TPU that jax is to run."""
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        version = importlib.metadata.version("tensorflow-tpu")
+    version = tensorflow_tpu_version()
+    if version is not None:
         raise ImportError(
             "SpmdStrategy runs a TPU by jax, so TensorFlow must be one that leaves it "
             "alone. Install: pip uninstall tensorflow-tpu libtpu; pip install "
             "tensorflow 'jax[tpu]'. (gshard_tf.tpu_strategy is for the other one.) "
             f"Received: tensorflow-tpu {version}"
         )
+
+
+def tensorflow_tpu_version() -> str | None:
+    """Returns the version of TensorFlow for TPUs, whose TPU jax must not take."""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version("tensorflow-tpu")
+    return None
 
 
 def check_backend(backend: str) -> None:

@@ -12,7 +12,8 @@ import sys
 import threading
 from collections.abc import Iterator
 
-from gshard_tf.compat.jax_distributed import coordination_client
+from gshard_tf.compat.jax_distributed import coordination_client, scheduled_processes
+from gshard_tf.compat.versions import tensorflow_tpu_version
 from gshard_tf.runtime.process_group import ProcessGroup, run_state
 from gshard_tf.runtime.relay import Relay
 from gshard_tf.runtime.watchdog import (
@@ -41,14 +42,18 @@ def initialize(
     GSHARD_COORDINATOR=host0:8476 GSHARD_PROCESSES=2 GSHARD_PROCESS=0 python train.py
     ```
 
+    Where a scheduler starts the processes (`srun` of Slurm, `mpirun` of Open MPI, a pod
+    slice of TPUs), it says all three, and nothing need be given.
+
     Their devices, in the order of the processes, are those of a mesh. When one process
     fails, all end: each with the message of the one that failed.
 
     Args:
         coordinator_address: Address and port of the first process, which the others
             can reach. Defaults to the environment's `GSHARD_COORDINATOR`.
-        num_processes: The number of processes. Defaults to `GSHARD_PROCESSES`; 1 when
-            neither is given, and nothing happens.
+        num_processes: The number of processes. Defaults to `GSHARD_PROCESSES`. When
+            neither is given, a scheduler says it; without one it is 1, and nothing
+            happens.
         process_id: The number of this process, from 0. Defaults to `GSHARD_PROCESS`.
         step_timeout: Seconds in one step after which a process reports which others
             hold it up, and ends the run. It must be longer than the longest
@@ -67,11 +72,19 @@ def initialize(
         ValueError: when the arguments contradict each other.
         RuntimeError: when jax has already started.
     """
-    address = coordinator_address or os.environ.get("GSHARD_COORDINATOR")
-    if num_processes is None:
-        num_processes = int(os.environ.get("GSHARD_PROCESSES", 1))
-    if process_id is None:
-        process_id = int(os.environ.get("GSHARD_PROCESS", 0))
+    environ = os.environ
+    if num_processes is None and "GSHARD_PROCESSES" in environ:
+        num_processes = int(environ["GSHARD_PROCESSES"])
+    if process_id is None and "GSHARD_PROCESS" in environ:
+        process_id = int(environ["GSHARD_PROCESS"])
+    address = coordinator_address or environ.get("GSHARD_COORDINATOR")
+    given = address, num_processes, process_id
+    # With TensorFlow for TPUs one process drives all hosts, and jax must stay away.
+    if given == (None, None, None) and tensorflow_tpu_version() is None:
+        given = scheduled_processes(step_timeout) or given
+    address, num_processes, process_id = given
+    num_processes = 1 if num_processes is None else num_processes
+    process_id = process_id or 0
     if num_processes < 1:
         raise ValueError(
             "`num_processes` must be at least 1. Received: "
@@ -114,6 +127,8 @@ def initialize(
             coordinator_address=address if relay is None else relay.address,
             num_processes=num_processes,
             process_id=process_id,
+            # It would give each process of Slurm one GPU, by its number on its host.
+            cluster_detection_method="deactivate",
             initialization_timeout=_NEVER_SECONDS,
             heartbeat_timeout_seconds=_NEVER_SECONDS,
             shutdown_timeout_seconds=int(heartbeat_timeout),

@@ -1,8 +1,10 @@
-"""The client of jax's coordination service has the methods that messages need."""
+"""jax's client has the methods that messages need, and jax knows schedulers."""
 
+import pytest
+from jax._src.clusters import cloud_tpu_cluster
 from processes import run_python
 
-from gshard_tf.compat.jax_distributed import coordination_client
+from gshard_tf.compat.jax_distributed import coordination_client, scheduled_processes
 
 
 def test_one_process_has_no_client():
@@ -25,3 +27,49 @@ def test_the_client_passes_messages():
         assert client.key_value_dir_get("a/") == [("a/b", "2")]
         """
     )
+
+
+SLURM = {
+    "SLURM_JOB_ID": "4097",
+    "SLURM_STEP_NODELIST": "node[003-004,7],other",
+    "SLURM_NTASKS": "3",
+    "SLURM_PROCID": "2",
+    "SLURM_LOCALID": "0",
+}
+OPEN_MPI = {
+    "OMPI_MCA_orte_hnp_uri": "8192.0;tcp://10.96.0.1,10.148.0.1:34911",
+    "OMPI_COMM_WORLD_SIZE": "2",
+    "OMPI_COMM_WORLD_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+}
+POD_SLICE = {
+    "TPU_WORKER_ID": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost,elsewhere",
+    # What is not there, the metadata server is asked for.
+    "MEGASCALE_COORDINATOR_ADDRESS": "",
+    "MEGASCALE_NUM_SLICES": "",
+    "MEGASCALE_SLICE_ID": "",
+}
+
+
+@pytest.mark.parametrize(
+    ("environ", "found"),
+    [
+        (SLURM, ("node003:61441", 3, 2)),
+        (SLURM | {"JAX_COORDINATOR_PORT": "99"}, ("node003:99", 3, 2)),
+        (SLURM | {"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, None),
+        # A batch script, outside of srun.
+        ({k: v for k, v in SLURM.items() if "STEP" not in k}, None),
+        (OPEN_MPI, ("10.96.0.1:61442", 2, 1)),
+        (POD_SLICE, ("localhost:8482", 2, 1)),
+        ({}, None),
+    ],
+)
+def test_schedulers_say_who_is_who(monkeypatch, environ, found):
+    for name in {*SLURM, *OPEN_MPI, *POD_SLICE}:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    on_tpu = environ is POD_SLICE
+    monkeypatch.setattr(cloud_tpu_cluster, "running_in_cloud_tpu_vm", on_tpu)
+    assert scheduled_processes(5) == found
