@@ -13,7 +13,6 @@ import tensorflow as tf
 from tensorflow.experimental import dtensor
 
 from gshard_tf.compat.jax_hlo import hlo_as_text
-from gshard_tf.compat.keras_seeds import own_global_seed_generator
 from gshard_tf.hlo import layer_names, parser
 from gshard_tf.hlo.flops import flops_of_a_device
 from gshard_tf.planning.cache import PlanCache, content_key
@@ -29,6 +28,7 @@ from gshard_tf.planning.program_facts import program_facts, uncounted_loops
 from gshard_tf.planning.records import OutOfMemory, Weight
 from gshard_tf.planning.reshards import ReshardClassifier, annotations
 from gshard_tf.planning.summaries import compiler
+from gshard_tf.planning.tracing import trace_step
 from gshard_tf.runtime.core_order import order_cores
 from gshard_tf.runtime.device_arrays import Placement
 from gshard_tf.sharding.layout_report import summarize_variable
@@ -36,15 +36,9 @@ from gshard_tf.sharding.mesh import axis_sizes, create_mesh
 from gshard_tf.sharding.rules import AxisRules
 from gshard_tf.sharding.sharded_variable import MeshVariableBase
 from gshard_tf.sharding.variable_layouts import VariableLayouts
-from gshard_tf.spmd.abstract import AbstractStrategy, is_abstract, lower_abstract
+from gshard_tf.spmd.abstract import AbstractStrategy
 from gshard_tf.spmd.executable import compile_step
-from gshard_tf.spmd.keras_step import (
-    MODES,
-    batch_specs,
-    check_mode,
-    complete,
-    variable_roles,
-)
+from gshard_tf.spmd.keras_step import batch_specs, check_mode, variable_roles
 from gshard_tf.spmd.lowering import LoweredStep
 from gshard_tf.spmd.program import SpmdProgram
 
@@ -121,22 +115,7 @@ def plan(
     report = progress or (lambda text: None)
     report("building and tracing ...")
     start = time.perf_counter()
-    graph = tf.compat.v1.get_default_graph()  # where TensorFlow keeps the scope
-    try:
-        with strategy.scope(), own_global_seed_generator():
-            built = _build(model)
-            complete(built, specs, mode)
-            step = lower_abstract(
-                strategy.extended, getattr(built, MODES[mode]), (specs,)
-            )
-    except IndexError as error:
-        if tf.compat.v1.get_default_graph() is graph:
-            raise
-        raise ValueError(
-            "The function that creates the model must not call "
-            "keras.backend.clear_session(), which removes the scope in which the model "
-            "is built. Received: a function that calls it"
-        ) from error
+    built, step = trace_step(model, strategy, specs, mode)
     trace_seconds = time.perf_counter() - start
     weights = _weights(built, step, layouts)
     layers = layer_names.LayerNames(layer_names.layer_tree(built))
@@ -218,44 +197,6 @@ def _mesh_for(
             f"mesh={axis_sizes(device_mesh)} with {device_mesh.size}"
         )
     return device_mesh
-
-
-def _build(model: keras.Model | Callable[[], keras.Model]) -> keras.Model:
-    if isinstance(model, keras.Model):
-        if is_abstract(model):
-            raise ValueError(
-                "`model` must not be one that was built for another plan. Pass the "
-                f"function that creates it. Received: {model.name!r}"
-            )
-        compiled = model.get_compile_config() if model.compiled else None
-        try:
-            built = type(model).from_config(model.get_config())
-        except (NotImplementedError, TypeError) as error:
-            raise ValueError(
-                "`model` must be one that its configuration can create again. Pass a "
-                "function that creates and compiles it instead. "
-                f"Received: {model.name!r}, of which Keras reports: {error}"
-            ) from error
-        if compiled is not None:
-            built.compile_from_config(compiled)
-        return built
-    if not callable(model):
-        raise ValueError(
-            "`model` must be a keras.Model or a function that creates one. "
-            f"Received: model={model!r}"
-        )
-    built = model()
-    if not isinstance(built, keras.Model):
-        raise ValueError(
-            "The function must return the keras.Model that it creates. "
-            f"Received: {built!r}"
-        )
-    if built.variables and not is_abstract(built):
-        raise ValueError(
-            "The function must create the model when it is called, so that no weight "
-            "is allocated. Received: a model that was created before"
-        )
-    return built
 
 
 def _weights(
