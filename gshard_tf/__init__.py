@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from gshard_tf.parallel.ring_attention import ring_attention
     from gshard_tf.planning.plan import Plan
     from gshard_tf.planning.planner import plan
+    from gshard_tf.planning.search.find_layout import find_layout
+    from gshard_tf.planning.search.layout_search import LayoutSearch
     from gshard_tf.runtime.devices import request_cpu_devices
     from gshard_tf.runtime.initialize import initialize
     from gshard_tf.runtime.watchdog import abort_all
@@ -54,6 +56,7 @@ __all__ = [
     "AxisRules",
     "CheckpointManager",
     "LayoutMapRules",
+    "LayoutSearch",
     "NonFiniteGuard",
     "Plan",
     "RaggedDispatch",
@@ -69,6 +72,7 @@ __all__ = [
     "random",
     "create_mesh",
     "data",
+    "find_layout",
     "halo_average_pool",
     "halo_convolution",
     "halo_max_pool",
@@ -100,6 +104,7 @@ _HOME = {
     "AxisRules": "sharding.rules",
     "CheckpointManager": "checkpoints.manager",
     "LayoutMapRules": "sharding.layout_map",
+    "LayoutSearch": "planning.search.layout_search",
     "NonFiniteGuard": "callbacks.nonfinite_guard",
     "Plan": "planning.plan",
     "RaggedDispatch": "parallel.ragged_dispatch",
@@ -116,6 +121,7 @@ _HOME = {
     "random": None,
     "create_mesh": "sharding.mesh",
     "data": None,
+    "find_layout": "planning.search.find_layout",
     "halo_average_pool": "parallel.halo",
     "halo_convolution": "parallel.halo",
     "halo_max_pool": "parallel.halo",

@@ -91,7 +91,7 @@ def _out_of_memory(oom: OutOfMemory) -> list[str]:
     ]
     if oom.as_written:
         lines.append("  (the compiler named no buffers; these are whole, as written)")
-    return lines + _columns(("largest", "shape", "operation", "layer"), rows, "r")
+    return lines + columns(("largest", "shape", "operation", "layer"), rows, "r")
 
 
 def _memory(plan: Plan) -> list[str]:
@@ -106,7 +106,7 @@ def _memory(plan: Plan) -> list[str]:
     if capacity:
         room += f"  of {units.size(capacity)}, {units.percent(total, capacity)}"
     rows.append(("sum", units.size(total), room))
-    return ["", *_columns(("memory of a core", "", ""), rows, "lr")]
+    return ["", *columns(("memory of a core", "", ""), rows, "lr")]
 
 
 def _variables(plan: Plan) -> list[str]:
@@ -145,7 +145,7 @@ def _variables(plan: Plan) -> list[str]:
     if not rows:
         return []
     head = ("variables", "number", "whole", "on a core", "shape of one", "split over")
-    return ["", *_columns(head, rows, "lrrr")]
+    return ["", *columns(head, rows, "lrrr")]
 
 
 def _communication(plan: Plan) -> list[str]:
@@ -186,7 +186,7 @@ def _communication(plan: Plan) -> list[str]:
     head = ("collectives of a step", "number", "to a core", "estimate", "over")
     if not timed:
         head = (*head[:3], "", head[4])
-    lines += _columns(head, rows, "lrrr")
+    lines += columns(head, rows, "lrrr")
     if any(part.shared for total in layers[:_LAYERS] for part in total.parts):
         lines.append("  1+2: one, and parts of two that count in other layers")
     for reshard in plan.reshards[:_RESHARDS]:
@@ -232,7 +232,7 @@ def _work(plan: Plan) -> list[str]:
     ]
     if t.compiler is not None:
         rows.append(("compiler", units.seconds(t.compiler), "its own estimate"))
-    lines += _columns(None, rows, "lr")
+    lines += columns(None, rows, "lr")
     for text in t.assumptions:
         lines += _wrapped(text, "  - ")
     return lines
@@ -272,7 +272,7 @@ def _wrapped(text: str, mark: str) -> list[str]:
     )
 
 
-def _columns(
+def columns(
     head: Sequence[str] | None, rows: Sequence[Sequence[str]], align: str
 ) -> list[str]:
     """Returns lines of aligned columns; `align` has `r` for right-aligned ones."""

@@ -1,0 +1,221 @@
+"""Costs of a candidate before it is compiled: what is certain, and a prediction.
+
+The prediction only says which candidate is planned first. What a search compares are
+plans of compiled programs.
+"""
+
+import dataclasses
+import math
+from collections.abc import Collection
+
+import numpy as np
+from tensorflow.experimental import dtensor
+
+from gshard_tf.hlo.collectives import Collective
+from gshard_tf.planning.chips import Chip
+from gshard_tf.planning.plan import Plan
+from gshard_tf.planning.roofline import Interconnect
+from gshard_tf.planning.search.candidates import Candidate
+from gshard_tf.planning.search.survey import Stored, Survey
+
+_ITEM = 4  # bytes of an element of an activation
+_CHOICES = 2  # experts of a token, as in the paper
+
+
+@dataclasses.dataclass(frozen=True)
+class Costs:
+    """What is known of a candidate without compiling it, per core.
+
+    Attributes:
+        state_bytes: Bytes of the variables: the program needs at least these.
+        split: The number of parts that its tokens are split into.
+        products: Seconds of the products if all cores share all of them.
+        predicted_products: Seconds, if those of a layer are shared by the cores that
+            split its tokens or its weights.
+        links: Seconds of the gradients' sums and gathers.
+        predicted_links: The same, and what activations are predicted to send.
+        layouts: The layout of all variables, to tell that two candidates are the same.
+    """
+
+    state_bytes: int
+    split: int
+    products: float
+    predicted_products: float
+    links: float
+    predicted_links: float
+    layouts: tuple
+
+
+@dataclasses.dataclass
+class Experience:
+    """What earlier plans of a search say about the next.
+
+    Attributes:
+        activations: Bytes of memory beyond the state, of all parts of the tokens.
+        accesses: Bytes accessed beyond the state, of all parts of the tokens.
+        flops_ratio: The least of `Plan.flops_ratio`, at most 1.
+    """
+
+    activations: float = 0.0
+    accesses: float = 0.0
+    flops_ratio: float = 1.0
+
+    def learn(self, plan: Plan, costs: Costs) -> None:
+        """Takes a plan into account."""
+        beyond = max(plan.bytes_needed - costs.state_bytes, 0) * costs.split
+        self.activations = min(self.activations or beyond, beyond)
+        if plan.bytes_accessed is not None:
+            accessed = plan.bytes_accessed - 2 * costs.state_bytes
+            beyond = max(accessed, 0) * costs.split
+            self.accesses = min(self.accesses or beyond, beyond)
+        if plan.flops_ratio is not None:
+            self.flops_ratio = min(self.flops_ratio, plan.flops_ratio)
+
+    def memory(self, costs: Costs) -> float:
+        """Returns the predicted bytes of a core."""
+        return costs.state_bytes + self.activations / costs.split
+
+    def seconds(self, costs: Costs, chip: Chip) -> float:
+        """Returns the predicted time of a step."""
+        accesses = 2 * costs.state_bytes + self.accesses / costs.split
+        memory = accesses / (chip.hbm_bandwidth / chip.devices)
+        return max(costs.predicted_products, memory) + costs.predicted_links
+
+    def at_least(self, costs: Costs, chip: Chip) -> float:
+        """Returns a time that the plan of a candidate is not expected to be below.
+
+        The state is read once; all products are shared by all cores, without those
+        that the compiler dropped in an earlier plan; gradients are summed.
+        """
+        memory = costs.state_bytes / (chip.hbm_bandwidth / chip.devices)
+        return max(costs.products * self.flops_ratio, memory) + costs.links
+
+
+def costs_of(
+    survey: Survey,
+    candidate: Candidate,
+    mesh: dtensor.Mesh,
+    interconnect: Interconnect,
+) -> Costs:
+    """Returns the costs of a candidate; `mesh` is the candidate's."""
+    peak = interconnect.chip.flops / interconnect.chip.devices
+    stored = survey.stored(candidate, mesh)
+    mesh_sizes = candidate.mesh
+    tokens = set(candidate.token_axes())
+    links = _Links(candidate, interconnect)
+    sums = _sums(survey, stored, candidate, links)
+    return Costs(
+        state_bytes=sum(s.alike.count * s.bytes(s.storage, mesh_sizes) for s in stored),
+        split=candidate.splits(tokens),
+        products=sum(survey.flops.values()) / math.prod(mesh_sizes.values()) / peak,
+        predicted_products=_products(survey, stored, candidate) / peak,
+        # Of the least: what is summed may travel in bfloat16.
+        links=sums / 2,
+        predicted_links=sums + _activations(survey, stored, candidate, links),
+        layouts=(
+            tuple(mesh_sizes.items()),
+            tuple((s.storage, s.compute) for s in stored),
+            frozenset(
+                tuple(candidate.rules.get(name or "") for name in axes)
+                for axes in survey.named
+            ),
+        ),
+    )
+
+
+class _Links:
+    """The times of collectives over axes of a candidate's mesh."""
+
+    def __init__(self, candidate: Candidate, interconnect: Interconnect):
+        self.sizes = candidate.mesh
+        self.interconnect = interconnect
+
+    def seconds(self, kind: str, bytes_: float, axes: Collection[str]) -> float:
+        """Returns the time of one that brings each device `bytes_`."""
+        names = list(self.sizes)
+        over = [names.index(axis) for axis in names if axis in axes]
+        if not over:
+            return 0.0
+        ids = np.arange(math.prod(self.sizes.values()))
+        ids = ids.reshape(list(self.sizes.values()))
+        ids = np.moveaxis(ids, over, range(-len(over), 0))
+        size = math.prod(self.sizes[names[d]] for d in over)
+        groups = ids.reshape(-1, size)
+        return self.interconnect.seconds(
+            Collective(kind, (), int(bytes_), "", groups=groups)
+        )
+
+
+def _sums(
+    survey: Survey, stored: list[Stored], candidate: Candidate, links: _Links
+) -> float:
+    """Returns the time to sum the gradients, and to gather weights stored in parts."""
+    tokens = candidate.token_axes()
+    seconds = 0.0
+    for each in stored:
+        alike, mesh = each.alike, candidate.mesh
+        if alike.role not in ("weight", "frozen"):
+            continue
+        whole = each.bytes(each.compute, mesh)
+        gathered = set(each.storage) - set(each.compute)
+        once = links.seconds("all-gather", whole, [a for a in gathered if a])
+        if alike.is_trained and survey.mode == "train":
+            over = [axis for axis in tokens if axis not in each.compute]
+            summed = links.seconds("all-reduce", whole, over)
+            # Of what is stored in parts, each core needs its own part of the sum.
+            once += summed / 2 if gathered else summed
+        seconds += alike.count * once
+    return seconds
+
+
+def _products(survey: Survey, stored: list[Stored], candidate: Candidate) -> float:
+    """Returns the FLOPs of a core."""
+    tokens = set(candidate.token_axes())
+    by_layer: dict[str, set[str]] = {}
+    for each in stored:
+        if each.alike.role in ("weight", "frozen"):
+            axes = {axis for axis in each.compute if axis is not None}
+            for layer in each.alike.layers:
+                by_layer.setdefault(layer, set()).update(axes)
+    total = 0.0
+    for layer, flops in survey.flops.items():
+        axes = set(tokens)
+        for other, more in by_layer.items():
+            if f"{other}/".startswith(f"{layer}/"):
+                axes |= more
+        total += flops / candidate.splits(axes)
+    return total
+
+
+def _activations(
+    survey: Survey, stored: list[Stored], candidate: Candidate, links: _Links
+) -> float:
+    """Returns the time of what is sent for tokens, by the usual collectives.
+
+    Of each weight that is split over an axis that splits no tokens, one sum of its
+    inputs' gradients or of its outputs; of experts among the tokens' cores, two
+    exchanges of their inputs or outputs; of attention over a split length, one gather
+    of keys or values, or of their gradients.
+    """
+    tokens = candidate.token_axes()
+    rows = survey.tokens / candidate.splits(tokens)
+    forward_only = 0.5 if survey.mode != "train" else 1.0
+    seconds = 0.0
+    for each in stored:
+        alike = each.alike
+        if alike.role not in ("weight", "frozen") or len(alike.shape) < 2:
+            continue
+        width = [n for n, a in zip(alike.shape, alike.axes, strict=False)
+                 if a == "embed"]  # fmt: skip
+        size = rows * _ITEM * (width[0] if width else min(alike.shape[-2:]))
+        over = {axis for axis in each.compute if axis is not None}
+        once = links.seconds("all-reduce", size, over - set(tokens))
+        if "expert" in alike.axes:
+            exchanged = over & set(tokens)
+            once += 2 * links.seconds("all-to-all", _CHOICES * size, exchanged)
+        if "heads" in alike.axes and "length" in candidate.rules:
+            axis = candidate.rules["length"]
+            kept = size * candidate.mesh[axis]
+            once += links.seconds("all-gather", kept, [axis])
+        seconds += alike.count * once * forward_only
+    return seconds
