@@ -11,6 +11,7 @@ CORE = [
     "jax>=0.9,<0.13",
     "jaxlib>=0.9,<0.13",
     "numpy>=2.0,<3",
+    "rich>=13,<16",
 ]
 TRANSLATION = [
     f"tensorflow-text{TENSORFLOW}",
@@ -19,7 +20,6 @@ TRANSLATION = [
     "scikit-learn>=1.7,<2",
     "matplotlib>=3.10,<4",
     f"tensorboard{TENSORFLOW}",
-    "rich>=13,<16",
     "polib>=1.2,<2",
     "fluent.syntax>=0.19,<1",
     "javaproperties>=0.8.2,<1",

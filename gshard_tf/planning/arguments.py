@@ -37,11 +37,13 @@ exit status:
   1  an error of gshard-tf or of the compiler, with its traceback
   2  bad input, such as an unknown topology or a function that fails; one sentence says
      what is wrong
-  3  planned, and at least one step does not fit into memory
+  3  planned, and at least one step does not fit into memory; or no layout was found
+     that fits
 
 examples:
   gshard-plan model.py:build --topology v5e:2x4 --mesh data=4,model=2 \\
       --batch '(int32[512,128], int32[512,128]), int32[512,128]' --html plan.html
+  gshard-plan model.py:build --topology v5e:4x4 --search --memory-limit 12GB
   gshard-plan --compare small.json large.json"""
 
 
@@ -134,6 +136,25 @@ def parser() -> argparse.ArgumentParser:
         "--no-cache", action="store_true", help="compile even what is known already"
     )
     result.add_argument(
+        "--search",
+        action="store_true",
+        help="instead of one plan: find the mesh and the rules, by the estimates of "
+        "plans of several; prints a table and the rules as Python text",
+    )
+    result.add_argument(
+        "--memory-limit",
+        type=memory,
+        metavar="SIZE",
+        help="of --search: what a core's step may need, such as 12GB (10^9 bytes "
+        "each); by default all that a core has",
+    )
+    result.add_argument(
+        "--max-plans",
+        type=count,
+        metavar="N",
+        help="of --search: how many layouts are planned at most; default: 12",
+    )
+    result.add_argument(
         "--compare",
         nargs=2,
         type=path_option,
@@ -166,7 +187,8 @@ def _check(command_line: argparse.ArgumentParser, options: argparse.Namespace) -
             "pip install 'gshard-tf[html]'"
         )
     if options.compare:
-        others = ("target", "topology", "mesh", "rule", "batch", "json", "no_cache")
+        others = ("target", "topology", "mesh", "rule", "batch", "json", "no_cache",
+                  "search", "memory_limit", "max_plans")  # fmt: skip
         extra = [name for name in others if getattr(options, name)]
         if extra:
             command_line.error(
@@ -186,6 +208,7 @@ def _check(command_line: argparse.ArgumentParser, options: argparse.Namespace) -
         command_line.error(
             f"argument --topology: given twice: {', '.join(sorted(twice))}"
         )
+    _check_search(command_line, options)
     names = [name for name, _ in options.rule]
     for name in names:
         if names.count(name) > 1:
@@ -195,6 +218,27 @@ def _check(command_line: argparse.ArgumentParser, options: argparse.Namespace) -
             command_line.error(
                 f"argument --rule: {name}={axis} must name an axis of the mesh, "
                 f"which has {', '.join(options.mesh)}"
+            )
+
+
+def _check_search(
+    command_line: argparse.ArgumentParser, options: argparse.Namespace
+) -> None:
+    if not options.search:
+        if options.memory_limit or options.max_plans:
+            command_line.error("--memory-limit and --max-plans go with --search only")
+        return
+    given = [f"--{n}" for n in ("mesh", "rule", "html") if getattr(options, n)]
+    if given:
+        command_line.error(
+            f"--search finds the mesh and the rules, and its result has no page; it "
+            f"does not go with {', '.join(given)}"
+        )
+    for name in options.topology:
+        if name.startswith("cpu:"):
+            command_line.error(
+                "--search compares estimates of time, which a CPU has none of; "
+                f"--topology must be a TPU slice. Received: {name}"
             )
 
 
@@ -266,6 +310,25 @@ def rule(text: str) -> tuple[str, str | None]:
             f"batch=none. Received: {text!r}"
         )
     return match[1], None if match[2] == "none" else match[2]
+
+
+def memory(text: str) -> float:
+    """Parses `12GB`, `900MB` or a number of bytes."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(GB|MB|kB|B)?", text.strip())
+    if match is None or not float(match[1]):
+        raise argparse.ArgumentTypeError(
+            f"must be a size above 0, such as 12GB or 900MB. Received: {text!r}"
+        )
+    return float(match[1]) * {"GB": 1e9, "MB": 1e6, "kB": 1e3}.get(match[2], 1)
+
+
+def count(text: str) -> int:
+    """Parses a whole number above 0."""
+    if not re.fullmatch(r"[1-9]\d*", text):
+        raise argparse.ArgumentTypeError(
+            f"must be a whole number above 0. Received: {text!r}"
+        )
+    return int(text)
 
 
 def batch(text: str) -> Any:

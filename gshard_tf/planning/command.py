@@ -1,16 +1,19 @@
 """Runs `gshard-plan` on arguments that `arguments` has parsed and checked."""
 
 import argparse
+import contextlib
 import importlib
 import importlib.util
 import pathlib
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
+import rich.console
+import rich.progress
 import tensorflow as tf
 
 from gshard_tf.compat.keras_seeds import own_global_seed_generator
@@ -19,6 +22,7 @@ from gshard_tf.planning import planner
 from gshard_tf.planning.arguments import Target
 from gshard_tf.planning.compare import compare
 from gshard_tf.planning.plan import Plan
+from gshard_tf.planning.search import find_layout
 from gshard_tf.runtime.devices import request_cpu_devices
 from gshard_tf.sharding.mesh import create_mesh
 from gshard_tf.sharding.rules import AxisRules
@@ -40,6 +44,8 @@ def run(options: argparse.Namespace) -> int:
     try:
         if options.compare:
             return _compare(options)
+        if options.search:
+            return _search(options)
         return _plan(options)
     except (ValueError, OSError, ImportError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and type(error) is not RuntimeError:
@@ -61,7 +67,8 @@ def _compare(options: argparse.Namespace) -> int:
     return FITS
 
 
-def _plan(options: argparse.Namespace) -> int:
+def _prepare(options: argparse.Namespace) -> tuple[Callable[[], keras.Model], Any]:
+    """Returns the function that creates the model, and the batch."""
     # Their number cannot change once jax has started, so the largest comes first.
     cpu_counts = [int(n[4:]) for n in options.topology if n.startswith("cpu:")]
     if cpu_counts:
@@ -79,11 +86,14 @@ def _plan(options: argparse.Namespace) -> int:
     def build() -> keras.Model:
         return _split(_call(function, options.target))[0]
 
+    return build, batch
+
+
+def _plan(options: argparse.Namespace) -> int:
+    build, batch = _prepare(options)
     plans: list[Plan] = []
     for name in options.topology:
         _say(f"planning for {name} ...")
-        # Layers have the same names in every plan, whatever was built before.
-        keras.backend.clear_session()
         start = time.perf_counter()
         result = planner.plan(
             build,
@@ -106,6 +116,48 @@ def _plan(options: argparse.Namespace) -> int:
             _say(f"wrote {path}")
     _write_page(options, plans)
     return FITS if all(each.fits for each in plans) else DOES_NOT_FIT
+
+
+def _search(options: argparse.Namespace) -> int:
+    build, batch = _prepare(options)
+    more = {} if options.max_plans is None else {"max_plans": options.max_plans}
+    all_fit = True
+    for name in options.topology:
+        with _progress() as say:
+            found = find_layout.find_layout(
+                build,
+                name,
+                batch,
+                memory_limit=options.memory_limit,
+                mode=options.mode,
+                cache=not options.no_cache,
+                progress=say,
+                **more,
+            )
+        print(found, flush=True)
+        all_fit &= found.best is not None
+        if options.json:
+            path = _json_path(options.json, name, len(options.topology))
+            path.write_text(found.to_json(), "utf-8")
+            _say(f"wrote {path}")
+    return FITS if all_fit else DOES_NOT_FIT
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[str], None]]:
+    """Yields what shows progress: on a terminal a line that changes, else lines."""
+    console = rich.console.Console(stderr=True)
+    if not console.is_terminal:
+        yield _say
+        return
+    columns = (
+        rich.progress.SpinnerColumn(),
+        rich.progress.TimeElapsedColumn(),
+        rich.progress.TextColumn("{task.description}", markup=False),
+    )
+    with rich.progress.Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("", total=None)
+        yield lambda text: progress.update(task, description=text)
 
 
 def _rules(options: argparse.Namespace) -> AxisRules | None:

@@ -21,6 +21,9 @@ from gshard_tf.planning import arguments as plan_command
 from gshard_tf.planning import command as command_module
 from gshard_tf.planning import planner
 from gshard_tf.planning.plan import Plan
+from gshard_tf.planning.search import find_layout
+from gshard_tf.planning.search.candidates import Candidate
+from gshard_tf.planning.search.layout_search import LayoutSearch, Trial
 from gshard_tf.spmd.abstract import AbstractStrategy
 
 BATCH = "(int32[8,4], int32[8,4]), int32[8,4]"
@@ -129,6 +132,16 @@ def test_help_is_quick_and_documents_the_statuses():
         (["FILE:build", "--topology", "cpu:2", "--html", "no/where.html"], "a folder"),
         (["--compare", "a.json", "b.json"], "no file a.json"),
         (["--compare", "a", "b", "--topology", "cpu:2"], "--html only"),
+        (["--compare", "a", "b", "--search"], "--html only"),
+        (["FILE:build", "--topology", "v5e:2x2", "--search", "--mesh", "a=4"],
+         "does not go with --mesh"),
+        (["FILE:build", "--topology", "cpu:2", "--search"], "must be a TPU slice"),
+        (["FILE:build", "--topology", "v5e:2x2", "--max-plans", "3"],
+         "with --search only"),
+        (["FILE:build", "--topology", "v5e:2x2", "--search", "--max-plans", "0"],
+         "above 0. Received: '0'"),
+        (["FILE:build", "--topology", "v5e:2x2", "--search", "--memory-limit", "1XB"],
+         "such as 12GB"),
     ],
 )  # fmt: skip
 def test_bad_arguments(arguments, said, model_file, asked, capsys):
@@ -194,22 +207,6 @@ def test_what_plan_is_asked(model_file, asked, capsys):
     assert capsys.readouterr().err == "gshard-plan: compiling ...\n"
 
 
-def test_every_plan_has_the_same_names(model_file, asked, capsys):
-    command(
-        capsys,
-        f"{model_file}:with_batch",
-        "--topology",
-        "v3:8x8",
-        "--topology",
-        "v4:2x2x2",
-    )
-    first, second = ([w.path for w in call["model"].weights] for call in asked)
-    assert first == second == [
-        "small/dense/kernel", "small/dense/bias", "small/dense_1/kernel",
-        "small/dense_1/bias",
-    ]  # fmt: skip
-
-
 def test_defaults_and_the_batch_of_the_function(model_file, asked, capsys):
     status, _, _ = command(capsys, f"{model_file}:with_batch", "--topology", "v3:8x8")
     assert status == 0
@@ -251,6 +248,44 @@ def test_several_topologies_write_files(model_file, asked, capsys, tmp_path):
     assert status == 0
     assert "OUT OF MEMORY" in out and "B / A" in out
     assert (tmp_path / "both.html").read_text() == text
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_a_search(model_file, asked, capsys, monkeypatch, tmp_path, fits):
+    calls = []
+
+    def find(model, topology, batch, **options):
+        with AbstractStrategy(gshard_tf.create_mesh({"expert": 1})).scope():
+            calls.append({"model": model(), "topology": topology, **options})
+        options["progress"]("plan 1 of at most 3")
+        layout = Candidate({"data": 4}, {"batch": "data"})
+        trial = Trial(layout, "planned", fits=fits, bytes_needed=2e9, seconds=1e-3)
+        inputs = [str(spec.shape) for spec in batch]
+        return LayoutSearch(
+            "small", "train", topology, inputs, 12e9, [trial], [], (), None, 1.0
+        )
+
+    monkeypatch.setattr(find_layout, "find_layout", find)
+    file = tmp_path / "found.json"
+    status, out, err = command(
+        capsys, f"{model_file}:with_batch", "--topology", "v5e:2x2", "--search",
+        "--memory-limit", "12GB", "--max-plans", "3", "--json", file,
+    )  # fmt: skip
+    [call] = calls
+    assert status == (0 if fits else 3) and asked == []
+    assert call["model"].name == "small" and call["topology"] == "v5e:2x2"
+    assert (call["memory_limit"], call["max_plans"]) == (12e9, 3)
+    assert "gshard-plan: plan 1 of at most 3" in err
+    assert ("gshard_tf.AxisRules(" if fits else "NOTHING FITS") in out
+    assert (json.loads(file.read_text())["best"] is not None) == fits
+    plan_command.main([f"{model_file}:with_batch", "--topology", "v5e:2x2", "--search"])
+    assert "max_plans" not in calls[1] and calls[1]["memory_limit"] is None
+
+
+def test_sizes():
+    assert plan_command.memory("1.5GB") == 1.5e9
+    assert plan_command.memory("900 MB") == 9e8
+    assert plan_command.memory("12") == 12
 
 
 def test_the_most_cpu_devices_are_asked_for_first(
