@@ -3,8 +3,13 @@
 import importlib.util
 import re
 
+import keras
+import numpy as np
+import parity
 import pytest
 from processes import run_python
+
+import gshard_tf
 
 
 def needs(package):
@@ -103,3 +108,22 @@ def test_a_bert_of_the_model_garden_trains_with_its_own_optimizer():
     assert layout(printed, f"{block}/output/kernel") == "model,-"
     slot = "AdamWeightDecay/bert_encoder_v2/word_embeddings/embeddings/v"
     assert layout(printed, slot) == "model,-"
+
+
+def test_a_resnet_over_tiles_has_the_losses_and_weights_of_plain_keras(monkeypatch):
+    from gshard_examples import spatial_resnet
+
+    shrink(monkeypatch, spatial_resnet, SIZE=32, FILTERS=(8, 16))
+    keras.backend.clear_session(free_memory=False)
+    mesh = gshard_tf.create_mesh(spatial_resnet.MESH, "CPU")
+    strategy = gshard_tf.SpmdStrategy(mesh, spatial_resnet.RULES)
+    tiles, losses = spatial_resnet.train(strategy, 2)
+    keras.backend.clear_session(free_memory=False)  # the same names again
+    plain, expected = spatial_resnet.train(None, 2)
+    np.testing.assert_allclose(losses, expected, rtol=1e-5)
+    parity.assert_same_state(tiles, plain, 1e-5)
+    sent = strategy.programs[-1].collectives()
+    assert {each.kind for each in sent} == {"collective-permute", "all-reduce"}
+    # Three rows or columns, with corners, of a tile of the images [4, 32, 32, 3].
+    halos = [each.bytes for each in sent if each.kind == "collective-permute"]
+    assert max(halos) <= 4 * 3 * (16 + 5) * 3 * 4
