@@ -1,5 +1,7 @@
 """Images that are split by height and width: Keras's own layers, and what is sent."""
 
+import pathlib
+import re
 import types
 
 import keras
@@ -100,3 +102,54 @@ def test_images_whose_height_is_not_split_are_left_to_keras(axis):
 
     strategy.run(step, args=(tf.ones([2, 8, 8, 3]),))
     assert ("XlaCallModule" in operations) == (axis == "height")
+
+
+def _recipe():
+    """The function of docs/partitioning.md that puts our layers in place of Keras's."""
+    guide = pathlib.Path(__file__).resolve().parents[2] / "docs" / "partitioning.md"
+    [source] = re.findall(
+        r"^def with_halos.*?\n\n", guide.read_text("utf-8"), re.M | re.S
+    )
+    scope = {"keras_layers": keras_layers}
+    exec(source, scope)
+    return scope["with_halos"]
+
+
+def _bottleneck(size):
+    """A network of Keras's own layers, with a branch."""
+    layers = keras.layers
+    images = keras.Input([size, size, 3])
+    x = layers.Conv2D(8, 7, 2)(layers.ZeroPadding2D(3)(images))
+    x = layers.MaxPooling2D(3, 2)(layers.ZeroPadding2D(1)(layers.ReLU()(x)))
+    x = layers.Add()(
+        [layers.Conv2D(8, 1)(x), layers.DepthwiseConv2D(3, padding="same")(x)]
+    )
+    return keras.Model(images, layers.Dropout(0.5)(layers.GlobalAveragePooling2D()(x)))
+
+
+def _resnet(size):
+    return keras.applications.ResNet50(
+        weights=None, input_shape=(size, size, 3), classes=4
+    )
+
+
+@pytest.mark.parametrize(
+    ("make", "size"),
+    [(_bottleneck, 37), pytest.param(_resnet, 64, marks=pytest.mark.slow)],
+)
+def test_a_model_of_keras_s_layers_is_converted(make, size):
+    keras.utils.set_random_seed(0)
+    plain = make(size)
+    rules = gshard_tf.AxisRules({"height": "rows", "width": "columns"})
+    strategy = parity.strategy_of({"rows": 4, "columns": 2}, rules=rules)
+    with strategy.scope():
+        clone = keras.models.clone_model(plain, clone_function=_recipe())
+        clone.set_weights(plain.get_weights())
+        images = keras.Input(plain.input_shape[1:], batch_size=2)
+        model = keras.Model(images, clone(_Split()(images)))
+    x = np.random.default_rng(0).normal(size=[2, size, size, 3]).astype("float32")
+    expected = plain(x, training=False)
+    parity.assert_close(model.predict(x, verbose=0), expected, 1e-5, "outputs")
+    # The results of the pool are sums over the devices; no image is gathered.
+    found = {each.kind for each in strategy.programs[-1].collectives()}
+    assert found == {"collective-permute", "all-reduce"}
