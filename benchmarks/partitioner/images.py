@@ -6,7 +6,14 @@ from typing import Any
 import keras
 
 from benchmarks.partitioner.cases import EIGHT, Annotate, Case
-from keras_layers import Conv2D, MaxPooling2D
+from keras_layers import (
+    AveragePooling2D,
+    Conv2D,
+    Conv2DTranspose,
+    DepthwiseConv2D,
+    MaxPooling2D,
+    SeparableConv2D,
+)
 
 B, S, C = 2, 128, 16  # images [B, S, S, C]
 ROW = B * S * C * 4  # bytes of a row of all images
@@ -28,7 +35,11 @@ def image(*layers: Callable) -> Callable[[], list[Callable]]:
 
 
 def conv(kind: Callable = Conv2D, **kwargs: Any) -> Callable:
-    return lambda: kind(C, 3, padding="same", use_bias=False, **kwargs)
+    return lambda: kind(C, 3, **{"padding": "same", "use_bias": False, **kwargs})
+
+
+def depthwise(**kwargs: Any) -> Callable:
+    return lambda: DepthwiseConv2D(3, padding="same", use_bias=False, **kwargs)
 
 
 def _case(
@@ -71,6 +82,22 @@ IMAGES = [
     # The row below alone.
     _case("3x3 with stride 2", conv(strides=2), 2, size=S // 2),
     _case("3x3 with dilation 2", conv(dilation_rate=2), 8),
+    # Two rows of the device below. 126 rows: the last device has 14.
+    _case("3x3 without padding", conv(padding="valid"), 4, size=S - 2),
+    # Every second row of the outputs sees two of the inputs: its own, and that above.
+    _case(
+        "3x3 transposed, stride 2",
+        conv(Conv2DTranspose, strides=2),
+        2,
+        size=2 * S,
+    ),
+    _case("3x3 depthwise", depthwise(), 4, kernel=9 * C * 4),
+    _case(
+        "3x3 separable",
+        conv(SeparableConv2D),
+        4,
+        kernel=9 * C * 4 + C * C * 4,
+    ),
     _case("2x2 pooling", lambda: keras.layers.MaxPooling2D(2), 0, 0, S // 2),
     _case(
         "3x3 pooling with stride 2",
@@ -78,6 +105,12 @@ IMAGES = [
         2,
         0,
         S // 2,
+    ),
+    _case(
+        "3x3 mean pooling with stride 1",
+        lambda: AveragePooling2D(3, 1, padding="same"),
+        4,
+        0,
     ),
     # Means of values and of squares, and the two sums of the gradient.
     _case("batch normalization", keras.layers.BatchNormalization, 0, 4 * C * 4),
