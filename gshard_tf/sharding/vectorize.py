@@ -6,6 +6,7 @@ split.
 """
 
 import contextvars
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -36,6 +37,10 @@ def vmap(fn: Callable[..., Any], axis: str) -> Callable[..., Any]:
 
     Returns:
         A function of nests of tensors. Results have the dimension in front, too.
+
+    Raises:
+        ValueError: when it is called, for a function with a manual region or another
+            operation that TensorFlow cannot map.
     """
 
     @tf.autograph.experimental.do_not_convert
@@ -47,8 +52,19 @@ def vmap(fn: Callable[..., Any], axis: str) -> Callable[..., Any]:
             finally:
                 _AXES.reset(token)
 
-        # A loop in its place would compute one element after the other, on all devices.
-        return tf.vectorized_map(element, arguments, fallback_to_while_loop=False)
+        try:
+            # A loop in its place would compute element after element, on all devices.
+            return tf.vectorized_map(element, arguments, fallback_to_while_loop=False)
+        except ValueError as error:
+            found = re.search(r"No pfor vectorization defined for (\w+)", str(error))
+            if found is None:
+                raise
+            raise ValueError(
+                f"A function that is mapped over {axis!r} must consist of operations "
+                "that TensorFlow can map. A manual region (attention with "
+                "context_parallel, dropless experts) is none. "
+                f"Received: an operation {found[1]}"
+            ) from error
 
     return mapped
 
