@@ -17,17 +17,17 @@ from gshard_tf.parallel.ragged_dot import ragged_dot
 from gshard_tf.parallel.ragged_exchange import Maps
 from gshard_tf.sharding.annotations import annotate
 from gshard_tf.sharding.manual import PLATFORMS, manual, mesh_axis
-from gshard_tf.sharding.mesh import active_mesh, axis_sizes
+from gshard_tf.sharding.mesh import active_mesh
 
 
 class _Layout(NamedTuple):
     """The axes that a mesh splits; None for dimensions that are whole.
 
     Attributes:
-        rows: Logical axis of tokens and of rows.
+        rows: Logical axis of tokens and of rows, over the devices of experts, too.
         expert: Logical axis of experts.
         mlp: Logical axis of the hidden layer.
-        parts: The number of devices along the axis of rows.
+        parts: The number of devices along the axes of rows.
         platform: Of the devices; None where they are those of this process.
     """
 
@@ -47,22 +47,15 @@ class _Layout(NamedTuple):
         )
         if active is None or not is_partitioned:
             return cls()
-        sizes, rules = axis_sizes(active.mesh), active.rules.rules
-        group, expert, mlp = (
-            axis if axis is not None and sizes[axis] > 1 else None
-            for axis in (rules.get("group"), rules.get("expert"), rules.get("mlp"))
+        rows, expert, mlp = (
+            name if active.parts(name) > 1 else None
+            for name in ("expert_row", "expert", "mlp")
         )
-        if expert is not None and expert != group:
-            raise ValueError(
-                'dispatcher="dropless" needs rules that split "group" and "expert" '
-                "over one axis of the mesh, or do not split experts. Received: "
-                f"group={group!r}, expert={expert!r}"
-            )
         return cls(
-            None if group is None else "group",
-            None if expert is None else "expert",
-            None if mlp is None else "mlp",
-            1 if group is None else sizes[group],
+            rows,
+            expert,
+            mlp,
+            active.parts("expert_row"),
             PLATFORMS[active.mesh.device_type()],
         )
 
@@ -88,9 +81,17 @@ class _Layout(NamedTuple):
         rows = self.by_token
         return Maps(rows, rows, rows, rows, rounds=())
 
+    def axes_without_experts(self) -> tuple[str, ...]:
+        """The mesh axes along which devices have the same experts, within a region."""
+        row_axes, expert_axes = (
+            () if name is None else _names(mesh_axis(name))
+            for name in (self.rows, self.expert)
+        )
+        return tuple(axis for axis in row_axes if axis not in expert_axes)
+
     def axis(self) -> str | tuple[str, ...] | None:
         """The mesh axis to exchange rows over, within a region."""
-        return None if self.expert is None else mesh_axis("group")
+        return None if self.expert is None else mesh_axis(self.expert)
 
 
 class RaggedDispatch:
@@ -103,9 +104,6 @@ class RaggedDispatch:
     Args:
         expert_index: `[T, K]` int32, the experts of each token; E for none.
         num_experts: E.
-
-    Raises:
-        ValueError: for a mesh whose rules split `group` and `expert` over two axes.
     """
 
     def __init__(self, expert_index: tf.Tensor, num_experts: int):
@@ -159,7 +157,13 @@ class RaggedDispatch:
 @functools.lru_cache(maxsize=64)
 def _maps_region(layout: _Layout, num_experts: int) -> Callable:
     def maps_of(expert_index):
-        return ragged_exchange.index_maps(expert_index, num_experts, layout.axis())
+        import jax
+
+        axis, copies = layout.axis(), layout.axes_without_experts()
+        maps, sizes = ragged_exchange.index_maps(expert_index, num_experts, axis)
+        if axis is not None and copies:  # one number for all
+            maps = maps._replace(rounds=jax.lax.pmax(maps.rounds, copies))
+        return maps, sizes
 
     return layout.region(maps_of, [layout.by_token], (layout.maps, (layout.rows,)))
 
@@ -185,15 +189,19 @@ def _product_region(layout: _Layout, left: str | None, right: str | None) -> Cal
         # The gradients of what several devices share are sums over them.
         if right is not None:
             rows = jax.lax.pcast(rows, mesh_axis(right), to="varying")
-        if layout.expert is None and layout.rows is not None:
-            axis = mesh_axis(layout.rows)
-            matrices = jax.lax.pcast(matrices, axis, to="varying")
+        copies = layout.axes_without_experts()
+        if copies:
+            matrices = jax.lax.pcast(matrices, copies, to="varying")
         outputs = ragged_dot(rows, matrices, sizes)
         # A device's part of the sum over a split width.
         return outputs if left is None else jax.lax.psum(outputs, mesh_axis(left))
 
     in_axes = [(layout.rows, left), (layout.expert, left, right), (layout.rows,)]
     return layout.region(product, in_axes, (layout.rows, right))
+
+
+def _names(axis: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (axis,) if isinstance(axis, str) else axis
 
 
 def _sizes(matrix: tf.Tensor) -> tuple[Any, int]:

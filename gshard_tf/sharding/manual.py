@@ -125,8 +125,10 @@ def manual(fn: Callable, in_axes: Sequence[Axes], out_axes: Any) -> Callable:
     def for_arrays(active: ActiveMesh | None) -> Callable:
         # The same function for the same mesh, which is traced once.
         region = _Region(in_axes, out_axes, active)
-        sizes = () if active is None else tuple(axis_sizes(active.mesh).items())
-        key = (sizes, frozenset(region.mesh_axes.items()))
+        key: Any = active
+        if active is not None:
+            sizes = tuple(axis_sizes(active.mesh).items())
+            key = sizes, frozenset(active.rules.rules.items())
         if key not in prepared:
             prepared[key] = _for_arrays(fn, region)
         return prepared[key]
@@ -168,7 +170,7 @@ def mesh_axis(name: str) -> str | tuple[str, ...]:
 
     Args:
         name: A logical axis, such as `"length"`, that the region's `in_axes` or
-            `out_axes` name.
+            `out_axes` name, or that the rules split.
 
     Returns:
         The mesh axis over which the rules split it, several as a tuple, which
@@ -183,12 +185,15 @@ def mesh_axis(name: str) -> str | tuple[str, ...]:
             "mesh_axis must be called in a function that gshard_tf.manual runs. "
             f"Received: mesh_axis({name!r})"
         )
-    if name not in region.mesh_axes:
+    axis = region.mesh_axes.get(name)
+    if axis is None and region.active is not None:
+        axis = region.active.rules.mesh_axis(name)
+    if axis is None and name not in region.mesh_axes:
         raise ValueError(
-            f"`name` must be one of the axes of the region, {sorted(region.mesh_axes)}."
-            f" Received: mesh_axis({name!r})"
+            f"`name` must be one of the axes of the region, {sorted(region.mesh_axes)},"
+            f" or one that the rules split. Received: mesh_axis({name!r})"
         )
-    return collective_axis(region.mesh_axes[name]) or _UNSPLIT
+    return collective_axis(axis) or _UNSPLIT
 
 
 def _for_arrays(fn: Callable, region: _Region) -> Callable:

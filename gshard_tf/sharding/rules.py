@@ -17,6 +17,7 @@ LOGICAL_AXES = (
     "group",
     "expert",
     "expert_group",
+    "expert_row",
     "length",
     "embed",
     "mlp",
@@ -43,7 +44,9 @@ class AxisRules:
             welcome: they are whatever layers pass to `annotate` and `name_axes`.
             `expert_group`, the groups of which an expert has the tokens, follows from
             others: it is split over the axes of `group` that experts and their widths
-            leave, so that devices which share an expert share its tokens.
+            leave, so that devices which share an expert share its tokens. So does
+            `expert_row`, the tokens of the dropless dispatcher: over the axes of
+            `group`, and of `expert`.
         paths: `(pattern, axes)` pairs for weights: a regular expression that must
             match the whole of the weight's Keras `path` (of a weight of Keras 2: its
             name, without `:0`), and one logical axis (or None) per dimension.
@@ -175,16 +178,14 @@ class AxisRules:
 
     def mesh_axis(self, logical: str) -> str | None:
         """The mesh axis of a logical one, or several joined by "+"; None: not split."""
-        if logical != "expert_group" or logical in self.rules:
+        if logical in self.rules or logical not in ("expert_group", "expert_row"):
             return self.rules.get(logical)
-        taken = {
-            name
-            for other in ("expert", "embed", "mlp")
-            for name in axes_of(self.rules.get(other))
-        }
-        return join_axes(
-            name for name in axes_of(self.rules.get("group")) if name not in taken
-        )
+        names = ("group", "expert", "embed", "mlp")
+        group, expert, embed, mlp = (axes_of(self.rules.get(name)) for name in names)
+        if logical == "expert_row":
+            return join_axes(dict.fromkeys(group + expert))
+        taken = expert + embed + mlp
+        return join_axes(name for name in group if name not in taken)
 
     def path_axes(
         self, path: str, rank: int | None = None

@@ -60,7 +60,9 @@ def apply_dropless(
     rows = dispatch.rows(tf.reshape(tokens, [groups * size, width]))  # [R, M]
     rows = experts(rows, training=training, ragged=dispatch)
     outputs = dispatch.combine(rows)  # [T, K, M]
-    outputs = tf.reshape(outputs, [groups, size, choices, width])
-    weight = tf.cast(routing.weight, outputs.dtype)
-    outputs = tf.einsum("GSK,GSKM->GSM", weight, outputs)
+    weight = tf.reshape(routing.weight, [groups * size, choices])
+    outputs = tf.einsum("TK,TKM->TM", tf.cast(weight, outputs.dtype), outputs)
+    # Added where the rows are, so that no device sends more than its tokens' outputs.
+    outputs = annotate(outputs, ("expert_row", "embed"))
+    outputs = tf.reshape(outputs, [groups, size, width])
     return annotate(outputs, ("group", None, "embed"))

@@ -101,7 +101,19 @@ def test_decoding_and_bfloat16():
 MESHES = {
     "experts and widths": ({"data": 2, "model": 2}, None),
     "data": ({"data": 2}, {"batch": "data", "group": "data"}),
+    "two axes": (
+        {"data": 2, "x": 2},
+        {"batch": "data", "group": "data", "expert": "x"},
+    ),
     "experts": ({"expert": 4}, None),
+    "outer groups": (
+        {"data": 2, "x": 2, "y": 2},
+        {"batch": ("data", "x"), "group": ("data", "x"), "expert": "x", "mlp": "y"},
+    ),
+    "joined": (
+        {"x": 2, "y": 2},
+        {"batch": ("x", "y"), "group": ("x", "y"), "expert": ("y", "x")},
+    ),
 }
 
 
@@ -128,7 +140,11 @@ def descended():
 
 
 @pytest.mark.parametrize(
-    "name", [*list(MESHES)[:2], pytest.param("experts", marks=pytest.mark.slow)]
+    "name",
+    [
+        *list(MESHES)[:3],
+        *(pytest.param(name, marks=pytest.mark.slow) for name in list(MESHES)[3:]),
+    ],
 )
 def test_on_a_mesh(descended, name):
     """Dropout included, whose masks stay with the tokens."""
@@ -152,7 +168,13 @@ def test_on_a_mesh(descended, name):
     # Sizes; then rows, results, the gradients of the two, and the choices, for dropout:
     # a round each, and the loop of further ones.
     assert kinds["all-to-all"] == (0 if name == "data" else 1 + 2 * 5)
-    assert kinds["all-gather"] == 0  # of a weight, or of tokens
+    gathered = [each.bytes for each in sent if each.kind == "all-gather"]
+    if name == "two axes":
+        # Tokens of `group` are whole along the experts' axis: their outputs and their
+        # gradient are gathered along it, and neither choices nor weights.
+        assert max(gathered) == x.nbytes // 2
+    else:
+        assert not gathered  # neither a weight nor tokens
 
 
 @pytest.mark.parametrize("decoding", [False, True])
@@ -235,10 +257,3 @@ def test_what_does_not_fit():
     with pytest.raises(ValueError, match="must let tokens choose experts"):
         MoELayer(E, H, router="expert_choice", dispatcher="dropless")
     assert MoELayer(E, H, dispatcher="dropless").router.capacity_factor == "dropless"
-    mesh = gshard_tf.create_mesh({"data": 2, "expert": 2})
-    rules = gshard_tf.AxisRules({"group": "data", "expert": "expert"})
-    strategy = gshard_tf.SpmdStrategy(mesh, rules)
-    with strategy.scope():
-        layer = _layer("dropless")
-        with pytest.raises(ValueError, match="over one axis of the mesh"):
-            strategy.run(tf.function(lambda x: layer(x)), (_batch()[0],))
