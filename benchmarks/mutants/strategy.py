@@ -117,8 +117,8 @@ MUTANTS = (
     ),
     Mutant(
         "gshard_tf/sharding/variable_layouts.py",
-        'axes = ["batch", *[None] * (shape.rank - 1)]',
-        'axes = [*[None] * (shape.rank - 1), "batch"]',
+        "axes = [*known, *[None] * (shape.rank - len(known))]",
+        "axes = [*[None] * (shape.rank - len(known)), *known]",
         (f"{_LAYOUTS}::test_batches_are_split_by_examples",),
         "a batch is split along its last dimension",
     ),

@@ -61,6 +61,11 @@ class AxisRules:
         zero: The same for optimizer slots alone, whose weights stay as they are (ZeRO
             stage 1). Costs a gather of the new weights in each step.
         fsdp_min_bytes: Weights and slots of fewer bytes stay whole.
+        batch_axes: The logical axes of the first dimensions of every input and output
+            of a step. Defaults to the examples, `("batch",)`. `("batch", "length")`
+            gives each device its part of `[B, L]` and `[B, L, M]`, for sequences (or,
+            with other names, images) that are too long for one; an input without that
+            dimension has only the first. A dimension that does not divide is whole.
 
     Example:
 
@@ -83,6 +88,7 @@ class AxisRules:
         fsdp: Axes = None,
         zero: Axes = None,
         fsdp_min_bytes: int = 1 << 16,
+        batch_axes: Sequence[str | None] = ("batch",),
     ):
         for logical, axis in rules.items():
             if not isinstance(logical, str) or not _is_axes(axis):
@@ -106,6 +112,14 @@ class AxisRules:
         self.fsdp = _joined(fsdp)
         self.zero = _joined(zero)
         self.fsdp_min_bytes = fsdp_min_bytes
+        if isinstance(batch_axes, str) or not all(
+            isinstance(axis, str | None) for axis in batch_axes
+        ):
+            raise ValueError(
+                "`batch_axes` must have a logical axis, or None, for each of the first "
+                f"dimensions, such as ('batch', 'length'). Received: {batch_axes!r}"
+            )
+        self.batch_axes = tuple(batch_axes)
         self._is_default = False
         self._used: set[str] = set()
         self.paths = []
@@ -218,10 +232,11 @@ class AxisRules:
 
     def __repr__(self) -> str:
         paths = [(pattern.pattern, axes) for pattern, axes in self.paths]
+        given = {"fsdp": self.fsdp, "zero": self.zero, "batch_axes": self.batch_axes}
         more = "".join(
             f", {name}={axis!r}"
-            for name, axis in (("fsdp", self.fsdp), ("zero", self.zero))
-            if axis is not None
+            for name, axis in given.items()
+            if axis not in (None, ("batch",))
         )
         return f"AxisRules({self.rules}, paths={paths}{more})"
 

@@ -215,11 +215,12 @@ class VariableLayouts:
     def batch_layout(self, shape: tf.TensorShape) -> MeshLayout:
         """The layout of what enters or leaves a step: split by examples.
 
-        The first dimension counts the examples; where it does not divide, every
-        device has all of them.
+        And by what more the rules say. A dimension that does not divide is whole.
         """
-        axes = ["batch", *[None] * (shape.rank - 1)] if shape.rank else []
-        return _storable(self.rules.layout(axes, self.mesh), tuple(shape))[0]
+        known = self.rules.batch_axes[: shape.rank]
+        axes = [*known, *[None] * (shape.rank - len(known))]
+        layout = self.rules.layout(axes, self.mesh, "what enters or leaves a step")
+        return _storable(layout, tuple(shape))[0]
 
     def note_batch(self, shapes: Sequence[tf.TensorShape]) -> None:
         """Records whether the inputs of a program divide.

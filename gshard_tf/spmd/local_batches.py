@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from gshard_tf.runtime.device_arrays import assemble
 from gshard_tf.runtime.process_group import group
-from gshard_tf.sharding.regions import cut
+from gshard_tf.sharding.regions import Region, cut
 
 
 def process_local_rows(batch: Any) -> Any:
@@ -64,7 +64,13 @@ def assemble_batch(array: np.ndarray, shape: tuple[int, ...], sharding: Any) -> 
     fed = _rows_by_process(sharding)
     theirs, wanted = (each.devices_indices_map(shape) for each in (fed, sharding))
     if all(_holds(theirs[device][0], wanted[device][0], shape[0]) for device in wanted):
-        return jax.make_array_from_process_local_data(sharding, array, shape)
+        offset = group().index * array.shape[0]
+
+        def read(region: Region) -> np.ndarray:
+            (first, count), *others = region
+            return cut(array, ((first - offset, count), *others))
+
+        return assemble(shape, sharding, read)
     # Devices need rows that another process feeds.
     value = jax.make_array_from_process_local_data(fed, array, shape)
     return _copy_to(sharding)(value)

@@ -4,6 +4,7 @@ import keras
 import numpy as np
 import parity
 import pytest
+from jax.sharding import PartitionSpec
 
 import gshard_tf
 from gshard_tf.hlo.flops import flops_by_operation
@@ -90,3 +91,33 @@ def test_groups_and_experts_over_different_axes_gather_only_results():
     )
     # What the experts give, and its gradient's way back to the tokens.
     assert kinds(meshed.strategy) == ["all-gather"] * 2
+
+
+def test_inputs_and_outputs_split_by_examples_and_length():
+    rules = gshard_tf.AxisRules(
+        {"batch": ("data", "x"), "length": "y"}, batch_axes=("batch", "length")
+    )
+
+    def make():
+        model = keras.Sequential([keras.Input((8, 16)), keras.layers.Dense(4)])
+        model.compile(keras.optimizers.SGD(0.1), "mse")
+        return model
+
+    def use(model):
+        x, y = data(), data(width=4)
+        weights = np.linspace(0, 1, 16, dtype="float32")
+        logs = model.fit(x, y, 8, sample_weight=weights, verbose=0, shuffle=False)
+        evaluated = model.evaluate(x, y, 8, sample_weight=weights, verbose=0)
+        # The last batch does not divide.
+        return [logs, evaluated, model.predict(x[:14], 8, verbose=0)]
+
+    _, meshed = parity.assert_equal_runs(make, use, CUBE, 1e-5, rules=rules)
+    specs = [
+        [s.spec for s in program.input_shardings]
+        for program in meshed.strategy.programs
+    ]
+    both, one = PartitionSpec(("data", "x"), "y", None), PartitionSpec(("data", "x"))
+    assert specs[:3] == [[both, both, one], [both, both, one], [both]]
+    assert specs[3] == [PartitionSpec(None, "y", None)]  # 6 of 4 devices
+    outputs = meshed.strategy.programs[2].layouts.outputs
+    assert [layout.spec for layout in outputs] == [("data+x", "y", None)]

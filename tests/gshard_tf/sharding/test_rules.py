@@ -60,6 +60,11 @@ def test_several_axes_for_one_dimension():
         rules.layout(("batch", "embed"), GRID)
 
 
+def test_refuses_a_name_in_place_of_batch_axes():
+    with pytest.raises(ValueError, match="`batch_axes` must have"):
+        gshard_tf.AxisRules({}, batch_axes="batch")
+
+
 @pytest.mark.parametrize("axes", [("data", "data"), "data+data", "data+", 1])
 def test_refuses_an_axis_twice_and_no_axis(axes):
     with pytest.raises(ValueError, match="each once"):

@@ -48,6 +48,64 @@ def test_batches_are_split_by_examples():
         assert layouts.batch_layout(tf.TensorShape(shape)).spec == specs
 
 
+def test_batches_are_split_by_more_than_examples():
+    rules = gshard_tf.AxisRules(
+        {"batch": ("data", "model"), "length": "seq"}, batch_axes=("batch", "length")
+    )
+    mesh = {"data": 2, "model": 2, "seq": 2}
+    layouts = parity.strategy_of(mesh, rules=rules).extended.layouts
+    for shape, specs in [
+        ([8, 4, 6], ("data+model", "seq", None)),
+        ([8, 5], ("data+model", None)),
+        ([6, 4], (None, "seq")),  # 6 examples do not divide by 4 devices
+        ([8], ("data+model",)),
+        ([], ()),
+    ]:
+        assert layouts.batch_layout(tf.TensorShape(shape)).spec == specs
+    layouts.note_batch([tf.TensorShape([6, 4])])
+    assert any("6 over the 4 devices of 'data+model'" in w for w in layouts.warnings())
+
+
+def test_weights_and_slots_over_joined_axes():
+    rules = gshard_tf.AxisRules(
+        {"mlp": ("model", "seq"), "embed": "seq"},
+        paths=[
+            ("even", (None, "mlp")),
+            ("uneven", (None, "mlp")),
+            ("one", ("embed", None)),
+        ],
+        fsdp=("data", "seq"),
+        fsdp_min_bytes=1,
+    )
+    mesh = {"data": 2, "model": 2, "seq": 2}
+    strategy = parity.strategy_of(mesh, rules=rules)
+    with strategy.scope():
+        even, uneven, one, free = (
+            tf.Variable(tf.zeros(shape), name=name)
+            for name, shape in {
+                "even": [4, 8],
+                "uneven": [4, 6],
+                "one": [4, 6],
+                "free": [8, 12],
+            }.items()
+        )
+    layouts = strategy.extended.layouts
+    found = {v.path: layouts.layout_for(v) for v in (even, uneven, one, free)}
+    assert {path: d.storage.spec for path, d in found.items()} == {
+        # fsdp takes what a rule has left of its axes ...
+        "even": ("data", "model+seq"),
+        "uneven": ("data+seq", None),
+        "one": ("seq", "data"),
+        # ... and all of them where no rule splits, by the largest that divides.
+        "free": (None, "data+seq"),
+    }
+    assert found["even"].compute.spec == (None, "model+seq")
+    assert any("6 over the 4 devices of 'model+seq'" in w for w in layouts.warnings())
+    with pytest.raises(ValueError, match="over one mesh axis"):
+        strategy.layout(even)
+    assert strategy.layout(one).sharding_specs == ["seq", "data"]
+
+
 # -- slots ---------------------------------------------------------------------------
 
 ELEMENTWISE = {
