@@ -1,6 +1,5 @@
 """Table of the operations and layers of Keras that compile for each platform."""
 
-import warnings
 from typing import Any
 
 import gshard_tf
@@ -66,8 +65,7 @@ class Row:
         import jax
 
         layouts = step_layouts(self.extended.layouts, self.step)
-        with jax.enable_x64(True), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*GSPMD.*")
+        with jax.enable_x64(True):
             try:
                 jitted, shapes, _ = jit_step(
                     self.step, mesh, layouts, donate=False, platform=platform

@@ -1,11 +1,18 @@
 """HLO modules in jax: calling one from a traced function, and printing one."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from gshard_tf.compat.shardy import is_shardy_enabled, to_shardy
 
-def call_hlo(hlo: bytes, arguments: Sequence[Any], result_types: Sequence[Any]) -> Any:
+
+def call_hlo(
+    hlo: bytes,
+    arguments: Sequence[Any],
+    result_types: Sequence[Any],
+    mesh_axes: Mapping[str, int],
+) -> Any:
     """Returns the results of a serialized HLO module in a function that jax traces.
 
     Relies on: `jax.extend.core.Primitive`, `jax.interpreters.mlir` and jaxlib's MLIR
@@ -16,12 +23,16 @@ def call_hlo(hlo: bytes, arguments: Sequence[Any], result_types: Sequence[Any]) 
         hlo: The module.
         arguments: One traced value per parameter.
         result_types: A `jax.ShapeDtypeStruct` per result.
+        mesh_axes: The size of each axis of the mesh whose devices its shardings count.
     """
     import jax
 
     shapes = [jax.core.ShapedArray(each.shape, each.dtype) for each in result_types]
     return _primitive().bind(
-        *arguments, hlo=_ByIdentity(hlo), out_avals=_ByIdentity(shapes)
+        *arguments,
+        hlo=_ByIdentity(hlo),
+        out_avals=_ByIdentity(shapes),
+        mesh_axes=tuple(mesh_axes.items()),
     )
 
 
@@ -44,12 +55,14 @@ def _primitive() -> Any:
     primitive.multiple_results = True
 
     @primitive.def_abstract_eval
-    def _(*_, hlo, out_avals):
+    def _(*_, out_avals, **__):
         return list(out_avals.value)
 
-    def lower(ctx, *args, hlo, out_avals):
+    def lower(ctx, *args, hlo, out_avals, mesh_axes):
         stablehlo = _jax.mlir.hlo_to_stablehlo(hlo.value)
         module = ir.Module.parse(stablehlo)
+        if is_shardy_enabled():
+            to_shardy(module, dict(mesh_axes))
         main = ir.SymbolTable(module.operation)["main"]
         result_types = ir.FunctionType(
             ir.TypeAttr(main.attributes["function_type"]).value

@@ -2,10 +2,11 @@
 
 Relies on: `tf2xla.call_module`, the operation `XlaCallModule` with which jax's own
 `jax2tf` puts an exported program into a graph, and jax's switch between the
-partitioners GSPMD and Shardy. On an upgrade, watch: `jax2tf._run_exported_as_tf`, which
-calls the same operation; the versions of the calling convention that TensorFlow takes;
-and that an exported `shard_map` still has the forms `SPMDFullToShardShape` and
-`SPMDShardToFullShape`, which GSPMD reads.
+partitioners GSPMD and Shardy: HLO has forms of its own for manual regions, those that
+GSPMD reads. On an upgrade, watch: `jax2tf._run_exported_as_tf`, which calls the same
+operation; the versions of the calling convention that TensorFlow takes; and that an
+exported `shard_map` still has the forms `SPMDFullToShardShape` and
+`SPMDShardToFullShape`, which `gshard_tf.compat.shardy` reads, too.
 """
 
 import dataclasses

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import os
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -305,8 +304,7 @@ def _export(
         [None if use is None else MeshLayout(use, mesh) for use in used],
     )
     abstract = jax.sharding.AbstractMesh(tuple(sizes.values()), tuple(sizes))
-    with jax.enable_x64(True), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*GSPMD.*")
+    with jax.enable_x64(True):
         # The caller donates.
         jitted, shapes, _ = jit_step(step, abstract, layouts, donate=False)
         return bytes(export.export(jitted, platforms=platforms)(*shapes).serialize())

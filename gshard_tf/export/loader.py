@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -111,9 +110,7 @@ class LoadedProgram:
             for tensor, sharding in zip(manifest.state, captures, strict=True)
         }
         outputs = shardings(manifest.outputs) + [captures[i] for i in manifest.updates]
-        with _x64(), warnings.catch_warnings():
-            # The annotations are GSPMD's; jax warns of them on each compilation.
-            warnings.filterwarnings("ignore", message=".*GSPMD.*")
+        with _x64():
             jitted = jax.jit(
                 export.deserialize(bytearray(program)).call,
                 in_shardings=self._inputs + captures,

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from tensorflow.experimental import dtensor
 
+from gshard_tf.compat.shardy import is_shardy_enabled
 from gshard_tf.io.atomic_files import write_file
 from gshard_tf.io.paths import local_path
 from gshard_tf.planning.plan import FORMAT, Plan
@@ -42,6 +43,7 @@ def content_key(
         "topology": topology,
         "mesh": list(axis_sizes(mesh).items()),
         "mode": mode,
+        "shardy": is_shardy_enabled(),
         "versions": versions,
     }
     digest = hashlib.sha256(text.encode())

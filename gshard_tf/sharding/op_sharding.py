@@ -1,6 +1,7 @@
 """Layouts as HLO shardings: the one place that translates, for all of GShard.
 
-When Shardy takes over from GSPMD's propagation, this file changes and no layer does.
+They are GSPMD's. Where jax compiles a step, `gshard_tf.compat.shardy` turns them into
+Shardy's; TensorFlow's runtime for TPUs takes them as they are.
 """
 
 import numpy as np

@@ -7,7 +7,6 @@ importing it takes the TPU's lock away from TensorFlow.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -80,7 +79,7 @@ def jit_step(
             arg if sharding is None else jax.lax.with_sharding_constraint(arg, sharding)
             for arg, sharding in zip(arguments, used, strict=True)
         ]
-        results = call_hlo(hlo, args, result_types)
+        results = call_hlo(hlo, args, result_types, dict(mesh.shape))
         if keep_finite:
             old = [args[num_inputs + i] for i in step.updates]
             results[step.num_outputs :] = kept_finite(old, results[step.num_outputs :])
@@ -125,10 +124,7 @@ class SpmdProgram:
         mesh = placement.jax_mesh
         self.layouts = layouts
         self.input_shardings = [named_sharding(x, mesh) for x in layouts.inputs]
-        with jax.enable_x64(True), warnings.catch_warnings():
-            # The module carries GSPMD annotations; jax says on each compilation
-            # that it hands them to GSPMD's propagation, which is what we ask for.
-            warnings.filterwarnings("ignore", message=".*GSPMD.*")
+        with jax.enable_x64(True):
             platform = mesh.devices.flat[0].platform
             jitted, shapes, self.rewrites = jit_step(
                 step, mesh, layouts, donate, keep_finite, platform

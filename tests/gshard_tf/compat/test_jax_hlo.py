@@ -16,7 +16,7 @@ def module():
 def test_a_module_is_called_in_a_traced_function():
     hlo, types = module(), [jax.ShapeDtypeStruct((3,), np.float32)] * 2
     x = np.arange(3, dtype=np.float32)
-    more, double = jax.jit(lambda x: call_hlo(hlo, [x], types))(x)
+    more, double = jax.jit(lambda x: call_hlo(hlo, [x], types, {}))(x)
     np.testing.assert_array_equal(more, x + 1)
     np.testing.assert_array_equal(double, 2 * x)
 
