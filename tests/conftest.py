@@ -8,6 +8,7 @@ import itertools
 import os
 import pathlib
 
+import forks
 import pytest
 from xla_flags import QUICK_TO_COMPILE
 
@@ -22,8 +23,16 @@ os.environ.setdefault("XLA_FLAGS", QUICK_TO_COMPILE)
 @pytest.hookimpl(trylast=True)
 def pytest_configure(config):
     """Loads all that takes seconds, but not where tests are only handed out."""
+    if hasattr(config, "workerinput"):
+        forks.use(config.workerinput["forks"])
     if not config.pluginmanager.has_plugin("dsession"):
         import one_process  # noqa: F401
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node):
+    """Tells each worker where one process forks for all."""
+    node.workerinput["forks"] = forks.begin()
 
 
 @pytest.fixture(scope="module", autouse=True)

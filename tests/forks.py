@@ -2,7 +2,7 @@
 
 Loading them takes a core six seconds, and most scripts of tests one. Nothing of them
 has started there, and nothing of this project is loaded: a fork is as a new process in
-all but what `sys.modules` holds.
+all but what `sys.modules` holds. One such process serves all workers of a test run.
 """
 
 import atexit
@@ -10,11 +10,15 @@ import contextlib
 import functools
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
 import sys
 import types
+
+# Where the process that forks listens, if another one has begun it.
+_given = None
 
 
 class Fork:
@@ -33,15 +37,13 @@ class Fork:
     """
 
     def __init__(self, code, arguments=(), *, env, cwd, stdout, stderr):
-        ours, theirs = socket.socketpair()
-        with theirs:
-            files = [theirs.fileno(), stdout.fileno(), stderr.fileno()]
-            socket.send_fds(_server(), [b"."], files)
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._socket.connect(_given or begin())
+        socket.send_fds(self._socket, [b"."], [stdout.fileno(), stderr.fileno()])
         request = [code, list(map(str, arguments)), dict(env), str(cwd)]
-        ours.sendall(json.dumps(request).encode())
-        ours.shutdown(socket.SHUT_WR)
-        self._answers = ours.makefile()
-        self._socket = ours
+        self._socket.sendall(json.dumps(request).encode())
+        self._socket.shutdown(socket.SHUT_WR)
+        self._answers = self._socket.makefile()
         self._code = None
         self.pid = int(self._answers.readline())
 
@@ -68,45 +70,64 @@ class Fork:
 
 
 @functools.cache
-def _server():
-    """The socket of the process that forks; it ends with this one."""
-    ours, theirs = socket.socketpair()
-    with theirs:
+def begin():
+    """Begins the process that forks, which ends with this one; returns its address.
+
+    It loads what it loads at the first request.
+    """
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind("")  # Linux finds a name, which is of no file
+        listening.listen(64)
+        address = listening.getsockname()
         # Of the tests' own environment: what is loaded looks there.
         process = subprocess.Popen(
-            [sys.executable, __file__, str(theirs.fileno())],
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
+            [sys.executable, __file__, str(listening.fileno())],
+            pass_fds=[listening.fileno()],
+            stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
         )
 
     def end():
-        ours.close()
+        process.stdin.close()
         process.wait()
 
     atexit.register(end)
-    return ours
+    return address
 
 
-def _next_request(server):
+def use(address):
+    """Lets the process at an address fork for this one."""
+    global _given
+    _given = address
+
+
+def _wait_for_request(listening):
+    """Returns when there is one; ends the server when who began it has ended."""
+    ready, _, _ = select.select([listening, 0], [], [])
+    if 0 in ready:
+        _reap()
+        os._exit(0)
+
+
+def _next_request(listening):
     """Waits for requests in the server; returns each in a fork of it."""
     while True:
-        message, files, _, _ = socket.recv_fds(server, 1, 3)
-        if not message:
-            _reap()
-            os._exit(0)
+        _wait_for_request(listening)
+        conversation, _ = listening.accept()
         if os.fork() == 0:
             break
-        for file in files:
-            os.close(file)
+        conversation.close()
         _reap()
     # Here is one process that waits for another, so that the server need not.
-    server.close()
-    conversation = socket.socket(fileno=files[0])
+    listening.close()
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+    _, files, _, _ = socket.recv_fds(conversation, 1, 2)
     request = json.load(conversation.makefile())
     pid = os.fork()
     if pid:
-        for file in files[1:]:
+        for file in files:
             os.close(file)
         conversation.sendall(f"{pid}\n".encode())
         _, status = os.waitpid(pid, 0)
@@ -114,7 +135,7 @@ def _next_request(server):
             conversation.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
         os._exit(0)
     conversation.close()
-    for file, standard in zip(files[1:], (1, 2), strict=True):
+    for file, standard in zip(files, (1, 2), strict=True):
         os.dup2(file, standard)
         os.close(file)
     return request
@@ -129,6 +150,9 @@ def _reap():
 
 
 def _serve():
+    listening = socket.socket(fileno=int(sys.argv[1]))
+    _wait_for_request(listening)
+
     import gc
 
     import jax
@@ -136,8 +160,7 @@ def _serve():
     import numpy as np
 
     gc.freeze()  # what a collection touches, a fork copies
-    with socket.socket(fileno=int(sys.argv[1])) as server:
-        code, arguments, env, cwd = _next_request(server)
+    code, arguments, env, cwd = _next_request(listening)
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)
