@@ -90,7 +90,7 @@ STEPS = {
 }
 
 
-@pytest.mark.broad(5)
+@pytest.mark.broad(7)  # each way to save
 @pytest.mark.parametrize("in_scope", [False, True], ids=["outside", "in scope"])
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("save", [export, saved_model, archive, checkpoint])

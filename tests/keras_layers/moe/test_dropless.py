@@ -139,13 +139,8 @@ def descended():
     return layer, _descend(layer, tf.constant(x), target, mask)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        *list(MESHES)[:3],
-        *(pytest.param(name, marks=pytest.mark.slow) for name in list(MESHES)[3:]),
-    ],
-)
+@pytest.mark.broad(3)
+@pytest.mark.parametrize("name", MESHES)
 def test_on_a_mesh(descended, name):
     """Dropout included, whose masks stay with the tokens."""
     x, target, mask = _batch()

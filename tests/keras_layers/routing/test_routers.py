@@ -183,7 +183,7 @@ ALL = {
 }  # fmt: skip
 
 
-@pytest.mark.broad(3)
+@pytest.mark.broad(19)  # top2, and the choice of experts, compiled
 @pytest.mark.parametrize("jit", [False, True])
 @pytest.mark.parametrize("name", ALL)
 def test_dispatchers_and_a_loop_agree(name, jit):
