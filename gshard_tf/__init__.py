@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from gshard_tf.planning.planner import plan
     from gshard_tf.planning.search.find_layout import find_layout
     from gshard_tf.planning.search.layout_search import LayoutSearch
-    from gshard_tf.runtime.devices import request_cpu_devices
+    from gshard_tf.runtime.devices import device_count, request_cpu_devices
     from gshard_tf.runtime.initialize import initialize
     from gshard_tf.runtime.watchdog import abort_all
     from gshard_tf.sharding.annotations import (
@@ -72,6 +72,7 @@ __all__ = [
     "random",
     "create_mesh",
     "data",
+    "device_count",
     "find_layout",
     "halo_average_pool",
     "halo_convolution",
@@ -121,6 +122,7 @@ _HOME = {
     "random": None,
     "create_mesh": "sharding.mesh",
     "data": None,
+    "device_count": "runtime.devices",
     "find_layout": "planning.search.find_layout",
     "halo_average_pool": "parallel.halo",
     "halo_convolution": "parallel.halo",
@@ -147,7 +149,7 @@ _HOME = {
     "vmap": "sharding.vectorize",
 }
 # They need neither TensorFlow nor the versions that it is tested with.
-_ALONE = ("export", "request_cpu_devices")
+_ALONE = ("device_count", "export", "request_cpu_devices")
 
 
 def __getattr__(name: str) -> Any:

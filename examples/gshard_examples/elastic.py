@@ -16,7 +16,6 @@ import os
 # XLA and TensorFlow log pages otherwise.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-import jax
 import keras
 import tensorflow as tf
 
@@ -29,7 +28,7 @@ BATCH = 32
 
 def make_strategy() -> gshard_tf.SpmdStrategy:
     """Returns a strategy over all devices of all processes."""
-    devices = jax.device_count()
+    devices = gshard_tf.device_count()
     experts = math.gcd(devices, EXPERTS)
     mesh = gshard_tf.create_mesh({"data": devices // experts, "expert": experts})
     return gshard_tf.SpmdStrategy(mesh, process_local_batches=True)
@@ -48,10 +47,8 @@ def make_dataset() -> gshard_tf.ResumableDataset:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("run", help="a folder that all processes see")
-    parser.add_argument("--steps", type=int, default=200, help="in all (default: 200)")
-    parser.add_argument(
-        "--save-every", type=int, default=20, help="steps (default: 20)"
-    )
+    parser.add_argument("--steps", type=int, default=200, help="in all; default: 200")
+    parser.add_argument("--save-every", type=int, default=20, help="default: 20")
     options = parser.parse_args(arguments)
     group = gshard_tf.initialize()
     strategy = make_strategy()  # before TensorFlow starts: it must leave GPUs alone

@@ -52,6 +52,22 @@ def request_cpu_devices(count: int) -> None:
             ) from error
 
 
+def device_count() -> int:
+    """Returns the number of devices of all processes, of the type that jax takes here.
+
+    A mesh over so many fits the machines that a run has got:
+    `create_mesh({"expert": gshard_tf.device_count()})`. It starts jax, so call it after
+    `initialize` and `request_cpu_devices`.
+
+    Raises:
+        RuntimeError: when jax cannot start the devices of its platform.
+    """
+    import jax
+
+    skip_accelerators()
+    return jax.device_count()
+
+
 # jax's packages for each device type.
 _PACKAGES = {
     "cpu": "jax",

@@ -77,7 +77,7 @@ def assemble_batch(array: np.ndarray, shape: tuple[int, ...], sharding: Any) -> 
 
 
 def _rows_by_process(sharding: Any) -> Any:
-    """How the devices of a sharding hold rows that each process feeds its own of."""
+    """The sharding of rows of which each process feeds its own, over its devices."""
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
     # Those of a process follow each other.
@@ -86,7 +86,7 @@ def _rows_by_process(sharding: Any) -> Any:
 
 
 def _holds(rows: slice, others: slice, size: int) -> bool:
-    """Whether the first of two slices of `size` rows has all rows of the second."""
+    """True when the first of two slices of `size` rows has all rows of the second."""
     start, stop, _ = others.indices(size)
     return rows.start <= start and stop <= rows.stop
 

@@ -15,6 +15,7 @@ def test_refuses_what_is_no_number_of_devices(count):
 def test_asking_again_for_what_there_is():
     gshard_tf.request_cpu_devices(8)
     gshard_tf.request_cpu_devices(2)
+    assert gshard_tf.device_count() == 8
     with pytest.raises(
         RuntimeError,
         match=r"started with 8 CPU device\(s\).*Restart.*request_cpu_devices\(9\)",
