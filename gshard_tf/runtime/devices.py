@@ -173,7 +173,7 @@ def topology_devices(name: str) -> list[Any]:
             128 cores of v3.
 
     Returns:
-        jax devices, one per core.
+        jax devices: one per core, where the two of a chip do not act as one.
 
     Raises:
         ImportError: libtpu, which has the compiler, is not installed.
@@ -188,7 +188,11 @@ def topology_devices(name: str) -> list[Any]:
 
     try:
         with _environment(_NO_TPU):
-            topology = topologies.get_topology_desc(platform="tpu", topology_name=name)
+            topology = topologies.get_topology_desc(
+                platform="tpu",
+                topology_name=name,
+                **_CHIP_CONFIGS.get(name.partition(":")[0], {}),
+            )
     except Exception as error:  # jaxlib has no narrower class for it
         raise ValueError(
             "`name` must be a topology that the TPU compiler knows, such as v5e:2x4, "
@@ -196,6 +200,10 @@ def topology_devices(name: str) -> list[Any]:
         ) from error
     return list(topology.devices)
 
+
+# On a v4, jax's runtime has one device for the two cores of a chip; to compile for, it
+# would have two.
+_CHIP_CONFIGS = {"v4": {"chip_config_name": "megacore"}}
 
 # libtpu reads these when it loads, and would look for a TPU, or ask the metadata server
 # of a cloud. Only one process may use a TPU, but any number may compile.

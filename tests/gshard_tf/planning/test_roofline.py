@@ -58,8 +58,8 @@ def test_an_exchange_by_hand():
     v4 = CHIPS["v4"]
     line = Interconnect(slice_of(v4, 2, 2, 2), v4)
     ring = Interconnect(slice_of(v4, 4, 4, 4), v4)
-    assert ring.seconds(collective("all-to-all", 10**6, [range(128)])) == pytest.approx(
-        line.seconds(collective("all-to-all", 10**6, [range(16)]))
+    assert ring.seconds(collective("all-to-all", 10**6, [range(64)])) == pytest.approx(
+        line.seconds(collective("all-to-all", 10**6, [range(8)]))
     )
 
 

@@ -50,8 +50,10 @@ def test_the_environment_is_left_as_it_was():
         from gshard_tf.runtime.devices import topology_devices
         os.environ["TPU_SKIP_MDS_QUERY"] = "yes"
         before = dict(os.environ)
-        print(len(topology_devices("v5e:2x4")), len(topology_devices("v3:2x2")))
+        # The two cores of a chip: two devices of v3 and tpu7x, one of v4.
+        for name in ("v5e:2x4", "v3:2x2", "v4:2x2x1", "tpu7x:2x2x1"):
+            print(len(topology_devices(name)))
         print(dict(os.environ) == before)
         """
     )
-    assert printed.split() == ["8", "8", "True"]
+    assert printed.split() == ["8", "8", "4", "8", "True"]

@@ -31,19 +31,19 @@ def test_fit_on_a_mesh_of_tpu_devices_is_that_of_plain_keras(monkeypatch):
 
 
 # In a process of its own: libtpu stays once it is loaded.
-_COMPILE = """
+_COMPILE = r"""
 import os, sys
 os.environ["TPU_SKIP_MDS_QUERY"] = "1"
 sys.path.insert(0, {tests!r})
-import collections, keras, numpy as np, tensorflow as tf
+import collections, re, keras, numpy as np, tensorflow as tf
 import gshard_tf, parity
-from gshard_tf.planning.chips import CHIPS
 from gshard_tf.runtime.core_order import order_cores
 from gshard_tf.runtime.device_arrays import Placement
 from gshard_tf.runtime.devices import topology_devices
 from gshard_tf.spmd.executable import compile_step
 
 gshard_tf.request_cpu_devices(8)
+keras.config.set_dtype_policy({policy!r})
 x, y = parity.data(32)
 strategy = parity.strategy_of(8)
 
@@ -88,17 +88,15 @@ for topology in {topologies}:
         memory = found.compiled.memory_analysis()
         ours = of((c.kind, c.runs) for c in found.collectives())
         got = memory.argument_size_in_bytes, memory.temp_size_in_bytes
-        planned = None
-        if topology.split(":")[0] in CHIPS:
-            plan = gshard_tf.plan(
-                compiled, topology, mesh, batch=batches[mode], mode=mode, cache=False
-            )
-            theirs = of((c.kind, c.count) for c in plan.communication)
-            assert ours == theirs, (topology, mode, ours, theirs)
-            planned = plan.memory.arguments, plan.memory.temporaries
-            # A plan counts what stays in memory beside the step, slots say.
-            assert got[0] == planned[0] if mode == "train" else got[0] < planned[0], got
-            assert got[1] == planned[1], (topology, mode, got, planned)
+        plan = gshard_tf.plan(
+            compiled, topology, mesh, batch=batches[mode], mode=mode, cache=False
+        )
+        theirs = of((c.kind, c.count) for c in plan.communication)
+        assert ours == theirs, (topology, mode, ours, theirs)
+        planned = plan.memory.arguments, plan.memory.temporaries
+        # A plan counts what stays in memory beside the step, slots say.
+        assert got[0] == planned[0] if mode == "train" else got[0] < planned[0], got
+        assert got[1] == planned[1], (topology, mode, got, planned)
         # What a step is given and gives back, as the runtime will lay it out.
         into, out = found.compiled.input_shardings[0], found.compiled.output_shardings
         wanted = program.compiled.input_shardings[0]
@@ -109,15 +107,22 @@ for topology in {topologies}:
         for i, new in zip(step.updates, out[step.num_outputs :], strict=True):
             old = into[len(step.inputs) + i]
             assert new.is_equivalent_to(old, len(step.captures[i].shape))
-        print(topology, mode, ours, got, planned)
+        # The types of products, and of weights and slots.
+        products = re.findall(
+            r"= (\w+)\[\S* (?:convolution|dot)\(", found.compiled.as_text()
+        )
+        state = {{v.dtype.name for v in step.captures if v.dtype.is_floating}}
+        print(topology, mode, ours, got, planned, set(products), state)
 """
 
 
-def compile_for(*topologies, modes=("train", "evaluate", "predict")):
+def compile_for(*topologies, modes=("train", "evaluate", "predict"), policy="float32"):
     from processes import ROOT
 
     tests = str(ROOT / "tests")
-    code = _COMPILE.format(tests=tests, topologies=topologies, modes=modes)
+    code = _COMPILE.format(
+        tests=tests, topologies=topologies, modes=modes, policy=policy
+    )
     return run_python(code, timeout=600, JAX_PLATFORMS="cpu").splitlines()
 
 
@@ -125,6 +130,15 @@ def compile_for(*topologies, modes=("train", "evaluate", "predict")):
 def test_a_step_that_ran_compiles_for_a_tpu_as_planned():
     [line] = compile_for("v5e:2x4", modes=["train"])
     assert "'all-to-all': 3" in line
+    assert "'f32'" in line
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HAVE_COMPILER, reason="needs libtpu: the extra aot")
+def test_mixed_precision_multiplies_bfloat16_and_keeps_float32():
+    lines = compile_for("v6e:2x4", policy="mixed_bfloat16")
+    assert "'all-to-all': 3" in lines[0]
+    assert all(line.endswith("{'bf16'} {'float32'}") for line in lines)
 
 
 @pytest.mark.slow
@@ -138,9 +152,10 @@ def test_the_steps_that_ran_compile_for_a_tpu_as_planned():
 @pytest.mark.slow
 @pytest.mark.skipif(not HAVE_COMPILER, reason="needs libtpu: the extra aot")
 def test_the_steps_that_ran_compile_for_other_tpus_as_planned():
-    assert len(compile_for("v6e:2x4", "v4:2x2x1", "v5p:2x2x2")) == 9
-    # Not among the chips of a plan.
-    assert "'all-to-all': 3" in compile_for("tpu7x:2x2x1")[0]
+    topologies = "v6e:2x4", "v4:2x2x2", "v5p:2x2x2", "tpu7x:2x2x1"
+    lines = compile_for(*topologies)
+    assert len(lines) == 3 * len(topologies)
+    assert all("'all-to-all': 3" in line for line in lines[::3])
 
 
 def test_tensorflow_for_tpus_is_refused(monkeypatch):

@@ -73,8 +73,8 @@ def test_the_tpus_compiler_takes_it_and_needs_what_the_plan_says(one_replica):
 @pytest.mark.slow
 @needs_libtpu
 def test_the_compiler_of_another_tpu_too():
-    run = run_script("protocol.py", json.dumps({"expert": 8}), "v4:2x2x1")
-    assert_compiled(run, "v4:2x2x1")
+    run = run_script("protocol.py", json.dumps({"expert": 8}), "v4:2x2x2")
+    assert_compiled(run, "v4:2x2x2")
 
 
 def assert_compiled(run, name):
