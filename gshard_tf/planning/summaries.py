@@ -118,13 +118,25 @@ def replicas(plan: Plan, weight: Weight) -> int:
     return plan.num_devices // split
 
 
-def rules_by_axis(plan: Plan) -> str:
-    """Returns rules as `batch, group, expert -> expert; embed -> (whole)`."""
+def names_by_axis(plan: Plan) -> dict[str | None, list[str]]:
+    """Returns what each mesh axis splits: logical axes, and `fsdp` or `zero`.
+
+    Those that are not split are under None.
+    """
     by_axis: dict[str | None, list[str]] = {}
     for logical, axis in plan.rules.items():
         by_axis.setdefault(axis, []).append(logical)
+    stored = (re.match(r"(fsdp|zero) over '(\w+)'", w.rule) for w in plan.weights)
+    for kind, axis in sorted({(m[1], m[2]) for m in stored if m}):
+        by_axis.setdefault(axis, []).append(kind)
+    return by_axis
+
+
+def rules_by_axis(plan: Plan) -> str:
+    """Returns rules as `batch, group, expert -> expert; embed -> (whole)`."""
     return "; ".join(
-        f"{', '.join(names)} -> {axis or '(whole)'}" for axis, names in by_axis.items()
+        f"{', '.join(names)} -> {axis or '(whole)'}"
+        for axis, names in names_by_axis(plan).items()
     )
 
 

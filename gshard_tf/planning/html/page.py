@@ -61,9 +61,9 @@ def _template() -> jinja2.Template:
         for function in (
             units.dims, units.flops, units.number, units.percent, units.seconds,
             units.size, compare.differences, compare.rows, hardware, verdict,
-            summaries.by_kind, summaries.by_layer, _by_each_layer, _flops_of_each,
-            _flops_of_similar, _logical_axes, _memory_parts, _mesh_text, _time_parts,
-            _title, _variable_rows,
+            summaries.by_kind, summaries.by_layer, summaries.names_by_axis,
+            _by_each_layer, _flops_of_each, _flops_of_similar, _memory_parts,
+            _mesh_text, _time_parts, _title, _variable_rows,
         )
     }  # fmt: skip
     environment.globals |= {
@@ -155,14 +155,6 @@ def _by_each_layer(parts: Sequence[Communication]) -> list[summaries.LayerTotal]
         summaries.LayerTotal(layer, 1, list(of_layer))
         for layer, of_layer in itertools.groupby(ordered, key=lambda part: part.layer)
     ]
-
-
-def _logical_axes(plan: Plan) -> dict[str | None, list[str]]:
-    """Returns the logical axes of each mesh axis, and under None those of none."""
-    by_axis: dict[str | None, list[str]] = {}
-    for logical, axis in plan.rules.items():
-        by_axis.setdefault(axis, []).append(logical)
-    return by_axis
 
 
 def _variable_rows(plan: Plan) -> list[_VariableRow]:

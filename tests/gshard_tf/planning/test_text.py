@@ -6,6 +6,7 @@ import plan_samples
 import pytest
 
 from gshard_tf.planning import summaries, units
+from gshard_tf.planning.html.page import page
 from gshard_tf.planning.plan import Plan
 from gshard_tf.planning.text import table
 
@@ -30,6 +31,18 @@ def line_with(text, *words):
     found = [line for line in text.splitlines() if all(w in line for w in words)]
     assert len(found) == 1, (words, found)
     return found[0]
+
+
+@pytest.mark.parametrize("kind", ["fsdp", "zero"])
+def test_weights_stored_in_parts_are_told_with_the_rules(kind):
+    plan = plan_samples.two_axes()
+    rule = f"{kind} over 'data'; axes (embed, mlp)"
+    weights = [dataclasses.replace(w, rule=rule) for w in plan.weights]
+    text = table(dataclasses.replace(plan, weights=weights))
+    assert f"batch, group, expert, {kind} -> data" in line_with(text, "rules ")
+    assert kind not in table(plan)
+    shown = page([dataclasses.replace(plan, weights=weights)])
+    assert f"batch, group, expert, {kind}</td>" in shown
 
 
 def test_what_it_says():
