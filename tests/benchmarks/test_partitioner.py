@@ -1,6 +1,7 @@
 """benchmarks.partitioner: its arithmetic, and that it runs."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -41,3 +42,33 @@ def test_it_runs():
     for row in rows:
         assert row["as_expected"] and row["max_rel"] < 1e-5
         assert row["memory_over_ideal"] >= 0.99
+
+
+# One case of each section of docs/partitioning.md.
+KINDS = [
+    "feed-forward, FSDP",
+    "feed-forward, batch split",
+    "feed-forward, width split",
+    "attention, length split, ring",
+    "attention, length split, all-to-all",
+    "experts split with groups",
+    "embedding, vocabulary split",
+    "images split by height, 3x3",
+]
+
+
+@pytest.mark.broad(len(KINDS))
+@pytest.mark.parametrize("name", KINDS)
+def test_the_text_of_a_plan_tells_each_kind(name):
+    [case] = [case for case in [*SEQUENCES, *IMAGES] if case.name == name]
+    plan = measure.planned(case, "cpu:8", 8)
+    lines = str(plan).splitlines()
+    [rules] = [line for line in lines if line.startswith("rules ")]
+    names = [*case.rules["rules"], *(["fsdp"] if "fsdp" in case.rules else [])]
+    assert set(re.findall(r"\w+", rules)) == {"rules", "x", *names}
+    found = measure.communication(plan)
+    assert measure.is_as_expected(case.expected, found)
+    for kind in case.expected:
+        told = [line for line in lines if line.startswith(f"{kind} ")]
+        assert told and not any("NOT asked for" in line for line in told)
+        assert any(line.endswith(" x") for line in told)
