@@ -47,10 +47,11 @@ def find_layout(
     them: the batch, experts, length, widths, heads, the vocabulary; and weights
     (`fsdp`) or optimizer slots (`zero`) stored over `data`. Cheap analysis drops those
     that cannot be, that are like another, or whose variables alone are too large. The
-    others are planned as `plan` does, in the order of a prediction that learns from
-    the plans before, until none that is left is expected to be faster. So the best is
-    the best *of those planned*; `LayoutSearch.trials` says of each other one why it
-    was not.
+    others are planned as `plan` does: first the paper's layout (tokens and experts over
+    all cores), so that the result is never worse; then in the order of a prediction
+    that learns from the plans before, until none that is left is expected to be faster.
+    So the best is the best *of those planned*; `LayoutSearch.trials` says of each other
+    one why it was not.
 
     A function of its own, because its result is not a `Plan`, and `mesh` and `rules`
     are what it finds.
@@ -201,7 +202,8 @@ class _Search:
             self._drop_slower()
             if not self.waiting:
                 break
-            at = min(self.waiting, key=self._promise)
+            at = self._paper() if planned == 0 else None
+            at = at or min(self.waiting, key=self._promise)
             self.waiting.remove(at)
             planned += 1
             self.say(
@@ -219,6 +221,15 @@ class _Search:
                 f"{size(self.experience.memory(costs))}",
             )
         self.waiting = []
+
+    def _paper(self) -> tuple[Candidate, Costs] | None:
+        """The paper's layout, if it waits: tokens and experts over one axis of all."""
+        plain = [
+            each
+            for each in self.waiting
+            if list(each[0].mesh) == ["data"] and not (each[0].fsdp or each[0].zero)
+        ]
+        return max(plain, key=lambda each: len(each[0].rules), default=None)
 
     def _promise(self, each: tuple[Candidate, Costs]) -> tuple:
         candidate, costs = each
