@@ -83,8 +83,8 @@ def jax_call(
         Tensors in the structure of what `fn` returns.
 
     Raises:
-        ValueError: when another dimension than the first is unknown. (jax has its own
-            errors for a function that needs to know more of an unknown dimension.)
+        ValueError: when another dimension than the first is unknown, or the function
+            needs to know an unknown one.
     """
     values = [tf.convert_to_tensor(tensor) for tensor in tensors]
     runs = runs and not in_symbolic_scope()
@@ -182,7 +182,16 @@ def _export(fn: Callable, specs: list, platform: str | None) -> _Program:
         # XLA warns of each stack frame that it does not find in another module.
         config.traceback_in_locations_limit(0),
     ):
-        exported = export.export(jax.jit(traced), platforms=[platform])(*specs)
+        try:
+            exported = export.export(jax.jit(traced), platforms=[platform])(*specs)
+        except _unknown_size_error() as error:
+            raise ValueError(
+                "A function of jax must not need to know an unknown batch size, as "
+                "x.reshape(8, -1) does, and jax.lax.psum over an axis that no rule "
+                "splits. Give keras.Input a batch_size, or write it otherwise. "
+                f"Received: shapes {[spec.shape for spec in specs]}; "
+                f"jax says: {str(error).splitlines()[0]}"
+            ) from error
     return _Program(
         stablehlo.serialize_portable_artifact_str(exported.mlir_module(), _STABLEHLO),
         exported.module_kept_var_idx,
@@ -191,6 +200,14 @@ def _export(fn: Callable, specs: list, platform: str | None) -> _Program:
         tuple(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in exported.out_avals),
         exported.out_tree,
     )
+
+
+def _unknown_size_error() -> type[Exception]:
+    """jax's error for a dimension that it needs to know."""
+    import jax
+
+    name = "InconclusiveDimensionOperation"  # in jax 0.9 among those of the core
+    return getattr(jax.errors, name, None) or getattr(jax.core, name)
 
 
 def _specs(tensors: Sequence[tf.Tensor], runs: bool) -> list:

@@ -115,6 +115,24 @@ def test_other_unknown_dimensions_are_refused():
         step.get_concrete_function()
 
 
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda x: jax.vmap(lambda y: jax.lax.psum(y, "n"), axis_name="n")(x[None]),
+        lambda x: x.reshape(8, -1),
+    ],
+    ids=["psum", "reshape"],
+)
+def test_a_function_that_needs_an_unknown_batch_size_says_so(fn):
+    @tf.function(input_signature=[tf.TensorSpec([None, 3])], autograph=False)
+    def step(x):
+        return jax_call(fn, x)
+
+    with pytest.raises(ValueError, match="Give keras.Input a batch_size") as caught:
+        step.get_concrete_function()
+    assert len(str(caught.value)) < 500
+
+
 def test_a_function_is_traced_once_for_its_shapes_and_not_kept():
     traces = []
 
