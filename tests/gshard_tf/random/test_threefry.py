@@ -164,6 +164,18 @@ def dropout_on(mesh, axes=("batch", None, None)):
     return run(x, np.array([7, 9], np.int32)), strategy
 
 
+@pytest.mark.parametrize(("shape", "batch_dim"), [([8, 3, 2], 0), ([3, 8, 2], 1)])
+def test_a_microbatch_draws_its_rows_of_the_batch(shape, batch_dim):
+    seed = tf.constant([5, 7])
+    whole = random.uniform(seed, shape, batch_dim).numpy()
+    part = [n // 4 if i == batch_dim else n for i, n in enumerate(shape)]
+    for number in range(4):
+        with random.microbatch(tf.constant(number), 4):
+            drawn = random.uniform(seed, part, batch_dim)
+        rows = np.arange(number, 8, 4)
+        np.testing.assert_array_equal(drawn, np.take(whole, rows, batch_dim))
+
+
 def test_same_numbers_on_any_number_of_partitions():
     one, _ = dropout_on({"data": 1})
     for partitions in (2, 8):
