@@ -64,6 +64,7 @@ def split(tensor: Any, split_dimension: int, num_partitions: int) -> Any:
     active = partitioning(tensor)
     if active is None:
         return tensor
+    _check_not_mapped("split")
     tensor = tf.convert_to_tensor(tensor)
     size = active.mesh.size
     if num_partitions > size or size % num_partitions:
@@ -92,6 +93,8 @@ def replicate(tensor: Any) -> Any:
         )
     if partitioning(tensor) is None:
         return tensor
+    if mapped_axes():
+        return annotate(tensor, (None,) * len(tensor.shape))
     return op_sharding.constrain(tf.convert_to_tensor(tensor), op_sharding.replicated())
 
 
@@ -126,6 +129,7 @@ def shard(tensor: Any, layout: dtensor.Layout | Sequence | np.ndarray) -> Any:
         active = partitioning(tensor)
         if active is None:
             return tensor
+        _check_not_mapped("shard")
         _check_same_axes(layout.mesh, active.mesh, "The layout")
         return op_sharding.constrain(
             tf.convert_to_tensor(tensor),
@@ -152,6 +156,7 @@ def shard(tensor: Any, layout: dtensor.Layout | Sequence | np.ndarray) -> Any:
     active = partitioning(tensor)
     if active is None:
         return tensor
+    _check_not_mapped("shard")
     if sorted(assignment.flatten().tolist()) != list(range(active.mesh.size)):
         raise ValueError(
             f"A device assignment must name each of the {active.mesh.size} devices "
@@ -235,6 +240,14 @@ def partitioning(tensor: Any) -> ActiveMesh | None:
     if isinstance(tensor, tf.Variable | keras.Variable):
         return None if tf.executing_eagerly() else active
     return active if tf.is_symbolic_tensor(tensor) else None
+
+
+def _check_not_mapped(name: str) -> None:
+    if mapped_axes():
+        raise ValueError(
+            "A function that is mapped must use `annotate` for its tensors, which have "
+            f"another dimension outside of it. Received: a call of gshard_tf.{name}"
+        )
 
 
 def _is_dtensor(tensor: Any) -> bool:

@@ -24,6 +24,7 @@ LOGICAL_AXES = (
     "heads",
     "kv",
     "vocab",
+    "stage",
 )
 
 
@@ -39,9 +40,9 @@ class AxisRules:
             `("data", "fsdp")`, split a dimension over the devices of all of them: into
             parts along the first, and these along the second, as jax's
             `PartitionSpec(("data", "fsdp"))` does. `"data+fsdp"` is the same, and is
-            how reports name it. Names outside the
-            usual ones (`batch group expert length embed mlp heads kv vocab`) are
-            welcome: they are whatever layers pass to `annotate` and `name_axes`.
+            how reports name it. Names outside the usual ones (`batch group expert
+            length embed mlp heads kv vocab stage`) are welcome: they are whatever
+            layers pass to `annotate` and `name_axes`.
             `expert_group`, the groups of which an expert has the tokens, follows from
             others: it is split over the axes of `group` that experts and their widths
             leave, so that devices which share an expert share its tokens. So does

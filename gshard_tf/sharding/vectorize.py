@@ -5,9 +5,10 @@ dimension of stages: "vectorized_map", with annotations inside that keep the dim
 split.
 """
 
+import contextlib
 import contextvars
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import tensorflow as tf
@@ -16,6 +17,11 @@ import tensorflow as tf
 # being mapped, outermost first.
 _AXES: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar(
     "gshard_tf_vectorized_axes", default=()
+)
+
+# Name of each pipeline -> its stages and microbatches, where somebody asks.
+_PIPELINES: contextvars.ContextVar[dict[str, tuple[int, int]] | None] = (
+    contextvars.ContextVar("gshard_tf_pipelines", default=None)
 )
 
 
@@ -72,3 +78,21 @@ def vmap(fn: Callable[..., Any], axis: str) -> Callable[..., Any]:
 def mapped_axes() -> tuple[str, ...]:
     """Returns the axes of the dimensions that functions are being mapped over."""
     return _AXES.get()
+
+
+@contextlib.contextmanager
+def recorded_pipelines() -> Iterator[dict[str, tuple[int, int]]]:
+    """Context that yields the stages and microbatches of pipelines traced in it."""
+    found: dict[str, tuple[int, int]] = {}
+    token = _PIPELINES.set(found)
+    try:
+        yield found
+    finally:
+        _PIPELINES.reset(token)
+
+
+def record_pipeline(name: str, stages: int, microbatches: int) -> None:
+    """Tells `recorded_pipelines`, if somebody asks, of a pipeline that is traced."""
+    found = _PIPELINES.get()
+    if found is not None:
+        found[name] = (stages, microbatches)
