@@ -9,6 +9,7 @@ from gshard_tf.planning.records import (
     Communication,
     Memory,
     OutOfMemory,
+    Pipeline,
     Reshard,
     StepTime,
     Weight,
@@ -17,7 +18,7 @@ from gshard_tf.planning.text import table
 
 #: Increased when the fields or their definitions change, so that an old file is
 #: rejected and not misread.
-FORMAT = 4
+FORMAT = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +53,7 @@ class Plan:
         host_bytes: The largest resident size of this process so far.
         versions: The versions of the packages involved.
         key: A hash that identifies the plan's content.
+        pipelines: The pipelines of the step.
     """
 
     model: str
@@ -79,6 +81,7 @@ class Plan:
     host_bytes: int
     versions: dict[str, str]
     key: str
+    pipelines: list[Pipeline] = dataclasses.field(default_factory=list)
 
     @property
     def num_devices(self) -> int:
@@ -180,6 +183,7 @@ class Plan:
             oom["buffers"] = [Buffer(**b) for b in oom["buffers"]]
             fields["out_of_memory"] = OutOfMemory(**oom)
         fields["communication"] = [Communication(**c) for c in fields["communication"]]
+        fields["pipelines"] = [Pipeline(**p) for p in fields["pipelines"]]
         fields["reshards"] = [Reshard(**r) for r in fields["reshards"]]
         if fields["time"] is not None:
             fields["time"] = StepTime(**fields["time"])

@@ -25,7 +25,7 @@ from gshard_tf.planning.memory import (
 )
 from gshard_tf.planning.plan import Plan
 from gshard_tf.planning.program_facts import program_facts, uncounted_loops
-from gshard_tf.planning.records import OutOfMemory, Weight
+from gshard_tf.planning.records import OutOfMemory, Pipeline, Weight
 from gshard_tf.planning.reshards import ReshardClassifier, annotations
 from gshard_tf.planning.summaries import compiler
 from gshard_tf.planning.tracing import trace_step
@@ -36,6 +36,7 @@ from gshard_tf.sharding.mesh import axis_sizes, create_mesh
 from gshard_tf.sharding.rules import AxisRules
 from gshard_tf.sharding.sharded_variable import MeshVariableBase
 from gshard_tf.sharding.variable_layouts import VariableLayouts
+from gshard_tf.sharding.vectorize import recorded_pipelines
 from gshard_tf.spmd.abstract import AbstractStrategy
 from gshard_tf.spmd.executable import compile_step
 from gshard_tf.spmd.keras_step import batch_specs, check_mode, variable_roles
@@ -115,7 +116,8 @@ def plan(
     report = progress or (lambda text: None)
     report("building and tracing ...")
     start = time.perf_counter()
-    built, step = trace_step(model, strategy, specs, mode)
+    with recorded_pipelines() as pipelines:
+        built, step = trace_step(model, strategy, specs, mode)
     trace_seconds = time.perf_counter() - start
     weights = _weights(built, step, layouts)
     layers = layer_names.LayerNames(layer_names.layer_tree(built))
@@ -172,6 +174,7 @@ def plan(
         host_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         versions=versions,
         key=key,
+        pipelines=[Pipeline(name, *shape) for name, shape in pipelines.items()],
         **facts,
     )
     plans.save(result)

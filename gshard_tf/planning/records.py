@@ -113,6 +113,29 @@ class Communication:
 
 
 @dataclasses.dataclass(frozen=True)
+class Pipeline:
+    """A pipeline of stages, which microbatches pass through.
+
+    Attributes:
+        name: The layer's.
+        stages: P.
+        microbatches: K.
+    """
+
+    name: str
+    stages: int
+    microbatches: int
+
+    @property
+    def bubble(self) -> float:
+        """The share of a stage's time in which it has no microbatch.
+
+        It computes all the same, so that `flops` has it.
+        """
+        return (self.stages - 1) / (self.microbatches + self.stages - 1)
+
+
+@dataclasses.dataclass(frozen=True)
 class Reshard:
     """A change of layout that no annotation implies.
 

@@ -73,6 +73,11 @@ def _head(plan: Plan) -> list[str]:
         *_wrapped(", ".join(plan.inputs) + " (global)", "batch    "),
         f"model    {units.number(plan.parameters)} parameters in "
         f"{sum(w.role in ('weight', 'frozen') for w in plan.weights):,} weights",
+        *(
+            f"pipeline {p.name}: {p.stages} stages, {p.microbatches} microbatches, "
+            f"{units.percent(p.bubble, 1)} of the time a bubble"
+            for p in plan.pipelines
+        ),
     ]
 
 
