@@ -16,7 +16,8 @@ import tensorflow as tf
 
 from gshard_tf import active_mesh, annotate, vmap
 from gshard_tf.compat.keras_calls import current_autocast
-from gshard_tf.compat.tf_gradients import stop_recording
+from gshard_tf.compat.tf_gradients import gradient_scope, stop_recording
+from gshard_tf.sharding.vectorize import record_pipeline
 from keras_layers._shapes import static_shape
 from keras_layers.remat import behind_barrier, weight_slice
 
@@ -73,6 +74,7 @@ def check_pipeline(
             "The batch must divide by `microbatches`. "
             f"Received: a batch of {batch}, microbatches={microbatches}"
         )
+    record_pipeline(name, stages, microbatches)
     return Pipeline(stages, count // stages, microbatches)
 
 
@@ -142,6 +144,7 @@ def run_pipeline(
     """
     run = _Run(unit, pipeline, list(trained), list(state), list(counted))
     count = len(shared)
+    scope = gradient_scope()
 
     @tf.custom_gradient
     def whole(inputs, *tensors):
@@ -151,11 +154,13 @@ def run_pipeline(
 
         def gradient(d_outputs, d_loss, *_):
             unit_inputs = kept
-            if not training:
-                unit_inputs, *_ = run.forward(inputs, shared, values, True)
-            d_inputs, gradients = run.backward(
-                unit_inputs, shared, values, d_outputs, d_loss
-            )
+            # In the layer's scope, as the gradients of other operations are.
+            with tf.name_scope(scope):
+                if not training:
+                    unit_inputs, *_ = run.forward(inputs, shared, values, True)
+                d_inputs, gradients = run.backward(
+                    unit_inputs, shared, values, d_outputs, d_loss
+                )
             return [d_inputs, *(gradients.get(i) for i in range(len(tensors)))]
 
         outputs, loss, state = results

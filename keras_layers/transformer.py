@@ -85,6 +85,16 @@ class Transformer(TransformerDecoding):
         block_length: How many positions are projected to the vocabulary at a time
             where labels are among the inputs, so that logits never exist whole (see
             `projected_statistics` for a choice). None: all.
+        microbatches: K, the parts that a batch is cut into. One after another they pass
+            through encoder and decoder as pipelines (GSPMD, arXiv 2105.04663, section
+            3.3; needs `stacked` and `remat=True`). The number of stages is no property
+            of the model: it is that of the devices over which rules split "stage",
+            and without such a rule it is 1. It must divide the units of either
+            stack, and K the batch. Of the time of P stages `(P - 1) / (K + P - 1)` is
+            a bubble, so take 4 P or more, as long as a microbatch fills a device.
+            Where a `group_size` makes groups of more than a row, they are of tokens of
+            one microbatch. Auxiliary losses are means over microbatches. Decoding
+            passes through the layers one by one. None: no pipeline.
 
     Attributes:
         encoder_blocks: The encoder's blocks, if it is not stacked.
