@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from gshard_tf.sharding.manual import manual, mesh_axis
     from gshard_tf.sharding.mesh import active_mesh, create_mesh, use_mesh
     from gshard_tf.sharding.rules import AxisRules
-    from gshard_tf.sharding.vectorize import vmap
+    from gshard_tf.sharding.vectorize import record_pipeline, vmap
     from gshard_tf.spmd.local_batches import process_local_rows
     from gshard_tf.spmd.strategy import SpmdStrategy
     from gshard_tf.tpu.strategy import tpu_strategy
@@ -86,6 +86,7 @@ __all__ = [
     "logical_axes",
     "plan",
     "process_local_rows",
+    "record_pipeline",
     "export",
     "replicate",
     "request_cpu_devices",
@@ -136,6 +137,7 @@ _HOME = {
     "plan": "planning.planner",
     "process_local_rows": "spmd.local_batches",
     "export": None,
+    "record_pipeline": "sharding.vectorize",
     "replicate": "sharding.annotations",
     "request_cpu_devices": "runtime.devices",
     "ring_attention": "parallel.ring_attention",

@@ -60,11 +60,13 @@ class Dropout(keras.layers.Layer):
         inputs: tf.Tensor,
         training: bool | None = None,
         positions: tf.Tensor | None = None,
+        rows: int | tf.Tensor = 1,
     ) -> tf.Tensor:
         """Drops values of `inputs`.
 
         With `positions`, distinct ints, one for each row of `inputs` `[R, H]`, a row
-        has the mask of its position, wherever it stands.
+        has the mask of its position, wherever it stands. `rows` is the number of
+        neighbors along `batch_dim` that are of one example.
         """
         if not training or self.rate == 0:
             return inputs
@@ -84,7 +86,7 @@ class Dropout(keras.layers.Layer):
             if self.noise_shape[self.batch_dim] is not None:
                 batch_dim = None  # one mask for all examples
         uniforms = random.uniform(
-            self.seed_generator.next(), shape, batch_dim, positions
+            self.seed_generator.next(), shape, batch_dim, positions, rows
         )
         scaled = inputs * tf.cast(1.0 / (1.0 - self.rate), inputs.dtype)
         return tf.where(uniforms >= self.rate, scaled, tf.zeros([], inputs.dtype))

@@ -14,10 +14,9 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-from gshard_tf import active_mesh, annotate, vmap
+from gshard_tf import active_mesh, annotate, record_pipeline, vmap
 from gshard_tf.compat.keras_calls import current_autocast
 from gshard_tf.compat.tf_gradients import gradient_scope, stop_recording
-from gshard_tf.sharding.vectorize import record_pipeline
 from keras_layers._shapes import static_shape
 from keras_layers.remat import behind_barrier, weight_slice
 
@@ -157,14 +156,14 @@ def run_pipeline(
             # In the layer's scope, as the gradients of other operations are.
             with tf.name_scope(scope):
                 if not training:
-                    unit_inputs, *_ = run.forward(inputs, shared, values, True)
+                    unit_inputs = run.forward(inputs, shared, values, True)[0]
                 d_inputs, gradients = run.backward(
                     unit_inputs, shared, values, d_outputs, d_loss
                 )
             return [d_inputs, *(gradients.get(i) for i in range(len(tensors)))]
 
-        outputs, loss, state = results
-        return [outputs, loss, *state], gradient
+        outputs, loss, new = results
+        return [outputs, loss, *new], gradient
 
     outputs, loss, *new = whole(inputs, *shared, *values)
     outputs.set_shape(inputs.shape)

@@ -13,9 +13,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from gshard_tf import logical_axes, name_axes
+from gshard_tf import logical_axes, name_axes, random
 from gshard_tf.compat.keras_calls import clear_losses, no_autocast
-from gshard_tf.random import microbatch
 from keras_layers._arguments import check_int
 from keras_layers._stacked_variables import (
     Blocks,
@@ -234,7 +233,14 @@ class Stacked(keras.layers.Layer):
 
         if self.microbatches is not None and not watched and not decoding:
             outputs, loss, state = self._run_pipeline(
-                unit, inputs, shared, stacked, updated, first_metric, training
+                self.microbatches,
+                unit,
+                inputs,
+                shared,
+                stacked,
+                updated,
+                first_metric,
+                training,
             )
         elif self.remat and training and not watched:
             trained = [i for i, w in enumerate(self._stacked_weights) if w.trainable]
@@ -266,6 +272,7 @@ class Stacked(keras.layers.Layer):
 
     def _run_pipeline(
         self,
+        count: int,
         unit: Callable,
         inputs: tf.Tensor,
         shared: list[tf.Tensor],
@@ -274,12 +281,12 @@ class Stacked(keras.layers.Layer):
         first_metric: int,
         training: bool | None,
     ) -> tuple[tf.Tensor, tf.Tensor, list[tf.Tensor]]:
-        """Runs `unit` as `Stacked.call` does, on microbatches and stages."""
-        count, carried = self.microbatches, self._carried
+        """Runs `unit` as `Stacked.call` does, on `count` microbatches, in stages."""
+        carried = self._carried
         pipeline = check_pipeline(self.name, self.count, count, inputs.shape[0])
 
         def of_microbatch(x, shared, values, number):
-            with microbatch(number, count), parts_of_batch(count):
+            with random.microbatch(number, count), parts_of_batch(count):
                 outputs, loss, new = unit(x, shared, values)
             new = dict(zip(updated, new, strict=True))
             return outputs, loss, [new.get(i, values[i]) for i in carried]

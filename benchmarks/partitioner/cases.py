@@ -13,6 +13,7 @@ import keras
 
 import gshard_tf
 from keras_layers import (
+    EncoderBlock,
     FeedForward,
     MoELayer,
     MultiHeadAttention,
@@ -20,6 +21,7 @@ from keras_layers import (
     TokenEmbedding,
     VocabularyProjection,
 )
+from keras_layers.stacked import Stacked
 
 B, L, M, H, N, D, V = 16, 64, 128, 512, 8, 16, 4096
 TOKENS = B * L * M * 4  # bytes of the activations [B, L, M]
@@ -74,6 +76,17 @@ def tokens(*layers: Callable) -> list[Callable]:
 
 def attention(**kwargs: Any) -> Callable[[], list[Callable]]:
     return lambda: tokens(MultiHeadAttention(N, D, **kwargs))
+
+
+def pipeline(layers: int, microbatches: int) -> list[Callable]:
+    """A stack of encoder blocks that microbatches pass through."""
+
+    def make(number: int) -> list[EncoderBlock]:
+        block = EncoderBlock(N, D, H, dropout=0.0, name=f"block_{number + 1}")
+        block.build((None, None, M))
+        return [block]
+
+    return tokens(Stacked(make, layers, True, microbatches))
 
 
 SCALE = M * 4  # its weights
@@ -188,6 +201,15 @@ SEQUENCES = [
             "all-to-all": 4 * 2 * TOKENS // 4,
             "all-reduce": 2 * 2 * TOKENS // 4 + M * 8 * 4 + SCALE,
         },
+    ),
+    Case(
+        "encoder blocks in 8 stages, 16 microbatches",
+        lambda: pipeline(8, 16),
+        EIGHT,
+        {"rules": {"stage": "x"}},
+        # A microbatch in each of 16 + 7 ticks, forward and backward; the last stage's
+        # outputs and the first one's gradient.
+        {"collective-permute": 2 * 23 * TOKENS // 16, "all-reduce": 2 * TOKENS},
     ),
     Case(
         "embedding, vocabulary split",

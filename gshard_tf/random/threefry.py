@@ -79,6 +79,7 @@ def random_bits(
     shape: Sequence[Any],
     batch_dim: int | None = 0,
     positions: tf.Tensor | None = None,
+    rows: int | tf.Tensor = 1,
 ) -> tf.Tensor:
     """Returns uint32 bits of `shape`, a function of `seed` and position alone.
 
@@ -96,27 +97,28 @@ def random_bits(
             numbers.
         positions: The positions along the first dimension, 1-D ints, where they are
             not 0, 1, 2, ...: numbers that stay with rows that change places.
+        rows: How many neighbors along `batch_dim` are of one example, which is what
+            `microbatch` counts.
     """
     shape = list(shape)
-    parts, step, start = 1, 1, None
+    parts, start, of_batch = 1, None, None
     if batch_dim is not None and shape:
-        if (of_batch := _MICROBATCH.get()) is not None:
-            number, parts = of_batch
-            step, start = parts, tf.cast(number, tf.uint32)
+        if (found := _MICROBATCH.get()) is not None:
+            number, parts = found
+            of_batch = (number, parts, rows)
         context = tf.distribute.get_replica_context()
         if context is not None and context.num_replicas_in_sync > 1:
             # On a TPU the replica's number is a tensor.
             replica = tf.cast(context.replica_id_in_sync_group, tf.uint32)
-            first = replica * tf.cast(shape[batch_dim] * parts, tf.uint32)
-            start = first if start is None else start + first
+            start = replica * tf.cast(shape[batch_dim] * parts, tf.uint32)
             parts *= context.num_replicas_in_sync
     return _random_bits(
         tf.convert_to_tensor(seed),
         shape,
         batch_dim=batch_dim,
         parts=parts,
-        step=step,
         start=start,
+        of_batch=of_batch,
         first=positions,
     )
 
@@ -128,8 +130,8 @@ def _random_bits(
     shape: list[Any],
     batch_dim: int | None,
     parts: int,
-    step: int,
     start: tf.Tensor | None,
+    of_batch: tuple[tf.Tensor, int, int | tf.Tensor] | None,
     first: tf.Tensor | None,
 ) -> tf.Tensor:
     words = tf.cast(seed, tf.uint32)
@@ -144,9 +146,12 @@ def _random_bits(
     def positions(i: int) -> tf.Tensor:
         index = tf.range(shape[i]) if first is None or i > 0 else first
         index = tf.cast(index, tf.uint32)
-        if start is None or i != batch_dim:
+        if i != batch_dim:
             return index
-        return index * tf.constant(step, tf.uint32) + start
+        if of_batch is not None:
+            number, count, rows = (tf.cast(x, tf.uint32) for x in of_batch)
+            index = (index // rows * count + number) * rows + index % rows
+        return index if start is None else index + start
 
     stride = tf.ones([], tf.uint32)
     for i in reversed(range(1, rank)):
@@ -166,6 +171,7 @@ def uniform(
     shape: Sequence[Any],
     batch_dim: int | None = 0,
     positions: tf.Tensor | None = None,
+    rows: int | tf.Tensor = 1,
 ) -> tf.Tensor:
     """Returns float32 numbers in [0, 1), a function of `seed` and position alone.
 
@@ -174,8 +180,9 @@ def uniform(
         shape: A list with one int or scalar int tensor per dimension.
         batch_dim: See `random_bits`.
         positions: See `random_bits`.
+        rows: See `random_bits`.
     """
-    bits = random_bits(seed, shape, batch_dim, positions)
+    bits = random_bits(seed, shape, batch_dim, positions, rows)
     # 24 bits fill a float32's mantissa, so every value is exact and below 1. The
     # detour by int32 is because few backends convert uint32 to float.
     top = tf.cast(tf.bitwise.right_shift(bits, tf.constant(8, tf.uint32)), tf.int32)

@@ -92,7 +92,15 @@ def recorded_pipelines() -> Iterator[dict[str, tuple[int, int]]]:
 
 
 def record_pipeline(name: str, stages: int, microbatches: int) -> None:
-    """Tells `recorded_pipelines`, if somebody asks, of a pipeline that is traced."""
+    """Tells a plan, if one is being made, of a pipeline that is traced.
+
+    For layers of your own: `Plan.pipelines` then has it. Otherwise it does nothing.
+
+    Args:
+        name: The layer's name.
+        stages: P, the number of stages.
+        microbatches: K, how many pass through them.
+    """
     found = _PIPELINES.get()
     if found is not None:
         found[name] = (stages, microbatches)

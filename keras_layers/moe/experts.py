@@ -105,11 +105,8 @@ class Experts(MLP):
         rows = annotate(rows, ("expert", "expert_group", "embed"))
         hidden = self.hidden(lambda weight: matmul(rows, weight))  # [E, G*C, H]
         hidden = annotate(hidden, ("expert", "expert_group", "mlp"))
-        if training and self.dropout.rate:
-            # By groups: a microbatch has the masks of its own.
-            shape = tf.shape(hidden)
-            hidden = tf.reshape(hidden, [experts, groups, capacity, hidden.shape[-1]])
-            hidden = tf.reshape(self.dropout(hidden, training=training), shape)
+        # Rows of a group are neighbors: a microbatch has the masks of its own groups.
+        hidden = self.dropout(hidden, training=training, rows=capacity)
         outputs = matmul(hidden, self.wo)  # [E, G*C, M]
         return tf.reshape(outputs, [experts, groups, capacity, width])
 

@@ -263,8 +263,10 @@ def test_stages_with_experts_and_data(mesh, units):
     assert_close(run.result, plain.result, RTOL, "logs")
     assert_same_state(run.model, plain.model, RTOL)
     (program,) = run.strategy.programs
-    found = [each for each in program.collectives() if each.bytes > 64]
-    assert not [each for each in found if each.kind == "all-gather"]
+    # Of two rows XLA gathers one's activations rather than sum the weights' gradient.
+    activations = 4 * B // 4 * L * M
+    found = [each for each in program.collectives() if each.bytes > activations]
+    assert found and not [each for each in found if each.kind == "all-gather"]
 
 
 @pytest.mark.slow  # two more steps

@@ -164,16 +164,20 @@ def dropout_on(mesh, axes=("batch", None, None)):
     return run(x, np.array([7, 9], np.int32)), strategy
 
 
-@pytest.mark.parametrize(("shape", "batch_dim"), [([8, 3, 2], 0), ([3, 8, 2], 1)])
-def test_a_microbatch_draws_its_rows_of_the_batch(shape, batch_dim):
+@pytest.mark.parametrize(
+    ("shape", "batch_dim", "rows"),
+    [([8, 3, 2], 0, 1), ([3, 8, 2], 1, 1), ([3, 24], 1, 3)],
+)
+def test_a_microbatch_draws_its_rows_of_the_batch(shape, batch_dim, rows):
     seed = tf.constant([5, 7])
     whole = random.uniform(seed, shape, batch_dim).numpy()
     part = [n // 4 if i == batch_dim else n for i, n in enumerate(shape)]
     for number in range(4):
         with random.microbatch(tf.constant(number), 4):
-            drawn = random.uniform(seed, part, batch_dim)
-        rows = np.arange(number, 8, 4)
-        np.testing.assert_array_equal(drawn, np.take(whole, rows, batch_dim))
+            drawn = random.uniform(seed, part, batch_dim, rows=rows)
+        examples = np.arange(number, 8, 4)[:, None] * rows + np.arange(rows)
+        expected = np.take(whole, examples.ravel(), batch_dim)
+        np.testing.assert_array_equal(drawn, expected)
 
 
 def test_same_numbers_on_any_number_of_partitions():
