@@ -44,7 +44,7 @@ class Case:
     seed: int
     name: str
     axes: dict[str, int]
-    rules: dict[str, str]
+    rules: dict[str, str | tuple[str, ...]]
     paths: list[tuple[str, tuple]]
     inputs: dict[str, str]
     layers: list[str]

@@ -1,5 +1,6 @@
 """Draws meshes, rules, shapes, annotations and arguments for a random program."""
 
+import itertools
 import random
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -34,11 +35,13 @@ class Draw:
         self.rng = random.Random(seed)
         self.axes: dict[str, int] = self.rng.choice(MESHES)
         names = list(self.axes)
-        self.rules: dict[str, str] = {
+        self.rules: dict[str, str | tuple[str, ...]] = {
             name.upper(): name for name in names if self.maybe(0.85)
         }
+        for pair in itertools.permutations(names, 2):
+            self.rules["".join(pair).upper()] = pair
         if self.maybe(0.5):
-            self.rules["batch"] = self.rng.choice(names)
+            self.rules["batch"] = self.choice([*names, tuple(names)])
         self.shape: tuple[int, ...] = ()
         self.inputs: dict[str, str] = {}
         self.layers: list[str] = []
@@ -116,6 +119,8 @@ class Draw:
         for dimension in self.rng.sample(range(rank), rank):
             if free and self.maybe(0.6):
                 names[dimension] = free.pop()
+                if free and self.maybe(0.25):
+                    names[dimension] += free.pop()
         return tuple(names)
 
     # ------------------------------------------------------------ placeholders

@@ -21,9 +21,10 @@ import gshard_tf
 from benchmarks.harness.command_line import circumstances, make_parser, say
 from benchmarks.partitioner import measure
 from benchmarks.partitioner.cases import SEQUENCES, Case
+from benchmarks.partitioner.grids import GRIDS
 from benchmarks.partitioner.images import IMAGES
 
-CASES = [*SEQUENCES, *IMAGES]
+CASES = [*SEQUENCES, *GRIDS, *IMAGES]
 
 
 def row(case: Case, topology: str | None, runs: bool = True) -> dict[str, Any]:

@@ -28,6 +28,7 @@ class _Layout(NamedTuple):
         expert: Logical axis of experts.
         mlp: Logical axis of the hidden layer.
         parts: The number of devices along the axes of rows.
+        sharing: The number of devices along the axes of experts.
         platform: Of the devices; None where they are those of this process.
     """
 
@@ -35,6 +36,7 @@ class _Layout(NamedTuple):
     expert: str | None = None
     mlp: str | None = None
     parts: int = 1
+    sharing: int = 1
     platform: str | None = None
 
     @classmethod
@@ -56,6 +58,7 @@ class _Layout(NamedTuple):
             expert,
             mlp,
             active.parts("expert_row"),
+            active.parts("expert"),
             PLATFORMS[active.mesh.device_type()],
         )
 
@@ -104,10 +107,18 @@ class RaggedDispatch:
     Args:
         expert_index: `[T, K]` int32, the experts of each token; E for none.
         num_experts: E.
+
+    Raises:
+        ValueError: when E does not divide by the devices that share the experts.
     """
 
     def __init__(self, expert_index: tf.Tensor, num_experts: int):
         self.layout = layout = _Layout.for_tensor(expert_index)
+        if num_experts % layout.sharing:
+            raise ValueError(
+                "Dropless experts must divide by the devices that the rules split them "
+                f"over. Received: num_experts={num_experts}, {layout.sharing} devices"
+            )
         self._tokens = _sizes(expert_index)[0]
         # Manual regions have parts of one size.
         self._added = -self._tokens % layout.parts if layout.parts > 1 else 0

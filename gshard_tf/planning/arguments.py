@@ -20,6 +20,7 @@ import gshard_tf
 from gshard_tf.io.command_line import Parser
 from gshard_tf.io.paths import path_option
 from gshard_tf.io.stderr_lines import import_quietly
+from gshard_tf.sharding.partition_spec import axes_of
 
 MODES = ("train", "evaluate", "predict")
 DTYPES = frozenset(
@@ -110,9 +111,9 @@ def parser() -> argparse.ArgumentParser:
         type=rule,
         default=[],
         metavar="NAME=AXIS",
-        help="split the logical axis NAME over the mesh axis AXIS, or over none "
-        "(NAME=none); may be repeated. With any, these are all rules there are; by "
-        "default AxisRules.default",
+        help="split the logical axis NAME over the mesh axis AXIS, over several "
+        "(NAME=AXIS+AXIS), or over none (NAME=none); may be repeated. With any, these "
+        "are all rules there are; by default AxisRules.default",
     )
     result.add_argument(
         "--batch",
@@ -214,7 +215,7 @@ def _check(command_line: argparse.ArgumentParser, options: argparse.Namespace) -
         if names.count(name) > 1:
             command_line.error(f"argument --rule: two rules for {name!r}")
     for name, axis in options.rule:
-        if options.mesh and axis is not None and axis not in options.mesh:
+        if options.mesh and not set(axes_of(axis)) <= set(options.mesh):
             command_line.error(
                 f"argument --rule: {name}={axis} must name an axis of the mesh, "
                 f"which has {', '.join(options.mesh)}"

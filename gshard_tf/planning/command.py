@@ -25,6 +25,7 @@ from gshard_tf.planning.plan import Plan
 from gshard_tf.planning.search import find_layout
 from gshard_tf.runtime.devices import request_cpu_devices
 from gshard_tf.sharding.mesh import create_mesh
+from gshard_tf.sharding.partition_spec import axes_of
 from gshard_tf.sharding.rules import AxisRules
 from gshard_tf.spmd.abstract import AbstractStrategy
 
@@ -231,7 +232,7 @@ def _split(returned: Any) -> tuple[Any, Any]:
 def _returned_batch(function: Callable[[], Any], options: argparse.Namespace) -> Any:
     """Returns the batch that the function returns, by running it once."""
     mesh = create_mesh(options.mesh or {"expert": 1}, "CPU")
-    axes = {axis for _, axis in options.rule if axis is not None}
+    axes = {name for _, axis in options.rule for name in axes_of(axis)}
     if axes - set(mesh.dim_names):
         raise ValueError(
             f"The rules name the mesh axes {sorted(axes)}, which must have sizes by "

@@ -11,6 +11,7 @@ from tensorflow.experimental import dtensor
 from gshard_tf.hlo import layer_names, parser
 from gshard_tf.hlo.collectives import Collective
 from gshard_tf.planning.records import Communication, Reshard, Weight
+from gshard_tf.sharding.partition_spec import axes_of
 from gshard_tf.sharding.rules import AxisRules
 
 _SUMS = ("all-reduce", "reduce-scatter")
@@ -130,7 +131,9 @@ class ReshardClassifier:
         """
         axes = axis.split("+")
         logical = [
-            name for name, mesh_axis in self.rules.rules.items() if mesh_axis in axes
+            name
+            for name, mesh_axis in self.rules.rules.items()
+            if set(axes) & set(axes_of(mesh_axis))
         ]
         name = logical[0] if logical else axis
         where = f"the result of `{operation}`" if operation else "it"

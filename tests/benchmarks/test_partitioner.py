@@ -10,6 +10,7 @@ from processes import ROOT
 
 from benchmarks.partitioner import measure
 from benchmarks.partitioner.cases import SEQUENCES
+from benchmarks.partitioner.grids import GRIDS
 from benchmarks.partitioner.images import IMAGES
 
 
@@ -23,7 +24,7 @@ def test_as_expected_means_the_same_bytes_of_each_kind_apart_from_scalars():
 
 
 def test_cases_have_names_of_their_own():
-    names = [case.name for case in (*SEQUENCES, *IMAGES)]
+    names = [case.name for case in (*SEQUENCES, *GRIDS, *IMAGES)]
     assert len(set(names)) == len(names) > 20
 
 

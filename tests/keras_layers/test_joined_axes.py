@@ -9,7 +9,8 @@ from jax.sharding import PartitionSpec
 import gshard_tf
 from gshard_tf.hlo.flops import flops_by_operation
 from gshard_tf.hlo.parser import parse
-from keras_layers import MoELayer
+from gshard_tf.sharding.partition_spec import axes_of, parts_over
+from keras_layers import MoELayer, MultiHeadAttention
 
 CUBE = {"data": 2, "x": 2, "y": 2}
 ALL = ("data", "x", "y")
@@ -121,3 +122,64 @@ def test_inputs_and_outputs_split_by_examples_and_length():
     assert specs[3] == [PartitionSpec(None, "y", None)]  # 6 of 4 devices
     outputs = meshed.strategy.programs[2].layouts.outputs
     assert [layout.spec for layout in outputs] == [("data+x", "y", None)]
+
+
+MESHES = (CUBE, {"data": 2, "x": 4}, {"x": 3, "y": 2}, {"data": 4, "x": 1, "y": 2})
+
+
+def random_rules(rng, names):
+    """Rules of a model with attention and experts, and other options of theirs."""
+
+    def some(taken=()):
+        free = [name for name in names if name not in taken]
+        return tuple(rng.permutation(free)[: rng.integers(0, len(free) + 1)].tolist())
+
+    tokens, experts = some(), some()
+    rules = {
+        "batch": tokens,
+        "group": tokens,
+        "expert": experts,
+        "mlp": some(experts),
+        "heads": some(tokens),
+    }
+    options = {"fsdp_min_bytes": 1}
+    if tokens and rng.random() < 0.7:
+        options[rng.choice(["fsdp", "zero"])] = tokens
+    length = some(tokens)
+    if rng.random() < 0.5 and length:
+        rules["at"] = length
+        options["batch_axes"] = ("batch", "at")
+    return gshard_tf.AxisRules({k: v for k, v in rules.items() if v}, **options)
+
+
+@pytest.mark.filterwarnings("ignore:.*(divide|matched no)")
+@pytest.mark.parametrize(
+    "seed", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, 30))]
+)
+def test_any_rules_on_any_mesh(seed):
+    """Uneven dimensions too: 6 heads, 6 experts, and 12 examples."""
+    rng = np.random.default_rng(seed)
+    mesh = MESHES[rng.integers(len(MESHES))]
+    rules = random_rules(rng, list(mesh))
+    dispatcher = ["index", "einsum", "dropless"][rng.integers(3)]
+    rows, width = (axes_of(rules.mesh_axis(name)) for name in ("group", "mlp"))
+    uneven = 6 % parts_over(rules.mesh_axis("expert"), mesh)
+    if dispatcher == "dropless" and (uneven or set(rows) & set(width)):
+        dispatcher = "index"  # "dropless" refuses both
+
+    def make():
+        x = inputs = keras.Input((8, 16))
+        x = x + MultiHeadAttention(6, 4, seed=1)(x)
+        moe = MoELayer(6, 24, dispatcher=dispatcher, router={"k": 2, "kind": "top_k"})
+        model = keras.Model(inputs, keras.layers.Dense(16)(x + moe(x)))
+        model.compile(keras.optimizers.SGD(0.1, momentum=0.9), "mse")
+        return model
+
+    def use(model):
+        x = data(12)
+        return [
+            model.fit(x, x, 12, epochs=2, verbose=0, shuffle=False),
+            model.predict(x, 12, verbose=0),
+        ]
+
+    parity.assert_equal_runs(make, use, mesh, 1e-5, rules=rules)

@@ -252,3 +252,8 @@ def test_what_does_not_fit():
     with pytest.raises(ValueError, match="must let tokens choose experts"):
         MoELayer(E, H, router="expert_choice", dispatcher="dropless")
     assert MoELayer(E, H, dispatcher="dropless").router.capacity_factor == "dropless"
+    strategy = gshard_tf.SpmdStrategy(gshard_tf.create_mesh({"expert": 3}))
+    with strategy.scope():
+        layer = _layer("dropless")
+        with pytest.raises(ValueError, match=rf"must divide.*num_experts={E}, 3 dev"):
+            strategy.run(tf.function(lambda x: layer(x)), (_batch()[0],))
