@@ -20,6 +20,7 @@ from tensorflow.experimental import dtensor
 from gshard_tf.sharding import op_sharding
 from gshard_tf.sharding.mesh import ActiveMesh, active_mesh, axis_sizes
 from gshard_tf.sharding.mesh_layout import MeshLayout
+from gshard_tf.sharding.partition_spec import join_axes
 from gshard_tf.sharding.vectorize import mapped_axes
 
 
@@ -104,9 +105,11 @@ def shard(tensor: Any, layout: dtensor.Layout | Sequence | np.ndarray) -> Any:
 
     Args:
         tensor: A tensor.
-        layout: A `dtensor.Layout` with one spec per dimension; or, as in the paper,
-            a device assignment: an integer array of the tensor's rank whose element
-            is the device of that slice. Each device of the mesh stands in it once.
+        layout: A `dtensor.Layout` with one spec per dimension; a mesh axis, several
+            (a tuple), or None for each dimension, as jax's `PartitionSpec` has them:
+            `("data", None, ("x", "y"))`; or, as in the paper, a device assignment: an
+            integer array of the tensor's rank whose element is the device of that
+            slice. Each device of the mesh stands in it once.
             A tensor `[3, 16, 64]` with an assignment of shape `[1, 2, 4]` has
             partitions of shape `[3, 8, 16]`.
 
@@ -118,6 +121,8 @@ def shard(tensor: Any, layout: dtensor.Layout | Sequence | np.ndarray) -> Any:
             assignment does not name each device once.
     """
     rank = _rank(tensor)
+    if isinstance(layout, tuple | list) and any(map(_is_spec_entry, layout)):
+        return _shard_by_spec(tensor, layout, rank)
     if isinstance(layout, dtensor.Layout):
         if rank is not None and layout.rank != rank:
             raise ValueError(
@@ -258,6 +263,43 @@ def _is_dtensor(tensor: Any) -> bool:
         and "device:CUSTOM" in tensor.device
         and dtensor.is_dtensor(tensor)
     )
+
+
+def _shard_by_spec(tensor: Any, spec: Sequence, rank: int | None) -> Any:
+    """`shard` by the mesh axis, axes, or None of each dimension."""
+    if rank is not None and len(spec) != rank:
+        raise ValueError(
+            f"A partition spec must have one entry per dimension: {rank}. Received: "
+            f"layout={spec}"
+        )
+    axes = tuple(
+        axis if axis is None or isinstance(axis, str) else join_axes(axis)
+        for axis in spec
+    )
+    is_dtensor = _is_dtensor(tensor)
+    active = None if is_dtensor else partitioning(tensor)
+    if active is None and not is_dtensor:
+        return tensor
+    mesh = dtensor.fetch_layout(tensor).mesh if active is None else active.mesh
+    layout = MeshLayout(axes, mesh)
+    if len({*layout.axes}) != len(layout.axes) or not {*layout.axes} <= {
+        *mesh.dim_names
+    }:
+        raise ValueError(
+            "A partition spec must name axes of the mesh, "
+            f"{list(mesh.dim_names)}, each once. Received: layout={spec}"
+        )
+    if is_dtensor:
+        return dtensor.relayout(tensor, layout.to_dtensor())
+    return op_sharding.constrain(
+        tf.convert_to_tensor(tensor), op_sharding.from_layout(layout)
+    )
+
+
+def _is_spec_entry(entry: Any) -> bool:
+    if isinstance(entry, tuple):
+        return any(isinstance(axis, str) for axis in entry)
+    return entry is None or isinstance(entry, str)
 
 
 def _split_dtensor(tensor: tf.Tensor, dimension: int, partitions: int) -> tf.Tensor:

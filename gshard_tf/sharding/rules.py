@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import keras
 from tensorflow.experimental import dtensor
 
 from gshard_tf.sharding.mesh_layout import MeshLayout
@@ -28,6 +29,7 @@ LOGICAL_AXES = (
 )
 
 
+@keras.saving.register_keras_serializable(package="gshard_tf")
 class AxisRules:
     """The mesh axis over which each logical axis is split.
 
@@ -220,6 +222,22 @@ class AxisRules:
                 f"weight {path!r}, {matches[0][0]!r} and {matches[1][0]!r}"
             )
         return matches[0] if matches else None
+
+    def get_config(self) -> dict[str, Any]:
+        """Returns the arguments, as a Keras layer that keeps rules would save them."""
+        return {
+            "rules": dict(self.rules),
+            "paths": [[pattern.pattern, list(axes)] for pattern, axes in self.paths],
+            "fsdp": self.fsdp,
+            "zero": self.zero,
+            "fsdp_min_bytes": self.fsdp_min_bytes,
+            "batch_axes": list(self.batch_axes),
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "AxisRules":
+        """Makes rules of what `get_config` returned."""
+        return cls(**config)
 
     def unused(self) -> list[tuple[str, str]]:
         """The rules of the user that nothing has used yet."""

@@ -4,11 +4,15 @@ import keras
 import numpy as np
 import parity
 import pytest
+import tensorflow as tf
 from jax.sharding import PartitionSpec
 
 import gshard_tf
 from gshard_tf.hlo.flops import flops_by_operation
 from gshard_tf.hlo.parser import parse
+from gshard_tf.sharding import op_sharding
+from gshard_tf.sharding.mesh import use_mesh
+from gshard_tf.sharding.mesh_layout import MeshLayout
 from gshard_tf.sharding.partition_spec import axes_of, parts_over
 from keras_layers import MoELayer, MultiHeadAttention
 
@@ -183,3 +187,45 @@ def test_any_rules_on_any_mesh(seed):
         ]
 
     parity.assert_equal_runs(make, use, mesh, 1e-5, rules=rules)
+
+
+def test_a_checkpoint_of_joined_axes_is_read_on_another_mesh(tmp_path):
+    joined = gshard_tf.AxisRules(
+        {"batch": ALL, "group": ALL, "expert": ("y", "x")},
+        zero=("data", "x"),
+        fsdp_min_bytes=1,
+    )
+    checkpoints = gshard_tf.CheckpointManager(tmp_path, asynchronous=False)
+    saved = parity.run_on_mesh(with_experts, fit, CUBE, rules=joined, host_copy_bytes=0)
+    checkpoints.save(gshard_tf.training_state(saved.model), 1)
+    other = gshard_tf.AxisRules({"batch": "a", "group": "a", "expert": ("a", "b")})
+
+    def with_slots():
+        model = with_experts()
+        parity.build_optimizer(model)
+        return model
+
+    mesh = {"a": 4, "b": 2}
+    read = parity.run_on_mesh(with_slots, lambda model: None, mesh, rules=other)
+    checkpoints.restore(gshard_tf.training_state(read.model))
+    parity.assert_same_saved(read.model, saved.model)
+
+
+def test_shard_by_a_partition_spec():
+    strategy = parity.strategy_of(CUBE, rules=gshard_tf.AxisRules({}))
+    x = np.arange(64, dtype="float32").reshape(8, 8)
+
+    @tf.function
+    def step(x):
+        return gshard_tf.shard(2.0 * x, (("y", "data"), None))
+
+    np.testing.assert_array_equal(strategy.run(step, (x,)), 2 * x)
+    with use_mesh(strategy.mesh, strategy.rules):
+        graph = step.get_concrete_function(tf.TensorSpec([8, 8])).graph
+    (found,) = (op for op in graph.get_operations() if op.type == "XlaSharding")
+    layout = MeshLayout(("y+data", None), strategy.mesh)
+    assert found.get_attr("_XlaSharding") == op_sharding.from_layout(layout)
+    for spec in [(("y", "y"), None), ("z", None), ("y",)]:
+        with pytest.raises(ValueError, match="A partition spec must"):
+            strategy.run(tf.function(lambda x, s=spec: gshard_tf.shard(x, s)), (x,))
+    assert gshard_tf.shard(x, ("y", None)) is x

@@ -1,3 +1,6 @@
+import json
+
+import keras
 import pytest
 
 import gshard_tf
@@ -125,6 +128,21 @@ def test_unused_counts_only_what_a_person_wrote():
     rules.layout(("batch", None), GRID)
     assert rules.unused() == [("mlp", "model")]
     assert gshard_tf.AxisRules.default(GRID).unused() == []
+
+
+def test_a_keras_config_and_back():
+    rules = gshard_tf.AxisRules(
+        {"batch": ("data", "model"), "mlp": None},
+        paths=[(".*/k", ("batch", None))],
+        zero=("model", "data"),
+        batch_axes=("batch", None, "length"),
+    )
+    text = json.dumps(keras.saving.serialize_keras_object(rules))
+    again = keras.saving.deserialize_keras_object(json.loads(text))
+    assert type(again) is gshard_tf.AxisRules
+    assert repr(again) == repr(rules) and again.get_config() == rules.get_config()
+    assert again.path_axes("a/k") == rules.path_axes("a/k")
+    assert "zero='model+data'" in repr(rules)
 
 
 def test_prints_itself():

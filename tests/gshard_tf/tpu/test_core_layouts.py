@@ -1,11 +1,15 @@
 """Layouts that TensorFlow's bridge cannot store are split further, or whole."""
 
+import numpy as np
 import pytest
 import tensorflow as tf
 
 import gshard_tf
+from gshard_tf.sharding.initial_value import InitialValue
+from gshard_tf.sharding.regions import region_of
 from gshard_tf.sharding.sharded_variable import MeshVariableBase
 from gshard_tf.tpu.core_layouts import CoreLayouts
+from gshard_tf.tpu.storage import Storage
 
 
 class Weight(MeshVariableBase):
@@ -61,6 +65,27 @@ def test_what_has_no_copies_or_no_parts_stays(axes, expected):
     weight_decision, _ = decided(axes, 8, 8)
     assert specs(weight_decision.storage) == expected
     assert weight_decision.compute is None
+
+
+def test_joined_axes_are_stored_as_jax_has_them():
+    import jax
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+    mesh = gshard_tf.create_mesh({"data": 4, "model": 2}, "TPU")
+    rules = gshard_tf.AxisRules(
+        {"mlp": ("model", "data")}, paths=[("weight", (None, "mlp"))]
+    )
+    weight = Weight(3, 16)
+    initial = InitialValue(tf.zeros([3, 16]))
+    storage = Storage(np.array([]), CoreLayouts(mesh, rules), initial, "weight", True)
+    storage.set_owner(weight)
+    grid = Mesh(np.array(jax.devices("cpu")[:8]).reshape(4, 2), ("data", "model"))
+    spec = PartitionSpec(None, ("model", "data"))
+    indices = NamedSharding(grid, spec).devices_indices_map((3, 16))
+    for device, coordinates in zip(
+        grid.devices.flat, storage.shard_coordinates(), strict=True
+    ):
+        assert storage.shard_region(coordinates) == region_of(indices[device], (3, 16))
 
 
 def test_all_axes_left_over_split_it():
