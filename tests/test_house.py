@@ -90,6 +90,7 @@ def test_jax_is_imported_late_and_in_few_places():
         "ragged_exchange.py",
         "ring_attention.py",
         "runner.py",
+        "shardy.py",
         "tf_call_module.py",
     }
     for path in python_files("gshard_tf"):

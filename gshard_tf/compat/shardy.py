@@ -7,6 +7,7 @@ a manual region, and that `sdy.sharding_constraint` may still name its mesh inli
 """
 
 import collections
+import contextlib
 import functools
 from collections.abc import Mapping
 from typing import Any
@@ -28,6 +29,17 @@ def is_shardy_enabled() -> bool:
     from jax._src import config
 
     return config.use_shardy_partitioner.value
+
+
+def shardy_enabled() -> contextlib.AbstractContextManager:
+    """Returns a scope in which jax takes programs with annotations of either kind.
+
+    With Shardy off it refuses to load those of Shardy, and (0.10) fails to load those
+    of GSPMD; with Shardy on it compiles those of GSPMD with GSPMD.
+    """
+    from jax._src import config
+
+    return config.use_shardy_partitioner(True)
 
 
 def to_shardy(module: Any, mesh_axes: Mapping[str, int]) -> None:
@@ -75,17 +87,11 @@ def to_shardy(module: Any, mesh_axes: Mapping[str, int]) -> None:
                 seen.update(regions[-1].enters)
         if sum(len(region.leaves) for region in regions) != len(leaves):
             raise _unknown("a manual region that nothing enters")
-        calls = collections.Counter(map(_callee, found["func.call"]))
-        called_once = {
-            name: function
-            for function in found["func.func"]
-            if calls[name := _name(function)] == 1
-        }
+        functions = {_name(function): function for function in found["func.func"]}
         for region in regions:
             _enclose(region, shardings)
             for op in region.body:
-                if op.name == "func.call" and _callee(op) in called_once:
-                    _expand(op, called_once[_callee(op)])
+                _expand_calls(op, functions)
         for op in constraints:
             _constrain(op, shardings)
 
@@ -102,22 +108,34 @@ def _callee(call: Any) -> str:
     return ir.FlatSymbolRefAttr(call.attributes["callee"]).value
 
 
-def _expand(call: Any, function: Any) -> None:
-    """Replaces a call by the body of the function, which nothing else calls.
+def _expand_calls(op: Any, functions: Mapping[str, Any]) -> None:
+    """Replaces calls in an operation by the bodies of the functions.
 
     XLA keeps calls in a manual computation apart to the end. Then what a gradient
-    computes again is not merged with what the forward pass has computed.
+    computes again is not merged with what the forward pass has computed, and the TPU's
+    compiler may abort where it places a loop's values.
     """
+    from jaxlib.mlir import ir
+
+    if op.name != "func.call":
+        for region in op.regions:
+            for block in region:
+                for inner in list(block):
+                    _expand_calls(inner.operation, functions)
+        return
+    function = functions[_callee(op)].clone(ir.InsertionPoint(functions[_callee(op)]))
     [block] = function.regions[0]
-    for argument, value in zip(block.arguments, call.operands, strict=True):
+    for argument, value in zip(block.arguments, op.operands, strict=True):
         argument.replace_all_uses_with(value)
-    *body, end = (op.operation for op in block)
-    for op in body:
-        op.move_before(call)
-    for result, value in zip(call.results, end.operands, strict=True):
+    *body, end = (each.operation for each in block)
+    for each in body:
+        each.move_before(op)
+    for result, value in zip(op.results, end.operands, strict=True):
         result.replace_all_uses_with(value)
-    call.erase()
-    function.erase()
+    op.erase()
+    function.operation.erase()
+    for each in body:
+        _expand_calls(each, functions)
 
 
 def _drop_repeated(function: Any) -> None:
@@ -156,12 +174,10 @@ def _constrain_body(loop: Any, shardings: "_Shardings") -> None:
 
     [body] = loop.regions[1]
     for value, argument in zip(loop.operands, body.arguments, strict=True):
-        owner = value.owner
-        if isinstance(value, ir.OpResult) and _target(owner) == _SHARDING:
-            if any(argument.uses) and not _is_manual(owner):
-                with ir.InsertionPoint.at_block_begin(body), loop.location:
-                    new = sdy.ShardingConstraintOp(argument, shardings.of(owner))
-                argument.replace_all_uses_except(new.result, new.operation)
+        if any(argument.uses) and _is_annotated(value):
+            with ir.InsertionPoint.at_block_begin(body), loop.location:
+                new = sdy.ShardingConstraintOp(argument, shardings.of(value.owner))
+            argument.replace_all_uses_except(new.result, new.operation)
 
 
 class _Region:
@@ -204,9 +220,10 @@ def _enclose(region: _Region, shardings: "_Shardings") -> None:
     from jaxlib.mlir import ir
     from jaxlib.mlir.dialects import sdy
 
-    annotated = [enter.operands[0].owner for enter in region.enters]
-    if any(_target(op) != _SHARDING for op in annotated):
+    entering = [enter.operands[0] for enter in region.enters]
+    if not all(map(_is_annotated, entering)):
         raise _unknown("an argument of a manual region without a sharding")
+    annotated = [value.owner for value in entering]
     per_value = sdy.TensorShardingPerValueAttr.get
     # All that enters is computed before, and all users of what leaves come after.
     first = region.leaves[0]
@@ -325,6 +342,15 @@ def _target(op: Any) -> str | None:
     if op.name != "stablehlo.custom_call":
         return None
     return ir.StringAttr(op.attributes["call_target_name"]).value
+
+
+def _is_annotated(value: Any) -> bool:
+    """Returns whether a value is an array's with its sharding, not a manual part."""
+    from jaxlib.mlir import ir
+
+    if not isinstance(value, ir.OpResult) or _target(value.owner) != _SHARDING:
+        return False
+    return not _is_manual(value.owner)
 
 
 def _is_manual(op: Any) -> bool:

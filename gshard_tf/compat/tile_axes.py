@@ -39,6 +39,8 @@ def tile_axes(
         The axes of each dimension; None where the tiles are not on this mesh's devices
         in the order of its axes.
     """
+    # Copies are in no order.
+    devices = np.sort(devices.reshape(*devices.shape[:rank], -1), axis=-1)
     found = []
     for d in range(rank):
         along = np.moveaxis(devices, d, 0).reshape(devices.shape[d], -1)[:, 0]
@@ -46,10 +48,7 @@ def tile_axes(
         if axes is None:
             return None
         found.append(axes)
-    # Copies are in no order.
-    tiles = [int(size) for size in devices.shape[:rank]]
-    given = np.sort(devices.reshape(*tiles, -1), axis=-1)
-    return found if np.array_equal(given, _devices(found, mesh_axes)) else None
+    return found if np.array_equal(devices, _devices(found, mesh_axes)) else None
 
 
 def _factors(steps: np.ndarray, mesh_axes: Mapping[str, int]) -> list[SubAxis] | None:

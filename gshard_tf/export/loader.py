@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from gshard_tf.compat.shardy import shardy_enabled
 from gshard_tf.compat.xla import compiler_options
 from gshard_tf.export import program_file
 from gshard_tf.export.manifest import (
@@ -110,7 +111,7 @@ class LoadedProgram:
             for tensor, sharding in zip(manifest.state, captures, strict=True)
         }
         outputs = shardings(manifest.outputs) + [captures[i] for i in manifest.updates]
-        with _x64():
+        with _x64(), shardy_enabled():
             jitted = jax.jit(
                 export.deserialize(bytearray(program)).call,
                 in_shardings=self._inputs + captures,

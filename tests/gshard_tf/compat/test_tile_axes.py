@@ -57,6 +57,11 @@ def test_parts_of_an_axis():
             assert axes == together.get(expected, parts), spec
 
 
+def test_copies_are_in_no_order():
+    devices = np.array([[4, 0], [1, 5], [6, 2], [3, 7]])
+    assert tile_axes(devices, 1, {"x": 8}) == [[SubAxis("x", 2, 4, 8)]]
+
+
 def test_other_orders_of_devices_are_no_axes():
     mesh = {"x": 4, "y": 2}
     assert (

@@ -13,6 +13,7 @@ import pytest
 from processes import run_python
 
 import gshard_tf
+from gshard_tf import export
 from keras_layers import Conv2D, MoELayer, MultiHeadAttention
 
 B, L, M = 8, 8, 16
@@ -97,6 +98,28 @@ def test_both_train_as_one_device_and_send_the_same(case, use):
             counts[each.kind] += each.bytes * (each.times or 0)
         sent[partitioner] = counts
     assert sent["shardy"] == sent["gspmd"] and sent["shardy"]
+
+
+@pytest.mark.slow
+def test_saved_programs_keep_the_partitioner_that_they_were_saved_for(use, tmp_path):
+    x, _ = parity.data(32)
+    results = []
+    for saved in ("shardy", "gspmd"):
+        use(saved)
+        keras.utils.set_random_seed(7)
+        with parity.strategy_of(8).scope():
+            model = parity.compiled()
+        program = export.step_program(model, "predict", batch=x)
+        program.save(tmp_path / saved, meshes=[8])
+        export.save_state(model, tmp_path / "state.npz")
+        state, _ = export.read_state(tmp_path / "state.npz")
+        for loaded in ("shardy", "gspmd"):
+            use(loaded)
+            step = export.load(tmp_path / saved)
+            assert step.compiled.as_text().count("all-to-all(") > 0
+            [found] = step([x], step.put_state(state))[0].values()
+            results.append(np.asarray(found))
+    np.testing.assert_allclose(results, [model(x)] * 4, rtol=1e-5, atol=1e-6)
 
 
 STEP = """
