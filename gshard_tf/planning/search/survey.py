@@ -16,7 +16,8 @@ from gshard_tf.planning.search.candidates import Candidate, Paths
 from gshard_tf.planning.tracing import trace_step
 from gshard_tf.sharding.annotations import logical_axes
 from gshard_tf.sharding.mesh import create_mesh
-from gshard_tf.sharding.partition_spec import PartitionSpec, spec_of
+from gshard_tf.sharding.mesh_layout import MeshLayout
+from gshard_tf.sharding.partition_spec import PartitionSpec
 from gshard_tf.sharding.rules import AxisRules
 from gshard_tf.sharding.sharded_variable import MeshVariableBase
 from gshard_tf.sharding.variable_layouts import VariableLayouts
@@ -130,7 +131,7 @@ class Survey:
         """Returns why a candidate cannot be, or would waste devices; None: neither."""
         rules, mesh = candidate.rules, candidate.mesh
         for axes in self.named:
-            over = [(rules[name], name) for name in axes if name in rules]
+            over = [(rules[name], name) for name in axes if name and name in rules]
             for i, (axis, name) in enumerate(over):
                 for other_axis, other in over[:i]:
                     if axis == other_axis:
@@ -166,7 +167,7 @@ class Survey:
         for alike in self.variables:
             decision = layouts.layout_for(alike.example)
             compute = decision.compute or decision.storage
-            found.append(Stored(alike, spec_of(decision.storage), spec_of(compute)))
+            found.append(Stored(alike, decision.storage.spec, compute.spec))
         return found
 
 
@@ -182,7 +183,7 @@ class _Recorder(AxisRules):
         axes: Sequence[str | None],
         mesh: dtensor.Mesh,
         what: str = "a tensor",
-    ) -> dtensor.Layout:
+    ) -> MeshLayout:
         self.named.add(tuple(axes))
         return super().layout(axes, mesh, what)
 
