@@ -210,7 +210,7 @@ def _by_parts(
     *kernels: tf.Tensor,
     edge: float = 0.0,
 ) -> tf.Tensor:
-    """What devices compute of their parts; with padding to parts of one size."""
+    """The outputs that devices compute of their parts, padded to parts of one size."""
     active = partitioning(images)
     padded = images
     if active is not None:

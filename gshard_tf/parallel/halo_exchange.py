@@ -62,7 +62,7 @@ class Shares:
 
     @functools.cached_property
     def starts(self) -> list[tuple[int, int]]:
-        """Where the windows of each device that has outputs begin.
+        """The beginning of the windows of each device that has outputs.
 
         The position of an element; and how many zeros of a spread image come first.
         """
@@ -202,8 +202,8 @@ def _exchange(
         end = begins[0] + shares.needed
         x = lax.slice_in_dim(joined, begins[0], end, axis=dimension)
     else:
-        begin = jnp.asarray(begins)[here]
-        x = lax.dynamic_slice_in_dim(joined, begin, shares.needed, dimension)
+        first = jnp.asarray(begins)[here]
+        x = lax.dynamic_slice_in_dim(joined, first, shares.needed, dimension)
 
     reach = window.reach(shares.made)
     spread_size = (shares.needed - 1) * window.spread + 1
