@@ -1,12 +1,16 @@
 """Layers and layouts: what is sent for each, against what one derives by hand.
 
     python -m benchmarks.partitioner [--json] [--case TEXT] [--topology v5e:2x4]
+                                     [--partitioner shardy|gspmd]
 
 For each case of a layer, a layout and a mesh of eight devices: whether two train steps
 equal plain Keras on one device (`max_rel`), the collectives of a train step in bytes
 that a device receives (`expected` by hand, `found` in the program), and the memory of a
 device over the ideal (`memory_over_ideal`). With `--topology`, the same of a TPU slice
 of eight chips: compiled for it, not run (needs libtpu).
+
+`--partitioner` chooses between XLA's two, of which jax takes Shardy by default;
+`compile_seconds`, for eight CPU devices, is to compare them.
 """
 
 import json
@@ -16,6 +20,8 @@ import warnings
 from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import jax
 
 import gshard_tf
 from benchmarks.harness.command_line import circumstances, make_parser, say
@@ -46,6 +52,7 @@ def row(case: Case, topology: str | None, runs: bool = True) -> dict[str, Any]:
         "found": found,
         "as_expected": measure.is_as_expected(case.expected, found),
         "memory_over_ideal": round(measure.memory_over_ideal(whole, split), 3),
+        "compile_seconds": round(split.compile_seconds, 2),
     }
     if topology is not None:
         name = topology.partition(":")[0]
@@ -62,8 +69,11 @@ def main() -> None:
     parser = make_parser(__doc__, "two cases")
     parser.add_argument("--case", default="", help="only cases whose name has this")
     parser.add_argument("--topology", help="a TPU slice of 8 chips, such as v5e:2x4")
+    parser.add_argument("--partitioner", choices=["shardy", "gspmd"], default="shardy")
     arguments = parser.parse_args()
     start = time.perf_counter()
+    is_shardy = arguments.partitioner == "shardy"
+    jax.config.update("jax_use_shardy_partitioner", is_shardy)
     gshard_tf.request_cpu_devices(8)
     # Keras warns that the losses of a model without a batch axis are not averaged.
     warnings.filterwarnings("ignore", category=UserWarning)
