@@ -7,7 +7,8 @@ Three parts:
 * table: operations of TensorFlow and layers of Keras, lowered by TensorFlow for the
   CPU as `SpmdStrategy` does, then compiled for a TPU core by libtpu (the extra `aot`)
   and exported for CUDA. Nothing is run, and nothing is compiled for a GPU;
-* `overhead_ms_per_step`: of `fit`, on a stand-in device that takes 20 ms a step;
+* `overhead_ms_per_step`: of `fit`, on a stand-in device that takes 20 ms a step; and
+  `cpu_ms_per_step`: the CPU time of a step of `fit`, and of one in plain Keras;
 * `host_bytes_over_shards`: host memory of a training process over the bytes of its own
   shards, for 1, 2 and 4 processes, and at its peak; and the difference of the two. On
   CPU devices, so 1 would be the shards alone.
@@ -23,7 +24,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import gshard_tf
 from benchmarks.harness.command_line import circumstances, make_parser, say, show
 from benchmarks.platforms.host_memory import host_bytes_over_shards
-from benchmarks.platforms.overhead import overhead
+from benchmarks.platforms.overhead import cpu_per_step, overhead
 from benchmarks.platforms.table import table
 
 PARTS = "table", "overhead", "memory"
@@ -46,6 +47,7 @@ def main() -> None:
     if "overhead" in options.parts:
         quick = {"steps": 16, "rounds": 1} if options.quick else {}
         result["overhead_ms_per_step"] = overhead(**quick)
+        result["cpu_ms_per_step"] = cpu_per_step(**quick)
     if "table" in options.parts:
         result.update(table(options.topology, every=8 if options.quick else 1))
     result.update(circumstances(start, options.quick))

@@ -58,3 +58,4 @@ def test_it_runs():
         f"processes={n}" for n in (1, 2, 4)
     }
     assert result["overhead_ms_per_step"]["steps_per_execution=8"] >= 0
+    assert min(result["cpu_ms_per_step"].values()) > 0
