@@ -24,7 +24,7 @@ _CHOICES = 2  # experts of a token, as in the paper
 
 @dataclasses.dataclass(frozen=True)
 class Costs:
-    """What is known of a candidate without compiling it, per core.
+    """Facts of a candidate that need no compilation, per core.
 
     Attributes:
         state_bytes: Bytes of the variables: the program needs at least these.
@@ -48,7 +48,7 @@ class Costs:
 
 @dataclasses.dataclass
 class Experience:
-    """What earlier plans of a search say about the next.
+    """Measures of the earlier plans of a search, which predict the next.
 
     Attributes:
         activations: Bytes of memory beyond the state, of all parts of the tokens.
