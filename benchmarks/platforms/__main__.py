@@ -31,7 +31,7 @@ PARTS = "table", "overhead", "memory"
 
 
 def main() -> None:
-    parser = make_parser(__doc__, quick="one case of eight, 16 steps, a small layer")
+    parser = make_parser(__doc__, quick="one case of eight, 64 steps, a small layer")
     parser.add_argument("--topology", default="v5e:1x1", help="a TPU slice")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     options = parser.parse_args()
@@ -45,7 +45,7 @@ def main() -> None:
             result["host_bytes_over_shards"][f"processes={processes}"] = found
             say(f"{processes} processes: {found}")
     if "overhead" in options.parts:
-        quick = {"steps": 16, "rounds": 1} if options.quick else {}
+        quick = {"steps": 64, "rounds": 1} if options.quick else {}
         result["overhead_ms_per_step"] = overhead(**quick)
         result["cpu_ms_per_step"] = cpu_per_step(**quick)
     if "table" in options.parts:
