@@ -304,8 +304,9 @@ def mesh(text: str) -> dict[str, int]:
 
 
 def rule(text: str) -> tuple[str, str | None]:
-    """Parses `batch=data`, or `embed=none`."""
-    match = re.fullmatch(r"([A-Za-z_]\w*)=([A-Za-z_]\w*)", text)
+    """Parses `batch=data`, `batch=data+model`, or `embed=none`."""
+    axis = r"[A-Za-z_]\w*"
+    match = re.fullmatch(rf"({axis})=({axis}(?:\+{axis})*)", text)
     if match is None:
         raise argparse.ArgumentTypeError(
             "must be a logical axis and a mesh axis, such as batch=data, or "

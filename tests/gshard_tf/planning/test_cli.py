@@ -189,7 +189,7 @@ def test_what_plan_is_asked(model_file, asked, capsys):
     status, out, err = command(
         capsys, f"{model_file}:build", "--topology", "v3:8x8",
         "--mesh", "data=64,model=2",
-        "--rule", "batch=data", "--rule", "mlp=model", "--rule", "embed=none",
+        "--rule", "batch=data+model", "--rule", "mlp=model", "--rule", "embed=none",
         "--batch", BATCH, "--mode", "evaluate", "--no-cache",
     )  # fmt: skip
     assert status == 0
@@ -197,7 +197,8 @@ def test_what_plan_is_asked(model_file, asked, capsys):
     assert call["model"].name == "small"
     assert call["topology"] == "v3:8x8"
     assert call["mesh"] == {"data": 64, "model": 2}
-    assert call["rules"].rules == {"batch": "data", "mlp": "model", "embed": None}
+    rules = {"batch": "data+model", "mlp": "model", "embed": None}
+    assert call["rules"].rules == rules
     ids = tf.TensorSpec([8, 4], tf.int32)
     assert call["batch"] == ((ids, ids), ids)
     assert (call["mode"], call["cache"]) == ("evaluate", False)
