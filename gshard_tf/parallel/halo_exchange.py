@@ -135,7 +135,7 @@ class Reached:
 def exchange(
     images: Any,
     dimensions: Sequence[int],
-    axes: Sequence[str],
+    axes: Sequence[str | tuple[str, ...]],
     windows: Sequence[Window],
     edge: float = 0.0,
 ) -> tuple[Any, list[Reached]]:
