@@ -59,8 +59,8 @@ MUTANTS = (
     ),
     Mutant(
         "gshard_tf/sharding/rules.py",
-        "if axis is not None and axis in specs:",
-        "if False:",
+        "                if name in taken:",
+        "                if False:",
         (f"{_RULES}::test_refuses_one_mesh_axis_for_two_dimensions",),
         "two dimensions may be split over one mesh axis",
     ),
@@ -87,8 +87,8 @@ MUTANTS = (
     ),
     Mutant(
         "gshard_tf/sharding/variable_layouts.py",
-        "                for dim in variable.reference_dims or ()\n",
-        "                for dim in range(len(variable.shape))\n",
+        "dims = variable.reference_dims or ()",
+        "dims = range(len(variable.shape))",
         (f"{_LAYOUTS}::test_adafactors_rows_and_columns_are_split_as_their_weights",),
         "the column factor of Adafactor is split as the rows are",
     ),
@@ -293,14 +293,14 @@ MUTANTS = (
     ),
     Mutant(
         "gshard_tf/random/threefry.py",
-        "return index if start is None or i != batch_dim else index + start",
+        "return index if start is None else index + start",
         "return index",
         (f"{_COUNTER_RNG}::test_replicas_draw_what_one_device_would",),
         "all replicas drop the same positions of their examples",
     ),
     Mutant(
         "gshard_tf/random/threefry.py",
-        "stride = stride * tf.cast(replicas, tf.uint32)",
+        "stride = stride * tf.cast(parts, tf.uint32)",
         "stride = stride * tf.cast(1, tf.uint32)",
         (f"{_COUNTER_RNG}::test_replicas_draw_what_one_device_would",),
         "examples of different replicas share random numbers",

@@ -93,8 +93,8 @@ MUTANTS = (
     ),
     Mutant(
         "gshard_tf/tpu/storage.py",
-        "at = dict(zip(mesh.dim_names, map(int, position), strict=True))",
-        "at = dict(zip(mesh.dim_names[::-1], map(int, position), strict=True))",
+        "at = dict(zip(sizes, map(int, position), strict=True))",
+        "at = dict(zip(list(sizes)[::-1], map(int, position), strict=True))",
         (f"{_REPLICAS}::test_every_replica_holds_its_parts_after",),
         "the place of a core is read with the axes of the mesh swapped",
     ),

@@ -11,7 +11,8 @@ from tensorflow.experimental import dtensor
 from gshard_tf.compat import tpu as tpu_compat
 from gshard_tf.compat.tf_graphs import is_compiled_by_tensorflow
 from gshard_tf.compat.tf_saving import patch_trackable_restore
-from gshard_tf.sharding.annotations import shard
+from gshard_tf.sharding import op_sharding
+from gshard_tf.sharding.annotations import partitioning
 from gshard_tf.sharding.initial_value import InitialValue
 from gshard_tf.sharding.layout_map import as_rules
 from gshard_tf.sharding.mesh import axis_sizes, create_mesh, use_mesh
@@ -234,4 +235,7 @@ class MeshTPUExtended(tpu_compat.TPUExtended):
             return value
         if not isinstance(value, tf.Tensor) or not value.shape.is_fully_defined():
             return value
-        return shard(value, self.layouts.batch_layout(value.shape))
+        if partitioning(value) is None:
+            return value
+        layout = self.layouts.batch_layout(value.shape)
+        return op_sharding.constrain(value, op_sharding.from_layout(layout))

@@ -6,6 +6,7 @@ import pytest
 import tensorflow as tf
 
 from gshard_tf.runtime.device_arrays import assemble, named_sharding
+from gshard_tf.sharding.mesh_layout import MeshLayout
 from gshard_tf.sharding.regions import aligned_copies
 
 
@@ -14,7 +15,7 @@ def test_a_step_may_write_to_what_is_assembled(kind):
     """jax takes aligned memory as it is. It is not donated then, and stays."""
     strategy = parity.strategy_of(4)
     sharding = named_sharding(
-        tf.experimental.dtensor.Layout(["expert", "unsharded"], strategy.mesh),
+        MeshLayout(("expert", None), strategy.mesh),
         strategy.extended.placement.jax_mesh,
     )
     parts = [np.full([2, 64], i, np.float32) for i in range(4)]
