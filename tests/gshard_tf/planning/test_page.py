@@ -12,6 +12,7 @@ import pytest
 
 from gshard_tf.planning.html.page import page
 from gshard_tf.planning.html.weight_map import weight_map
+from gshard_tf.planning.records import Pipeline
 
 VOID = {"meta", "input", "br", "link", "img", "hr"}
 
@@ -83,6 +84,13 @@ def test_it_says_what_the_plan_says():
         attrs.get("data-names", "") for _, attrs in read(page([plan])).tags
     )
     assert {w.path for w in plan.weights} <= set(names.split("\n"))
+
+
+def test_pipelines_and_their_bubbles():
+    pipeline = Pipeline("encoder", stages=4, microbatches=13)
+    plan = dataclasses.replace(plan_samples.moe(), pipelines=[pipeline])
+    said = " ".join("".join(read(page([plan])).text).split())
+    assert "pipeline encoder4 stages13 microbatches, 18.8 % of bubbles" in said
 
 
 def test_out_of_memory_is_an_answer():
