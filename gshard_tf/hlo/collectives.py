@@ -11,6 +11,7 @@ from gshard_tf.hlo import parser
 
 KINDS = (
     "all-to-all",
+    "ragged-all-to-all",
     "all-gather",
     "all-reduce",
     "reduce-scatter",
@@ -28,7 +29,8 @@ class Collective:
     Attributes:
         kind: Such as `"all-to-all"`.
         shapes: The arrays that each device receives, `(dtype, dimensions)` each.
-        bytes: Their size in bytes, per device.
+        bytes: Their size in bytes, per device. Of a ragged all-to-all, whose sizes are
+            values, that of the buffer: as much as it may receive.
         op_name: The operation that it stems from, or "".
         times: How often it runs: more than once in a loop; None in a loop whose number
             of iterations depends on values.

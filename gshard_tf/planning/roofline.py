@@ -40,7 +40,7 @@ class Interconnect:
             return 0.0
         sharing = members / chips  # cores of the group on one chip
         size = collective.bytes * sharing
-        if collective.kind == "all-to-all":
+        if collective.kind in ("all-to-all", "ragged-all-to-all"):
             return max(self._exchange(d, n, size) for d, n in enumerate(spans) if n > 1)
         # Sums and gathers use all dimensions at once.
         links = sum(

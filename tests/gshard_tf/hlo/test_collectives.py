@@ -168,3 +168,18 @@ def test_one_origin_is_one_part():
     assert found.parts() == [found]
     (found,) = found_in(scattering("%s.0, %s.1"))
     assert found.parts() == [found]
+
+
+def test_a_ragged_exchange_counts_with_its_buffer():
+    text = """HloModule m
+
+ENTRY %main (x: f32[16,128], o: f32[64,128], i: s32[4]) -> f32[64,128] {
+  %x = f32[16,128]{1,0} parameter(0)
+  %o = f32[64,128]{1,0} parameter(1)
+  %i = s32[4]{0} parameter(2)
+  ROOT %r = f32[64,128]{1,0} ragged-all-to-all(%x, %o, %i, %i, %i, %i), channel_id=1, replica_groups={{0,1,2,3}}
+}
+"""  # noqa: E501
+    [exchange] = collectives.collectives(text)
+    assert (exchange.kind, exchange.bytes) == ("ragged-all-to-all", 4 * 64 * 128)
+    assert exchange.groups.tolist() == [[0, 1, 2, 3]]
