@@ -156,7 +156,7 @@ program.SpmdProgram.__init__ = dying
 
 
 @pytest.mark.slow
-def test_ten_minutes():
-    found = partition_fuzz.fuzz(minutes=10, seed=12)
+def test_four_minutes():
+    found = partition_fuzz.fuzz(minutes=4, seed=12)
     assert found["wrong"] == found["crashed"] == 0, found["failures"]
-    assert found["ok"] > 100
+    assert found["ok"] > 30
