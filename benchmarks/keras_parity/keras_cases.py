@@ -195,7 +195,10 @@ def _own_step(K: ModuleType) -> Any:
             return [self.mean]
 
     model = OwnStep()
+    model(tf.zeros([1, 32]))
     model.compile(K.optimizers.Adam(1e-2))
+    # Under any strategy Keras 3 would give it slots for all weights.
+    model.optimizer.build(model.hidden.trainable_weights)
     return model
 
 

@@ -60,7 +60,9 @@ def classifier(optimizer, embedding=keras.layers.Embedding):
     model.compile(OPTIMIZERS[optimizer](), loss)
     # Plain Keras would make the slots within its graph, where what ScheduleFreeAdamW
     # gives them at first is given anew in every step.
-    model.optimizer.build(model.trainable_variables)
+    # (Keras builds it again, which LossScaleOptimizer answers with other variables.)
+    if optimizer != "LossScaleOptimizer":
+        model.optimizer.build(model.trainable_variables)
     return model
 
 
