@@ -242,7 +242,8 @@ def test_a_transformer_trains_as_the_stack(mesh, rules, segments):
         rules = gshard_tf.AxisRules(rules)
         run = run_on_mesh(lambda: transformer(4), use, mesh, rules=rules)
     assert_close(run.result, plain.result, RTOL, "logs")
-    assert_same_state(run.model, plain.model, RTOL)
+    # Gradients are sums over devices and microbatches: in another order.
+    assert_same_state(run.model, plain.model, 2 * RTOL)
 
 
 @pytest.mark.slow  # steps of a whole Transformer

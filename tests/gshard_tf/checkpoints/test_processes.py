@@ -158,8 +158,9 @@ def test_every_mesh_saves_and_resumes(
         )
         assert codes == [0] * count, errors
     assert_same_losses(tmp_path, count, one if weights == "split" else one_whole)
-    # Where weights are copied, the others have their positions in the data at most.
-    nothing = weights == "whole" and position == "count"
+    # Where weights are copied, the others have their positions in the data at most. (8
+    # experts do not divide by 6 devices, and process 0 has both halves of them.)
+    nothing = position == "count" and (weights == "whole" or count == 3)
     idle = [*range(1, count)] if nothing else []
     assert idle_of(tmp_path, count, STEPS, given) == idle
 
