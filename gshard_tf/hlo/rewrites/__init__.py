@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from gshard_tf.compat.xla_protos import HloModuleProto
 from gshard_tf.hlo.rewrites import (
     grouped_convolutions,
+    idle_gaps,
     transforms,
     uneven_scatters,
     windows,
@@ -49,6 +50,8 @@ def partition_safely(
         "{} scatters whose rows do not divide by the devices are padded.": (
             uneven_scatters.make_even(module, mesh)
         ),
+        "{} gradients of slices of one element have no gaps, which would be between "
+        "elements.": idle_gaps.drop(module),
         "{} convolutions and gradients of maxima hold their images whole along the "
         "windows: height and width are not split there.": (
             windows.keep_whole(module, mesh)

@@ -2,11 +2,13 @@
 
 Fault: if the rows of a scatter are split over devices that do not divide them, the
 partitioner pads the last shard with indices of zero, and adds the padding of the
-updates to row 0. Seen with jaxlib 0.9 to 0.12.
+updates to row 0. Seen with jaxlib 0.9 to 0.12. If the index vectors themselves are
+split, results are wrong as well, for any number of rows.
 
-Replacement: explicit padding to a number of rows that divides. Its indices are out of
-bounds, so it has no effect. If a scatter has several dimensions of rows, padding all of
-them could multiply its size, so they get a sharding that divides them instead.
+Replacement: index vectors that are whole, and explicit padding to a number of rows that
+divides. Its indices are out of bounds, so it has no effect. If a scatter has several
+dimensions of rows, padding all of them could multiply its size, so they get a sharding
+that divides them instead.
 """
 
 from collections.abc import Sequence
@@ -40,7 +42,9 @@ def _even(editor: Editor, old: Instruction, mesh: MeshAxes) -> Instruction | Non
     indices, updates = operands[count], operands[count + 1 :]
     rank = len(indices.shape.dimensions)
     rows = [d for d in range(rank) if d != numbers.index_vector_dim]
-    if all(indices.shape.dimensions[d] % mesh.devices == 0 for d in rows):
+    if _is_split(indices, numbers.index_vector_dim):
+        indices = _with_axes(editor, indices, rows, _axes(indices, rows, mesh), mesh)
+    elif all(indices.shape.dimensions[d] % mesh.devices == 0 for d in rows):
         return None
     if numbers.index_vector_dim == rank:
         # [n] -> [n, 1]: the index vectors are made explicit.
@@ -62,6 +66,14 @@ def _even(editor: Editor, old: Instruction, mesh: MeshAxes) -> Instruction | Non
     new = editor.copy(old, [*operands[:count], indices, *updates], old.shape)
     new.indices_are_sorted = new.unique_indices = False
     return new
+
+
+def _is_split(value: Instruction, dimension: int) -> bool:
+    """Whether an annotation splits a dimension of `value`."""
+    tiles = value.sharding.tile_assignment_dimensions
+    return dimension < len(value.shape.dimensions) and (
+        dimension < len(tiles) and tiles[dimension] > 1
+    )
 
 
 def _padded(

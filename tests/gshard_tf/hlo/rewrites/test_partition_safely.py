@@ -227,3 +227,29 @@ def test_what_the_partitioner_cannot_compile_is_a_sentence():
             values(8, 8),
             tf.constant([0, 3, 1, 7, 2, 2, 5, 6]),
         )
+
+
+def _every_other_row(x):
+    return gshard_tf.replicate(on("rows", None)(x)[::2])
+
+
+def _added_at_split_vectors(x, updates):
+    at = on("rows", "columns")(tf.constant([[3]]))
+    return on("columns", None)(tf.tensor_scatter_nd_add(x, at, updates))
+
+
+SMALL = {
+    "one row of two": (_every_other_row, (2, 6)),
+    "index vectors": (_added_at_split_vectors, (10, 7), (1, 7)),
+}
+
+
+@pytest.mark.parametrize("fault", SMALL)
+def test_small_programs_that_the_fuzzer_found(fault, monkeypatch):
+    operation, *shapes = SMALL[fault]
+    mesh = {"data": 2, "model": 4}
+    rules = {"rows": "data", "columns": "model"}
+    x = [values(*shape, seed=i) for i, shape in enumerate(shapes)]
+    assert differences(operation, mesh, rules, *x)[0] < RTOL
+    with without_rewrites(monkeypatch):
+        assert differences(operation, mesh, rules, *x)[0] > 0.01, "no longer needed"
