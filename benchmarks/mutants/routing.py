@@ -11,6 +11,7 @@ _OPTIONS = "tests/keras_layers/moe/test_moe_options.py"
 _PADDING = "tests/keras_layers/test_padding.py"
 _PARTITIONED = "tests/keras_layers/test_partitioned.py"
 _RAGGED_DOT = "tests/gshard_tf/parallel/test_ragged_dot.py"
+_RAGGED_EXCHANGE = "tests/gshard_tf/parallel/test_ragged_exchange.py"
 _ROUTER_OPTIONS = "tests/keras_layers/routing/test_router_options.py"
 _ROUTERS = "tests/keras_layers/routing/test_routers.py"
 _ROUTING = "tests/keras_layers/routing/test_routing.py"
@@ -365,6 +366,23 @@ MUTANTS = (
         "up, gate = np.split",
         (f"{_CONVENTIONS}::test_equals_the_papers_block",),
         "weights of the gate and of the gated are exchanged",
+    ),
+    Mutant(
+        "gshard_tf/parallel/ragged_exchange.py",
+        "rounds = -(-fullest // _rows_of_round(choices, devices))",
+        "rounds = fullest // _rows_of_round(choices, devices)",
+        (f"{_RAGGED_EXCHANGE}::test_each_expert_gets_its_rows_in_order",),
+        "the rows of a last round that is not full are lost",
+    ),
+    Mutant(
+        "keras_layers/pipeline.py",
+        "valid = (number >= 0) & (number < microbatches)",
+        "valid = number >= 0",
+        (
+            "tests/keras_layers/test_pipeline.py::"
+            "test_losses_and_state_are_of_all_microbatches",
+        ),
+        "what a stage computes in its last bubbles counts",
     ),
     Mutant(
         "gshard_tf/parallel/ragged_dot.py",

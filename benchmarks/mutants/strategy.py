@@ -357,6 +357,20 @@ MUTANTS = (
         "is wrong without the rewrite: it is a caution.",
     ),
     Mutant(
+        "gshard_tf/hlo/rewrites/uneven_scatters.py",
+        "if _is_split(indices, numbers.index_vector_dim):",
+        "if False:",
+        (f"{_REWRITES}::test_small_programs_that_the_fuzzer_found",),
+        "index vectors of a scatter stay split",
+    ),
+    Mutant(
+        "gshard_tf/hlo/rewrites/idle_gaps.py",
+        "dimension.interior_padding and size == 1",
+        "dimension.interior_padding and size == 0",
+        (f"{_REWRITES}::test_small_programs_that_the_fuzzer_found",),
+        "the gradient of a slice of one row is on every device",
+    ),
+    Mutant(
         "gshard_tf/hlo/rewrites/windows.py",
         "_is_grouped(old) or (one_axis and _is_plain(old))",
         "_is_grouped(old) or _is_plain(old)",

@@ -69,7 +69,7 @@ def _even(editor: Editor, old: Instruction, mesh: MeshAxes) -> Instruction | Non
 
 
 def _is_split(value: Instruction, dimension: int) -> bool:
-    """Whether an annotation splits a dimension of `value`."""
+    """Returns whether an annotation splits a dimension of `value`."""
     tiles = value.sharding.tile_assignment_dimensions
     return dimension < len(value.shape.dimensions) and (
         dimension < len(tiles) and tiles[dimension] > 1
