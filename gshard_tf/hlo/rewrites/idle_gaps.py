@@ -2,7 +2,7 @@
 
 Fault: where such a dimension is padded to one that is split, the partitioner puts the
 element on every device. The gradient of a slice with strides is such a padding. Seen
-with jaxlib 0.10.
+with jaxlib 0.10 and 0.12, not with 0.9.
 
 Replacement: no padding between elements, which has no effect there.
 """

@@ -3,7 +3,7 @@
 Fault: if the rows of a scatter are split over devices that do not divide them, the
 partitioner pads the last shard with indices of zero, and adds the padding of the
 updates to row 0. Seen with jaxlib 0.9 to 0.12. If the index vectors themselves are
-split, results are wrong as well, for any number of rows.
+split, results are wrong as well, for any number of rows: with 0.9 and 0.10, not 0.12.
 
 Replacement: index vectors that are whole, and explicit padding to a number of rows that
 divides. Its indices are out of bounds, so it has no effect. If a scatter has several
