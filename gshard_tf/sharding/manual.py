@@ -45,18 +45,16 @@ class _Region:
     active: ActiveMesh | None
 
     @functools.cached_property
-    def mesh_axes(self) -> dict[str, str | None]:
-        """The mesh axis of each logical one that the region names, or None."""
+    def names(self) -> set[str]:
+        """The logical axes that the region names."""
         import jax
 
         results = jax.tree.leaves(self.out_axes, is_leaf=_is_axes)
-        names = {name for axes in (*self.in_axes, *results) for name in axes}
-        rules = None if self.active is None else self.active.rules
-        return {
-            name: None if rules is None else rules.mesh_axis(name)
-            for name in names
-            if name is not None
-        }
+        return {name for axes in (*self.in_axes, *results) for name in axes if name}
+
+    def mesh_axis(self, name: str) -> str | None:
+        """The mesh axis over which the rules split a logical one, or None."""
+        return None if self.active is None else self.active.rules.mesh_axis(name)
 
     def spec(self, axes: Axes) -> PartitionSpec:
         """The partition spec for some of its axes."""
@@ -185,12 +183,10 @@ def mesh_axis(name: str) -> str | tuple[str, ...]:
             "mesh_axis must be called in a function that gshard_tf.manual runs. "
             f"Received: mesh_axis({name!r})"
         )
-    axis = region.mesh_axes.get(name)
-    if axis is None and region.active is not None:
-        axis = region.active.rules.mesh_axis(name)
-    if axis is None and name not in region.mesh_axes:
+    axis = region.mesh_axis(name)
+    if axis is None and name not in region.names:
         raise ValueError(
-            f"`name` must be one of the axes of the region, {sorted(region.mesh_axes)},"
+            f"`name` must be one of the axes of the region, {sorted(region.names)},"
             f" or one that the rules split. Received: mesh_axis({name!r})"
         )
     return collective_axis(axis) or _UNSPLIT
@@ -214,7 +210,7 @@ def _for_arrays(fn: Callable, region: _Region) -> Callable:
         return jax.tree.map(lambda result: result[0], results)
 
     # Collectives over an axis of `vmap` vanish. An axis of the mesh would leave some.
-    is_split = all(axis is not None for axis in region.mesh_axes.values())
+    is_split = None not in map(region.mesh_axis, region.names)
     body = part if is_split else with_unsplit
     if region.active is None:
         return body
