@@ -61,9 +61,7 @@ def assemble_batch(array: np.ndarray, shape: tuple[int, ...], sharding: Any) -> 
 
     if array.shape == shape:
         return assemble(shape, sharding, lambda region: cut(array, region))
-    fed = _rows_by_process(sharding)
-    theirs, wanted = (each.devices_indices_map(shape) for each in (fed, sharding))
-    if all(_holds(theirs[device][0], wanted[device][0], shape[0]) for device in wanted):
+    if _is_fed(sharding, shape):
         offset = group().index * array.shape[0]
 
         def read(region: Region) -> np.ndarray:
@@ -72,10 +70,22 @@ def assemble_batch(array: np.ndarray, shape: tuple[int, ...], sharding: Any) -> 
 
         return assemble(shape, sharding, read)
     # Devices need rows that another process feeds.
+    fed = _rows_by_process(sharding)
     value = jax.make_array_from_process_local_data(fed, array, shape)
     return _copy_to(sharding)(value)
 
 
+@functools.cache
+def _is_fed(sharding: Any, shape: tuple[int, ...]) -> bool:
+    """True when each process feeds the rows that its own devices need."""
+    fed = _rows_by_process(sharding)
+    theirs, wanted = (each.devices_indices_map(shape) for each in (fed, sharding))
+    return all(
+        _holds(theirs[device][0], wanted[device][0], shape[0]) for device in wanted
+    )
+
+
+@functools.cache
 def _rows_by_process(sharding: Any) -> Any:
     """The sharding of rows of which each process feeds its own, over its devices."""
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
