@@ -60,13 +60,12 @@ def check_pipeline(
         ValueError: for units or a batch that do not divide.
     """
     active = active_mesh()
-    axis = None if active is None else active.rules.rules.get("stage")
-    stages = 1 if active is None or axis is None else active.mesh.dim_size(axis)
+    stages = 1 if active is None else active.parts("stage")
     if count % stages:
         raise ValueError(
             f"The {count} units of {name!r} (each of `moe_every` layers with experts, "
-            "else of one) must divide by the stages of the pipeline, the devices along "
-            f"the mesh axis {axis!r}. Received: {count} units, {stages} stages"
+            "else of one) must divide by the stages of the pipeline, the devices over "
+            f'which rules split "stage". Received: {count} units, {stages} stages'
         )
     if batch is not None and batch % microbatches:
         raise ValueError(
