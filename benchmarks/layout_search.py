@@ -18,7 +18,6 @@ One JSON object per row. `step_ms` and `paper_step_ms` are the estimates; `ratio
 found one over the paper's; at most 1: the found layout is at least as good.
 """
 
-import json
 import os
 import time
 from typing import Any
@@ -30,7 +29,7 @@ import keras
 import tensorflow as tf
 
 import gshard_tf
-from benchmarks.harness.command_line import make_parser, say
+from benchmarks.harness.command_line import make_parser, say, show
 from benchmarks.paper.table import LENGTH, TOPOLOGIES, transformer
 
 EXPERTS = {"16E": 16, "128E": 128, "512E": 512, "2048E": 2048, "T": 0}
@@ -93,14 +92,7 @@ def main() -> None:
             parser.error(f"--models are {', '.join(EXPERTS)}. Received: {name!r}")
     for name in names:
         row = run(name, options.plans, options.quick)
-        if options.json:
-            print(json.dumps(row), flush=True)
-            continue
-        for key, value in row.items():
-            print(
-                f"{key:14s} {value if not isinstance(value, float) else f'{value:.4g}'}"
-            )
-        print(flush=True)
+        show(row, options.json)
 
 
 if __name__ == "__main__":

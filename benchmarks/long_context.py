@@ -12,7 +12,6 @@ One JSON object per slice. `gb` is what a device needs, and `capacity_gb` what i
 which falls as 1 / n squared; all other activations fall as 1 / n.
 """
 
-import json
 import os
 from typing import Any
 
@@ -23,7 +22,7 @@ import keras
 import tensorflow as tf
 
 import gshard_tf
-from benchmarks.harness.command_line import make_parser, say
+from benchmarks.harness.command_line import make_parser, say, show
 from keras_layers import EncoderBlock, TokenEmbedding, VocabularyProjection
 
 TOKENS, M, N, H, VOCABULARY = 131_072, 512, 8, 2048, 256
@@ -76,14 +75,7 @@ def main() -> None:
     options = parser.parse_args()
     for topology in options.topologies.split(","):
         row = run(topology, 1024 if options.quick else TOKENS)
-        if options.json:
-            print(json.dumps(row), flush=True)
-            continue
-        for key, value in row.items():
-            print(
-                f"{key:12s} {value if not isinstance(value, float) else f'{value:.4g}'}"
-            )
-        print(flush=True)
+        show(row, options.json)
 
 
 if __name__ == "__main__":

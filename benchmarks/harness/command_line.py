@@ -55,7 +55,7 @@ def make_parser(
 def show(result: dict[str, Any], as_json: bool) -> None:
     """Prints figures by name, as JSON or for people."""
     if as_json:
-        print(json.dumps(result))
+        print(json.dumps(result), flush=True)
         return
     for key, value in result.items():
         if isinstance(value, dict):
