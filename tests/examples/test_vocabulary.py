@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from processes import run_python
 
 from gshard_examples.translation.clean import normalize_text
+from gshard_examples.translation.temperature import temperature_shares
 from gshard_examples.translation.vocabulary import (
     BOS,
     EOS,
@@ -15,7 +16,6 @@ from gshard_examples.translation.vocabulary import (
     Vocabulary,
     train_vocabulary,
 )
-from gshard_examples.translation.vocabulary_training import temperature_shares
 
 
 def pieces(vocabulary, ids):

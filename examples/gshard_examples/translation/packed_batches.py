@@ -119,7 +119,7 @@ class PackedBatches:
         training: Sample with a temperature, shuffle, drop what does not fit a row
             and the few rows that are left over in an epoch. Otherwise: every pair once,
             too long ones cut, the last batch filled up with rows of weight zero.
-        temperature: See `vocabulary_training.temperature_shares`; in training only.
+        temperature: See `temperature.temperature_shares`; in training only.
         seed: Decides sampling and order.
         lookahead: Of `gshard_tf.data.plan_rows`.
         word_dropout: Share of the ids that the model reads as "unknown", in training

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from gshard_examples.translation.corpus import Pair
+from gshard_examples.translation.temperature import temperature_shares
 from gshard_examples.translation.tokens import TokenizedSplit
-from gshard_examples.translation.vocabulary_training import temperature_shares
 
 
 def draw_pairs(
@@ -30,7 +30,7 @@ class LanguageSampler:
     Args:
         tokens: The split.
         usable: Integers `[n]`: the pairs that may be drawn, at least one.
-        temperature: See `vocabulary_training.temperature_shares`.
+        temperature: See `temperature.temperature_shares`.
 
     Attributes:
         shares: Language tag -> share of the pairs drawn.

@@ -14,13 +14,14 @@ from __future__ import annotations
 import io
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 
 from gshard_examples.translation.corpus import Corpus, Pair
 from gshard_examples.translation.package_files import missing_packages
+from gshard_examples.translation.temperature import temperature_shares
 from gshard_tf.io.atomic_files import write_file
 from gshard_tf.io.paths import local_path
 
@@ -38,30 +39,6 @@ def language_symbol(tag: str) -> str:
 # -------------------------------------------------------------------------- training
 
 
-def temperature_shares(
-    counts: Mapping[str, int], temperature: float
-) -> dict[str, float]:
-    """Returns the share of each language when sampling with a temperature.
-
-    The share is proportional to `count ** (1 / temperature)`: 1 samples as the data
-    are, larger values lift the small languages (5 is usual for a hundred languages),
-    infinity makes all equal.
-
-    Raises:
-        ValueError: `temperature` is below 1, or there is nothing to count.
-    """
-    if not temperature >= 1.0:
-        raise ValueError(
-            "temperature must be 1 (as the data are) or more. Received: "
-            f"temperature={temperature}"
-        )
-    if not counts or min(counts.values()) < 1:
-        raise ValueError(f"every language needs a pair. Received: counts={counts}")
-    weights = {tag: count ** (1.0 / temperature) for tag, count in counts.items()}
-    total = sum(weights.values())
-    return {tag: weight / total for tag, weight in weights.items()}
-
-
 def training_text(
     pairs: Iterable[Pair],
     temperature: float = 5.0,
@@ -75,7 +52,7 @@ def training_text(
 
     Args:
         pairs: Training pairs.
-        temperature: See `temperature_shares`.
+        temperature: See `temperature.temperature_shares`.
         sentences: How many sources to draw, about.
         seed: Decides which.
     """
@@ -127,7 +104,7 @@ def train_vocabulary(
             long training.
         model_type: `"bpe"`, which trains in seconds, or `"unigram"`, which takes
             ten times longer and gives slightly shorter sequences.
-        temperature: See `temperature_shares`.
+        temperature: See `temperature.temperature_shares`.
         sentences: Number of source sentences to train on, about.
         character_coverage: Share of the text whose characters get a symbol each; the
             others are spelt in bytes. Lower it (0.99) for small vocabularies, whose
