@@ -8,7 +8,7 @@ import pytest
 import tensorflow as tf
 
 import gshard_tf
-from gshard_examples.translation import cli, train
+from gshard_examples.translation import cli
 from gshard_examples.translation.model import make_model, mesh_rules
 from gshard_examples.translation.optimization import (
     DecayToZero,
@@ -16,6 +16,7 @@ from gshard_examples.translation.optimization import (
     make_optimizer,
     make_schedule,
 )
+from gshard_examples.translation.resuming import check_same_run
 from gshard_examples.translation.settings import Settings
 from gshard_tf.spmd.abstract import AbstractStrategy
 
@@ -229,13 +230,11 @@ def test_settings_out_of_range_are_refused(wrong):
 def test_a_run_that_ends_at_zero_is_not_extended(tmp_path):
     Settings(schedule="cosine").write(tmp_path)
     vocabulary = types.SimpleNamespace(sha256="")
-    train.check_same_run(tmp_path, Settings(schedule="cosine"), vocabulary)
+    check_same_run(tmp_path, Settings(schedule="cosine"), vocabulary)
     with pytest.raises(ValueError, match="steps=1500 must stay"):
-        train.check_same_run(
-            tmp_path, Settings(schedule="cosine", steps=2000), vocabulary
-        )
+        check_same_run(tmp_path, Settings(schedule="cosine", steps=2000), vocabulary)
     with pytest.raises(ValueError, match="schedule='cosine', which must stay"):
-        train.check_same_run(tmp_path, Settings(), vocabulary)
+        check_same_run(tmp_path, Settings(), vocabulary)
 
 
 def test_every_setting_is_a_flag():
