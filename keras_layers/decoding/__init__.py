@@ -2,7 +2,7 @@
 
 from keras_layers.decoding.beam_search import Hypotheses, beam_search, length_penalty
 from keras_layers.decoding.greedy import greedy_decode
-from keras_layers.decoding.protocol import length_limits
+from keras_layers.decoding.limits import length_limits
 from keras_layers.decoding.sampling import sample_decode
 
 __all__ = [

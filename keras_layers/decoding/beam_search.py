@@ -6,12 +6,12 @@ import tensorflow as tf
 
 from keras_layers._arguments import check_coefficient, check_int
 from keras_layers._shapes import static_shape
+from keras_layers.decoding.limits import row_limits
 from keras_layers.decoding.protocol import (
     IMPOSSIBLE,
     Decodable,
     check_ids,
     log_probabilities,
-    row_limits,
 )
 
 

@@ -5,11 +5,11 @@ from collections.abc import Callable
 import tensorflow as tf
 
 from keras_layers._shapes import static_shape
+from keras_layers.decoding.limits import row_limits
 from keras_layers.decoding.protocol import (
     Decodable,
     check_ids,
     log_probabilities,
-    row_limits,
 )
 
 
