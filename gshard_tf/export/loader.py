@@ -54,10 +54,48 @@ def load(
 
     manifest = program_file.read_manifest(path)
     devices = jax.devices() if devices is None else list(devices)
-    variant = manifest.choose(len(devices), mesh)
+    variant = choose_variant(manifest, len(devices), mesh)
     programs, constants = program_file.read_programs(path)
     program = programs[variant.start : variant.start + variant.size]
     return LoadedProgram(manifest, variant, program, constants, devices)
+
+
+def choose_variant(
+    manifest: Manifest, devices: int, mesh: int | Mapping[str, int] | None = None
+) -> Variant:
+    """Returns the variant of a file to load on a machine.
+
+    Args:
+        manifest: The manifest of the file.
+        devices: The number of devices of the machine.
+        mesh: The number to use, or the axes and their sizes. None: as many as
+            possible.
+
+    Raises:
+        ValueError: when the file has no such program, or there are too few
+            devices.
+    """
+    known = ", ".join(str(v.mesh) for v in manifest.variants)
+    fitting = [v for v in manifest.variants if v.devices <= devices]
+    if isinstance(mesh, Mapping):
+        choices = [v for v in manifest.variants if v.mesh == dict(mesh)]
+    elif mesh is not None:
+        choices = [v for v in manifest.variants if v.devices == mesh]
+    else:
+        choices = sorted(fitting, key=lambda v: -v.devices)
+    if not choices:
+        raise ValueError(
+            f"The mesh must be one that the file has a program for. It has "
+            f"programs for the meshes {known}. Save it again with "
+            f"meshes=[...]. Received: mesh={mesh}, {devices} device(s)"
+        )
+    if choices[0] not in fitting:
+        raise ValueError(
+            f"The mesh {choices[0].mesh} needs {choices[0].devices} devices. "
+            f"Smaller ones in this file: {[v.mesh for v in fitting]}. "
+            f"Received: {devices} device(s)"
+        )
+    return choices[0]
 
 
 class LoadedProgram:

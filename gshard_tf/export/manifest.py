@@ -112,42 +112,6 @@ class Manifest:
         fields["variants"] = [Variant(**variant) for variant in fields["variants"]]
         return cls(**fields)
 
-    def choose(
-        self, devices: int, mesh: int | Mapping[str, int] | None = None
-    ) -> Variant:
-        """Returns the variant to load on a machine.
-
-        Args:
-            devices: The number of devices of the machine.
-            mesh: The number to use, or the axes and their sizes. None: as many as
-                possible.
-
-        Raises:
-            ValueError: when the file has no such program, or there are too few
-                devices.
-        """
-        known = ", ".join(str(v.mesh) for v in self.variants)
-        fitting = [v for v in self.variants if v.devices <= devices]
-        if isinstance(mesh, Mapping):
-            choices = [v for v in self.variants if v.mesh == dict(mesh)]
-        elif mesh is not None:
-            choices = [v for v in self.variants if v.devices == mesh]
-        else:
-            choices = sorted(fitting, key=lambda v: -v.devices)
-        if not choices:
-            raise ValueError(
-                f"The mesh must be one that the file has a program for. It has "
-                f"programs for the meshes {known}. Save it again with "
-                f"meshes=[...]. Received: mesh={mesh}, {devices} device(s)"
-            )
-        if choices[0] not in fitting:
-            raise ValueError(
-                f"The mesh {choices[0].mesh} needs {choices[0].devices} devices. "
-                f"Smaller ones in this file: {[v.mesh for v in fitting]}. "
-                f"Received: {devices} device(s)"
-            )
-        return choices[0]
-
 
 def _tensor(fields: Mapping[str, Any]) -> Tensor:
     lists = {key: tuple(fields[key]) for key in ("shape", "layout")}

@@ -11,6 +11,7 @@ from processes import run_python
 
 import gshard_tf
 from gshard_tf import export
+from gshard_tf.export.loader import choose_variant
 from gshard_tf.export.manifest import fit_layout
 
 
@@ -61,7 +62,8 @@ def test_a_manifest_comes_back_as_it_was():
     ],
 )
 def test_the_largest_mesh_that_fits_or_the_one_that_is_asked_for(devices, mesh, chosen):
-    assert manifest(EIGHT, FOUR, SQUARE, ONE).choose(devices, mesh).mesh == chosen
+    made = manifest(EIGHT, FOUR, SQUARE, ONE)
+    assert choose_variant(made, devices, mesh).mesh == chosen
 
 
 @pytest.mark.parametrize(
@@ -74,7 +76,7 @@ def test_the_largest_mesh_that_fits_or_the_one_that_is_asked_for(devices, mesh, 
 )
 def test_meshes_that_cannot_be(devices, mesh, says):
     with pytest.raises(ValueError, match=says):
-        manifest(EIGHT, FOUR, SQUARE, ONE).choose(devices, mesh)
+        choose_variant(manifest(EIGHT, FOUR, SQUARE, ONE), devices, mesh)
 
 
 def test_what_does_not_divide_is_whole():
