@@ -319,7 +319,7 @@ MUTANTS = (
         "a token that many experts chose loses some of their outputs",
     ),
     Mutant(
-        "keras_layers/moe/dropless.py",
+        "keras_layers/moe/decoding_experts.py",
         "fullest <= fits, lambda",
         "fullest <= fits + 1, lambda",
         (f"{_MOE}::test_decoding_is_the_same_with_any_number_of_tokens",),

@@ -15,8 +15,8 @@ from keras_layers._seeds import child_initializer, child_seed
 from keras_layers._shapes import at_each_position
 from keras_layers.feed_forward import FeedForward
 from keras_layers.moe.conventions import arguments_as_in
+from keras_layers.moe.decoding_experts import apply_without_drops
 from keras_layers.moe.dispatch import Dispatcher, EinsumDispatcher, IndexDispatcher
-from keras_layers.moe.dropless import apply_without_drops
 from keras_layers.moe.dropless_dispatch import apply_dropless, check_router
 from keras_layers.moe.experts import Experts
 from keras_layers.moe.grouping import Packing, from_groups, ids_to_groups, to_groups
