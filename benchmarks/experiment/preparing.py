@@ -3,11 +3,18 @@
 import itertools
 import json
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from benchmarks.experiment.design import SIZES, all_runs, chosen_languages, settings_of
+from benchmarks.experiment.design import (
+    SIZES,
+    all_runs,
+    chosen_languages,
+    chosen_runs,
+    settings_of,
+)
 from benchmarks.harness.command_line import say
 
 #: Splits that the losses of a run are of, beside its training: new messages (while it
@@ -15,8 +22,20 @@ from benchmarks.harness.command_line import say
 VALIDATION = ("dev", "dev_pairs")
 
 
-def prepare(data: pathlib.Path, out: pathlib.Path, size_name: str) -> None:
-    """Writes everything that training needs, and nothing that is there already."""
+def prepare(
+    data: pathlib.Path, out: pathlib.Path, size_name: str, only: Sequence[str] = ()
+) -> None:
+    """Writes everything that training needs, and nothing that is there already.
+
+    Args:
+        data: The corpus.
+        out: The folder, made if need be.
+        size_name: One of `SIZES`.
+        only: Names of runs; none: all.
+
+    Raises:
+        ValueError: for a name that no run has.
+    """
     import keras
 
     from gshard_examples.translation.corpus import load_corpus
@@ -27,6 +46,7 @@ def prepare(data: pathlib.Path, out: pathlib.Path, size_name: str) -> None:
     corpus = load_corpus(data)
     languages = chosen_languages(corpus.languages("train"), size)
     runs = all_runs(size, languages)
+    chosen = chosen_runs(runs, only)
     out.mkdir(parents=True, exist_ok=True)
     first = settings_of(size, languages, runs[0])
     path = out / "vocab.model"
@@ -43,7 +63,7 @@ def prepare(data: pathlib.Path, out: pathlib.Path, size_name: str) -> None:
     vocabulary = Vocabulary(path)
     for split in VALIDATION:
         _pack_validation(corpus, vocabulary, first, split, out / f"data-{split}")
-    for run in runs:
+    for run in chosen:
         settings = settings_of(size, languages, run)
         _pack_training(corpus, vocabulary, settings, out, out / run.data)
         folder = out / run.name

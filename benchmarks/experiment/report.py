@@ -9,10 +9,17 @@ from typing import Any
 NAMES = {"test_pairs": "new pairs", "test": "new messages", "udhr": "udhr"}
 
 
+def write_report(results: Mapping[str, Any], folder: pathlib.Path) -> None:
+    """Prints all tables and draws `experts.png` into a folder."""
+    print(format_results(results))
+    folder.mkdir(parents=True, exist_ok=True)
+    plot(results, folder / "experts.png")
+
+
 def format_results(results: Mapping[str, Any]) -> str:
     """Returns all tables."""
     rows = [row for row in results["rows"] if not row["language"]]
-    parts = [_of_runs(rows, list(results["scores"]))]
+    parts = [_of_runs(rows, list(results["scores"]), results["times"])]
     for name, scores in results["scores"].items():
         parts.append(f"{NAMES[name]}, chrF\n\n{_by_level(rows, scores)}")
     alone = [row for row in results["rows"] if row["language"]]
@@ -26,7 +33,10 @@ def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
-def _of_runs(rows: Sequence[Mapping[str, Any]], tests: Sequence[str]) -> str:
+def _of_runs(
+    rows: Sequence[Mapping[str, Any]], tests: Sequence[str], times: Mapping[str, Any]
+) -> str:
+    seconds = times.get("seconds", {})
     head = [
         *("run", "weights", "tokens", "s/step", "train", "new messages", "new pairs"),
         *(f"{NAMES[name]}, chrF" for name in tests),
@@ -39,7 +49,7 @@ def _of_runs(rows: Sequence[Mapping[str, Any]], tests: Sequence[str]) -> str:
                 row["run"],
                 f"{row['parameters'] / 1e6:.2f} M",
                 f"{row['tokens'] / 1e6:.1f} M",
-                f"{row['seconds_per_step']:.3f}",
+                f"{seconds[row['model']]:.3f}" if row["model"] in seconds else "",
                 f"{row['train_nll']:.3f}",
                 f"{losses[max(losses, key=int)]:.3f}",
                 f"{row['new_pairs_nll']:.3f}",

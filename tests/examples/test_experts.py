@@ -1,13 +1,12 @@
 """The experiment's four commands, from a corpus to the plots, with sizes that say
 nothing."""
 
-import json
-
 import numpy as np
 import pytest
 
 from benchmarks.experiment import design, preparing, report, scoring, sharing, training
 from benchmarks.experiment.design import Run
+from benchmarks.experiment.results import keep_baselines, read_results
 
 
 @pytest.mark.slow
@@ -28,13 +27,16 @@ def test_the_experiment_runs_whole(toy_corpus, tmp_path, monkeypatch, capsys):
     state = (tmp_path / "e4-0" / "run" / "state.npz").stat().st_mtime_ns
     training.train(tmp_path, [], None)  # nothing is left to do
     assert (tmp_path / "e4-0" / "run" / "state.npz").stat().st_mtime_ns == state
-    with pytest.raises(ValueError, match="must be measured first"):
-        scoring.score(toy_corpus.path, tmp_path, None)
-    training.measure(tmp_path, rounds=1)
-    scoring.score(toy_corpus.path, tmp_path, None)
+    kept = tmp_path / "results"
+    training.measure(tmp_path, kept, rounds=1)
+    scoring.score(toy_corpus.path, tmp_path, None, kept)
     said = capsys.readouterr().out
     assert "| e4-0 |" in said and "over a bilingual model" in said
-    results = json.loads((tmp_path / "results.json").read_text())
+    # A table of other days' runs needs their small files alone.
+    results = read_results(kept)
+    report.write_report(results, tmp_path / "again")
+    assert capsys.readouterr().out in said
+    assert set(results["times"]["seconds"]) == {"dense", "e4"}
     rows = {row["run"]: row for row in results["rows"]}
     assert [row["experts"] for row in rows.values()] == [0, 4, 0]
     assert rows["e4-0"]["parameters"] > rows["dense-0"]["parameters"]
@@ -43,8 +45,20 @@ def test_the_experiment_runs_whole(toy_corpus, tmp_path, monkeypatch, capsys):
     (alone,) = (row for row in rows.values() if row["language"])
     of_language = pairs["dense-0"]["language"][alone["language"]]
     assert pairs[alone["run"]]["overall"]["pairs"] == of_language["pairs"]
-    for picture in ("experts.png", "e4-0/sharing.png"):
+    for picture in ("results/experts.png", "again/experts.png", "e4-0/sharing.png"):
         assert (tmp_path / picture).read_bytes().startswith(b"\x89PNG")
+
+
+def test_results_are_of_one_corpus(tmp_path):
+    with pytest.raises(ValueError, match="Received: none"):
+        read_results(tmp_path)
+    baselines = {"corpus": "one", "counts": {}, "scores": {}}
+    keep_baselines(tmp_path, baselines)
+    keep_baselines(tmp_path, baselines)
+    with pytest.raises(ValueError, match="Received: other"):
+        keep_baselines(tmp_path, baselines | {"corpus": "other"})
+    with pytest.raises(ValueError, match="Received: none"):
+        read_results(tmp_path)  # no run yet
 
 
 def test_equal_flops_per_token():
