@@ -8,21 +8,24 @@ pure function of `(seed, i)`: nothing is kept in shuffle buffers, and
 `dataset(start_step=100_000)` makes no batch that came before.
 
 Therefore the batches are planned with NumPy, an epoch at a time, and `tf.data` only
-transports them.
+transports them. Without TensorFlow all but `batch_spec` and `dataset` is there.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
-import tensorflow as tf
 
 from gshard_examples.translation.sampling import LanguageSampler
 from gshard_examples.translation.tokens import TokenizedSplit
-from gshard_examples.translation.vocabulary import BOS, EOS, PAD, UNK
+from gshard_examples.translation.vocabulary_training import BOS, EOS, PAD, UNK
 from gshard_tf.data import LOOKAHEAD, RowPlan, lay_out, plan_rows
+
+if TYPE_CHECKING:
+    import tensorflow as tf
 
 #: Batch sizes are multiples of this, so that a batch divides over a mesh of 8.
 BATCH_MULTIPLE = 8
@@ -93,6 +96,8 @@ def batch_shapes(
 
 def batch_spec(row_lengths: tuple[int, int], batch_tokens: int):
     """Returns the specs of every batch, as `PackedBatches.batch` makes them."""
+    import tensorflow as tf
+
     source, target = (
         tf.TensorSpec(shape, tf.int32)
         for shape in batch_shapes(row_lengths, batch_tokens)
@@ -147,8 +152,8 @@ class PackedBatches:
     ) -> None:
         self.shapes = batch_shapes(row_lengths, batch_tokens)
         (size, source), (_, target) = self.shapes
-        self._spec = batch_spec(row_lengths, batch_tokens)
         self.batch_size = size
+        self._batch_tokens = batch_tokens
         self.row_lengths = (source, target)
         self.training = training
         self.seed = seed
@@ -307,9 +312,11 @@ class PackedBatches:
         Returns:
             A dataset of what `batch` returns.
         """
+        import tensorflow as tf
+
         dataset = tf.data.Dataset.from_generator(
             lambda: self.from_step(start_step),
-            output_signature=self._spec,
+            output_signature=batch_spec(self.row_lengths, self._batch_tokens),
         )
         if not self.training:
             left = max(0, self.steps() - start_step)

@@ -8,14 +8,19 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import tensorflow as tf
 
 from gshard_examples.translation.corpus import Corpus, Pair
-from gshard_examples.translation.vocabulary import BOS, EOS, Vocabulary
+from gshard_examples.translation.vocabulary_training import BOS, EOS
 from gshard_tf.io.atomic_files import write_file
 from gshard_tf.io.paths import local_path
+
+if TYPE_CHECKING:
+    import tensorflow as tf
+
+    from gshard_examples.translation.vocabulary import Vocabulary
 
 log = logging.getLogger(__name__)
 
