@@ -77,6 +77,8 @@ class Size:
         every: Which of these take part: every how many, by number of pairs.
         bilingual: The number of bilingual baselines.
         bilingual_steps: Their steps.
+        runs: The runs on all languages, in the order of training; none: `RUNS`.
+        carried: `prepare` writes little, which `unpack` completes elsewhere.
     """
 
     settings: Mapping[str, Any]
@@ -86,7 +88,29 @@ class Size:
     every: int = 1
     bilingual: int = 0
     bilingual_steps: int = 0
+    runs: tuple[Run, ...] = ()
+    carried: bool = False
 
+
+#: One of each model: what 15 minutes are enough for.
+ONCE = (Run("dense", 0), Run("e64", 0), Run("e16", 0), Run("e4", 0))
+
+_QUICK = {
+    "vocab_size": 600,
+    "batch_tokens": 64,
+    "row_lengths": "32,32",
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "model_dim": 8,
+    "hidden_dim": 16,
+    "heads": 2,
+    "group_size": 64,
+    "steps": 4,
+    "warmup": 2,
+    "learning_rate": 2e-3,
+    "schedule": "linear",
+    "validation_pairs": 8,
+}
 
 SIZES = {
     # On a GPU: an hour or two a run.
@@ -113,6 +137,31 @@ SIZES = {
         least=200,
         bilingual=12,
         bilingual_steps=6000,
+    ),
+    # On a GPU that is lent for 15 minutes: two minutes a run.
+    "gpu15": Size(
+        {
+            "vocab_size": 16384,
+            "batch_tokens": 16384,
+            "row_lengths": "128,80",
+            "encoder_layers": 4,
+            "decoder_layers": 4,
+            "model_dim": 128,
+            "hidden_dim": 512,
+            "heads": 4,
+            "group_size": 2048,
+            "steps": 4500,
+            "warmup": 450,
+            "learning_rate": 4e-3,
+            "schedule": "linear-to-zero",
+            "precision": "mixed_bfloat16",
+            "validation_pairs": 4000,
+        },
+        save_every=1500,
+        per_language=10,
+        least=200,
+        runs=ONCE,
+        carried=True,
     ),
     # Half an hour a run on one core.
     "cpu": Size(
@@ -141,26 +190,19 @@ SIZES = {
     ),
     # For the test of this script: it learns nothing.
     "quick": Size(
-        {
-            "vocab_size": 600,
-            "batch_tokens": 64,
-            "row_lengths": "32,32",
-            "encoder_layers": 2,
-            "decoder_layers": 2,
-            "model_dim": 8,
-            "hidden_dim": 16,
-            "heads": 2,
-            "group_size": 64,
-            "steps": 4,
-            "warmup": 2,
-            "learning_rate": 2e-3,
-            "schedule": "linear",
-            "validation_pairs": 8,
-        },
+        _QUICK,
         save_every=2,
         per_language=1,
         bilingual=1,
         bilingual_steps=2,
+    ),
+    # The same of "gpu15".
+    "quick15": Size(
+        {**_QUICK, "precision": "mixed_bfloat16"},
+        save_every=2,
+        per_language=1,
+        runs=ONCE[:2],
+        carried=True,
     ),
 }
 
@@ -181,7 +223,7 @@ def all_runs(size: Size, languages: Sequence[str]) -> list[Run]:
     """
     count = min(size.bilingual, len(languages))
     spread = [languages[i * len(languages) // count] for i in range(count)]
-    return [*RUNS, *(Run("dense", 0, language) for language in spread)]
+    return [*(size.runs or RUNS), *(Run("dense", 0, language) for language in spread)]
 
 
 def chosen_runs(runs: Sequence[Run], only: Sequence[str]) -> list[Run]:

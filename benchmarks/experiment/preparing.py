@@ -8,14 +8,24 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.experiment import compact
+from benchmarks.experiment.carrying import MIB, check_size
 from benchmarks.experiment.design import (
     SIZES,
+    Size,
     all_runs,
     chosen_languages,
     chosen_runs,
     settings_of,
 )
+from benchmarks.experiment.translating import (
+    TESTS,
+    save_program,
+    tested_pairs,
+    whole_batches,
+)
 from benchmarks.harness.command_line import say
+from gshard_tf.export import write_data
 
 #: Splits that the losses of a run are of, beside its training: new messages (while it
 #: trains, too) and new pairs.
@@ -39,6 +49,7 @@ def prepare(
     import keras
 
     from gshard_examples.translation.corpus import load_corpus
+    from gshard_examples.translation.tokens import tokenize_split
     from gshard_examples.translation.vocabulary import Vocabulary
     from gshard_examples.translation.vocabulary_training import train_vocabulary
 
@@ -61,32 +72,79 @@ def prepare(
             languages=sorted(languages),
         )
     vocabulary = Vocabulary(path)
-    for split in VALIDATION:
-        _pack_validation(corpus, vocabulary, first, split, out / f"data-{split}")
+    if size.carried:
+        _write_tokens(corpus, vocabulary, first, out)
+        _write_sources(corpus, vocabulary, size, languages, out)
+    else:
+        for split in VALIDATION:
+            if not is_packed(folder := out / f"data-{split}"):
+                tokens = _validation(corpus, vocabulary, first, split)
+                pack_validation(tokens, first, folder)
     for run in chosen:
         settings = settings_of(size, languages, run)
-        _pack_training(corpus, vocabulary, settings, out, out / run.data)
+        if not size.carried and not is_packed(folder := out / run.data):
+            tokens = tokenize_split(
+                corpus, "train", vocabulary, settings.language_tags, out / "cache"
+            )
+            pack_training(tokens, settings, folder)
         folder = out / run.name
         if not (folder / "eval.gshard").exists():
             keras.backend.clear_session()
             say(f"saving {folder}")
-            _save_programs(folder, settings, vocabulary)
+            _save_programs(folder, settings, vocabulary, size.carried)
     about = {"size": size_name, "languages": languages}
     (out / "experiment.json").write_text(json.dumps(about, indent=1) + "\n")
+    if size.carried:
+        say(f"{out}: {check_size(out) / MIB:.1f} MiB")
 
 
-def _pack_training(
-    corpus: Any, vocabulary: Any, settings: Any, out: pathlib.Path, folder: pathlib.Path
+def _validation(corpus: Any, vocabulary: Any, settings: Any, split: str) -> Any:
+    from gshard_examples.translation.tokens import tokenize_pairs
+    from gshard_examples.translation.train import sample_pairs
+
+    pairs = sample_pairs(
+        corpus, split, settings.validation_pairs, settings.language_tags
+    )
+    return tokenize_pairs(pairs, vocabulary)
+
+
+def _write_tokens(
+    corpus: Any, vocabulary: Any, settings: Any, out: pathlib.Path
 ) -> None:
-    """The batches of all steps, one after the other."""
-    from gshard_examples.translation.packed_batches import PackedBatches
+    """The pairs to train on and to validate on, as small files."""
     from gshard_examples.translation.tokens import tokenize_split
 
-    if _is_complete(folder):
-        return
-    tokens = tokenize_split(
-        corpus, "train", vocabulary, settings.language_tags, out / "cache"
-    )
+    for split in ("train", *VALIDATION):
+        path = out / f"tokens-{split}.npz.xz"
+        if path.exists():
+            continue
+        say(f"tokenizing {path}")
+        if split == "train":
+            tokens = tokenize_split(corpus, split, vocabulary, settings.language_tags)
+        else:
+            tokens = _validation(corpus, vocabulary, settings, split)
+        compact.write_tokens(path, tokens)
+
+
+def _write_sources(
+    corpus: Any,
+    vocabulary: Any,
+    size: Size,
+    languages: Sequence[str],
+    out: pathlib.Path,
+) -> None:
+    """The sources that are translated there."""
+    from gshard_examples.translation.tokens import tokenize_pairs
+
+    for name in TESTS:
+        tokens = tokenize_pairs(tested_pairs(corpus, name, size, languages), vocabulary)
+        write_data(out / f"data-{name}", {"x.source": whole_batches(tokens)})
+
+
+def pack_training(tokens: Any, settings: Any, folder: pathlib.Path) -> None:
+    """Writes the batches of all steps, one after the other."""
+    from gshard_examples.translation.packed_batches import PackedBatches
+
     batches = PackedBatches(
         tokens,
         settings.chosen_row_lengths,
@@ -102,20 +160,12 @@ def _pack_training(
     )
 
 
-def _pack_validation(
-    corpus: Any, vocabulary: Any, settings: Any, split: str, folder: pathlib.Path
-) -> None:
+def pack_validation(tokens: Any, settings: Any, folder: pathlib.Path) -> None:
+    """Writes the batches of a pass over pairs that are held out."""
     from gshard_examples.translation.packed_batches import PackedBatches
-    from gshard_examples.translation.tokens import tokenize_pairs
-    from gshard_examples.translation.train import sample_pairs
 
-    if _is_complete(folder):
-        return
-    pairs = sample_pairs(
-        corpus, split, settings.validation_pairs, settings.language_tags
-    )
     batches = PackedBatches(
-        tokenize_pairs(pairs, vocabulary),
+        tokens,
         settings.chosen_row_lengths,
         settings.batch_tokens,
         training=False,
@@ -123,7 +173,8 @@ def _pack_validation(
     _write(folder, batches, batches.summary())
 
 
-def _is_complete(folder: pathlib.Path) -> bool:
+def is_packed(folder: pathlib.Path) -> bool:
+    """Returns whether batches are there already, and says where they are not."""
     if (folder / "about.json").exists():
         return True
     say(f"packing {folder}")
@@ -139,14 +190,16 @@ def _write(folder: pathlib.Path, batches: Any, about: dict[str, Any]) -> None:
             small = np.uint8 if array.dtype == np.float32 else np.uint16
             parts.setdefault(name, []).append(array.astype(small))
     arrays = {name: np.concatenate(some) for name, some in parts.items()}
-    export.write_data(folder, arrays)
+    write_data(folder, arrays)
     tokens = sum(int((a != 0).sum()) for n, a in arrays.items() if "segment" in n)
     about = about | {"tokens": tokens}
     # Last: it says that the folder is complete.
     (folder / "about.json").write_text(json.dumps(about, indent=1) + "\n")
 
 
-def _save_programs(folder: pathlib.Path, settings: Any, vocabulary: Any) -> None:
+def _save_programs(
+    folder: pathlib.Path, settings: Any, vocabulary: Any, carried: bool
+) -> None:
     import keras
 
     from gshard_examples.translation.model import make_model, make_strategy
@@ -162,6 +215,11 @@ def _save_programs(folder: pathlib.Path, settings: Any, vocabulary: Any) -> None
     export.save_state(model, folder / "start.npz")
     settings.write(folder)
     program.save(folder / "train.gshard", initial_state="start.npz")
+    if carried:
+        save_program(model, folder / "translate.gshard")
+        arrays, _ = export.read_state(folder / "start.npz")
+        compact.write_start(folder / "start-small.npz", arrays)
+        (folder / "start.npz").unlink()
     # Last: it says that the folder is complete.
     export.step_program(model, "evaluate", batch).save(
         folder / "eval.gshard", initial_state="start.npz"

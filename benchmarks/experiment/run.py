@@ -20,6 +20,10 @@ stopped and given again at any time. `time` measures their steps in turns, on a 
 that has nothing else to do. `score` needs TensorFlow again: losses, chrF and BLEU by
 language resource level beside the baselines. Both add to the results of earlier runs,
 which are in this repository (`--results`); `report` prints their tables and draws them.
+
+What `prepare --size gpu15` writes is small and goes to a machine that is lent for
+minutes. There `unpack` completes it, and `train --each 2 --zip results.zip` gives every
+run its share of the time; `collect` takes in at home what came back.
 """
 
 import argparse
@@ -39,18 +43,26 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     parsers = {
         name: commands.add_parser(name)
-        for name in ("prepare", "train", "time", "score", "report")
+        for name in (
+            *("prepare", "unpack", "train", "time", "collect", "score"),
+            "report",
+        )
     }
-    for name in ("prepare", "train", "time", "score"):
-        parsers[name].add_argument("--out", type=pathlib.Path, required=True)
+    for name, command in parsers.items():
+        if name != "report":
+            command.add_argument("--out", type=pathlib.Path, required=True)
     for name in ("time", "score", "report"):
         parsers[name].add_argument("--results", type=pathlib.Path, default=RESULTS)
-    for name in ("prepare", "score"):
+    for name in ("prepare", "collect", "score"):
         parsers[name].add_argument("--data", type=pathlib.Path, required=True)
     parsers["prepare"].add_argument("--size", choices=SIZES, default="gpu")
     for name in ("prepare", "train"):
         parsers[name].add_argument("--only", nargs="+", default=[], metavar="RUN")
     parsers["train"].add_argument("--minutes", type=float)
+    parsers["train"].add_argument("--each", type=float, help="minutes of a run")
+    parsers["unpack"].add_argument("--packed", type=pathlib.Path, required=True)
+    for name, required in (("train", False), ("collect", True)):
+        parsers[name].add_argument("--zip", type=pathlib.Path, required=required)
     parsers["score"].add_argument("--udhr", type=pathlib.Path)
     options = parser.parse_args()
     # Each needs what the others may lack.
@@ -61,7 +73,15 @@ def main() -> None:
     elif options.command == "train":
         from benchmarks.experiment.training import train
 
-        train(options.out, options.only, options.minutes)
+        train(options.out, options.only, options.minutes, options.each, options.zip)
+    elif options.command == "unpack":
+        from benchmarks.experiment.unpacking import unpack
+
+        unpack(options.packed, options.out)
+    elif options.command == "collect":
+        from benchmarks.experiment.unpacking import collect
+
+        collect(options.data, options.out, options.zip)
     elif options.command == "time":
         from benchmarks.experiment.training import measure
 

@@ -13,14 +13,12 @@ from benchmarks.experiment.results import keep_baselines, keep_run, read_results
 from benchmarks.experiment.sharing import expert_use, plot_sharing
 from benchmarks.experiment.training import (
     evaluations_of,
-    is_complete,
     read_about,
     training_of,
 )
+from benchmarks.experiment.translating import TESTS
 from benchmarks.harness.command_line import say
 
-#: The corpus's tests: new messages, and new pairs of known ones.
-TESTS = ("test_pairs", "test")
 #: Sentences of each language whose routing is looked at.
 ROUTED = 50
 
@@ -44,7 +42,8 @@ def score(
     from gshard_examples.translation.udhr import load_udhr
 
     size, languages, runs = read_about(out)
-    runs = [run for run in runs if is_complete(out, size, run)]
+    # One that had no more time is as far as it got.
+    runs = [run for run in runs if evaluations_of(out / run.name / "new-pairs")]
     if not runs:
         raise ValueError(f"A run must be complete. Received: none in {out}")
     corpus = load_corpus(data)
@@ -76,7 +75,8 @@ def score(
                 scores[name] = _score_run(name, some, counts, out / run.name, out)
         keep_run(kept, {"row": _row(out, run, scores), "scores": scores})
     for run in runs:
-        if MODELS[run.model].experts:
+        # The weights of what is carried do not come back.
+        if MODELS[run.model].experts and not size.carried:
             _sharing(corpus, out, run, choose(sets["test"], ROUTED, languages, seed=0))
     write_report(read_results(kept), kept)
 
@@ -154,6 +154,8 @@ def _row(out: pathlib.Path, run: Run, scores: dict[str, Any]) -> dict[str, Any]:
     manifest = export.read_manifest(folder / "train.gshard")
     about = json.loads((out / run.data / "about.json").read_text())
     last = training[-max(1, len(training) // 20) :]
+    steps = max(new_messages)
+    part = steps / json.loads((folder / "settings.json").read_text())["steps"]
     return {
         "run": run.name,
         "model": run.model,
@@ -163,9 +165,9 @@ def _row(out: pathlib.Path, run: Run, scores: dict[str, Any]) -> dict[str, Any]:
         "parameters": sum(
             int(np.prod(t.shape)) for t in manifest.state if t.role == "weight"
         ),
-        "steps": max(new_messages),
-        "tokens": about["tokens"],
-        "epochs": about["epochs"],
+        "steps": steps,
+        "tokens": round(about["tokens"] * part),
+        "epochs": about["epochs"] * part,
         # Over the last twentieth; of batches that are new if there was one epoch.
         "train_nll": float(np.mean([line["nll"] for line in last])),
         "progress": {line["step"]: line["nll"] for line in training},

@@ -1,17 +1,22 @@
 """The runs of the experiment, by `gshard-run`: jax is enough."""
 
+import contextlib
 import json
+import multiprocessing
+import os
 import pathlib
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from benchmarks.experiment.carrying import pack_results, use_cache
 from benchmarks.experiment.design import RUNS, SIZES, Run, all_runs, chosen_runs
 from benchmarks.experiment.results import keep_times
+from benchmarks.experiment.translating import TESTS
 from benchmarks.harness import machine, timing
 from benchmarks.harness.command_line import say
+from gshard_tf.export import runner
 
 
 def read_about(out: pathlib.Path) -> tuple[Any, list[str], list[Run]]:
@@ -31,54 +36,92 @@ def is_complete(out: pathlib.Path, size: Any, run: Run) -> bool:
     return steps_of(size, run) in evaluations_of(out / run.name / "new-pairs")
 
 
-def train(out: pathlib.Path, only: Sequence[str], minutes: float | None) -> None:
+def train(
+    out: pathlib.Path,
+    only: Sequence[str],
+    minutes: float | None,
+    each: float | None = None,
+    archive: pathlib.Path | None = None,
+) -> None:
     """Trains runs to their ends, from where they are.
 
     Args:
         out: The prepared folder.
         only: Names of runs; none: all.
         minutes: After which to stop; the next call goes on.
+        each: Minutes after which to stop a run, evaluate it where it is, and go on with
+            the next one. None: a run may take all of `minutes`.
+        archive: A zip file of results, written after each run.
 
     Raises:
-        ValueError: for a name that no run has.
+        ValueError: for a name that no run has, or when a run failed; the others were
+            trained.
     """
     size, _, runs = read_about(out)
+    chosen = chosen_runs(runs, only)
+    if size.carried:
+        use_cache(out)
     end = None if minutes is None else time.monotonic() + 60 * minutes
-    for run in chosen_runs(runs, only):
+    failed = []
+    for run in chosen:
         if is_complete(out, size, run):
             continue
-        limit = None if end is None else end - time.monotonic()
-        if limit is not None and limit <= 0:
+        limits = [] if end is None else [end - time.monotonic()]
+        limits += [] if each is None else [60 * each]
+        if limits and min(limits) <= 0:
             break
         say(f"training {run.name}")
-        _train(out, size, run, limit)
+        # A process of its own: the memory of a device is the next run's again.
+        process = multiprocessing.get_context("spawn").Process(
+            target=_train,
+            args=(out, size, run, min(limits, default=None), each is not None),
+        )
+        process.start()
+        process.join()
+        if process.exitcode:
+            failed.append(f"{run.name} (exit {process.exitcode})")
+        if archive is not None:
+            pack_results(out, archive)
+    if failed:
+        raise ValueError(f"All runs must end well. Received: {', '.join(failed)}")
 
 
-def _train(out: pathlib.Path, size: Any, run: Run, limit: float | None) -> None:
+def _train(
+    out: pathlib.Path, size: Any, run: Run, limit: float | None, as_it_is: bool
+) -> None:
+    """Trains a run, and looks at it when it is complete or, if `as_it_is`, anyway."""
     folder, steps = out / run.name, steps_of(size, run)
     more = [] if limit is None else ["--time-limit", f"{limit:.0f}"]
-    _run(
-        folder / "train.gshard",
-        *("--data", out / run.data, "--out", folder / "run"),
-        *("--steps", str(steps), "--log-every", str(min(50, size.save_every))),
-        *("--save-every", str(min(size.save_every, steps))),
-        *("--evaluate", folder / "eval.gshard", out / "data-dev"),
-        *more,
-    )
-    if steps in evaluations_of(folder / "run"):
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
         _run(
-            folder / "eval.gshard",
-            *("--data", out / "data-dev_pairs", "--out", folder / "new-pairs"),
-            *("--state", folder / "run" / "state.npz"),
+            folder / "train.gshard",
+            *("--data", out / run.data, "--out", folder / "run"),
+            *("--steps", str(steps), "--log-every", str(min(50, size.save_every))),
+            *("--save-every", str(min(size.save_every, steps))),
+            *("--evaluate", folder / "eval.gshard", out / "data-dev"),
+            *more,
         )
+        state = ("--state", folder / "run" / "state.npz")
+
+        def apply(program: str, split: str, to: str) -> None:
+            data = ("--data", out / f"data-{split}")
+            _run(folder / program, *data, "--out", folder / to, *state)
+
+        if steps not in evaluations_of(folder / "run"):
+            if not as_it_is:
+                return
+            apply("eval.gshard", "dev", "run")
+        try:
+            for name in TESTS if size.carried else ():
+                apply("translate.gshard", name, f"translated-{name}")
+        finally:
+            # Last: it says that the run is complete.
+            apply("eval.gshard", "dev_pairs", "new-pairs")
 
 
 def _run(program: pathlib.Path, *arguments: Any) -> None:
-    subprocess.run(  # noqa: S603
-        [sys.executable, "-m", "gshard_tf.export.runner", program, *arguments],
-        check=True,
-        stdout=subprocess.DEVNULL,
-    )
+    if status := runner.main([str(argument) for argument in (program, *arguments)]):
+        sys.exit(status)
 
 
 def evaluations_of(folder: pathlib.Path) -> dict[int, dict[str, Any]]:
