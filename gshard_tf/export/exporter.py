@@ -29,9 +29,9 @@ from gshard_tf.export.manifest import (
     fit_layout,
 )
 from gshard_tf.io.paths import local_path
+from gshard_tf.partition_spec import PartitionSpec
 from gshard_tf.sharding.mesh import axis_sizes, create_mesh, use_mesh
 from gshard_tf.sharding.mesh_layout import MeshLayout
-from gshard_tf.sharding.partition_spec import PartitionSpec
 from gshard_tf.spmd import lowering
 from gshard_tf.spmd.abstract import is_abstract, lower_abstract
 from gshard_tf.spmd.base import MeshExtended, owned

@@ -18,8 +18,8 @@ from gshard_tf.export.manifest import (
     Tensor,
     Variant,
     fit_layout,
-    jax_layout,
 )
+from gshard_tf.partition_spec import as_jax
 
 State = dict[str, Any]
 
@@ -137,7 +137,7 @@ class LoadedProgram:
             return [
                 jax.sharding.NamedSharding(
                     jax_mesh,
-                    jax.sharding.PartitionSpec(*jax_layout(fit_layout(t, self.mesh))),
+                    jax.sharding.PartitionSpec(*as_jax(fit_layout(t, self.mesh))),
                 )
                 for t in tensors
             ]

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Mapping
 from typing import Any
+
+from gshard_tf.partition_spec import PartitionSpec, parts_over
 
 FORMAT = 1
 #: Platforms that a program can be exported for, as jax names them.
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
-Layout = tuple[str | None, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Tensor:
     name: str
     shape: tuple[int, ...]
     dtype: str
-    layout: Layout
+    layout: PartitionSpec
     role: str
     path: str = ""
 
@@ -118,19 +118,9 @@ def _tensor(fields: Mapping[str, Any]) -> Tensor:
     return Tensor(**{**fields, **lists})
 
 
-def fit_layout(tensor: Tensor, mesh: Mapping[str, int]) -> Layout:
+def fit_layout(tensor: Tensor, mesh: Mapping[str, int]) -> PartitionSpec:
     """Returns a tensor's layout on a mesh, whole where the axis does not divide."""
     return tuple(
-        None if size % math.prod(mesh[name] for name in _axes(axis)) else axis
+        None if size % parts_over(axis, mesh) else axis
         for axis, size in zip(tensor.layout, tensor.shape, strict=True)
     )
-
-
-def jax_layout(layout: Layout) -> tuple[str | tuple[str, ...] | None, ...]:
-    """Returns a layout as the entries of jax's `PartitionSpec`."""
-    return tuple(_axes(axis) if axis and "+" in axis else axis for axis in layout)
-
-
-def _axes(axis: str | None) -> tuple[str, ...]:
-    # As `gshard_tf.sharding` has it, which needs TensorFlow. A program does not.
-    return () if axis is None else tuple(axis.split("+"))

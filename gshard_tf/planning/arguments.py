@@ -20,6 +20,7 @@ import gshard_tf
 from gshard_tf.io.command_line import Parser
 from gshard_tf.io.paths import path_option
 from gshard_tf.io.stderr_lines import import_quietly
+from gshard_tf.partition_spec import axes_of
 
 MODES = ("train", "evaluate", "predict")
 DTYPES = frozenset(
@@ -214,9 +215,7 @@ def _check(command_line: argparse.ArgumentParser, options: argparse.Namespace) -
         if names.count(name) > 1:
             command_line.error(f"argument --rule: two rules for {name!r}")
     for name, axis in options.rule:
-        # (`gshard_tf.sharding` would load Keras, for seconds.)
-        axes = [] if axis is None else axis.split("+")
-        if options.mesh and not set(axes) <= set(options.mesh):
+        if options.mesh and not set(axes_of(axis)) <= set(options.mesh):
             command_line.error(
                 f"argument --rule: {name}={axis} must name an axis of the mesh, "
                 f"which has {', '.join(options.mesh)}"

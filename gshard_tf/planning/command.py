@@ -18,6 +18,7 @@ import tensorflow as tf
 
 from gshard_tf.compat.keras_seeds import own_global_seed_generator
 from gshard_tf.io.command_line import INTERRUPTED, report
+from gshard_tf.partition_spec import axes_of
 from gshard_tf.planning import planner
 from gshard_tf.planning.arguments import Target
 from gshard_tf.planning.compare import compare
@@ -25,7 +26,6 @@ from gshard_tf.planning.plan import Plan
 from gshard_tf.planning.search import find_layout
 from gshard_tf.runtime.devices import request_cpu_devices
 from gshard_tf.sharding.mesh import create_mesh
-from gshard_tf.sharding.partition_spec import axes_of
 from gshard_tf.sharding.rules import AxisRules
 from gshard_tf.spmd.abstract import AbstractStrategy
 

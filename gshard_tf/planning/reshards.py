@@ -10,8 +10,8 @@ from tensorflow.experimental import dtensor
 
 from gshard_tf.hlo import layer_names, parser
 from gshard_tf.hlo.collectives import Collective
+from gshard_tf.partition_spec import axes_of, join_axes
 from gshard_tf.planning.records import Communication, Reshard, Weight
-from gshard_tf.sharding.partition_spec import axes_of
 from gshard_tf.sharding.rules import AxisRules
 
 _SUMS = ("all-reduce", "reduce-scatter")
@@ -71,10 +71,11 @@ def axis_of(collective: Collective, mesh: dtensor.Mesh) -> str:
             pairs = np.stack([pairs[:, :1].repeat(pairs.shape[1], 1), pairs], -1)
             pairs = pairs.reshape(-1, 2)
     if pairs is None or not len(pairs):
-        return "+".join(mesh.dim_names)
+        return join_axes(mesh.dim_names) or ""
     coordinates = np.stack(np.unravel_index(pairs, mesh.shape()), axis=-1)
     differs = np.any(coordinates[:, 0] != coordinates[:, 1], axis=0)
-    return "+".join(name for name, d in zip(mesh.dim_names, differs, strict=True) if d)
+    names = zip(mesh.dim_names, differs, strict=True)
+    return join_axes(name for name, differ in names if differ) or ""
 
 
 class ReshardClassifier:
@@ -129,11 +130,10 @@ class ReshardClassifier:
             axis: Its mesh axes, from `axis_of`.
             operation: The operation that it stems from, or "".
         """
-        axes = axis.split("+")
         logical = [
             name
             for name, mesh_axis in self.rules.rules.items()
-            if set(axes) & set(axes_of(mesh_axis))
+            if set(axes_of(axis)) & set(axes_of(mesh_axis))
         ]
         name = logical[0] if logical else axis
         where = f"the result of `{operation}`" if operation else "it"

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from gshard_tf.partition_spec import axes_of
 from gshard_tf.planning import units
 from gshard_tf.planning.records import Communication, Weight
 
@@ -111,10 +113,9 @@ def memory_segments(plan: Plan) -> list[Segment]:
 
 def replicas(plan: Plan, weight: Weight) -> int:
     """Returns how many cores hold the same shard of a weight."""
-    split = 1
-    for axis in weight.layout:
-        for name in (axis or "").split("+"):
-            split *= plan.mesh.get(name, 1)
+    split = math.prod(
+        plan.mesh.get(name, 1) for axis in weight.layout for name in axes_of(axis)
+    )
     return plan.num_devices // split
 
 

@@ -17,10 +17,10 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.experimental import dtensor
 
+from gshard_tf.partition_spec import join_axes
 from gshard_tf.sharding import op_sharding
 from gshard_tf.sharding.mesh import ActiveMesh, active_mesh, axis_sizes
 from gshard_tf.sharding.mesh_layout import MeshLayout
-from gshard_tf.sharding.partition_spec import join_axes
 from gshard_tf.sharding.vectorize import mapped_axes
 
 

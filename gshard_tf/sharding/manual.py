@@ -13,14 +13,14 @@ from typing import Any
 import tensorflow as tf
 
 from gshard_tf.compat.tf_call_module import jax_call
-from gshard_tf.sharding.annotations import partitioning
-from gshard_tf.sharding.mesh import ActiveMesh, axis_sizes
-from gshard_tf.sharding.partition_spec import (
+from gshard_tf.partition_spec import (
     PartitionSpec,
     as_jax,
     collective_axis,
     parts_over,
 )
+from gshard_tf.sharding.annotations import partitioning
+from gshard_tf.sharding.mesh import ActiveMesh, axis_sizes
 
 Axes = Sequence[str | None]
 

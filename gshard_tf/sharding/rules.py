@@ -7,8 +7,8 @@ from typing import Any
 import keras
 from tensorflow.experimental import dtensor
 
+from gshard_tf.partition_spec import axes_of, join_axes
 from gshard_tf.sharding.mesh_layout import MeshLayout
-from gshard_tf.sharding.partition_spec import axes_of, join_axes
 
 # A mesh axis; several, outermost first; or none.
 Axes = str | Sequence[str] | None

@@ -11,16 +11,16 @@ import tensorflow as tf
 from tensorflow.experimental import dtensor
 
 from gshard_tf.compat.keras_variables import current_variable
-from gshard_tf.sharding.annotations import logical_axes
-from gshard_tf.sharding.mesh import axis_sizes
-from gshard_tf.sharding.mesh_layout import MeshLayout
-from gshard_tf.sharding.neighbors import splits_against_neighbors
-from gshard_tf.sharding.partition_spec import (
+from gshard_tf.partition_spec import (
     PartitionSpec,
     axes_of,
     join_axes,
     parts_over,
 )
+from gshard_tf.sharding.annotations import logical_axes
+from gshard_tf.sharding.mesh import axis_sizes
+from gshard_tf.sharding.mesh_layout import MeshLayout
+from gshard_tf.sharding.neighbors import splits_against_neighbors
 from gshard_tf.sharding.rules import AxisRules
 from gshard_tf.sharding.sharded_variable import MeshVariableBase
 

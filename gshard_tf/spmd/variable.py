@@ -26,6 +26,7 @@ from gshard_tf.compat.keras_variables import in_layer_scope
 from gshard_tf.compat.tensorflow import out_of_graphs
 from gshard_tf.compat.tf_gradients import with_dense_gradient
 from gshard_tf.compat.tf_variables import OwnContainer, ResourceVariable
+from gshard_tf.partition_spec import PartitionSpec
 from gshard_tf.runtime.device_arrays import (
     Placement,
     addressable_shards,
@@ -35,7 +36,6 @@ from gshard_tf.runtime.device_arrays import (
 from gshard_tf.runtime.process_group import group
 from gshard_tf.sharding.initial_value import InitialValue
 from gshard_tf.sharding.mesh_layout import MeshLayout
-from gshard_tf.sharding.partition_spec import PartitionSpec
 from gshard_tf.sharding.regions import Region, cut
 from gshard_tf.sharding.sharded_variable import ShardedMeshVariable
 from gshard_tf.sharding.variable_layouts import VariableLayouts

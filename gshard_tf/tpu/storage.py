@@ -13,11 +13,11 @@ import tensorflow as tf
 from gshard_tf.compat import tf_saving
 from gshard_tf.compat.tensorflow import out_of_graphs
 from gshard_tf.compat.tf_variables import ResourceVariable
+from gshard_tf.partition_spec import part_at
 from gshard_tf.sharding import op_sharding
 from gshard_tf.sharding.initial_value import InitialValue
 from gshard_tf.sharding.mesh import axis_sizes
 from gshard_tf.sharding.mesh_layout import MeshLayout
-from gshard_tf.sharding.partition_spec import part_at
 from gshard_tf.sharding.regions import Region, whole
 from gshard_tf.sharding.sharded_variable import MeshVariableBase
 from gshard_tf.sharding.variable_layouts import VariableLayouts

@@ -10,10 +10,10 @@ from jax.sharding import PartitionSpec
 import gshard_tf
 from gshard_tf.hlo.flops import flops_by_operation
 from gshard_tf.hlo.parser import parse
+from gshard_tf.partition_spec import axes_of, parts_over
 from gshard_tf.sharding import op_sharding
 from gshard_tf.sharding.mesh import use_mesh
 from gshard_tf.sharding.mesh_layout import MeshLayout
-from gshard_tf.sharding.partition_spec import axes_of, parts_over
 from keras_layers import MoELayer, MultiHeadAttention
 
 CUBE = {"data": 2, "x": 2, "y": 2}

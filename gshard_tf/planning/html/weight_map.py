@@ -5,6 +5,8 @@ import math
 from collections.abc import Sequence
 from html import escape
 
+from gshard_tf.partition_spec import axes_of
+
 # More cells than this along an axis are too small to see: several cores share one.
 MAX_COLUMNS = 64
 MAX_ROWS = 32
@@ -39,7 +41,7 @@ def splits(
     """Returns how each dimension of a weight is split."""
     dimensions = []
     for length, axis in zip(shape, layout, strict=True):
-        axes = tuple(name for name in (axis or "").split("+") if name in mesh)
+        axes = tuple(name for name in axes_of(axis) if name in mesh)
         dimensions.append(Split(length, axes, math.prod(mesh[name] for name in axes)))
     return dimensions
 

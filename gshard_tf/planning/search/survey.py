@@ -12,12 +12,12 @@ from tensorflow.experimental import dtensor
 from gshard_tf.compat.jax_hlo import hlo_as_text
 from gshard_tf.hlo import layer_names, parser
 from gshard_tf.hlo.flops import flops_by_operation
+from gshard_tf.partition_spec import PartitionSpec
 from gshard_tf.planning.search.candidates import Candidate, Paths
 from gshard_tf.planning.tracing import trace_step
 from gshard_tf.sharding.annotations import logical_axes
 from gshard_tf.sharding.mesh import create_mesh
 from gshard_tf.sharding.mesh_layout import MeshLayout
-from gshard_tf.sharding.partition_spec import PartitionSpec
 from gshard_tf.sharding.rules import AxisRules
 from gshard_tf.sharding.sharded_variable import MeshVariableBase
 from gshard_tf.sharding.variable_layouts import VariableLayouts

@@ -2,6 +2,9 @@
 
 Several axes of one dimension are one joined axis, `"data+fsdp"`: the parts of the first
 axis are cut along the second, as `jax.sharding.PartitionSpec(("data", "fsdp"))` has it.
+
+This file needs no TensorFlow: exported programs and `gshard-plan --help` read layouts
+without it.
 """
 
 import math
