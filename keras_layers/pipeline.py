@@ -10,103 +10,18 @@ Dimensions: P stages, U units of a stage, K microbatches, T = K + P - 1 ticks.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import tensorflow as tf
 
-from gshard_tf import active_mesh, annotate, record_pipeline, vmap
+from gshard_tf import annotate, vmap
 from gshard_tf.compat.keras_calls import current_autocast
 from gshard_tf.compat.tf_gradients import gradient_scope, stop_recording
 from keras_layers._shapes import static_shape
+from keras_layers.pipeline_shape import TOKEN_AXES, Pipeline
 from keras_layers.remat import behind_barrier, weight_slice
 
-# Axes of the tensors that go with tokens, `[B, L]` or `[B, L, M]`.
-_AXES = ("batch", "length", "embed")
-
 Unit = Callable[..., tuple[tf.Tensor, tf.Tensor, list[tf.Tensor]]]
-
-
-class Pipeline(NamedTuple):
-    """The shape of a pipeline.
-
-    Attributes:
-        stages: P.
-        units: U, of each stage.
-        microbatches: K.
-    """
-
-    stages: int
-    units: int
-    microbatches: int
-
-    @property
-    def ticks(self) -> int:
-        """T, ticks of a pass."""
-        return self.microbatches + self.stages - 1
-
-
-def check_pipeline(
-    name: str, count: int, microbatches: int, batch: int | None
-) -> Pipeline:
-    """Returns the pipeline of a stack: as many stages as devices that split "stage".
-
-    Args:
-        name: The stack's, for messages.
-        count: How many units it has.
-        microbatches: K.
-        batch: B, or None where it is unknown.
-
-    Raises:
-        ValueError: for units or a batch that do not divide.
-    """
-    active = active_mesh()
-    stages = 1 if active is None else active.parts("stage")
-    if count % stages:
-        raise ValueError(
-            f"The {count} units of {name!r} (each of `moe_every` layers with experts, "
-            "else of one) must divide by the stages of the pipeline, the devices over "
-            f'which rules split "stage". Received: {count} units, {stages} stages'
-        )
-    if batch is not None and batch % microbatches:
-        raise ValueError(
-            "The batch must divide by `microbatches`. "
-            f"Received: a batch of {batch}, microbatches={microbatches}"
-        )
-    record_pipeline(name, stages, microbatches)
-    return Pipeline(stages, count // stages, microbatches)
-
-
-def to_microbatches(x: tf.Tensor, count: int) -> tf.Tensor:
-    """`[B, ...]` -> `[K, B / K, ...]`: microbatch k has the rows k, k + K, k + 2K, ...
-
-    So each device keeps the rows that it has of the batch.
-    """
-    _, *rest = static_shape(x)
-    x = tf.reshape(x, [-1, count, *rest])
-    x = tf.transpose(x, [1, 0, *range(2, len(rest) + 2)])
-    return annotate(x, (None, *_AXES[: len(rest) + 1]))
-
-
-def from_microbatches(x: tf.Tensor) -> tf.Tensor:
-    """Inverse of `to_microbatches`."""
-    _, _, *rest = static_shape(x)
-    x = tf.transpose(x, [1, 0, *range(2, len(rest) + 2)])
-    x = tf.reshape(x, [-1, *rest])
-    return annotate(x, _AXES[: len(rest) + 1])
-
-
-def to_stages(x: tf.Tensor, pipeline: Pipeline) -> tf.Tensor:
-    """`[P * U, ...]`, of all units in order -> `[U, P, ...]`."""
-    _, *rest = static_shape(x)
-    x = tf.reshape(x, [pipeline.stages, pipeline.units, *rest])
-    return tf.transpose(x, [1, 0, *range(2, len(rest) + 2)])
-
-
-def from_stages(x: tf.Tensor) -> tf.Tensor:
-    """Inverse of `to_stages`."""
-    _, _, *rest = static_shape(x)
-    x = tf.transpose(x, [1, 0, *range(2, len(rest) + 2)])
-    return tf.reshape(x, [-1, *rest])
 
 
 def run_pipeline(
@@ -366,7 +281,7 @@ class _Run:
         here = tf.range(self.pipeline.stages) == stage
         here = tf.reshape(here, [-1, *[1] * (len(x.shape) - 2)])
         x = tf.reduce_sum(tf.where(here, x, tf.zeros([], x.dtype)), axis=1)
-        return annotate(x, (None, *_AXES[: len(x.shape) - 1]))
+        return annotate(x, (None, *TOKEN_AXES[: len(x.shape) - 1]))
 
 
 def _shifted(new: tf.Tensor, buffer: tf.Tensor, by: int = 1) -> tf.Tensor:
@@ -392,7 +307,7 @@ def _shifted(new: tf.Tensor, buffer: tf.Tensor, by: int = 1) -> tf.Tensor:
 
 def _annotated(x: tf.Tensor) -> tf.Tensor:
     """`x` `[P, B, ...]`, each stage's part on its devices."""
-    return annotate(x, ("stage", *_AXES[: len(x.shape) - 1]))
+    return annotate(x, ("stage", *TOKEN_AXES[: len(x.shape) - 1]))
 
 
 def _where(valid: tf.Tensor, new: tf.Tensor, old: Any) -> tf.Tensor:

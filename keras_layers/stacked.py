@@ -29,11 +29,11 @@ from keras_layers._stacked_variables import (
     stand_in,
     variables_by_kind,
 )
-from keras_layers.pipeline import (
+from keras_layers.pipeline import run_pipeline
+from keras_layers.pipeline_shape import (
     check_pipeline,
     from_microbatches,
     from_stages,
-    run_pipeline,
     to_microbatches,
     to_stages,
 )
