@@ -56,6 +56,7 @@ CASES = {
 }
 
 
+@pytest.mark.broad(3)  # the last one has all of them
 @pytest.mark.parametrize("options", CASES.values(), ids=CASES)
 def test_values_and_gradients_are_those_of_one_device(options):
     arrays = (*_arrays(), tf.constant([3, 5]))
