@@ -60,7 +60,7 @@ def test_tokens_come_as_often_as_they_should(options):
 
 
 def test_seeds_repeat_and_differ():
-    model = small(num_decoder_layers=1)
+    model = small(num_decoder_layers=1, num_experts=0)
     ids = np.repeat(sources(2), 8, axis=0)
     draw = tf.function(
         lambda seed: sample_decode(model, ids, 5, BOS, EOS, seed, top_k=5)[0],
@@ -79,7 +79,7 @@ def test_seeds_repeat_and_differ():
 
 
 def test_the_most_probable_one_is_greedy():
-    model, ids = small(num_decoder_layers=1), sources()
+    model, ids = small(num_decoder_layers=1, num_experts=0), sources()
     greedy, log_prob = greedy_decode(model, ids, 7, BOS, EOS)
     sampled, same = sample_decode(model, ids, 7, BOS, EOS, [0, 0], top_k=1)
     np.testing.assert_array_equal(sampled, greedy)

@@ -1,5 +1,7 @@
 """A Transformer that gets its labels returns statistics; it trains as with logits."""
 
+import functools
+
 import keras
 import numpy as np
 import pytest
@@ -59,14 +61,19 @@ def train(model, labels=True):
     return {name: values[-1] for name, values in history.history.items()}
 
 
+@functools.cache
+def trained(block, tied, labels):
+    """A run on one device, of which several tests read."""
+    return run_plain(
+        lambda: transformer(block, tied, labels), lambda model: train(model, labels)
+    )
+
+
 @pytest.mark.parametrize(
     ("block", "tied"), [(4, True), (4, False), (None, True)], ids=str
 )
 def test_training_is_that_with_logits(block, tied):
-    right = run_plain(
-        lambda: transformer(tied=tied, labels=False), lambda m: train(m, False)
-    )
-    found = run_plain(lambda: transformer(block, tied), train)
+    right, found = trained(None, tied, False), trained(block, tied, True)
     assert set(found.result) == {"loss", "nll", "token_accuracy"}
     assert found.result == pytest.approx(right.result, rel=1e-5)
     pairs = zip(found.model.weights, right.model.weights, strict=True)
@@ -81,9 +88,7 @@ def test_on_a_mesh_logits_never_exist_whole():
         {"data": 2, "model": 2},
         rules=gshard_tf.AxisRules({"batch": "data", "vocab": "model"}),
     )
-    assert found.result == pytest.approx(
-        run_plain(lambda: transformer(4), train).result, rel=1e-5
-    )
+    assert found.result == pytest.approx(trained(4, True, True).result, rel=1e-5)
     (program,) = found.strategy.programs
     module = parser.parse(program.compiled.as_text())
     largest = max(
