@@ -99,9 +99,9 @@ def test_differences():
 
 
 def test_a_few_cases():
-    found = partition_fuzz.fuzz(minutes=10, seed=0, cases=8)
-    assert found["cases"] >= 6
-    assert found["ok"] >= 5
+    found = partition_fuzz.fuzz(minutes=10, seed=0, cases=4)
+    assert found["cases"] >= 3
+    assert found["ok"] >= 3
     assert found["wrong"] == found["crashed"] == 0, found["failures"]
 
 

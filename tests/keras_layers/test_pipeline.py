@@ -121,7 +121,7 @@ def test_losses_and_state_are_of_all_microbatches():
 
 
 def test_balance_of_microbatches_with_padding_is_their_mean():
-    options = {"router": "top_k"}  # nothing random
+    k, options = 2, {"router": "top_k"}  # nothing random
     arguments = {
         "units": 1,
         "num_experts": 4,
@@ -130,7 +130,7 @@ def test_balance_of_microbatches_with_padding_is_their_mean():
     }
     x = tf.constant(vectors())
     mask = tf.reduce_any(x != 0, -1)
-    pipe, whole = stack(K, **arguments), stack(None, **arguments)
+    pipe, whole = stack(k, **arguments), stack(None, **arguments)
 
     @tf.function
     def outputs_and_losses():
@@ -138,9 +138,9 @@ def test_balance_of_microbatches_with_padding_is_their_mean():
 
     y, found = outputs_and_losses()
     losses = []
-    for number in range(K):
-        part = whole(x[number::K], mask=mask[number::K], training=True)
-        np.testing.assert_allclose(y[number::K], part, atol=1e-5)
+    for number in range(k):
+        part = whole(x[number::k], mask=mask[number::k], training=True)
+        np.testing.assert_allclose(y[number::k], part, atol=1e-5)
         losses.append(float(whole.losses[-1]))
     np.testing.assert_allclose(found[-1], np.mean(losses), rtol=RTOL)
 
