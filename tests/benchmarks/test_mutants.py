@@ -9,7 +9,7 @@ import time
 from collections import Counter
 
 import pytest
-from processes import PYTHONPATH, ROOT
+from processes import PYTHONPATH, ROOT, run_python
 
 from benchmarks.mutants.__main__ import SUBJECTS, chosen, summary
 from benchmarks.mutants.mutant import Mutant, check
@@ -89,7 +89,11 @@ def test_a_pattern_that_matches_none():
 # The script with two mutants in place of all: one that a test catches, and one that
 # nothing can.
 _TWO = """
+import os
 import sys
+import tempfile
+
+os.environ["TMPDIR"] = tempfile.tempdir = {folder!r}
 from benchmarks.mutants import __main__ as script
 from benchmarks.mutants.mutant import Mutant
 
@@ -99,23 +103,18 @@ harmless = Mutant(
 )
 script.SUBJECTS = {{"strategy": (quick, harmless)}}
 sys.argv = ["mutants", "--json"]
-script.main()
+try:
+    script.main()
+except SystemExit as end:
+    assert end.code == 1
 """
 
 
 def test_the_script_tells_what_is_caught_from_what_survives(tmp_path):
     [(_, quick)] = chosen(QUICK)
     before = (ROOT / quick.file).read_text("utf-8")
-    done = subprocess.run(
-        [sys.executable, "-c", _TWO.format(quick=QUICK)],
-        cwd=ROOT,
-        env={**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": PYTHONPATH},
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 1, done.stderr
-    found = json.loads(done.stdout)
+    printed = run_python(_TWO.format(quick=QUICK, folder=str(tmp_path)))
+    found = json.loads(printed)
     caught, survived = found["results"]
     assert caught["verdict"] == "caught" and caught["expected"]
     assert caught["by"].startswith(quick.tests[0].partition("::")[0])

@@ -115,8 +115,11 @@ def started_by_jobset(index, port):
     return environ | {"GSHARD_COORDINATOR": f"127.0.0.1:{port}"}
 
 
-CODE = """
+CODE = f"""
 import runpy, sys
+sys.path.insert(0, {str(ROOT / "tests")!r})
+from xla_flags import use_older_emitter
+use_older_emitter()
 runpy.run_module("gshard_examples.elastic", run_name="__main__")
 from jax._src.xla_bridge import CUDA_VISIBLE_DEVICES
 print("GPUs:", CUDA_VISIBLE_DEVICES.value)

@@ -29,6 +29,7 @@ def layout(printed, weight):
     return found
 
 
+@pytest.mark.slow  # its notebook runs by default
 @needs("sklearn")
 def test_the_digits_are_learned_by_split_experts(monkeypatch, capsys):
     from gshard_examples import vision
@@ -43,6 +44,7 @@ def test_the_digits_are_learned_by_split_experts(monkeypatch, capsys):
     assert layout(printed, "classes/kernel") == "-,-"
 
 
+@pytest.mark.slow  # as test_upcycling_a_dense_checkpoint shows of a layer
 def test_the_upcycled_model_starts_at_the_loss_of_the_dense_one(monkeypatch, capsys):
     from gshard_examples import upcycle
 

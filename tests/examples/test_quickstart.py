@@ -1,8 +1,11 @@
 """The quick start runs, and its second half continues its first."""
 
+import pytest
+
 from gshard_examples import quickstart
 
 
+@pytest.mark.slow  # its notebook runs by default
 def test_the_quickstart_resumes_what_it_stopped(capsys):
     losses = quickstart.main(steps_per_epoch=10)
     # The two epochs that end after the stop.
