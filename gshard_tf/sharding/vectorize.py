@@ -51,8 +51,12 @@ def vmap(fn: Callable[..., Any], axis: str) -> Callable[..., Any]:
 
     @tf.autograph.experimental.do_not_convert
     def mapped(*arguments: Any) -> Any:
+        arguments = tf.nest.map_structure(tf.convert_to_tensor, arguments)
+        # Of a dimension of 1 TensorFlow takes the element, and computes without it.
+        is_one = all(x.shape[0] == 1 for x in tf.nest.flatten(arguments))
+
         def element(arguments):
-            token = _AXES.set((*_AXES.get(), axis))
+            token = _AXES.set((*_AXES.get(), *([] if is_one else [axis])))
             try:
                 return fn(*arguments)
             finally:

@@ -37,6 +37,22 @@ def test_each_device_computes_its_elements():
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_a_dimension_of_one_leaves_the_others_split():
+    """A pipeline of one stage, whose microbatches are split."""
+    mesh = gshard_tf.create_mesh({"data": 2}, "CPU")
+    rules = gshard_tf.AxisRules({"batch": "data"})
+    strategy = gshard_tf.SpmdStrategy(mesh, rules)
+    arguments = (tf.constant(X[:1]), tf.constant(W[:1]))
+    found = strategy.run(tf.function(mapped), args=arguments)
+    expected = np.maximum(np.einsum("PBM,PMH->PBH", X[:1], W[:1]), 0)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    with gshard_tf.use_mesh(mesh, rules):
+        traced = tf.function(mapped, jit_compile=True).experimental_get_compiler_ir(
+            *arguments
+        )(stage="hlo")
+    assert "sharding={devices=[2,1]" in traced
+
+
 def test_annotations_hold_for_the_whole_tensor():
     with gshard_tf.use_mesh(MESH, RULES):
         traced = tf.function(mapped, jit_compile=True).experimental_get_compiler_ir(
