@@ -15,7 +15,8 @@ class MeshAxis:
 
     Attributes:
         name: Its name in the mesh.
-        together: Logical axes that it always splits, if the model uses them.
+        together: Logical axes that it always splits, if the model uses them. Of a model
+            that uses none of them, it splits nothing.
         each: Logical axes that it may split or not.
         stores: Whether `fsdp` and `zero` may store weights and slots over it.
     """
@@ -29,6 +30,8 @@ class MeshAxis:
 #: The axes of the meshes that are tried, outermost first. One whose logical axes a
 #: model does not use is not tried, so that a new kind of split is a new line here.
 AXES = (
+    # Stages send least, once in a tick.
+    MeshAxis("stage", together=("stage",), each=("vocab",)),
     MeshAxis("data", together=("batch", "group"), each=("expert",), stores=True),
     MeshAxis("rows", together=("height",)),
     MeshAxis("columns", together=("width",)),
@@ -65,6 +68,10 @@ class Candidate:
         """Returns the mesh axes that split examples or positions, in mesh order."""
         over = {axis for logical, axis in self.rules.items() if logical in TOKENS}
         return [axis for axis in self.mesh if axis in over]
+
+    def stage_axes(self) -> list[str]:
+        """Returns the mesh axis of the stages of a pipeline, if there is one."""
+        return [axis for name, axis in self.rules.items() if name == "stage"]
 
     def splits(self, axes: Collection[str]) -> int:
         """Returns the product of the sizes of some mesh axes."""
@@ -120,7 +127,7 @@ def candidates(
         used: The logical axes that the model uses.
         axes: The axes that a mesh may have.
     """
-    axes = [axis for axis in axes if any(n in used for n in axis.together + axis.each)]
+    axes = [a for a in axes if any(n in used for n in a.together or a.each)]
     if devices == 1 or not axes:
         yield Candidate({"data": devices}, {"batch": "data"})
         return

@@ -6,7 +6,7 @@ plans of compiled programs.
 
 import dataclasses
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 
 import numpy as np
 from tensorflow.experimental import dtensor
@@ -28,8 +28,10 @@ class Costs:
 
     Attributes:
         state_bytes: Bytes of the variables: the program needs at least these.
-        split: The number of parts that its tokens are split into.
-        products: Seconds of the products if all cores share all of them.
+        split: The number of parts that its activations are split into: its tokens, and
+            the layers of a pipeline.
+        products: Seconds of the products if all cores share all of them. A stage
+            computes in bubbles, too.
         predicted_products: Seconds, if those of a layer are shared by the cores that
             split its tokens or its weights.
         links: Seconds of the gradients' sums and gathers.
@@ -38,7 +40,7 @@ class Costs:
     """
 
     state_bytes: int
-    split: int
+    split: float
     products: float
     predicted_products: float
     links: float
@@ -51,8 +53,8 @@ class Experience:
     """Measures of the earlier plans of a search, which predict the next.
 
     Attributes:
-        activations: Bytes of memory beyond the state, of all parts of the tokens.
-        accesses: Bytes accessed beyond the state, of all parts of the tokens.
+        activations: Bytes of memory beyond the state, of all parts.
+        accesses: Bytes accessed beyond the state, of all parts.
         flops_ratio: The least of `Plan.flops_ratio`, at most 1.
     """
 
@@ -101,17 +103,22 @@ def costs_of(
     peak = interconnect.chip.flops / interconnect.chip.devices
     stored = survey.stored(candidate, mesh)
     mesh_sizes = candidate.mesh
-    tokens = set(candidate.token_axes())
+    products = list(_products(survey, stored, candidate))
     links = _Links(candidate, interconnect)
-    sums = _sums(survey, stored, candidate, links)
+    stages = candidate.splits(candidate.stage_axes())
     return Costs(
         state_bytes=sum(s.alike.count * s.bytes(s.storage, mesh_sizes) for s in stored),
-        split=candidate.splits(tokens),
-        products=sum(survey.flops.values()) / math.prod(mesh_sizes.values()) / peak,
-        predicted_products=_products(survey, stored, candidate) / peak,
-        # Of the least: what is summed may travel in bfloat16.
-        links=sums / 2,
-        predicted_links=sums + _activations(survey, stored, candidate, links),
+        split=candidate.splits(candidate.token_axes())
+        * (stages / survey.bubble_factor(candidate)),
+        products=sum(flops for flops, _ in products)
+        / (math.prod(mesh_sizes.values()) * peak),
+        predicted_products=sum(f / candidate.splits(axes) for f, axes in products)
+        / peak,
+        # Of the least: what is summed may travel in bfloat16, and once.
+        links=_sums(survey, stored, candidate, links, once=True) / 2,
+        predicted_links=_sums(survey, stored, candidate, links)
+        + _activations(survey, stored, candidate, links)
+        + _shifts(survey, candidate, links),
         layouts=(
             tuple(mesh_sizes.items()),
             tuple((s.storage, s.compute) for s in stored),
@@ -141,16 +148,26 @@ class _Links:
         ids = np.moveaxis(ids, over, range(-len(over), 0))
         size = math.prod(self.sizes[names[d]] for d in over)
         groups = ids.reshape(-1, size)
+        pairs = np.stack([groups[:, :-1].ravel(), groups[:, 1:].ravel()], axis=1)
         return self.interconnect.seconds(
-            Collective(kind, (), int(bytes_), "", groups=groups)
+            Collective(kind, (), int(bytes_), "", groups=groups, pairs=pairs)
         )
 
 
 def _sums(
-    survey: Survey, stored: list[Stored], candidate: Candidate, links: _Links
+    survey: Survey,
+    stored: list[Stored],
+    candidate: Candidate,
+    links: _Links,
+    once: bool = False,
 ) -> float:
-    """Returns the time to sum the gradients, and to gather weights stored in parts."""
+    """Returns the time to sum the gradients, and to gather weights stored in parts.
+
+    Those of a pipeline's layers are added up on a core, and summed at the end, unless
+    each core stores a part of the sum: then in each tick, if not `once`.
+    """
     tokens = candidate.token_axes()
+    ticks = 1.0 if once else _ticks(survey, candidate)
     seconds = 0.0
     for each in stored:
         alike, mesh = each.alike, candidate.mesh
@@ -158,33 +175,44 @@ def _sums(
             continue
         whole = each.bytes(each.compute, mesh)
         gathered = set(each.storage) - set(each.compute)
-        once = links.seconds("all-gather", whole, [a for a in gathered if a])
+        of_one = links.seconds("all-gather", whole, [a for a in gathered if a])
         if alike.is_trained and survey.mode == "train":
             over = [axis for axis in tokens if axis not in each.compute]
             summed = links.seconds("all-reduce", whole, over)
-            # Of what is stored in parts, each core needs its own part of the sum.
-            once += summed / 2 if gathered else summed
-        seconds += alike.count * once
+            if gathered:
+                # Each core needs its own part of the sum.
+                summed *= (ticks if alike.is_staged else 1) / 2
+            of_one += summed
+        seconds += alike.count * of_one
     return seconds
 
 
-def _products(survey: Survey, stored: list[Stored], candidate: Candidate) -> float:
-    """Returns the FLOPs of a core."""
+def _ticks(survey: Survey, candidate: Candidate) -> float:
+    """Returns the ticks of a pipeline's pass; 1 where there is none."""
+    count = min(survey.microbatches, default=1)
+    return count * survey.bubble_factor(candidate)
+
+
+def _products(
+    survey: Survey, stored: list[Stored], candidate: Candidate
+) -> Iterator[tuple[float, set[str]]]:
+    """Yields the FLOPs of each layer, and the mesh axes whose cores share them."""
     tokens = set(candidate.token_axes())
     by_layer: dict[str, set[str]] = {}
+    staged: set[str] = set()
     for each in stored:
         if each.alike.role in ("weight", "frozen"):
             axes = {axis for axis in each.compute if axis is not None}
             for layer in each.alike.layers:
                 by_layer.setdefault(layer, set()).update(axes)
-    total = 0.0
+            if each.alike.is_staged:
+                staged.update(each.alike.layers)
     for layer, flops in survey.flops.items():
-        axes = set(tokens)
-        for other, more in by_layer.items():
-            if f"{other}/".startswith(f"{layer}/"):
-                axes |= more
-        total += flops / candidate.splits(axes)
-    return total
+        below = {n for n in by_layer if f"{n}/".startswith(f"{layer}/")}
+        # What is around a pipeline is split by weights of its own.
+        around = below - staged
+        bubbles = survey.bubble_factor(candidate) if below and not around else 1.0
+        yield flops * bubbles, tokens.union(*(by_layer[n] for n in around or below))
 
 
 def _activations(
@@ -203,12 +231,19 @@ def _activations(
     seconds = 0.0
     for each in stored:
         alike = each.alike
-        if alike.role not in ("weight", "frozen") or len(alike.shape) < 2:
+        if alike.role not in ("weight", "frozen"):
             continue
-        width = [n for n, a in zip(alike.shape, alike.axes, strict=False)
-                 if a == "embed"]  # fmt: skip
-        size = rows * _ITEM * (width[0] if width else min(alike.shape[-2:]))
+        repeats: float = alike.repeats
+        shape = alike.shape[1:] if alike.is_stacked else alike.shape
+        if len(shape) < 2:
+            continue
         over = {axis for axis in each.compute if axis is not None}
+        if alike.is_staged:
+            stages = candidate.stage_axes()
+            over -= set(stages)
+            # A core has the layers of its stage, and computes in bubbles.
+            repeats *= survey.bubble_factor(candidate) / candidate.splits(stages)
+        size = rows * _ITEM * (alike.width or min(shape[-2:]))
         once = links.seconds("all-reduce", size, over - set(tokens))
         if "expert" in alike.axes:
             exchanged = over & set(tokens)
@@ -217,5 +252,20 @@ def _activations(
             axis = candidate.rules["length"]
             kept = size * candidate.mesh[axis]
             once += links.seconds("all-gather", kept, [axis])
-        seconds += alike.count * once * forward_only
+        seconds += alike.count * repeats * once * forward_only
     return seconds
+
+
+def _shifts(survey: Survey, candidate: Candidate, links: _Links) -> float:
+    """Returns the time of pipelines: a shift in each tick, and a sum of the outputs.
+
+    And as much for the gradient.
+    """
+    stages = candidate.stage_axes()
+    if not stages or not survey.microbatches:
+        return 0.0
+    width = max((v.width for v in survey.variables if v.is_staged), default=0)
+    size = survey.tokens / candidate.splits(candidate.token_axes()) * _ITEM * width
+    shift = links.seconds("collective-permute", size / min(survey.microbatches), stages)
+    once = _ticks(survey, candidate) * shift + links.seconds("all-reduce", size, stages)
+    return len(survey.microbatches) * once * (2 if survey.mode == "train" else 1)

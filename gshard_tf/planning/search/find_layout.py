@@ -43,13 +43,14 @@ def find_layout(
     """Finds a mesh and rules for a model on a slice, by the estimates of plans.
 
     Candidates are all meshes of the slice's cores, with the axes `data`, `seq`,
-    `model` (and `rows` and `columns` of images), and for each what may be split over
-    them: the batch, experts, length, widths, heads, the vocabulary; and weights
-    (`fsdp`) or optimizer slots (`zero`) stored over `data`. Cheap analysis drops those
-    that cannot be, that are like another, or whose variables alone are too large. The
-    others are planned as `plan` does: first the paper's layout (tokens and experts over
-    all cores), so that the result is never worse; then in the order of a prediction
-    that learns from the plans before, until none that is left is expected to be faster.
+    `model` (`rows` and `columns` of images, `stage` of pipelines), and for each what
+    may be split over them: the batch, experts, length, widths, heads, the vocabulary,
+    a pipeline's layers; and weights (`fsdp`) or optimizer slots (`zero`) stored over
+    `data`. Cheap analysis drops those that cannot be, that are like another, or whose
+    variables alone are too large. The others are planned as `plan` does: first the
+    paper's layout (tokens and experts over all cores), so that the result is never
+    worse; then in the order of a prediction that learns from the plans before, until
+    none that is left is expected to be faster.
     So the best is the best *of those planned*; `LayoutSearch.trials` says of each other
     one why it was not.
 

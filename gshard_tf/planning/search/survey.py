@@ -21,6 +21,7 @@ from gshard_tf.sharding.mesh_layout import MeshLayout
 from gshard_tf.sharding.rules import AxisRules
 from gshard_tf.sharding.sharded_variable import MeshVariableBase
 from gshard_tf.sharding.variable_layouts import VariableLayouts
+from gshard_tf.sharding.vectorize import recorded_pipelines
 from gshard_tf.spmd.abstract import AbstractStrategy
 from gshard_tf.spmd.keras_step import variable_roles
 
@@ -57,6 +58,27 @@ class Alike:
     def is_trained(self) -> bool:
         """True for weights that have gradients."""
         return self.role == "weight"
+
+    @property
+    def is_staged(self) -> bool:
+        """True for weights of a pipeline's layers."""
+        return "stage" in self.axes
+
+    @property
+    def is_stacked(self) -> bool:
+        """True for variables whose first dimension is that of layers."""
+        return self.axes[:1] in (("stage",), ("layer",))
+
+    @property
+    def repeats(self) -> int:
+        """The number of layers in one variable."""
+        return self.shape[0] if self.is_stacked else 1
+
+    @property
+    def width(self) -> int:
+        """The size of the dimension "embed", or 0."""
+        named = zip(self.shape, self.axes, strict=False)
+        return next((size for size, name in named if name == "embed"), 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +122,10 @@ class Survey:
         self.paths = paths
         rules = _Recorder(paths)
         strategy = AbstractStrategy(create_mesh({"data": 1}, "TPU"), rules)
-        built, step = trace_step(model, strategy, specs, mode)
+        with recorded_pipelines() as pipelines:
+            built, step = trace_step(model, strategy, specs, mode)
+        #: Microbatches of each pipeline.
+        self.microbatches = [count for _, count in pipelines.values()]
         module = parser.parse(hlo_as_text(step.hlo))
         layers = layer_names.LayerNames(layer_names.layer_tree(built))
         #: Logical axes, or None, of the tensors that are annotated and of weights.
@@ -113,13 +138,16 @@ class Survey:
         #: Keeps the variables alive, which are known by their owners.
         self.model = built
         captures = [v for v in step.captures if isinstance(v, MeshVariableBase)]
-        self.variables = _group(captures, variable_roles(built), strategy, rules)
+        self.variables = _group(
+            captures, variable_roles(built), strategy, rules, layers
+        )
         self.shapes = [tuple(spec.shape) for spec in tf.nest.flatten(specs)]
         #: Positions of the longest tensor of the batch.
         self.tokens = max(
             math.prod(spec.shape if spec.dtype.is_integer else spec.shape[:-1])
             for spec in tf.nest.flatten(specs)
         )
+        self._refusal = self._refusal_of_length(model, specs)
 
     @property
     def used(self) -> set[str]:
@@ -136,10 +164,26 @@ class Survey:
                 for other_axis, other in over[:i]:
                     if axis == other_axis:
                         return f"{other} and {name} of one tensor are over one axis"
+        if self._refusal is not None and "length" in rules:
+            return self._refusal
         for name, axis in rules.items():
             for size in self._sizes(name):
                 if size % mesh[axis]:
                     return f"{name} does not divide ({size} over {mesh[axis]})"
+        return None
+
+    def _refusal_of_length(self, model: Any, specs: Any) -> str | None:
+        """Returns why a pipeline cannot split lengths (`context_parallel`), or None."""
+        whole = math.gcd(*self._sizes("length"))
+        parts = next((n for n in range(2, whole + 1) if whole % n == 0), None)
+        if not self.microbatches or parts is None:
+            return None
+        rules = AxisRules({"length": "seq"}, self.paths)
+        strategy = AbstractStrategy(create_mesh({"seq": parts}, "TPU"), rules)
+        try:
+            trace_step(model, strategy, specs, self.mode)
+        except ValueError as error:
+            return str(error)
         return None
 
     def _sizes(self, name: str) -> list[int]:
@@ -154,7 +198,18 @@ class Survey:
         dimension = _INPUT_DIMENSIONS.get(name)
         if dimension is not None:
             sizes |= {s[dimension] for s in self.shapes if len(s) > dimension}
+        if name == "batch":
+            sizes |= {n // count for n in sizes for count in self.microbatches}
         return sorted(sizes)
+
+    def bubble_factor(self, candidate: Candidate) -> float:
+        """Returns the ticks of a pipeline over its microbatches: 1 without a bubble.
+
+        Of several pipelines, of that with the fewest microbatches.
+        """
+        stages = candidate.splits(candidate.stage_axes())
+        count = min(self.microbatches, default=math.inf)
+        return 1 + (stages - 1) / count
 
     def stored(self, candidate: Candidate, mesh: dtensor.Mesh) -> list[Stored]:
         """Returns the layout of all variables."""
@@ -193,6 +248,7 @@ def _group(
     roles: Mapping[int, str],
     strategy: AbstractStrategy,
     rules: AxisRules,
+    names_of: layer_names.LayerNames,
 ) -> list[Alike]:
     def names(variable: MeshVariableBase) -> tuple[str | None, ...]:
         strategy.extended.layouts.layout_for(variable)  # the recorder sees its names
@@ -219,7 +275,7 @@ def _group(
     return [
         Alike(
             example=alike[0],
-            layers=tuple(variable.path.rpartition("/")[0] for variable in alike),
+            layers=tuple(names_of.layer_of(variable.path) for variable in alike),
             role=role,
             axes=axes,
             shape=shape,

@@ -1,80 +1,17 @@
 """`find_layout`: what is planned, what is not and why, and the best of it."""
 
-import dataclasses
 import importlib.util
-import itertools
 import json
 
 import keras
-import plan_samples
 import pytest
 import tensorflow as tf
+from made_up_plans import search
 from processes import run_python
 
 import gshard_tf
-from gshard_tf.planning import planner
-from gshard_tf.planning.chips import CHIPS, Topology
-from gshard_tf.planning.records import StepTime
 from gshard_tf.planning.search import find_layout as module
 from keras_layers import FeedForward, MoELayer
-
-LENGTH = 16
-
-
-@dataclasses.dataclass
-class Core:
-    coords: tuple[int, int, int]
-
-
-@pytest.fixture(autouse=True)
-def slice_without_compiler(request, monkeypatch):
-    """A v5e:2x2, of which nothing needs libtpu but to compile."""
-    devices = [Core((x, y, 0)) for y, x in itertools.product(range(2), repeat=2)]
-    made = Topology("v5e:2x2", devices, CHIPS["v5e"], (2, 2))
-    monkeypatch.setattr(module, "find_topology", lambda name: made)
-
-
-class Planner:
-    """Stands for `plan`: memory and time by a function of the layout."""
-
-    def __init__(self, figures):
-        self.figures = figures
-        self.asked = []
-
-    def __call__(self, model, topology, mesh, rules, **options):
-        del model, topology, options
-        self.asked.append((dict(mesh), dict(rules.rules), rules.fsdp, rules.zero))
-        needed, seconds = self.figures(mesh, rules)
-        made = plan_samples.moe()
-        memory = dataclasses.replace(
-            made.memory, arguments=needed, outputs=0, temporaries=0, code=0
-        )
-        return dataclasses.replace(
-            made,
-            memory=memory,
-            weights=[],
-            bytes_accessed=0.0,
-            flops=1.0,
-            flops_as_written=1.0,
-            time=StepTime(seconds, 0.0, 0.0, None, []),
-            key=str(len(self.asked)),
-        )
-
-
-def search(monkeypatch, layer, width, rows, figures=None, **options):
-    """A search whose plans are made up, and the layouts that were planned."""
-
-    def build():
-        inputs = keras.Input((LENGTH, width))
-        model = keras.Model(inputs, layer()(inputs), name="small")
-        model.compile("adam", "mse")
-        return model
-
-    plans = Planner(figures or (lambda mesh, rules: (1_000, 1.0)))
-    monkeypatch.setattr(planner, "plan", plans)
-    x = tf.TensorSpec([rows, LENGTH, width], tf.float32)
-    found = gshard_tf.find_layout(build, "v5e:2x2", (x, x), **options)
-    return found, plans.asked
 
 
 @pytest.mark.parametrize(
