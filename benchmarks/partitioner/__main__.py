@@ -6,7 +6,8 @@
 For each case of a layer, a layout and a mesh of eight devices: whether two train steps
 equal plain Keras on one device (`max_rel`), the collectives of a train step in bytes
 that a device receives (`expected` by hand, `found` in the program), and the memory of a
-device over the ideal (`memory_over_ideal`). With `--topology`, the same of a TPU slice
+device over an equal share (`memory_over_share`) and over what the layout needs by hand
+(`memory_over_ideal`). With `--topology`, the same of a TPU slice
 of eight chips: compiled for it, not run (needs libtpu).
 
 `--partitioner` chooses between XLA's two, of which jax takes Shardy by default;
@@ -51,7 +52,7 @@ def row(case: Case, topology: str | None, runs: bool = True) -> dict[str, Any]:
         "expected": dict(case.expected),
         "found": found,
         "as_expected": measure.is_as_expected(case.expected, found),
-        "memory_over_ideal": round(measure.memory_over_ideal(whole, split), 3),
+        **measure.memory(case, whole, split),
         "compile_seconds": round(split.compile_seconds, 2),
     }
     if topology is not None:
@@ -60,7 +61,7 @@ def row(case: Case, topology: str | None, runs: bool = True) -> dict[str, Any]:
         whole = measure.planned(case, f"{name}:1x1", 1)
         result[topology] = {
             "found": measure.communication(split),
-            "memory_over_ideal": round(measure.memory_over_ideal(whole, split), 3),
+            **measure.memory(case, whole, split),
         }
     return result
 

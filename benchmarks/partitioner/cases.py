@@ -1,8 +1,13 @@
-"""The cases: a model, a mesh and rules, and the communication derived by hand.
+"""The cases: a model, a mesh and rules; communication and memory derived by hand.
 
-Bytes are those that a device receives in one train step, float32, as the compiled
-program has them: the whole result of an all-gather or an all-reduce, the parts of an
-all-to-all, and what a permutation sends. Sums of scalars are not counted.
+Bytes of communication are those that a device receives in one train step, float32, as
+the compiled program has them: the whole result of an all-gather or an all-reduce, the
+parts of an all-to-all, and what a permutation sends. Sums of scalars are not counted.
+
+Bytes of memory are those that a layout takes by itself above an equal share of all
+arrays: of arrays that are whole on a device, or in fewer parts than devices, those that
+must be alive at once where they are most. A sum takes the place of its parts, and a
+weight's gradient is added before the next one is computed.
 """
 
 import dataclasses
@@ -39,6 +44,7 @@ class Case:
         mesh: Axes and sizes.
         rules: The arguments of `AxisRules`.
         expected: Bytes by kind, derived by hand.
+        kept: Bytes of memory of a device above an equal share, derived by hand.
         x: Shape of the inputs.
         y: Shape of the targets; None: that of the inputs.
         ids: The number of different ids, where inputs are ids.
@@ -50,6 +56,7 @@ class Case:
     mesh: Mapping[str, int]
     rules: Mapping[str, Any]
     expected: Mapping[str, int]
+    kept: int = 0
     x: tuple[int, ...] = (B, L, M)
     y: tuple[int, ...] | None = None
     ids: int | None = None
@@ -65,6 +72,11 @@ class Annotate(keras.layers.Layer):
 
     def call(self, x: Any) -> Any:
         return gshard_tf.annotate(x, self.axes)
+
+
+def above_share(bytes_: int, parts: int = 1) -> int:
+    """The bytes of an array in some parts, without those of an eighth of it."""
+    return bytes_ // parts - bytes_ // 8
 
 
 def tokens(*layers: Callable) -> list[Callable]:
@@ -104,6 +116,8 @@ SEQUENCES = [
         {"rules": {"batch": "x"}},
         # The gradients' sums.
         {"all-reduce": FFN + SCALE},
+        # The gradient of one matrix.
+        kept=above_share(FFN // 2),
     ),
     Case(
         "feed-forward, width split",
@@ -112,6 +126,8 @@ SEQUENCES = [
         {"rules": {"mlp": "x"}},
         # The outputs' partial sums, and those of the inputs' gradient.
         {"all-reduce": 2 * TOKENS},
+        # The layer's inputs, for the gradient of a matrix, and its outputs' gradient.
+        kept=2 * above_share(TOKENS),
     ),
     Case(
         "feed-forward, batch and width split",
@@ -121,6 +137,7 @@ SEQUENCES = [
         {
             "all-reduce": 2 * TOKENS // 4 + FFN // 2 + SCALE,
         },
+        kept=2 * above_share(TOKENS, 4),
     ),
     Case(
         "feed-forward, FSDP",
@@ -129,6 +146,8 @@ SEQUENCES = [
         {"rules": {"batch": "x"}, "fsdp": "x", "fsdp_min_bytes": M * H},
         # Both matrices are gathered once. A CPU has no reduce-scatter.
         {"all-gather": FFN, "all-reduce": FFN + SCALE},
+        # Both matrices, gathered once, and the gradient of one before its sum.
+        kept=3 * above_share(FFN // 2),
     ),
     Case(
         "attention, heads split",
@@ -136,6 +155,8 @@ SEQUENCES = [
         EIGHT,
         {"rules": {"heads": "x"}},
         {"all-reduce": 2 * TOKENS},
+        # The layer's inputs, for three gradients, and its outputs' gradient.
+        kept=2 * above_share(TOKENS),
     ),
     Case(
         "attention, length split, gathered",
@@ -144,6 +165,9 @@ SEQUENCES = [
         {"rules": {"length": "x"}},
         # Keys and values; their gradients' sums.
         {"all-gather": 2 * TOKENS, "all-reduce": 2 * TOKENS + QKVO + SCALE},
+        # Keys and values forward. Backward keys and one gradient, before its sum: the
+        # gradient of attention's weights was the last to need values.
+        kept=2 * above_share(TOKENS),
     ),
     Case(
         "attention, length split, ring",
@@ -157,6 +181,8 @@ SEQUENCES = [
             + TOKENS // 8,
             "all-reduce": QKVO + SCALE,
         },
+        # Keys and values that are received while those before are used.
+        kept=2 * TOKENS // 8,
     ),
     Case(
         "attention, length split, all-to-all",
@@ -164,6 +190,8 @@ SEQUENCES = [
         EIGHT,
         {"rules": {"length": "x"}},
         {"all-to-all": 8 * TOKENS // 8, "all-reduce": QKVO + SCALE},
+        # One array, before and after it is sent.
+        kept=TOKENS // 8,
     ),
     Case(
         "attention, batch, heads and length split, ring",
@@ -177,6 +205,8 @@ SEQUENCES = [
             # Outputs and the inputs' gradient over the heads; gradients over the rest.
             "all-reduce": 2 * TOKENS // 4 + QKVO // 2 + SCALE,
         },
+        # Inputs and the outputs' gradient are in 4 parts; keys and values in transit.
+        kept=2 * above_share(TOKENS, 4) + 2 * TOKENS // 8,
     ),
     Case(
         "experts split with groups",
@@ -186,6 +216,8 @@ SEQUENCES = [
         # To the experts and back, twice; each expert has room for 2 * S / E tokens of
         # each group. The router's gradient.
         {"all-to-all": 4 * 2 * TOKENS // 8, "all-reduce": M * 8 * 4 + SCALE},
+        # Slots, before and after they are sent.
+        kept=2 * TOKENS // 8,
     ),
     Case(
         "experts and their width split",
@@ -203,6 +235,8 @@ SEQUENCES = [
             "all-to-all": 4 * 2 * TOKENS // 4,
             "all-reduce": 2 * 2 * TOKENS // 4 + M * 8 * 4 + SCALE,
         },
+        # Tokens in 4 parts. So are the slots, and the gradient of their outputs.
+        kept=above_share(TOKENS, 4) + 2 * above_share(2 * TOKENS, 4),
     ),
     Case(
         "encoder blocks in 8 stages, 16 microbatches",
@@ -212,6 +246,9 @@ SEQUENCES = [
         # A microbatch in each of 16 + 7 ticks, forward and backward; the last stage's
         # outputs and the first one's gradient.
         {"collective-permute": 2 * 23 * TOKENS // 16, "all-reduce": 2 * TOKENS},
+        # The gradient of the outputs on all stages, and that of the inputs, which the
+        # first one has and all have room for; inputs of layers in bubbles.
+        kept=2 * above_share(TOKENS) + 7 * TOKENS // 16,
     ),
     Case(
         "embedding, vocabulary split",
@@ -220,6 +257,8 @@ SEQUENCES = [
         {"rules": {"vocab": "x"}},
         # Each device looks up what it has, and the rest is 0.
         {"all-reduce": TOKENS},
+        # The outputs, or their gradient.
+        kept=above_share(TOKENS),
         x=(B, L),
         y=(B, L, M),
         ids=V,
@@ -231,6 +270,8 @@ SEQUENCES = [
         {"rules": {"vocab": "x"}},
         # Maxima, sums and the labels' logits; the inputs' gradient.
         {"all-reduce": 3 * LABELS + TOKENS},
+        # The inputs, for the table's gradient; or their own gradient.
+        kept=above_share(TOKENS),
         y=(B, L),
         loss=TokenCrossentropy,
     ),
@@ -240,6 +281,7 @@ SEQUENCES = [
         EIGHT,
         {"rules": {"vocab": "x"}},
         {"all-reduce": 3 * LABELS + TOKENS},
+        kept=above_share(TOKENS),
         y=(B, L),
         loss=lambda: keras.losses.SparseCategoricalCrossentropy(from_logits=True),
     ),

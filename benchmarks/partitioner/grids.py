@@ -13,6 +13,7 @@ from benchmarks.partitioner.cases import (
     L,
     M,
     V,
+    above_share,
     attention,
     tokens,
 )
@@ -36,6 +37,8 @@ GRIDS = [
         {"rules": {"batch": ("data", "model")}},
         # As over one axis of as many devices.
         {"all-reduce": FFN + SCALE},
+        # The gradient of one matrix.
+        kept=above_share(FFN // 2),
     ),
     Case(
         "feed-forward, width over two axes",
@@ -45,6 +48,8 @@ GRIDS = [
         # Half of the batch: outputs and the inputs' gradient over the width; a quarter
         # of the weights' gradients, and that of the scale, over the batch.
         {"all-reduce": 2 * TOKENS // 2 + FFN // 4 + SCALE},
+        # Inputs and the outputs' gradient are in 2 parts.
+        kept=2 * above_share(TOKENS, 2),
     ),
     Case(
         "feed-forward, FSDP over the batch, width split",
@@ -60,6 +65,9 @@ GRIDS = [
             "all-gather": FFN // 2,
             "all-reduce": 2 * TOKENS // 4 + FFN // 2 + SCALE,
         },
+        # Halves of both matrices, and of the gradient of one before its sum; inputs and
+        # the outputs' gradient in 4 parts.
+        kept=3 * above_share(FFN // 2, 2) + 2 * above_share(TOKENS, 4),
     ),
     Case(
         "feed-forward, FSDP over two axes",
@@ -71,6 +79,8 @@ GRIDS = [
             "fsdp_min_bytes": M * H,
         },
         {"all-gather": FFN, "all-reduce": FFN + SCALE},
+        # Both matrices, gathered once, and the gradient of one before its sum.
+        kept=3 * above_share(FFN // 2),
     ),
     Case(
         "feed-forward, inputs split by batch and length",
@@ -82,6 +92,7 @@ GRIDS = [
         },
         # No input is whole, and none is moved.
         {"all-reduce": FFN + SCALE},
+        kept=above_share(FFN // 2),
     ),
     Case(
         "attention, length over two axes, ring",
@@ -95,6 +106,8 @@ GRIDS = [
             + TOKENS // 8,
             "all-reduce": QKVO + SCALE,
         },
+        # Keys and values in transit.
+        kept=2 * TOKENS // 8,
     ),
     Case(
         "experts over two axes, with the groups",
@@ -103,6 +116,8 @@ GRIDS = [
         {"rules": dict.fromkeys(("batch", "group", "expert"), ("data", "model"))},
         # As over one axis of 8 devices: each expert has room for 2 * S / E tokens.
         {"all-to-all": 4 * 2 * TOKENS // 8, "all-reduce": ROUTER + SCALE},
+        # Slots, before and after they are sent.
+        kept=2 * TOKENS // 8,
     ),
     Case(
         "experts over two axes, their width over the third",
@@ -119,6 +134,8 @@ GRIDS = [
             # Outputs of all slots, and the gradient of their inputs, over the width.
             "all-reduce": 2 * 2 * TOKENS // 4 + ROUTER + SCALE,
         },
+        # Tokens in 4 parts. So are the slots, and the gradient of their outputs.
+        kept=above_share(TOKENS, 4) + 2 * above_share(2 * TOKENS, 4),
     ),
     Case(
         "4 experts on 8 devices, groups over both axes",
@@ -136,6 +153,8 @@ GRIDS = [
             "all-to-all": 4 * 2 * TOKENS // 8,
             "all-reduce": FFN + ROUTER // 2 + SCALE,
         },
+        # The gradient of one matrix of 4 experts.
+        kept=above_share(4 * FFN // 2, 4),
     ),
     Case(
         "groups over one axis, experts over the other",
@@ -148,6 +167,11 @@ GRIDS = [
             "all-gather": 2 * 2 * TOKENS // 4,
             "all-reduce": 4 * FFN + ROUTER + SCALE,
         },
+        # Inputs; outputs of all slots, which the gates' gradient needs; the gradient of
+        # one matrix of the experts.
+        kept=above_share(TOKENS, 4)
+        + above_share(2 * TOKENS, 4)
+        + above_share(8 * FFN // 2, 2),
     ),
     Case(
         "dropless, groups over both axes, experts over one",
@@ -165,6 +189,11 @@ GRIDS = [
             "all-to-all": 4 * 2 * 2 * TOKENS // 8,
             "all-reduce": 4 * FFN + ROUTER + SCALE,
         },
+        # Room for all choices of two devices, twice an equal share: inputs and the
+        # outputs' gradient, hidden values and theirs; the gradient of one matrix.
+        kept=2 * above_share(2 * TOKENS, 4)
+        + 2 * above_share(2 * TOKENS * H // M, 4)
+        + above_share(8 * FFN // 2, 2),
     ),
     Case(
         "embedding, vocabulary over two axes",
@@ -173,6 +202,8 @@ GRIDS = [
         {"rules": {"batch": "data", "vocab": ("x", "y")}},
         # Half of the tokens; the gradient of a quarter of the table.
         {"all-reduce": TOKENS // 2 + V * M * 4 // 4},
+        # The outputs' gradient, in 2 parts, and that of the table, in 4.
+        kept=above_share(TOKENS, 2) + above_share(V * M * 4, 4),
         x=(B, L),
         y=(B, L, M),
         ids=V,
@@ -183,6 +214,8 @@ GRIDS = [
         CUBE,
         {"rules": {"batch": "data", "vocab": ("x", "y")}},
         {"all-reduce": (3 * LABELS + TOKENS) // 2 + V * M * 4 // 4 + SCALE},
+        # Inputs, in 2 parts, and the gradient of the table, in 4.
+        kept=above_share(TOKENS, 2) + above_share(V * M * 4, 4),
         y=(B, L),
         loss=TokenCrossentropy,
     ),

@@ -65,12 +65,15 @@ def _case(
         expected: In place of rows and weights.
     """
     sums = {"collective-permute": rows * ROW, "all-reduce": kernel + SCALE}
+    sums = {kind: n for kind, n in (expected or sums).items() if n}
     return Case(
         f"images split by height, {name}",
         image(layer),
         mesh,
         {"rules": rules},
-        {kind: n for kind, n in (expected or sums).items() if n},
+        sums,
+        # The halo, forward or backward.
+        kept=sums.get("collective-permute", 0) // 2,
         x=(B, S, S, C),
         y=(B, size, size, C),
     )

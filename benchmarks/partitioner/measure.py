@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -90,20 +91,27 @@ def is_as_expected(
     return True
 
 
-def memory_over_ideal(whole: gshard_tf.Plan, split: gshard_tf.Plan) -> float:
-    """Memory of a device over its ideal.
+def memory(
+    case: Case, whole: gshard_tf.Plan, split: gshard_tf.Plan
+) -> dict[str, int | float]:
+    """Memory of a device, and over what it is measured against.
 
-    The ideal is what rules store on a device, and an equal share of what one device
-    computes with.
+    An equal share is what rules store on a device, and an eighth of what one device
+    computes with. The ideal has what the layout keeps, too (`Case.kept`).
 
     Args:
+        case: The case.
         whole: The plan for one device.
         split: The plan for the mesh.
     """
-    devices = int(np.prod(list(split.mesh.values())))
-    memory = split.memory
-    ideal = memory.arguments + whole.memory.temporaries / devices
-    return (memory.arguments + memory.temporaries) / ideal
+    devices = math.prod(split.mesh.values())
+    found = split.memory.arguments + split.memory.temporaries
+    share = split.memory.arguments + whole.memory.temporaries / devices
+    return {
+        "memory": found,
+        "memory_over_share": round(found / share, 3),
+        "memory_over_ideal": round(found / (share + case.kept), 3),
+    }
 
 
 def _step(model: keras.Model, x: Any, y: Any) -> float:

@@ -1,15 +1,17 @@
 """benchmarks.partitioner: its arithmetic, and that it runs."""
 
+import dataclasses
 import json
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from processes import ROOT
 
 from benchmarks.partitioner import measure
-from benchmarks.partitioner.cases import SEQUENCES
+from benchmarks.partitioner.cases import SEQUENCES, above_share
 from benchmarks.partitioner.grids import GRIDS
 from benchmarks.partitioner.images import IMAGES
 
@@ -21,6 +23,22 @@ def test_as_expected_means_the_same_bytes_of_each_kind_apart_from_scalars():
     assert not measure.is_as_expected({}, found)
     assert not measure.is_as_expected({"all-gather": 5_000, "all-reduce": 1e5}, found)
     assert measure.is_as_expected({}, {"all-gather": {"count": 1, "bytes": 8}})
+
+
+def test_the_ideal_is_an_equal_share_and_what_a_layout_keeps():
+    def plan(arguments, temporaries):
+        memory = SimpleNamespace(arguments=arguments, temporaries=temporaries)
+        return SimpleNamespace(memory=memory, mesh={"x": 4, "y": 2})
+
+    whole, split = plan(999, 8_000), plan(200, 1_900)
+    case = dataclasses.replace(SEQUENCES[0], kept=300)
+    assert measure.memory(case, whole, split) == {
+        "memory": 2_100,
+        "memory_over_share": 1.75,  # of 200 + 8000 / 8
+        "memory_over_ideal": 1.4,
+    }
+    # Of an array in two parts a device has a half, and its share is an eighth.
+    assert above_share(800, 2) == 300
 
 
 def test_cases_have_names_of_their_own():
@@ -42,7 +60,8 @@ def test_it_runs():
     assert len(rows) == 2
     for row in rows:
         assert row["as_expected"] and row["max_rel"] < 1e-5
-        assert row["memory_over_ideal"] >= 0.99
+        assert row["memory_over_share"] >= 0.99
+        assert row["memory_over_ideal"] <= row["memory_over_share"]
 
 
 # One case of each section of docs/partitioning.md.
