@@ -29,7 +29,7 @@ from gshard_tf.export.manifest import (
     fit_layout,
 )
 from gshard_tf.io.paths import local_path
-from gshard_tf.partition_spec import PartitionSpec
+from gshard_tf.layouts.partition_spec import PartitionSpec
 from gshard_tf.sharding.mesh import axis_sizes, create_mesh, use_mesh
 from gshard_tf.sharding.mesh_layout import MeshLayout
 from gshard_tf.spmd import lowering

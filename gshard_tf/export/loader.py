@@ -19,7 +19,7 @@ from gshard_tf.export.manifest import (
     Variant,
     fit_layout,
 )
-from gshard_tf.partition_spec import as_jax
+from gshard_tf.layouts.partition_spec import as_jax
 
 State = dict[str, Any]
 

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from gshard_tf.partition_spec import PartitionSpec, parts_over
+from gshard_tf.layouts.partition_spec import PartitionSpec, parts_over
 
 FORMAT = 1
 #: Platforms that a program can be exported for, as jax names them.

@@ -20,7 +20,7 @@ import gshard_tf
 from gshard_tf.io.command_line import Parser
 from gshard_tf.io.paths import path_option
 from gshard_tf.io.stderr_lines import import_quietly
-from gshard_tf.partition_spec import axes_of
+from gshard_tf.layouts.partition_spec import axes_of
 
 MODES = ("train", "evaluate", "predict")
 DTYPES = frozenset(

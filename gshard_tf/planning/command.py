@@ -18,7 +18,7 @@ import tensorflow as tf
 
 from gshard_tf.compat.keras_seeds import own_global_seed_generator
 from gshard_tf.io.command_line import INTERRUPTED, report
-from gshard_tf.partition_spec import axes_of
+from gshard_tf.layouts.partition_spec import axes_of
 from gshard_tf.planning import planner
 from gshard_tf.planning.arguments import Target
 from gshard_tf.planning.compare import compare

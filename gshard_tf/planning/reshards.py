@@ -10,7 +10,7 @@ from tensorflow.experimental import dtensor
 
 from gshard_tf.hlo import layer_names, parser
 from gshard_tf.hlo.collectives import Collective
-from gshard_tf.partition_spec import axes_of, join_axes
+from gshard_tf.layouts.partition_spec import axes_of, join_axes
 from gshard_tf.planning.records import Communication, Reshard, Weight
 from gshard_tf.sharding.rules import AxisRules
 

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from gshard_tf.partition_spec import axes_of
+from gshard_tf.layouts.partition_spec import axes_of
 from gshard_tf.planning import units
 from gshard_tf.planning.records import Communication, Weight
 

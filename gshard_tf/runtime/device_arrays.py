@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from tensorflow.experimental import dtensor
 
-from gshard_tf.partition_spec import as_jax
+from gshard_tf.layouts.partition_spec import as_jax
 from gshard_tf.runtime.devices import mesh_devices
 from gshard_tf.runtime.process_group import collective_section
 from gshard_tf.sharding.mesh_layout import MeshLayout

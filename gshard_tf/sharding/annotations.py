@@ -17,7 +17,7 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.experimental import dtensor
 
-from gshard_tf.partition_spec import join_axes
+from gshard_tf.layouts.partition_spec import join_axes
 from gshard_tf.sharding import op_sharding
 from gshard_tf.sharding.mesh import ActiveMesh, active_mesh, axis_sizes
 from gshard_tf.sharding.mesh_layout import MeshLayout

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import keras
 import numpy as np
 
-from gshard_tf.partition_spec import PartitionSpec
+from gshard_tf.layouts.partition_spec import PartitionSpec
 from gshard_tf.sharding.mesh import axis_sizes
 from gshard_tf.sharding.sharded_variable import MeshVariableBase
 from gshard_tf.sharding.variable_layouts import WHOLE_SLOT, VariableLayouts

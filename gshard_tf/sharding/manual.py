@@ -13,7 +13,7 @@ from typing import Any
 import tensorflow as tf
 
 from gshard_tf.compat.tf_call_module import jax_call
-from gshard_tf.partition_spec import (
+from gshard_tf.layouts.partition_spec import (
     PartitionSpec,
     as_jax,
     collective_axis,

@@ -17,7 +17,7 @@ import tensorflow as tf
 from tensorflow.experimental import dtensor
 
 from gshard_tf.compat.jax_devices import default_device_type
-from gshard_tf.partition_spec import parts_over
+from gshard_tf.layouts.partition_spec import parts_over
 
 if TYPE_CHECKING:
     from gshard_tf.sharding.rules import AxisRules

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from tensorflow.experimental import dtensor
 
-from gshard_tf.partition_spec import PartitionSpec, axes_of, parts_over
+from gshard_tf.layouts.partition_spec import PartitionSpec, axes_of, parts_over
 from gshard_tf.sharding.mesh import axis_sizes
 
 

@@ -3,7 +3,7 @@
 import collections
 from collections.abc import Mapping
 
-from gshard_tf.partition_spec import PartitionSpec, parts_over
+from gshard_tf.layouts.partition_spec import PartitionSpec, parts_over
 
 
 def splits_against_neighbors(

@@ -7,7 +7,7 @@ from typing import Any
 import keras
 from tensorflow.experimental import dtensor
 
-from gshard_tf.partition_spec import axes_of, join_axes
+from gshard_tf.layouts.partition_spec import axes_of, join_axes
 from gshard_tf.sharding.mesh_layout import MeshLayout
 
 # A mesh axis; several, outermost first; or none.

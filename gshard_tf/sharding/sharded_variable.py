@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import tensorflow as tf
 
-from gshard_tf.partition_spec import PartitionSpec
+from gshard_tf.layouts.partition_spec import PartitionSpec
 from gshard_tf.sharding.regions import Region
 
 if TYPE_CHECKING:

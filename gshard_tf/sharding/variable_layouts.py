@@ -11,7 +11,7 @@ import tensorflow as tf
 from tensorflow.experimental import dtensor
 
 from gshard_tf.compat.keras_variables import current_variable
-from gshard_tf.partition_spec import (
+from gshard_tf.layouts.partition_spec import (
     PartitionSpec,
     axes_of,
     join_axes,

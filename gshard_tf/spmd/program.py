@@ -19,7 +19,7 @@ from gshard_tf.hlo.collectives import Collective, collectives
 from gshard_tf.hlo.custom_calls import check_portable
 from gshard_tf.hlo.rewrites import partition_safely
 from gshard_tf.hlo.rewrites.wide_operands import fast_on_cpu
-from gshard_tf.partition_spec import axes_of
+from gshard_tf.layouts.partition_spec import axes_of
 from gshard_tf.runtime.device_arrays import Placement, named_sharding
 from gshard_tf.spmd.local_batches import assemble_batch
 from gshard_tf.spmd.lowering import LoweredStep

@@ -26,7 +26,7 @@ from gshard_tf.compat.keras_variables import in_layer_scope
 from gshard_tf.compat.tensorflow import out_of_graphs
 from gshard_tf.compat.tf_gradients import with_dense_gradient
 from gshard_tf.compat.tf_variables import OwnContainer, ResourceVariable
-from gshard_tf.partition_spec import PartitionSpec
+from gshard_tf.layouts.partition_spec import PartitionSpec
 from gshard_tf.runtime.device_arrays import (
     Placement,
     addressable_shards,

@@ -16,7 +16,7 @@ from tensorflow.experimental import dtensor
 from gshard_tf.checkpoints.tensor_bundle import slice_spec
 from gshard_tf.compat import tf_saving, tpu
 from gshard_tf.compat.keras_export import is_exporting
-from gshard_tf.partition_spec import PartitionSpec
+from gshard_tf.layouts.partition_spec import PartitionSpec
 from gshard_tf.sharding import op_sharding
 from gshard_tf.sharding.regions import Region
 from gshard_tf.sharding.sharded_variable import MeshVariableBase, ShardedMeshVariable

@@ -13,7 +13,7 @@ import tensorflow as tf
 from gshard_tf.compat import tf_saving
 from gshard_tf.compat.tensorflow import out_of_graphs
 from gshard_tf.compat.tf_variables import ResourceVariable
-from gshard_tf.partition_spec import part_at
+from gshard_tf.layouts.partition_spec import part_at
 from gshard_tf.sharding import op_sharding
 from gshard_tf.sharding.initial_value import InitialValue
 from gshard_tf.sharding.mesh import axis_sizes

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec
 import gshard_tf
 from gshard_tf.hlo.flops import flops_by_operation
 from gshard_tf.hlo.parser import parse
-from gshard_tf.partition_spec import axes_of, parts_over
+from gshard_tf.layouts.partition_spec import axes_of, parts_over
 from gshard_tf.sharding import op_sharding
 from gshard_tf.sharding.mesh import use_mesh
 from gshard_tf.sharding.mesh_layout import MeshLayout

@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from html import escape
 
-from gshard_tf.partition_spec import axes_of
+from gshard_tf.layouts.partition_spec import axes_of
 
 # More cells than this along an axis are too small to see: several cores share one.
 MAX_COLUMNS = 64

@@ -12,7 +12,7 @@ from tensorflow.experimental import dtensor
 from gshard_tf.compat.jax_hlo import hlo_as_text
 from gshard_tf.hlo import layer_names, parser
 from gshard_tf.hlo.flops import flops_by_operation
-from gshard_tf.partition_spec import PartitionSpec
+from gshard_tf.layouts.partition_spec import PartitionSpec
 from gshard_tf.planning.search.candidates import Candidate, Paths
 from gshard_tf.planning.tracing import trace_step
 from gshard_tf.sharding.annotations import logical_axes

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from tensorflow.compiler.xla import xla_data_pb2
 
 import gshard_tf
-from gshard_tf.partition_spec import join_axes
+from gshard_tf.layouts.partition_spec import join_axes
 from gshard_tf.sharding import op_sharding
 from gshard_tf.sharding.mesh_layout import MeshLayout
 

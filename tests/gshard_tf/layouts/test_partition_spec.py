@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from gshard_tf.partition_spec import as_jax, axes_of, join_axes, part_at
+from gshard_tf.layouts.partition_spec import as_jax, axes_of, join_axes, part_at
 
 
 def test_joined_axes():

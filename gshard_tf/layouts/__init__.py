@@ -1,0 +1,1 @@
+"""Layouts as text and numbers: what needs neither TensorFlow nor devices."""
