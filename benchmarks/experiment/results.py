@@ -81,5 +81,5 @@ def read_results(folder: pathlib.Path) -> dict[str, Any]:
 
 def _write(path: pathlib.Path, content: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(content, indent=1, ensure_ascii=False, sort_keys=True)
+    text = json.dumps(content, indent=1, ensure_ascii=False)
     path.write_text(text + "\n", encoding="utf-8")
