@@ -75,7 +75,9 @@ def read_results(folder: pathlib.Path) -> dict[str, Any]:
         for test, score in run["scores"].items():
             results["scores"][test][path.stem] = score
     models = list(MODELS)
-    results["rows"].sort(key=lambda row: (models.index(row["model"]), row["seed"]))
+    results["rows"].sort(
+        key=lambda row: (row["language"], models.index(row["model"]), row["seed"])
+    )
     return results
 
 
