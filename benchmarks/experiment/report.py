@@ -147,7 +147,8 @@ def plot(results: Mapping[str, Any], path: pathlib.Path) -> None:
             _level_mean(scores, runs, level) - _level_mean(scores, base_of, level)
             for level in levels
         ]
-        places = [i + 0.8 * (number / len(models) - 0.4) for i in range(len(levels))]
+        shift = 0.8 * ((number + 0.5) / len(models) - 0.5)
+        places = [place + shift for place in range(len(levels))]
         right.bar(places, gains, width=0.8 / len(models), label=model)
     right.set_xticks(range(len(levels)), levels)
     right.set_xlabel("training pairs of the language")

@@ -65,7 +65,7 @@ def plot_sharing(
     counts: Mapping[str, int],
     path: pathlib.Path,
 ) -> None:
-    """Draws a square for each layer: languages by family, darker where they share."""
+    """Draws a square for each layer: languages by family, brighter where they share."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
