@@ -17,6 +17,9 @@ HERE = pathlib.Path(__file__).resolve().parent
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # Nothing here runs on a TPU, and libtpu complains loudly where it finds none.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Plain TensorFlow has gradients of grouped convolutions by oneDNN alone, which it takes
+# unasked on newer processors only.
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "1")
 os.environ.setdefault("XLA_FLAGS", QUICK_TO_COMPILE)
 
 
