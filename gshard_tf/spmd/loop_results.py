@@ -16,8 +16,15 @@ _LAST_STEP_SECONDS = 0.005
 
 
 def can_overlap() -> bool:
-    """Returns whether TensorFlow has the two threads that this needs."""
+    """Returns whether TensorFlow has the two threads that this needs.
+
+    By itself it makes one for each processor that the process may use, which are fewer
+    than the machine has in many a container or job.
+    """
     threads = tf.config.threading.get_inter_op_parallelism_threads()
+    threads = threads or int(os.environ.get("TF_NUM_INTEROP_THREADS", 0))
+    if not threads and hasattr(os, "sched_getaffinity"):  # not on macOS
+        threads = len(os.sched_getaffinity(0))
     return (threads or os.cpu_count() or 1) > 1
 
 

@@ -4,6 +4,7 @@ Stand-ins for results on the devices let nobody read them before a certain step 
 started: where a step waited for another, the test would wait until it fails.
 """
 
+import os
 import threading
 import time
 
@@ -13,7 +14,7 @@ import pytest
 import tensorflow as tf
 
 from gshard_tf.spmd.executable import StartedStep
-from gshard_tf.spmd.loop_results import LoopResults
+from gshard_tf.spmd.loop_results import LoopResults, can_overlap
 from gshard_tf.spmd.program import SpmdProgram
 
 X, Y = parity.data(36)
@@ -91,6 +92,20 @@ def test_the_steps_of_an_execution_do_not_wait_for_each_other(started):
     assert (len(steps), Result.reads) == (9, 2 * 3)
     expected = plain.model.evaluate(X, Y, batch_size=4, verbose=0)
     parity.assert_close(evaluated, expected, parity.RTOL, "evaluated")
+
+
+def test_one_thread_of_tensorflow_overlaps_nothing(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 4}, raising=False)
+    assert can_overlap()
+    # A container of one processor, on a machine of eight.
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3})
+    assert not can_overlap()
+    monkeypatch.setenv("TF_NUM_INTEROP_THREADS", "2")
+    assert can_overlap()
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 4})
+    monkeypatch.setenv("TF_NUM_INTEROP_THREADS", "1")
+    assert not can_overlap()
 
 
 def test_a_step_without_results_waits_for_nothing(monkeypatch):
