@@ -16,7 +16,7 @@ from benchmarks.experiment.training import (
     read_about,
     training_of,
 )
-from benchmarks.experiment.translating import TESTS
+from benchmarks.experiment.translating import TESTS, tested_pairs
 from benchmarks.harness.command_line import say
 
 #: Sentences of each language whose routing is looked at.
@@ -47,13 +47,10 @@ def score(
     if not runs:
         raise ValueError(f"A run must be complete. Received: none in {out}")
     corpus = load_corpus(data)
-    sets = {name: corpus.read(name) for name in TESTS}
+    chosen = {name: tested_pairs(corpus, name, size, languages) for name in TESTS}
     if udhr is not None:
-        sets["udhr"] = load_udhr(udhr)
-    chosen = {
-        name: choose(pairs, size.per_language, languages, seed=0)
-        for name, pairs in sets.items()
-    }
+        pairs = load_udhr(udhr)
+        chosen["udhr"] = choose(pairs, size.per_language, languages, seed=0)
     counts = corpus.languages("train")
     keep_baselines(
         kept,
@@ -77,7 +74,8 @@ def score(
     for run in runs:
         # The weights of what is carried do not come back.
         if MODELS[run.model].experts and not size.carried:
-            _sharing(corpus, out, run, choose(sets["test"], ROUTED, languages, seed=0))
+            pairs = choose(corpus.read("test"), ROUTED, languages, seed=0)
+            _sharing(corpus, out, run, pairs)
     write_report(read_results(kept), kept)
 
 
