@@ -3,6 +3,7 @@
 import itertools
 import json
 import pathlib
+import tempfile
 from collections.abc import Sequence
 from typing import Any
 
@@ -212,14 +213,18 @@ def _save_programs(
         model = make_model(settings, vocabulary)
     batch = batch_spec(settings.chosen_row_lengths, settings.batch_tokens)
     program = export.step_program(model, "train", batch)
-    export.save_state(model, folder / "start.npz")
     settings.write(folder)
+    if carried:
+        with tempfile.TemporaryDirectory() as temporary:
+            start = pathlib.Path(temporary) / "start.npz"
+            export.save_state(model, start)
+            arrays, _ = export.read_state(start)
+        compact.write_start(folder / "start-small.npz", arrays)
+    else:
+        export.save_state(model, folder / "start.npz")
     program.save(folder / "train.gshard", initial_state="start.npz")
     if carried:
         save_program(model, folder / "translate.gshard")
-        arrays, _ = export.read_state(folder / "start.npz")
-        compact.write_start(folder / "start-small.npz", arrays)
-        (folder / "start.npz").unlink()
     # Last: it says that the folder is complete.
     export.step_program(model, "evaluate", batch).save(
         folder / "eval.gshard", initial_state="start.npz"
