@@ -9,14 +9,16 @@ import tensorflow as tf
 from tensorflow.python.data.ops import dataset_ops
 from tensorflow.python.framework import ops
 from tensorflow.python.util import tf_stack
-from xla_flags import use_older_emitter
+from xla_flags import flags_for_libraries, use_older_emitter
 
 import gshard_tf
 
 use_older_emitter()
 gshard_tf.request_cpu_devices(8)
-# jax starts here, so that no test in this process can ask for another number.
-jax.devices()
+with flags_for_libraries():
+    # jax starts here, so that no test in this process can ask for another number.
+    jax.devices()
+    tf.function(lambda: tf.zeros(()), jit_compile=True)()
 
 # Tests make and drop many models, and Keras collects garbage between them. What is
 # imported by now stays, so the collector need not look at it: a fifth of the time.

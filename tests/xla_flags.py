@@ -6,6 +6,8 @@ compile so, and rounding differs: see `test_parity_default_level.py` for the sam
 XLA's defaults.
 """
 
+import contextlib
+import os
 from importlib.metadata import version
 
 QUICK_TO_COMPILE = (
@@ -17,12 +19,22 @@ EMITTER = "xla_cpu_use_fusion_emitters"
 
 
 def use_older_emitter():
-    """In this process, for what gshard-tf compiles.
-
-    It is no flag of the environment: libtpu ends the process at one that it does not
-    know.
-    """
+    """In this process, for what gshard-tf compiles."""
     from gshard_tf.compat import xla
 
     if TWO_EMITTERS:
         xla._CPU[EMITTER] = False
+
+
+@contextlib.contextmanager
+def flags_for_libraries():
+    """While it lasts, TensorFlow and jax can read the flags of all that they compile.
+
+    Each reads them once, when it starts. Afterwards the environment has the flag of the
+    emitter no more: libtpu ends the process at one that it does not know.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    if TWO_EMITTERS:
+        os.environ["XLA_FLAGS"] = f"{flags} --{EMITTER}=false"
+    yield
+    os.environ["XLA_FLAGS"] = flags
