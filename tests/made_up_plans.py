@@ -19,6 +19,8 @@ LENGTH = 16
 @dataclasses.dataclass
 class Core:
     coords: tuple[int, int, int]
+    core_on_chip: int = 0
+    process_index: int = 0
 
 
 def topology():

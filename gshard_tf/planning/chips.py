@@ -15,6 +15,9 @@ import math
 import re
 from typing import Any
 
+from tensorflow.experimental import dtensor
+
+from gshard_tf.runtime.core_order import order_cores
 from gshard_tf.runtime.devices import cpu_devices, request_cpu_devices, topology_devices
 
 
@@ -84,7 +87,8 @@ class Topology:
 
     Attributes:
         name: The requested name.
-        devices: jax devices in their order; those of a CPU exist.
+        devices: jax devices, in their own order or in that of a mesh; those of a CPU
+            exist.
         chip: The figures of each chip.
         shape: The number of chips along each dimension of the slice.
     """
@@ -98,6 +102,11 @@ class Topology:
     def hbm_bytes(self) -> float | None:
         """The memory of a device; None where it is the host's."""
         return None if self.chip is None else self.chip.hbm_bytes / self.chip.devices
+
+    def in_order_of(self, mesh: dtensor.Mesh) -> "Topology":
+        """Returns this slice, its devices in the order of a mesh's partitions."""
+        devices = order_cores(self.devices, mesh.shape())
+        return dataclasses.replace(self, devices=devices)
 
 
 def find_topology(name: str) -> Topology:

@@ -29,7 +29,6 @@ from gshard_tf.planning.records import OutOfMemory, Pipeline, Weight
 from gshard_tf.planning.reshards import ReshardClassifier, annotations
 from gshard_tf.planning.summaries import compiler
 from gshard_tf.planning.tracing import trace_step
-from gshard_tf.runtime.core_order import order_cores
 from gshard_tf.runtime.device_arrays import Placement
 from gshard_tf.sharding.layout_report import summarize_variable
 from gshard_tf.sharding.mesh import axis_sizes, create_mesh
@@ -110,6 +109,7 @@ def plan(
     if mesh is None and isinstance(rules, keras.distribution.LayoutMap):
         mesh = rules.device_mesh
     device_mesh = _mesh_for(hardware, mesh)
+    hardware = hardware.in_order_of(device_mesh)
     strategy = AbstractStrategy(device_mesh, rules)
     layouts: VariableLayouts = strategy.extended.layouts
 
@@ -135,10 +135,8 @@ def plan(
         f"{compiler(hardware.chip is not None, versions)} ..."
     )
     start = time.perf_counter()
-    devices = order_cores(hardware.devices, device_mesh.shape())
-    program, oom = _compile(
-        strategy, step, Placement(device_mesh, devices), hardware, layers
-    )
+    placement = Placement(device_mesh, hardware.devices)
+    program, oom = _compile(strategy, step, placement, hardware, layers)
     compile_seconds = time.perf_counter() - start
     written_module = parser.parse(written_text)
     if oom is not None and not oom.buffers:

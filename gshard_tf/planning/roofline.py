@@ -15,6 +15,10 @@ class Interconnect:
     Chips form a grid; a dimension is a ring if its size is a multiple of
     `Chip.wraps_at`, else a line. Traffic along a dimension is spread evenly over its
     links. The cores of a chip share its links.
+
+    Args:
+        topology: A slice with its devices in the order of the program's partitions.
+        chip: The figures of each chip.
     """
 
     def __init__(self, topology: Topology, chip: Chip):

@@ -9,9 +9,10 @@ from typing import Any
 
 import keras
 import tensorflow as tf
+from tensorflow.experimental import dtensor
 
 from gshard_tf.planning import planner
-from gshard_tf.planning.chips import Chip, find_topology
+from gshard_tf.planning.chips import Chip, Topology, find_topology
 from gshard_tf.planning.plan import Plan
 from gshard_tf.planning.roofline import Interconnect
 from gshard_tf.planning.search.candidates import AXES, Candidate, Paths, candidates
@@ -126,7 +127,7 @@ def find_layout(
             cache=cache,
         ),
     )
-    search.prune(len(hardware.devices), Interconnect(hardware, hardware.chip))
+    search.prune(hardware)
     search.run()
     usual = [name for axis in AXES for name in axis.together + axis.each]
     return LayoutSearch(
@@ -170,19 +171,21 @@ class _Search:
     best: float = math.inf
     best_plan: Plan | None = None
 
-    def prune(self, devices: int, interconnect: Interconnect) -> None:
+    def prune(self, hardware: Topology) -> None:
         """Fills `waiting` with the candidates that are worth a plan."""
         seen: dict[tuple, Candidate] = {}
-        meshes: dict[tuple, Any] = {}
-        for candidate in candidates(devices, self.survey.used):
+        meshes: dict[tuple, tuple[dtensor.Mesh, Interconnect]] = {}
+        for candidate in candidates(len(hardware.devices), self.survey.used):
             obstacle = self.survey.obstacle(candidate)
             if obstacle is not None:
                 self._skip(candidate, None, "cannot be split so", obstacle)
                 continue
             sizes = tuple(candidate.mesh.items())
             if sizes not in meshes:
-                meshes[sizes] = create_mesh(sizes, "TPU")
-            costs = costs_of(self.survey, candidate, meshes[sizes], interconnect)
+                mesh = create_mesh(sizes, "TPU")
+                links = Interconnect(hardware.in_order_of(mesh), self.chip)
+                meshes[sizes] = mesh, links
+            costs = costs_of(self.survey, candidate, *meshes[sizes])
             same = seen.setdefault(costs.layouts, candidate)
             if same is not candidate:
                 self._skip(candidate, costs, "the same as another", f"{same}")

@@ -8,6 +8,7 @@ import pytest
 from gshard_tf.hlo.collectives import Collective
 from gshard_tf.planning.chips import CHIPS, Topology
 from gshard_tf.planning.roofline import Interconnect, step_time
+from gshard_tf.sharding.mesh import create_mesh
 
 V3 = CHIPS["v3"]
 
@@ -75,6 +76,22 @@ def test_sums_and_gathers_by_hand():
     links = Interconnect(slice_of(V3, 2, 2), V3)
     assert links.seconds(collective("all-reduce", 10**6, [[0, 1]])) == 0
     assert links.seconds(collective("all-reduce", 10**6, [[0], [1]])) == 0
+
+
+def test_groups_are_those_of_the_mesh():
+    """A row of the mesh is one of the slice, whatever order the devices come in."""
+    v5e = CHIPS["v5e"]
+    tiles = [(2 * i + k, 2 * j + m) for j, i, m, k in np.ndindex(2, 2, 2, 2)]
+    places = [
+        types.SimpleNamespace(coords=(*chip, 0), core_on_chip=0, process_index=0)
+        for chip in tiles
+    ]
+    given = Topology("test", places, v5e, (4, 4))
+    ordered = given.in_order_of(create_mesh({"data": 4, "model": 4}, "TPU"))
+    gather = collective("all-gather", 10**6, np.arange(16).reshape(4, 4))
+    one_link = 10**6 * 3 / 4 / v5e.link_bandwidth
+    assert Interconnect(ordered, v5e).seconds(gather) == pytest.approx(one_link)
+    assert Interconnect(given, v5e).seconds(gather) == pytest.approx(one_link / 2)
 
 
 def test_a_permutation_costs_a_hop():

@@ -43,8 +43,8 @@ def survey():
 def costs(survey, mesh, rules):
     hardware = topology()
     axes = create_mesh(tuple(mesh.items()), "TPU")
-    interconnect = Interconnect(hardware, hardware.chip)
-    return costs_of(survey, Candidate(mesh, rules), axes, interconnect)
+    links = Interconnect(hardware.in_order_of(axes), hardware.chip)
+    return costs_of(survey, Candidate(mesh, rules), axes, links)
 
 
 def test_stages_win_where_nothing_else_fits(monkeypatch, survey):
