@@ -11,6 +11,7 @@ weight's gradient is added before the next one is computed.
 """
 
 import dataclasses
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -28,7 +29,13 @@ from keras_layers import (
 )
 from keras_layers.stacked import Stacked
 
-B, L, M, H, N, D, V = 16, 64, 128, 512, 8, 16, 4096
+#: With `LARGE=1` in the environment those of a model, which are compiled and not run.
+IS_LARGE = os.environ.get("LARGE") == "1"
+B, L, M, H, N, D, V = (
+    (64, 512, 1024, 4096, 16, 64, 32768)
+    if IS_LARGE
+    else (16, 64, 128, 512, 8, 16, 4096)
+)
 TOKENS = B * L * M * 4  # bytes of the activations [B, L, M]
 EIGHT = {"x": 8}
 GRID = {"data": 4, "model": 2}
