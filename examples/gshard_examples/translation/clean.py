@@ -21,7 +21,6 @@ MAX_SOURCE_CHARACTERS = 800
 #: Texts longer than this are refused before any regular expression sees them.
 MAX_RAW_CHARACTERS = 4_000
 
-_WHITE = re.compile(r"\s+")
 _TAG = re.compile(r"</?[a-zA-Z][^<>]*>|<!--.*?-->", re.DOTALL)
 _BRACKETED_ACCELERATOR = re.compile(r"\s*\([&_~][A-Za-z0-9]\)")
 _AMPERSAND_ACCELERATOR = re.compile(r"&(?=[^\W\d_])")
@@ -56,7 +55,7 @@ def normalize_text(text: str, accelerator: str = "") -> str:
     if not text.isascii():
         text = unicodedata.normalize("NFC", text)
     # White space first: a tab between two words must not glue them together.
-    return _CONTROL.sub("", _WHITE.sub(" ", text)).strip()
+    return _CONTROL.sub("", " ".join(text.split())).strip()
 
 
 def clean_pair(

@@ -20,7 +20,6 @@ _PLACEHOLDER = re.compile(
     re.VERBOSE,
 )
 _POSITION = re.compile(r"\d+\$")
-_WHITE = re.compile(r"\s+")
 
 
 def _placeholder_kind(placeholder: str) -> str:
@@ -54,7 +53,5 @@ def number_placeholders(source: str, english: str) -> tuple[str, str] | None:
     def numbered(match: re.Match[str]) -> str:
         return f"{{{numbers[_placeholder_kind(match[0])]}}}"
 
-    return (
-        _WHITE.sub(" ", _PLACEHOLDER.sub(numbered, source)).strip(),
-        _WHITE.sub(" ", _PLACEHOLDER.sub(numbered, english)).strip(),
-    )
+    source, english = (_PLACEHOLDER.sub(numbered, text) for text in (source, english))
+    return " ".join(source.split()), " ".join(english.split())
