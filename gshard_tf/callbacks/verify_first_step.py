@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 
 from gshard_tf.callbacks.keras_3 import Keras3Callback
+from gshard_tf.runtime.operation_threads import has_two_threads
 from gshard_tf.spmd.lowering import LoweredStep
 from gshard_tf.spmd.step import Step
 from gshard_tf.verification.report import VerificationReport
@@ -43,6 +44,8 @@ class VerifyFirstStep(Keras3Callback):
     Raises:
         ValueError: for a negative tolerance; and when training begins, for a model that
             is not of an `SpmdStrategy`, or is trained by several processes.
+        RuntimeError: when training begins and TensorFlow has one thread for operations,
+            as on one processor.
         tf.errors.InvalidArgumentError: at the first step, when it differs; the
             `VerificationError` itself is `strategy.last_error`.
     """
@@ -54,6 +57,13 @@ class VerifyFirstStep(Keras3Callback):
         self.report: VerificationReport | None = None
 
     def on_train_begin(self, logs: dict | None = None) -> None:
+        if not has_two_threads():
+            # The step that waits has one, and the step on one device needs another.
+            raise RuntimeError(
+                "`VerifyFirstStep` must have two threads of TensorFlow for operations. "
+                "Received: one. Set `TF_NUM_INTEROP_THREADS=2` in the environment "
+                "before TensorFlow starts, or call `gshard_tf.verify` before `fit`."
+            )
         self.report = None
         self._extended = cast("SpmdExtended", strategy_of(self.model).extended)
 

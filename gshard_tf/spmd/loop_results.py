@@ -1,11 +1,9 @@
 """Results of the steps of an execution, of which a loop keeps the last one's."""
 
-import os
 import threading
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import tensorflow as tf
 
 if TYPE_CHECKING:
     from gshard_tf.spmd.executable import StartedStep
@@ -13,19 +11,6 @@ if TYPE_CHECKING:
 # For so long the results of a step that is not the last one of a full execution wait,
 # once they are there, for another step. Where the data ends there is none.
 _LAST_STEP_SECONDS = 0.005
-
-
-def can_overlap() -> bool:
-    """Returns whether TensorFlow has the two threads that this needs.
-
-    By itself it makes one for each processor that the process may use, which are fewer
-    than the machine has in many a container or job.
-    """
-    threads = tf.config.threading.get_inter_op_parallelism_threads()
-    threads = threads or int(os.environ.get("TF_NUM_INTEROP_THREADS", 0))
-    if not threads and hasattr(os, "sched_getaffinity"):  # not on macOS
-        threads = len(os.sched_getaffinity(0))
-    return (threads or os.cpu_count() or 1) > 1
 
 
 class LoopResults:

@@ -13,13 +13,14 @@ import tensorflow as tf
 from gshard_tf.compat.keras_loops import steps_of_loop
 from gshard_tf.compat.keras_seeds import global_seed_state
 from gshard_tf.compat.keras_threads import keras_state, use_keras_state
+from gshard_tf.runtime.operation_threads import has_two_threads
 from gshard_tf.sharding.mesh import without_mesh
 from gshard_tf.spmd import lowering
 from gshard_tf.spmd.base import owned
 from gshard_tf.spmd.borrowed_variable import BorrowedVariable
 from gshard_tf.spmd.executable import Executable, StartedStep
 from gshard_tf.spmd.index_uses import index_uses
-from gshard_tf.spmd.loop_results import LoopResults, can_overlap
+from gshard_tf.spmd.loop_results import LoopResults
 
 if TYPE_CHECKING:
     from gshard_tf.spmd.strategy import SpmdExtended
@@ -120,7 +121,7 @@ class Step:
 
     def _call(self, tensors: list[tf.Tensor], dtypes: list[tf.DType]) -> list[Any]:
         steps = steps_of_loop()
-        if steps == 1 or not dtypes or not can_overlap():
+        if steps == 1 or not dtypes or not has_two_threads():
             outputs = tf.numpy_function(
                 _WeakCall(self, Step.run),
                 tensors,

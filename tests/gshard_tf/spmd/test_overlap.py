@@ -13,8 +13,9 @@ import parity
 import pytest
 import tensorflow as tf
 
+from gshard_tf.runtime.operation_threads import has_two_threads
 from gshard_tf.spmd.executable import StartedStep
-from gshard_tf.spmd.loop_results import LoopResults, can_overlap
+from gshard_tf.spmd.loop_results import LoopResults
 from gshard_tf.spmd.program import SpmdProgram
 
 X, Y = parity.data(36)
@@ -97,15 +98,15 @@ def test_the_steps_of_an_execution_do_not_wait_for_each_other(started):
 def test_one_thread_of_tensorflow_overlaps_nothing(monkeypatch):
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 4}, raising=False)
-    assert can_overlap()
+    assert has_two_threads()
     # A container of one processor, on a machine of eight.
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3})
-    assert not can_overlap()
+    assert not has_two_threads()
     monkeypatch.setenv("TF_NUM_INTEROP_THREADS", "2")
-    assert can_overlap()
+    assert has_two_threads()
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 4})
     monkeypatch.setenv("TF_NUM_INTEROP_THREADS", "1")
-    assert not can_overlap()
+    assert not has_two_threads()
 
 
 def test_a_step_without_results_waits_for_nothing(monkeypatch):

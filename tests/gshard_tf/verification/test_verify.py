@@ -9,6 +9,7 @@ from planted import X, Y, assert_same_bits, on_mesh, sparse_loss, state, three_l
 
 import gshard_tf
 import keras_layers
+from gshard_tf.callbacks import verify_first_step
 from gshard_tf.runtime.process_group import ProcessGroup
 from gshard_tf.verification import comparison, measures, references
 from gshard_tf.verification import verify as verify_module
@@ -179,6 +180,14 @@ def test_the_first_step_of_fit_is_verified():
     assert verifying.report.title.startswith("train step")
     assert_same_bits(state(model), state(expected))
     assert model.distribute_strategy.extended.before_step is None
+
+
+def test_one_thread_is_refused_before_training(monkeypatch):
+    """The check would wait for ever for the thread that waits for it."""
+    monkeypatch.setattr(verify_first_step, "has_two_threads", lambda: False)
+    model = on_mesh(three_layers)
+    with pytest.raises(RuntimeError, match="TF_NUM_INTEROP_THREADS=2"):
+        model.fit(X, Y, verbose=0, callbacks=[gshard_tf.VerifyFirstStep()])
 
 
 def test_one_of_the_steps_of_an_execution_is_verified():
