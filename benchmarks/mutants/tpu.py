@@ -84,7 +84,7 @@ MUTANTS = (
         "the counter of random numbers loses its carry",
     ),
     Mutant(
-        "gshard_tf/tpu/storage.py",
+        "gshard_tf/tpu/core_shards.py",
         "slice(i * n, (i + 1) * n) for i, n in zip(coordinates, sizes, strict=True)",
         "slice((p - 1 - i) * n, (p - i) * n)\n"
         "            for i, n, p in zip(coordinates, sizes, counts, strict=True)",
@@ -92,7 +92,7 @@ MUTANTS = (
         "cores hold the parts in reversed order",
     ),
     Mutant(
-        "gshard_tf/tpu/storage.py",
+        "gshard_tf/tpu/core_shards.py",
         "at = dict(zip(sizes, map(int, position), strict=True))",
         "at = dict(zip(list(sizes)[::-1], map(int, position), strict=True))",
         (f"{_REPLICAS}::test_every_replica_holds_its_parts_after",),
@@ -128,7 +128,7 @@ MUTANTS = (
         "every core is sent the whole batch of its replica",
     ),
     Mutant(
-        "gshard_tf/tpu/storage.py",
+        "gshard_tf/tpu/core_shards.py",
         "                        value,\n                        dtype=self.dtype,\n",
         "                        value if replica == 0 else tf.zeros_like(value),\n"
         "                        dtype=self.dtype,\n",

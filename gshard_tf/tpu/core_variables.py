@@ -20,7 +20,7 @@ from gshard_tf.layouts.partition_spec import PartitionSpec
 from gshard_tf.sharding import op_sharding
 from gshard_tf.sharding.regions import Region
 from gshard_tf.sharding.sharded_variable import MeshVariableBase, ShardedMeshVariable
-from gshard_tf.tpu.storage import Coordinates, Storage
+from gshard_tf.tpu.core_shards import Coordinates, Storage
 
 _DENSE_SCATTERS = {
     "add": tf.tensor_scatter_nd_add,

@@ -20,6 +20,7 @@ from gshard_tf.sharding.rules import AxisRules
 from gshard_tf.sharding.sharded_variable import MeshVariableBase
 from gshard_tf.spmd.base import MeshStrategy
 from gshard_tf.tpu.core_layouts import CoreLayouts
+from gshard_tf.tpu.core_shards import Storage
 from gshard_tf.tpu.core_variables import (
     MeshTPUSyncOnReadVariable,
     MeshTPUVariable,
@@ -27,7 +28,6 @@ from gshard_tf.tpu.core_variables import (
 )
 from gshard_tf.tpu.device_assignment import assign_cores
 from gshard_tf.tpu.partitioner_faults import PartitionerFaults
-from gshard_tf.tpu.storage import Storage
 from gshard_tf.tpu.system import connect
 
 

@@ -13,9 +13,8 @@ from gshard_tf.sharding.sharded_variable import MeshVariableBase
 from gshard_tf.spmd import lowering
 from gshard_tf.spmd.leaf_names import named_leaves
 from gshard_tf.spmd.strategy import SpmdExtended
-from gshard_tf.verification import measures
+from gshard_tf.verification import tolerances
 from gshard_tf.verification.first_difference import find_first
-from gshard_tf.verification.measures import Measure
 from gshard_tf.verification.references import (
     OnDevices,
     Run,
@@ -24,6 +23,7 @@ from gshard_tf.verification.references import (
     on_one_device,
 )
 from gshard_tf.verification.report import Origin, Row, VerificationReport
+from gshard_tf.verification.tolerances import Measure
 
 ONE_DEVICE = "one device"
 TENSORFLOW = "TensorFlow"
@@ -65,7 +65,7 @@ def check_step(checked: StepToCheck, tolerance: float | None) -> VerificationRep
             floating type of the step.
     """
     proto = HloModuleProto.FromString(checked.step.hlo)
-    default, rounding = measures.precision(proto)
+    default, rounding = tolerances.precision(proto)
     tolerance = default if tolerance is None else tolerance
     captures = _values(checked)
     comparer = _Comparer(checked, captures, tolerance, rounding)
@@ -151,11 +151,11 @@ class _Comparer:
         # Scalars are learning rates, loss scales and counts, so they are not rounded.
         is_rounded = [
             isinstance(variable, tf.Variable)
-            and measures.is_floating(value)
+            and tolerances.is_floating(value)
             and value.ndim > 0
             for variable, value in zip(checked.step.captures, captures, strict=True)
         ]
-        self.perturbed = measures.perturbed(captures, is_rounded, rounding)
+        self.perturbed = tolerances.perturbed(captures, is_rounded, rounding)
 
     def _old(self, captures: Sequence[np.ndarray], count: int) -> list[Any]:
         """Returns the old value of each result that updates a variable; else None."""
@@ -172,10 +172,10 @@ class _Comparer:
             for captures in self.perturbed
         ]
         return [
-            measures.noise(
+            tolerances.noise(
                 [new[i] for new, _ in others],
                 [before[i] for _, before in others],
-                measures.change(value, old[i]),
+                tolerances.change(value, old[i]),
             )
             for i, value in enumerate(results)
         ]
@@ -191,7 +191,7 @@ class _Comparer:
         if noise is None:
             noise = self.noise or [0.0] * len(results)
         return [
-            measures.measure(a, b, before, self.tolerance, each)
+            tolerances.measure(a, b, before, self.tolerance, each)
             for a, b, before, each in zip(results, expected, old, noise, strict=True)
         ]
 

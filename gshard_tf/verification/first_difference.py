@@ -18,7 +18,7 @@ from gshard_tf.compat.xla_protos import (
 )
 from gshard_tf.hlo.rewrites.editing import next_instruction_id
 from gshard_tf.spmd import lowering
-from gshard_tf.verification.measures import Measure
+from gshard_tf.verification.tolerances import Measure
 
 # The largest number of intermediate results of one compilation, and of their bytes.
 _OBSERVED = 48

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Iterable
 
-from gshard_tf.verification.measures import Measure
+from gshard_tf.verification.tolerances import Measure
 
 # The largest number of differences that a report prints.
 _ROWS = 20

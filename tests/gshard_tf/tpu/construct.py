@@ -15,7 +15,7 @@ import tensorflow as tf
 
 import gshard_tf
 from gshard_tf.testing.tpu.synthetic_slice import SyntheticTPU
-from gshard_tf.tpu.storage import Storage
+from gshard_tf.tpu.core_shards import Storage
 
 RESULTS = {}
 FOLDER = tempfile.mkdtemp()

@@ -9,7 +9,7 @@ from gshard_tf.sharding.initial_value import InitialValue
 from gshard_tf.sharding.regions import region_of
 from gshard_tf.sharding.sharded_variable import MeshVariableBase
 from gshard_tf.tpu.core_layouts import CoreLayouts
-from gshard_tf.tpu.storage import Storage
+from gshard_tf.tpu.core_shards import Storage
 
 
 class Weight(MeshVariableBase):

@@ -11,7 +11,7 @@ import gshard_tf
 import keras_layers
 from gshard_tf.callbacks import verify_first_step
 from gshard_tf.runtime.process_group import ProcessGroup
-from gshard_tf.verification import comparison, measures, references
+from gshard_tf.verification import comparison, references, tolerances
 from gshard_tf.verification import verify as verify_module
 
 
@@ -140,7 +140,7 @@ def test_what_is_nothing_but_rounding_is_no_difference(monkeypatch):
     report = gshard_tf.verify(model, (X, Y))
     assert report.ok, str(report)
     assert any("Rounding" in note and "below/bias" in note for note in report.notes)
-    monkeypatch.setattr(measures, "_PERTURBATIONS", 0)
+    monkeypatch.setattr(tolerances, "_PERTURBATIONS", 0)
     report = gshard_tf.verify(model, (X, Y))
     assert {row.name for row in report.differing} >= {
         "sequential/below/bias",

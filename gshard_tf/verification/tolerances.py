@@ -1,4 +1,4 @@
-"""Measures the difference of two runs of a step, and how large it may be."""
+"""Differences of two runs of a step, and how large they may be."""
 
 import dataclasses
 from collections.abc import Sequence

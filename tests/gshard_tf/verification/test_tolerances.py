@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from gshard_tf.verification import measures
+from gshard_tf.verification import tolerances
 
 
 def measured(found, expected, old=None, noise=0.0, tolerance=1e-4, dtype="float32"):
     found, expected = np.array(found, dtype), np.array(expected, dtype)
     old = None if old is None else np.array(old, dtype)
-    return measures.measure(found, expected, old, tolerance, noise)
+    return tolerances.measure(found, expected, old, tolerance, noise)
 
 
 def test_the_measure_of_a_difference():
