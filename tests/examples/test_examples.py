@@ -112,6 +112,7 @@ def test_a_bert_of_the_model_garden_trains_with_its_own_optimizer():
     assert layout(printed, slot) == "model,-"
 
 
+@pytest.mark.slow  # as the network of test_convolution.py does
 def test_a_resnet_over_tiles_has_the_losses_and_weights_of_plain_keras(monkeypatch):
     from gshard_examples import spatial_resnet
 

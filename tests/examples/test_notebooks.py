@@ -76,6 +76,7 @@ def test_the_quickstart_runs_as_a_notebook(tmp_path, monkeypatch):
     assert cells("moe/experts/wi", table)[2] == "expert,-,-"
 
 
+@pytest.mark.slow  # as another example does
 def test_the_digits_run_as_a_notebook(tmp_path, monkeypatch):
     sizes = {
         "EPOCHS__STEPS_PER_EPOCH": "2, 40",

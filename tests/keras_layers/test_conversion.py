@@ -39,7 +39,7 @@ KINDS = {
     "transformer": (transformer, [IDS, IDS], IDS),
     "stacked": (lambda: transformer(stacked=True), [IDS, IDS], IDS),
 }
-QUICK = ["mixture", "transformer"]
+QUICK = ["mixture"]
 SLOW = [pytest.param(k, marks=pytest.mark.slow) for k in KINDS if k not in QUICK]
 
 

@@ -120,6 +120,7 @@ def test_losses_and_state_are_of_all_microbatches():
         assert_close(ours.numpy(), theirs.numpy(), RTOL, ours.path)
 
 
+@pytest.mark.slow
 def test_balance_of_microbatches_with_padding_is_their_mean():
     k, options = 2, {"router": "top_k"}  # nothing random
     arguments = {

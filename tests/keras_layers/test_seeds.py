@@ -93,6 +93,7 @@ def test_every_layer_with_a_seed_is_here():
     assert seeded == {name.split(" ")[0] for name in MAKE}
 
 
+@pytest.mark.broad(2)
 @pytest.mark.parametrize("name", MAKE)
 def test_a_seed_gives_different_generators_and_the_same_again(name):
     make = MAKE[name]
@@ -108,6 +109,7 @@ def test_a_seed_gives_different_generators_and_the_same_again(name):
         assert not set(states(make(seed=8))) & set(first)
 
 
+@pytest.mark.broad(2)
 @pytest.mark.parametrize("name", [n for n in MAKE if n != "Router"])
 def test_a_config_gives_the_same_generators(name):
     layer = MAKE[name](seed=7)

@@ -99,7 +99,7 @@ def check_packed(model, pairs, expected, inputs, places, training, rtol=1e-5):
     assert sum(np.any(known != 0) for known in sums) > 10
 
 
-@pytest.mark.broad(2)
+@pytest.mark.broad(3)
 @pytest.mark.parametrize("router", ROUTERS)
 def test_packed_is_unpacked(router):
     model = transformer(router, num_decoder_layers=2 if router == "dense" else 1)
@@ -236,6 +236,7 @@ def test_training_on_one_and_on_eight_partitions(router, partitions):
     assert {c.kind for c in program.collectives()} <= {"all-reduce", "all-to-all"}
 
 
+@pytest.mark.slow  # two more steps; see test_stacked_or_computed_again
 def test_stacked_on_eight_partitions():
     rows, alone = rows_for_fit()
 
@@ -247,6 +248,7 @@ def test_stacked_on_eight_partitions():
     assert_close(run.result, plain.result, 1e-5, "logs")
 
 
+@pytest.mark.slow
 def test_remat_keeps_ids_and_no_mask_of_pairs():
     rows, _ = rows_for_fit()
     rows = {name: np.pad(x, [[0, 0], [0, 23 - LENGTH]]) for name, x in rows.items()}

@@ -196,6 +196,7 @@ def test_shapes_that_are_refused():
         EncoderBlock(2, 4, 8)(np.ones([2, 3, 3, 6], "float32"))
 
 
+@pytest.mark.slow  # as one of segments does, too
 def test_an_exported_transformer_takes_ids(tmp_path):
     """Keras's signature is of the dtype that the model says its inputs are of."""
     model = Transformer(400, 400, 1, 1, 4, 8, 2, dtype="mixed_bfloat16")

@@ -95,7 +95,7 @@ def life(folder, mesh, x, stop=None, every=3, compiled=None, **kwargs):
     return made, trained, saver
 
 
-@pytest.mark.broad(2)
+@pytest.mark.broad(4)
 @pytest.mark.parametrize(
     ("after", "place"), [(2, "first"), (5, "first"), (5, "last"), (8, "last")]
 )
@@ -140,7 +140,7 @@ def test_stop_training_without_validation(tmp_path, mesh):
     assert rest.epochs == whole.epochs[1:]
 
 
-@pytest.mark.broad(3)
+@pytest.mark.broad(4)
 @pytest.mark.parametrize(("mesh", "stop"), [(None, 7), (None, 8), (None, 13), (2, 7)])
 def test_a_pydataset_goes_on_in_its_epoch(tmp_path, mesh, stop):
     whole, every, _ = life(tmp_path / "whole", mesh, Batches(), every=None)
@@ -176,7 +176,7 @@ def test_a_pass_of_unknown_length_goes_on(tmp_path):
     runs.assert_same_bits(made, whole)
 
 
-@pytest.mark.broad(4)
+@pytest.mark.broad(5)
 @pytest.mark.parametrize(
     ("mesh", "stop"), [(None, 3), (None, 1), (None, 2), (None, 5), (2, 2)]
 )
