@@ -23,6 +23,7 @@ MODELS = {
     "e4": Model(4),
     "e16": Model(16),
     "e64": Model(64),
+    "e128": Model(128),
     # More computation: it gains only where weights limit the dense model.
     "wide": Model(0, width=2),
 }
@@ -62,6 +63,7 @@ RUNS = (
     Run("e16", 0),
     Run("wide", 0),
     Run("e4", 0),
+    Run("e128", 0),
 )
 
 

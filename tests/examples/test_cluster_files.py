@@ -126,7 +126,7 @@ print("GPUs:", CUDA_VISIBLE_DEVICES.value)
 """
 
 
-@pytest.mark.broad(2)
+@pytest.mark.slow  # two processes; test_jax_distributed.py reads the same environments
 @pytest.mark.parametrize("started", [started_by_srun, started_by_jobset])
 def test_processes_of_a_scheduler_are_one_run(tmp_path, started):
     port, processes, said = free_port(), [], []

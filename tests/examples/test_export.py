@@ -165,7 +165,7 @@ def test_bad_requests_are_refused_with_a_sentence(signatures, name):
         signatures[1][name](texts=tf.constant([1]), languages=tf.constant(["de"]))
 
 
-@pytest.mark.broad(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_shorter_weights(dtype, model, toy_vocabulary, signatures, saved, tmp_path):
     short = Translator(model, toy_vocabulary, weights=dtype, **OPTIONS)
@@ -188,6 +188,7 @@ def test_shorter_weights(dtype, model, toy_vocabulary, signatures, saved, tmp_pa
         Translator(model, toy_vocabulary, weights="int4")
 
 
+@pytest.mark.slow
 def test_the_requests_to_warm_up_with(translator, saved, tmp_path):
     """TFRecords of official messages, which the signatures take as they are."""
     pytest.importorskip("tensorflow_serving")

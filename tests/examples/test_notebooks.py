@@ -66,6 +66,7 @@ def cells(row, table):
     return re.findall(r"<td[^>]*>(.*?)</td>", found)
 
 
+@pytest.mark.slow  # `.ci/run` runs it
 def test_the_quickstart_runs_as_a_notebook(tmp_path, monkeypatch):
     sizes = {"STEPS_PER_EPOCH__EPOCHS": "6, 4"}
     texts, [table] = run("quickstart", tmp_path, monkeypatch, **sizes)

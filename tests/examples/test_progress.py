@@ -231,6 +231,7 @@ def test_lines_come_out_after_an_error_too(capfd):
     assert capfd.readouterr().err == "why\n"
 
 
+@pytest.mark.slow
 def test_tensorflow_is_imported_without_a_word():
     code = """
         from gshard_tf.io.stderr_lines import import_quietly

@@ -53,6 +53,7 @@ def _sent(program):
     )
 
 
+@pytest.mark.broad(2)
 @pytest.mark.parametrize("kind", ["ring", "all_to_all"])
 def test_training_equals_one_device(kind):
     rules = gshard_tf.AxisRules(RULES)

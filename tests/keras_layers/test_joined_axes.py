@@ -89,6 +89,7 @@ def test_fewer_experts_than_devices_compute_nothing_twice():
     assert expected <= flops < 1.02 * expected
 
 
+@pytest.mark.slow
 def test_groups_and_experts_over_different_axes_gather_only_results():
     rules = gshard_tf.AxisRules({"batch": "data", "group": "data", "expert": "x"})
     _, meshed = parity.assert_equal_runs(

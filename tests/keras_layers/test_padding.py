@@ -90,7 +90,7 @@ def check_same(found, expected):
         )
 
 
-@pytest.mark.broad(4)
+@pytest.mark.broad(6)
 @pytest.mark.parametrize("router", ROUTERS)
 @settings(max_examples=6)
 @given(
@@ -144,6 +144,7 @@ def test_packed_groups_are_those_of_a_batch_without_padding(router):
     assert np.abs(found - expected["outputs"]).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_packed_groups_on_a_mesh_are_those_of_one_device():
     x = np.random.default_rng(0).normal(size=(8, 12, WIDTH)).astype("float32")
     x[::2, 3:9] = 0.0  # padding, for a mask
@@ -262,6 +263,7 @@ def test_a_transformer_sees_no_padding(transformer, training):
         np.testing.assert_allclose(others, losses, rtol=1e-5)
 
 
+@pytest.mark.slow  # test_transformer.py has rows of many lengths, too
 def test_decoding_sees_no_padding(transformer):
     source = np.random.default_rng(1).integers(3, 24, (4, 8))
     arguments = {"max_length": 4, "bos_id": 1, "eos_id": 2}

@@ -45,6 +45,7 @@ def check_same(one, many):
         np.testing.assert_allclose(values, many[name], rtol=1e-4, err_msg=name)
 
 
+@pytest.mark.broad(2)
 @pytest.mark.parametrize("dispatcher", ["index", "einsum"])
 def test_moe_layer_costs_two_all_to_alls_each_way(dispatcher):
     x = np.random.default_rng(0).normal(size=(8, 16, 32)).astype(np.float32)
@@ -84,7 +85,7 @@ ROUTERS = {
 ONE, TWO = {"expert": 8}, {"data": 4, "model": 2}
 
 
-@pytest.mark.broad(4)
+@pytest.mark.broad(8)
 @pytest.mark.parametrize(
     ("router", "experts", "axes", "dispatcher"),
     [
@@ -125,6 +126,7 @@ def test_every_router_on_every_mesh(router, experts, axes, dispatcher):
     check_same(train_plain(make, x, x, "mse", 2), history)
 
 
+@pytest.mark.slow  # as the layers that it has, see above
 def test_transformer_moves_only_tokens_of_experts():
     rng = np.random.default_rng(0)
     source, target = rng.integers(3, 20, (2, 8, 8))

@@ -93,6 +93,7 @@ def test_each_device_stores_its_stage(on_stages):
     assert all(whole == 4 * local for whole, local in sizes)
 
 
+@pytest.mark.slow
 def test_losses_and_state_are_of_all_microbatches():
     """Those of the stack for one microbatch after another; a bias moves once."""
     arguments = {"units": 2, "num_experts": 4, "moe_options": MOE, "dropout": 0.2}

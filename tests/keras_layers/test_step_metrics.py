@@ -90,9 +90,8 @@ def test_evaluation_counts_what_it_counts_eagerly(kind):
     assert max(v for name, v in found.items() if name.endswith("_dropped")) > 0.1
 
 
-@pytest.mark.parametrize(
-    "kind", ["mixture", pytest.param("stacked", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["mixture", "stacked"])
 def test_evaluation_on_a_mesh_counts_the_same(kind):
     make, x, y = KINDS[kind]
 

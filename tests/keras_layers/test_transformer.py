@@ -142,7 +142,8 @@ def uncached_decode(model, source, max_length):
     return ids, log_prob
 
 
-@pytest.mark.parametrize("arguments", [{}, {"num_experts": None, "tie_output": False}])
+@pytest.mark.broad(2)
+@pytest.mark.parametrize("arguments", [{"num_experts": None, "tie_output": False}, {}])
 def test_cached_decoding_is_uncached_decoding(arguments):
     # With room for every token: decoding by itself never drops one.
     if arguments.get("num_experts", 4):

@@ -35,7 +35,7 @@ def test_a_run_that_is_done_does_nothing(tmp_path):
     assert len(more.seen) == 5
 
 
-@pytest.mark.broad(2)
+@pytest.mark.slow  # test_restore.py goes on elsewhere, too
 @pytest.mark.parametrize("mesh", [{"data": 4, "model": 2}, None])
 def test_going_on_elsewhere_agrees(whole, tmp_path, mesh):
     runs.run(tmp_path, save_every=2, stop_after=7)

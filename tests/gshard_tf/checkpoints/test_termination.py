@@ -91,7 +91,7 @@ def whole(request, tmp_path_factory):
     return request.param, life(tmp_path_factory.mktemp("whole"), request.param)
 
 
-@pytest.mark.broad(3)
+@pytest.mark.broad(8)
 @pytest.mark.parametrize(
     ("hook", "count", "saved"),
     [

@@ -211,7 +211,8 @@ def test_files_of_keras_there_and_back(tmp_path):
     assert_no_host_copy(loaded)
 
 
-@pytest.mark.parametrize("steps", [0, 1])
+@pytest.mark.broad(2)
+@pytest.mark.parametrize("steps", [1, 0])
 def test_checkpoints_there_and_back(monkeypatch, tmp_path, steps):
     monkeypatch.setattr(initial_value, "WHOLE_BYTES", 0)
 

@@ -122,6 +122,7 @@ def test_it_moves_once_for_each_update_of_the_weights():
     np.testing.assert_array_equal(parts.get_layer("moe").router.bias, expected)
 
 
+@pytest.mark.slow
 def test_micro_batches_on_a_mesh_are_those_of_one_device():
     x = uneven(16, 16, 8)
 
