@@ -13,6 +13,7 @@ import fcntl
 import os
 import re
 import threading
+import time
 import weakref
 from pathlib import Path
 
@@ -20,6 +21,11 @@ from pathlib import Path
 _OPENING = threading.RLock()
 # The locks of this process: the file (device and inode) of each descriptor.
 _HELD: dict[int, tuple[int, int]] = {}
+
+# How long to wait for a lock of this process whose object is ending: the thread that
+# wrote the last checkpoint of an interrupted run may be the last to refer to it, and
+# ends it a moment after others have stopped seeing it.
+_SECONDS_TO_END = 2.0
 
 _OWNER = re.compile(r"process \d+ on \S+")
 
@@ -92,7 +98,8 @@ class FolderLock:
         folder: An existing folder.
 
     Raises:
-        AlreadyRunningError: when another process has locked it.
+        AlreadyRunningError: when another process has locked it, or when this one has
+            and does not end it within two seconds.
         OSError: when it cannot be locked.
     """
 
@@ -145,10 +152,15 @@ def _lock_outer(real: Path, folder: Path) -> Lock | None:
 
 def _lock_file(path: Path, folder: Path, remove: bool = False) -> Lock:
     lock = None
+    deadline = time.monotonic() + _SECONDS_TO_END
     while lock is None or not lock.is_at(path):  # or removed since it was opened
+        was_ours = _is_ours(path)  # before, since it may end at any time
         try:
             lock = Lock(path, os.O_RDWR | os.O_CREAT, remove)
         except BlockingIOError as error:
+            if was_ours and time.monotonic() < deadline:
+                time.sleep(0.01)
+                continue
             raise AlreadyRunningError(
                 f"{folder} cannot be locked: another run{_owner(path)} is writing to "
                 "it. Give each run a folder of its own, or stop the other one."
@@ -166,6 +178,15 @@ def _lock_file(path: Path, folder: Path, remove: bool = False) -> Lock:
         os.ftruncate(lock.descriptor, 0)
         os.pwrite(lock.descriptor, text, 0)
     return lock
+
+
+def _is_ours(path: Path) -> bool:
+    """Returns whether this process has a file locked."""
+    with _OPENING:
+        try:
+            return _identity(os.stat(path)) in _HELD.values()
+        except OSError:
+            return False
 
 
 def _owner(path: Path) -> str:

@@ -47,6 +47,20 @@ def test_one_process_has_it_and_says_which(run):
     assert forked(take, run) == str(run)
 
 
+def test_a_lock_that_another_thread_is_ending_is_waited_for(run, monkeypatch):
+    """As the thread does that wrote the last checkpoint of an interrupted fit."""
+    lock = FolderLock(run)
+    thread = threading.Timer(0.2, lock.release)
+    thread.start()
+    second = FolderLock(run)
+    thread.join()
+    assert second.is_own and not lock.is_own
+    monkeypatch.setattr("gshard_tf.io.locks._SECONDS_TO_END", 0.05)
+    with pytest.raises(AlreadyRunningError, match=f"process {os.getpid()} on"):
+        FolderLock(run)
+    assert second.is_own and second.is_in_place
+
+
 def test_a_run_that_does_not_say_who_it_is(run):
     """As those of earlier versions, which held a lock of the same file."""
     with open(run / ".lock", "w") as file:
