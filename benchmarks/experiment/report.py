@@ -20,8 +20,10 @@ def format_results(results: Mapping[str, Any]) -> str:
     """Returns all tables."""
     rows = [row for row in results["rows"] if not row["language"]]
     parts = [_of_runs(rows, list(results["scores"]), results["times"])]
-    for name, scores in results["scores"].items():
-        parts.append(f"{NAMES[name]}, chrF\n\n{_by_level(rows, scores)}")
+    for metric, shown in (("chrf", "chrF"), ("bleu", "BLEU")):
+        for name, scores in results["scores"].items():
+            table = _by_level(rows, scores, metric)
+            parts.append(f"{NAMES[name]}, {shown}\n\n{table}")
     alone = [row for row in results["rows"] if row["language"]]
     if alone:
         parts.append(_bilingual(alone, rows, results))
@@ -67,7 +69,9 @@ def _models(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
     return models
 
 
-def _by_level(rows: Sequence[Mapping[str, Any]], scores: Mapping[str, Any]) -> str:
+def _by_level(
+    rows: Sequence[Mapping[str, Any]], scores: Mapping[str, Any], metric: str
+) -> str:
     """A line for all pairs and for each resource level; means over seeds, and range."""
     models = _models(rows)
     levels = ["", *scores["copy"].get("resources", {})]
@@ -79,9 +83,9 @@ def _by_level(rows: Sequence[Mapping[str, Any]], scores: Mapping[str, Any]) -> s
             return found["resources"][level] if level else found["overall"]
 
         line = [level or "all", str(cell("copy")["pairs"])]
-        line += [f"{cell(name)['chrf']:.1f}" for name in ("copy", "memory")]
+        line += [f"{cell(name)[metric]:.1f}" for name in ("copy", "memory")]
         for runs in models.values():
-            values = [cell(run)["chrf"] for run in runs]
+            values = [cell(run)[metric] for run in runs]
             spread = f" ± {(max(values) - min(values)) / 2:.1f}" if runs[1:] else ""
             line.append(f"{statistics.mean(values):.1f}{spread}")
         lines.append(line)
@@ -95,20 +99,30 @@ def _bilingual(
 ) -> str:
     """The paper's comparison: each model over a model of one language alone."""
     models = _models(rows)
+    gains: dict[str, list[float]] = {model: [] for model in models}
     lines = []
     for row in sorted(alone, key=lambda row: -results["counts"][row["language"]]):
         language = row["language"]
-        line = [language, str(results["counts"][language])]
         scores = results["scores"]["test_pairs"]
         if row["run"] not in scores:
             continue  # no new pair of this language
         base = scores[row["run"]]["overall"]["bleu"]
-        line.append(f"{base:.1f}")
-        for runs in models.values():
+        for model, runs in models.items():
             over = [scores[run]["language"][language]["bleu"] - base for run in runs]
-            line.append(f"{statistics.mean(over):+.1f}")
-        lines.append(line)
-    head = ["language", "training pairs", "bilingual, BLEU", *models]
+            gains[model].append(statistics.mean(over))
+        lines.append(
+            [
+                language,
+                str(results["counts"][language]),
+                f"{row['epochs']:.1f}",
+                f"{base:.1f}",
+                *(f"{each[-1]:+.1f}" for each in gains.values()),
+            ]
+        )
+    if lines:
+        means = [f"{statistics.mean(each):+.1f}" for each in gains.values()]
+        lines.append(["mean", "", "", "", *means])
+    head = ["language", "training pairs", "epochs", "bilingual, BLEU", *models]
     return "new pairs, BLEU over a bilingual model\n\n" + _table(head, lines)
 
 

@@ -108,9 +108,41 @@ def test_means_over_seeds():
         "e4-0": scored(7.0, 8.0),
     }
     rows = [{"run": run, "model": run[:-2]} for run in ("dense-0", "e4-0", "dense-1")]
-    lines = report._by_level(rows, scores).splitlines()
+    lines = report._by_level(rows, scores, "chrf").splitlines()
     assert lines[0] == "|  | pairs | copy | memory | dense | e4 |"
     assert lines[2:] == [
         "| all | 4 | 1.0 | 3.0 | 5.5 ± 0.5 | 7.0 |",
         "| fewer | 4 | 2.0 | 4.0 | 7.5 ± 1.5 | 8.0 |",
+    ]
+
+
+def test_gains_over_bilingual_models():
+    def scored(bleu, **languages):
+        each = {name: {"bleu": value} for name, value in languages.items()}
+        return {"overall": {"bleu": bleu}, "language": each}
+
+    names = ("dense-0", "dense-1", "e4-0", "only-de", "only-fr")
+    rows = [
+        {
+            "run": name,
+            "model": name.split("-")[0],
+            "language": name[5:] if name.startswith("only") else "",
+            "epochs": 2.0,
+        }
+        for name in names
+    ]
+    scores = {
+        "dense-0": scored(0.0, de=2.0, fr=1.0),
+        "dense-1": scored(0.0, de=4.0, fr=1.0),
+        "e4-0": scored(0.0, de=6.0, fr=5.0),
+        "only-de": scored(1.0),
+        "only-fr": scored(3.0),
+    }
+    results = {"counts": {"de": 9, "fr": 7}, "scores": {"test_pairs": scores}}
+    table = report._bilingual(rows[3:], rows[:3], results).splitlines()[2:]
+    assert table[0].endswith("| epochs | bilingual, BLEU | dense | e4 |")
+    assert table[2:] == [
+        "| de | 9 | 2.0 | 1.0 | +2.0 | +5.0 |",
+        "| fr | 7 | 2.0 | 3.0 | -2.0 | +2.0 |",
+        "| mean |  |  |  | +0.0 | +3.5 |",
     ]
