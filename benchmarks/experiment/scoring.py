@@ -142,6 +142,13 @@ def _translate(
     return translator.translate([p.lang for p in pairs], [p.source for p in pairs])
 
 
+def losses(out: pathlib.Path) -> list[dict[str, Any]]:
+    """Returns the rows of runs, without scores, of those that were evaluated."""
+    _, _, runs = read_about(out)
+    done = [run for run in runs if evaluations_of(out / run.name / "new-pairs")]
+    return [_row(out, run, {}) for run in done]
+
+
 def _row(out: pathlib.Path, run: Run, scores: dict[str, Any]) -> dict[str, Any]:
     from gshard_tf import export
 

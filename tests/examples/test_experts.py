@@ -41,6 +41,8 @@ def test_the_experiment_runs_whole(toy_corpus, tmp_path, monkeypatch, capsys):
     assert [row["experts"] for row in rows.values()] == [0, 4, 0]
     assert rows["e4-0"]["parameters"] > rows["dense-0"]["parameters"]
     assert rows["e4-0"]["tokens"] == rows["dense-0"]["tokens"] > 0
+    for row in scoring.losses(tmp_path):
+        assert row["train_nll"] == rows[row["run"]]["train_nll"]
     pairs = results["scores"]["test_pairs"]
     (alone,) = (row for row in rows.values() if row["language"])
     of_language = pairs["dense-0"]["language"][alone["language"]]
@@ -72,6 +74,18 @@ def test_equal_flops_per_token():
     assert wide.hidden_dim == 2 * dense.hidden_dim
     assert dense.steps == four.steps == many.steps
     assert many.hidden_dim == four.hidden_dim
+
+
+def test_pilots_differ_from_the_runs_in_sizes_alone():
+    cpu = design.SIZES["cpu"]
+    for name in ("pilot", "pilot-narrow", "pilot-broad", "pilot-deep"):
+        size = design.SIZES[name]
+        assert [run.name for run in design.all_runs(size, ["de"])] == [
+            *("dense-0", "wide-0")
+        ]
+        assert size.settings.keys() == cpu.settings.keys()
+        same = ("vocab_size", "batch_tokens", "learning_rate", "schedule")
+        assert all(size.settings[key] == cpu.settings[key] for key in same)
 
 
 def test_languages_are_of_all_levels():
