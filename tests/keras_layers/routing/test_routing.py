@@ -75,7 +75,6 @@ def check_against_oracle(gates, capacity, mask, uniforms, drop_frees_slot):
     return int(dispatched.sum())
 
 
-@pytest.mark.broad(3)
 @pytest.mark.parametrize("drop_frees_slot", [False, True])
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("kind", ["plain", "ties", "equal", "one_expert", "skewed"])
