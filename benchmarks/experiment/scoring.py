@@ -42,8 +42,7 @@ def score(
     from gshard_examples.translation.udhr import load_udhr
 
     size, languages, runs = read_about(out)
-    # One that had no more time is as far as it got.
-    runs = [run for run in runs if evaluations_of(out / run.name / "new-pairs")]
+    runs = _evaluated(out, runs)
     if not runs:
         raise ValueError(f"A run must be complete. Received: none in {out}")
     corpus = load_corpus(data)
@@ -145,8 +144,12 @@ def _translate(
 def losses(out: pathlib.Path) -> list[dict[str, Any]]:
     """Returns the rows of runs, without scores, of those that were evaluated."""
     _, _, runs = read_about(out)
-    done = [run for run in runs if evaluations_of(out / run.name / "new-pairs")]
-    return [_row(out, run, {}) for run in done]
+    return [_row(out, run, {}) for run in _evaluated(out, runs)]
+
+
+def _evaluated(out: pathlib.Path, runs: Sequence[Run]) -> list[Run]:
+    """Those that were; one that had no more time is as far as it got."""
+    return [run for run in runs if evaluations_of(out / run.name / "new-pairs")]
 
 
 def _row(out: pathlib.Path, run: Run, scores: dict[str, Any]) -> dict[str, Any]:

@@ -80,9 +80,8 @@ def test_pilots_differ_from_the_runs_in_sizes_alone():
     cpu = design.SIZES["cpu"]
     for name in ("pilot", "pilot-narrow", "pilot-broad", "pilot-deep"):
         size = design.SIZES[name]
-        assert [run.name for run in design.all_runs(size, ["de"])] == [
-            *("dense-0", "wide-0")
-        ]
+        names = [run.name for run in design.all_runs(size, ["de"])]
+        assert names == ["dense-0", "wide-0"]
         assert size.settings.keys() == cpu.settings.keys()
         same = ("vocab_size", "batch_tokens", "learning_rate", "schedule")
         assert all(size.settings[key] == cpu.settings[key] for key in same)

@@ -264,7 +264,7 @@ def test_attention_weights_are_not_kept():
     """The compiled program keeps no `[B, N, T, L]` of each of several attentions."""
     temporary = []
     for remat in (False, True):
-        layers = [attention_step(remat)[0] for _ in range(3)]
+        layers = [attention_step(remat)[0] for _ in range(4)]
 
         @tf.function(autograph=False)
         def step(x, layers=layers):
@@ -277,10 +277,10 @@ def test_attention_weights_are_not_kept():
 
         strategy = gshard_tf.SpmdStrategy(gshard_tf.create_mesh({"expert": 1}))
         with strategy.scope():
-            layers[:] = [attention_step(remat)[0] for _ in range(3)]
+            layers[:] = [attention_step(remat)[0] for _ in range(4)]
             strategy.run(step, (np.ones([2, 256, 8], "float32"),))
         (program,) = strategy.programs
         temporary.append(program.compiled.memory_analysis().temp_size_in_bytes)
     weights = 4 * 2 * 2 * 256 * 256  # bytes of one attention's
-    assert temporary[0] > 3 * weights
+    assert temporary[0] > 4 * weights
     assert temporary[1] < temporary[0] - 2 * weights
