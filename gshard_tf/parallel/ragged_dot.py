@@ -11,15 +11,19 @@ few, as in decoding. So a few rows are multiplied one by one, by sums that read 
 once.
 """
 
+import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from gshard_tf.parallel.permutations import stable_order
 
-#: Rows of the largest and the smallest block.
-LARGEST, SMALLEST = 256, 8
-#: Sizes of the last block of a group: it computes an eighth of a block in vain at most.
-STEPS = 8
+#: Rows of the largest and the smallest full block.
+LARGEST, SMALLEST = 512, 8
+#: A full block has as many rows as an even load, or as many times more.
+LARGER = 4
+#: Sizes of the last block of a group, in eighths of an even load. They go beyond it, so
+#: that a group that is a little larger needs no second block.
+EIGHTHS = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12)
 #: Rows that are so few that each is multiplied by itself, and rows of a matrix that are
 #: added up in one pass.
 FEW, UNROLLED = 8, 16
@@ -27,7 +31,7 @@ FEW, UNROLLED = 8, 16
 MOSTLY_EMPTY = 32
 
 
-def ragged_dot(rows: Any, matrices: Any, sizes: Any) -> Any:
+def ragged_dot(rows: Any, matrices: Any, sizes: Any, spare: int = 1) -> Any:
     """Products of the rows of each group with the group's matrix.
 
     Args:
@@ -35,14 +39,15 @@ def ragged_dot(rows: Any, matrices: Any, sizes: Any) -> Any:
             their results are 0, and their values affect nothing.
         matrices: `[E, M, H]`.
         sizes: `[E]` int32, the number of rows of each group.
+        spare: How many times as many rows as usual there is room for. It changes the
+            time, no result.
 
     Returns:
         `[R, H]`.
     """
     import jax
 
-    def in_blocks(rows, matrices, sizes):
-        return _rows_by_matrices(rows, matrices, sizes, "RM,MH->RH")
+    in_blocks = functools.partial(_in_blocks, spare=spare)
 
     def on_cpu(rows, matrices, sizes):
         if rows.shape[0] <= FEW:
@@ -65,8 +70,8 @@ def ragged_dot(rows: Any, matrices: Any, sizes: Any) -> Any:
 
     def backward(saved, d_outputs):
         rows, matrices, sizes = saved
-        d_rows = _rows_by_matrices(d_outputs, matrices, sizes, "RH,MH->RM")
-        return d_rows, _rows_by_rows(rows, d_outputs, sizes), None
+        gradients = _gradients_in_blocks(rows, matrices, sizes, d_outputs, spare)
+        return *gradients, None
 
     dot.defvjp(forward, backward)
     return dot(rows, matrices, sizes)
@@ -106,80 +111,68 @@ def _row_by_row(rows: Any, matrices: Any, sizes: Any) -> Any:
     return lax.fori_loop(0, ends[-1], one_row, outputs)
 
 
-def _rows_by_matrices(rows: Any, matrices: Any, sizes: Any, equation: str) -> Any:
-    """`[R, .]` by the matrix of each row's group.
-
-    Args:
-        rows: The rows, sorted by group.
-        matrices: `[E, M, H]`.
-        sizes: `[E]` int32.
-        equation: Of a block of rows and a matrix.
-    """
-    from jax import lax
+def _in_blocks(rows: Any, matrices: Any, sizes: Any, spare: int) -> Any:
+    """`ragged_dot`, block by block."""
     from jax import numpy as jnp
 
-    blocks = _Blocks(rows.shape[0], sizes)
-    padded = blocks.pad(rows)
-    width = matrices.shape[2 if equation.endswith("H") else 1]
-    outputs = _zeros((padded.shape[0], width), rows, matrices)
+    blocks = _Blocks(rows.shape[0], sizes, spare)
+    rows, count = blocks.pad(rows), rows.shape[0]
+    outputs = _zeros((rows.shape[0], matrices.shape[2]), rows, matrices)
 
-    def one_block(outputs, group, matrix, start, size):
-        block = lax.dynamic_slice_in_dim(padded, start, size)
-        product = jnp.einsum(equation, block, matrix)
-        before = lax.dynamic_slice_in_dim(outputs, start, size)
-        product = jnp.where(blocks.is_inside(group, start, size), product, before)
-        return lax.dynamic_update_slice_in_dim(outputs, product, start, 0)
+    def one_block(outputs, matrix, block):
+        product = jnp.einsum("RM,MH->RH", block.of(rows), matrix)
+        return block.set(outputs, product)
 
-    def last_block(outputs, group, start, size):
-        return one_block(outputs, group, matrices[group], start, size)
-
-    def full_blocks(outputs, group, count, start, size):
+    def full_blocks(outputs, group, blocks):
         # One copy of the matrix for all blocks.
         matrix = matrices[group]
-        return lax.fori_loop(
-            0,
-            count,
-            lambda i, outputs: one_block(
-                outputs, group, matrix, start + i * size, size
-            ),
-            outputs,
-        )
+        return blocks(lambda outputs, block: one_block(outputs, matrix, block), outputs)
 
-    outputs = blocks.for_each(outputs, last_block, full_blocks)
-    return outputs[: rows.shape[0]]
+    outputs = blocks.for_each(
+        outputs,
+        lambda outputs, group, block: one_block(outputs, matrices[group], block),
+        full_blocks,
+    )
+    return outputs[:count]
 
 
-def _rows_by_rows(rows: Any, others: Any, sizes: Any) -> Any:
-    """`[R, M]` and `[R, H]` -> `[E, M, H]`: products, summed over each group."""
-    from jax import lax
+def _gradients_in_blocks(
+    rows: Any, matrices: Any, sizes: Any, d_outputs: Any, spare: int
+) -> Any:
+    """Gradients of `ragged_dot` for rows `[R, M]` and matrices `[E, M, H]`."""
     from jax import numpy as jnp
 
-    blocks = _Blocks(rows.shape[0], sizes)
-    rows, others = blocks.pad(rows), blocks.pad(others)
-    outputs = _zeros((sizes.shape[0], rows.shape[1], others.shape[1]), rows, others)
+    blocks = _Blocks(rows.shape[0], sizes, spare)
+    rows, d_outputs, count = blocks.pad(rows), blocks.pad(d_outputs), rows.shape[0]
+    d_rows = _zeros(rows.shape, rows, matrices, d_outputs)
+    d_matrices = _zeros(matrices.shape, rows, matrices, d_outputs)
 
-    def product(group, start, size):
-        # Both: 0 times a NaN of the next group is NaN.
-        inside = blocks.is_inside(group, start, size)
-        left, right = (
-            jnp.where(inside, lax.dynamic_slice_in_dim(x, start, size), 0)
-            for x in (rows, others)
-        )
-        return jnp.einsum("RM,RH->MH", left, right)
+    def one_block(d_rows, matrix, block):
+        """Its part of both."""
+        # Both are masked: 0 times a NaN of the next group is NaN.
+        left, right = block.own(rows), block.own(d_outputs)
+        d_rows = block.set(d_rows, jnp.einsum("RH,MH->RM", right, matrix))
+        return d_rows, jnp.einsum("RM,RH->MH", left, right)
 
-    def last_block(outputs, group, start, size):
-        return outputs.at[group].set(product(group, start, size))
+    def last_block(state, group, block):
+        d_rows, d_matrices = state
+        d_rows, d_matrix = one_block(d_rows, matrices[group], block)
+        return d_rows, d_matrices.at[group].set(d_matrix)
 
-    def full_blocks(outputs, group, count, start, size):
-        total = lax.fori_loop(
-            0,
-            count,
-            lambda i, total: total + product(group, start + i * size, size),
-            outputs[group],
-        )
-        return outputs.at[group].set(total)
+    def full_blocks(state, group, blocks):
+        d_rows, d_matrices = state
+        matrix = matrices[group]
 
-    return blocks.for_each(outputs, last_block, full_blocks)
+        def add(state, block):
+            d_rows, total = state
+            d_rows, d_matrix = one_block(d_rows, matrix, block)
+            return d_rows, total + d_matrix
+
+        d_rows, d_matrix = blocks(add, (d_rows, d_matrices[group]))
+        return d_rows, d_matrices.at[group].set(d_matrix)
+
+    d_rows, d_matrices = blocks.for_each((d_rows, d_matrices), last_block, full_blocks)
+    return d_rows[:count], d_matrices
 
 
 def _zeros(shape: tuple, *arrays: Any) -> Any:
@@ -194,74 +187,148 @@ def _zeros(shape: tuple, *arrays: Any) -> Any:
     return jnp.full(shape, zero)
 
 
+class _Block(NamedTuple):
+    """Rows that lie side by side, of which some are of a group.
+
+    Attributes:
+        start: Its first row.
+        size: The number of its rows.
+        inside: `[size, 1]` bool, False for the rows that are of other groups.
+    """
+
+    start: Any
+    size: int
+    inside: Any
+
+    def of(self, rows: Any) -> Any:
+        """Its part of an array `[R, .]`."""
+        from jax import lax
+
+        return lax.dynamic_slice_in_dim(rows, self.start, self.size)
+
+    def own(self, rows: Any) -> Any:
+        """Its part of an array, with zeros for rows of other groups."""
+        from jax import numpy as jnp
+
+        return jnp.where(self.inside, self.of(rows), 0)
+
+    def set(self, rows: Any, values: Any) -> Any:
+        """The array with other values for the rows of the group."""
+        from jax import lax
+        from jax import numpy as jnp
+
+        values = jnp.where(self.inside, values, self.of(rows))
+        return lax.dynamic_update_slice_in_dim(rows, values, self.start, 0)
+
+
 class _Blocks:
     """The blocks of rows of each group: full ones, and a last one of a size that fits.
 
+    Large blocks are multiplied faster, and the last one computes few rows in vain.
     Shapes are static, so each size of a last block has a loop over the groups that end
     with it.
 
     Args:
         rows: R; a symbol of jax where it is not known.
         sizes: `[E]` int32, the rows of each group.
+        spare: How many times as many rows as usual there is room for.
     """
 
-    def __init__(self, rows: Any, sizes: Any):
+    def __init__(self, rows: Any, sizes: Any, spare: int):
         from jax import numpy as jnp
 
-        average = rows // sizes.shape[0] if isinstance(rows, int) else LARGEST
+        groups = sizes.shape[0] * spare
+        average = rows // groups if isinstance(rows, int) else LARGEST
         fitting = 1 << max(average - 1, 0).bit_length()
-        self.largest = min(max(fitting, SMALLEST), LARGEST)
-        self.step = max(self.largest // STEPS, SMALLEST)
+        even = min(max(fitting, SMALLEST), LARGEST)
+        larger = min(LARGER * even, LARGEST)
+        # Multiples of the smallest block.
+        unit = 8 * SMALLEST
+        self.last_sizes = sorted({-(-even * n // unit) * SMALLEST for n in EIGHTHS})
+        # Blocks must fit into the array, where they may lie anywhere.
+        most = max(self.last_sizes[-1], larger)
+        self.added = 0 if isinstance(rows, int) and rows >= most else most
+        self.rows = rows + self.added
         self.ends = jnp.cumsum(sizes)
-        self.starts = self.ends - sizes
-        # The last block of a group that has rows is never empty.
-        self.full = jnp.maximum(sizes - 1, 0) // self.largest  # [E]
-        self.last_start = self.starts + self.full * self.largest
-        self.last_steps = -((self.last_start - self.ends) // self.step)  # [E]
+        start = self.ends - sizes
+        # The first row of full blocks, their number and their size.
+        self.full: list[tuple[Any, Any, int]] = []
+        for size in sorted({larger, even}, reverse=True):
+            count = (self.ends - start) // size  # [E]
+            if size == even:
+                beyond = self.ends - start - self.last_sizes[-1]
+                count = jnp.maximum(-(-beyond // size), 0)
+            self.full.append((start, count, size))
+            start = start + count * size
+        self.last_start = start
+        # The number of sizes up to the one that fits, 0 for no block, [E].
+        smaller = jnp.asarray([0, *self.last_sizes[:-1]])
+        self.last_steps = jnp.sum((self.ends - start)[:, None] > smaller, axis=1)
 
     def pad(self, rows: Any) -> Any:
-        """Rows with as many more as a block may reach beyond them."""
+        """Rows with as many more as make room for a block."""
         from jax import numpy as jnp
 
-        return jnp.pad(rows, ((0, self.largest), (0, 0)))
+        return jnp.pad(rows, ((0, self.added), (0, 0))) if self.added else rows
 
-    def is_inside(self, group: Any, start: Any, size: int) -> Any:
-        """`[size, 1]` bool, False for the rows of a block that are of other groups."""
+    def block(self, group: Any, start: Any, size: int) -> _Block:
+        """The block of a group's rows from `start` on."""
         from jax import numpy as jnp
 
-        return (start + jnp.arange(size) < self.ends[group])[:, None]
+        first = jnp.minimum(start, self.rows - size)
+        row = first + jnp.arange(size)
+        inside = (row >= start) & (row < self.ends[group])
+        return _Block(first, size, inside[:, None])
 
     def for_each(self, state: Any, last_block: Callable, full_blocks: Callable) -> Any:
         """Passes `state` through the blocks of all groups.
 
         Args:
-            state: An array.
-            last_block: From the state, a group, and the first row and the size of its
-                last block, to the state.
-            full_blocks: From the state, a group, the number of its full blocks, and the
-                first row and the size of the first one, to the state.
+            state: A nest of arrays.
+            last_block: From the state, a group and its last block, to the state.
+            full_blocks: From the state, a group, and a loop over its full blocks, to
+                the state. The loop takes a function from a state and a block to the
+                state, and the first one.
         """
         from jax import lax
         from jax import numpy as jnp
 
-        steps_of_full = self.largest // self.step
-        order = stable_order(self.last_steps, steps_of_full)
+        order = stable_order(self.last_steps, len(self.last_sizes))
         before = jnp.sum(self.last_steps == 0)
-        for steps in range(1, steps_of_full + 1):
+        for steps, size in enumerate(self.last_sizes, 1):
             count = jnp.sum(self.last_steps == steps)
 
-            def last(i, state, size=steps * self.step):
+            def last(i, state, size=size):
                 group = order[i]
-                return last_block(state, group, self.last_start[group], size)
+                block = self.block(group, self.last_start[group], size)
+                return last_block(state, group, block)
 
             state = lax.fori_loop(before, before + count, last, state)
             before += count
 
-        order_of_full = stable_order((self.full == 0).astype(jnp.int32), 1)
+        for starts, counts, size in self.full:
+            state = self._for_each_full(state, starts, counts, size, full_blocks)
+        return state
 
-        def full(i, state):
-            group = order_of_full[i]
-            count, start = self.full[group], self.starts[group]
-            return full_blocks(state, group, count, start, self.largest)
+    def _for_each_full(
+        self, state: Any, starts: Any, counts: Any, size: int, full_blocks: Callable
+    ) -> Any:
+        """Passes `state` through the groups that have full blocks of this size."""
+        from jax import lax
+        from jax import numpy as jnp
 
-        return lax.fori_loop(0, jnp.sum(self.full > 0), full, state)
+        order = stable_order((counts == 0).astype(jnp.int32), 1)
+
+        def one_group(i, state):
+            group = order[i]
+            start, count = starts[group], counts[group]
+
+            def blocks(fn, state):
+                def one_block(j, state):
+                    return fn(state, self.block(group, start + j * size, size))
+
+                return lax.fori_loop(0, count, one_block, state)
+
+            return full_blocks(state, group, blocks)
+
+        return lax.fori_loop(0, jnp.sum(counts > 0), one_group, state)

@@ -1,5 +1,6 @@
 """Products of ragged groups: against products group by group."""
 
+import functools
 import re
 
 import jax
@@ -25,15 +26,16 @@ def _expected(rows, matrices, sizes, d_outputs):
     return outputs, d_rows, d_matrices
 
 
-@jax.jit
-def _run(rows, matrices, sizes, d_outputs):
-    outputs, pull = jax.vjp(
-        lambda rows, matrices: ragged_dot(rows, matrices, sizes), rows, matrices
-    )
+@functools.partial(jax.jit, static_argnames="spare")
+def _run(rows, matrices, sizes, d_outputs, spare):
+    def dot(rows, matrices):
+        return ragged_dot(rows, matrices, sizes, spare)
+
+    outputs, pull = jax.vjp(dot, rows, matrices)
     return outputs, *pull(d_outputs)
 
 
-def _check(sizes, count, width=3):
+def _check(sizes, count, width=3, spare=1):
     """Of `count` rows, those after all groups are of no group."""
     rng = np.random.default_rng(0)
     rows = rng.normal(size=(count, width)).astype("f")
@@ -42,7 +44,7 @@ def _check(sizes, count, width=3):
     expected = _expected(rows, matrices, sizes, d_outputs)
     # Rows of no group affect nothing.
     rows[sum(sizes) :] = np.nan
-    results = _run(rows, matrices, np.asarray(sizes, "int32"), d_outputs)
+    results = _run(rows, matrices, np.asarray(sizes, "int32"), d_outputs, spare)
     for result, right in zip(results, expected, strict=True):
         np.testing.assert_allclose(result, right, rtol=1e-4, atol=1e-4)
 
@@ -57,6 +59,15 @@ def test_groups_of_any_size(sizes):
 def test_full_blocks_and_one_that_fits():
     sizes = [3, 2 * LARGEST + 70, 0, LARGEST, 1]
     _check(sizes, sum(sizes) + 5)
+
+
+@pytest.mark.parametrize("hot", [127, 128, 2 * 128 + 32 + 17])
+@pytest.mark.parametrize("spare", [1, 4])
+def test_a_group_of_many_times_the_others(hot, spare):
+    """Blocks of two sizes; and one that ends where the array does."""
+    sizes = [1] * 7 + [hot, 0, 5]
+    _check(sizes, 8 * 40, spare=spare)
+    _check(sizes, sum(sizes), spare=spare)
 
 
 @pytest.mark.parametrize(("after", "width"), [(0, 3), (1, 40), (60, 16)])
