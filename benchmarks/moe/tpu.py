@@ -1,11 +1,15 @@
 """FLOPs of the layer in the TPU compiler's program, over those of the experts.
 
+With capacity, and with dropless dispatch over those of the routed rows.
+
     python -m benchmarks.moe.tpu [--json] [--topology NAME ...]
 
 Compile-only: forward and backward of one `MoELayer` (top-2, capacity factor 2) with as
 many experts and groups as the slice has cores, each group 2,048 tokens, float32
-weights; at the paper's width (M = 1024, H = 8192) by default. Needs libtpu
-(`pip install 'gshard-tf[aot]'`), no TPU; nothing is run.
+weights; at the paper's width (M = 1024, H = 8192) by default. The dropless layer stands
+behind a dense one, so that its tokens have gradients, too, and has one and four experts
+a core. Its FLOPs are those that its kernels state: of all tiles that they visit under
+an even load. Needs libtpu (`pip install 'gshard-tf[aot]'`), no TPU; nothing is run.
 """
 
 import collections
@@ -17,6 +21,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # The process computes nothing, and must not look for a TPU.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+import keras
 import tensorflow as tf
 
 import gshard_tf
@@ -82,6 +87,50 @@ def compile_layer(topology: str, model_dim: int, hidden_dim: int) -> dict:
     }
 
 
+def compile_dropless(
+    topology: str, model_dim: int, hidden_dim: int, experts_per_core: int
+) -> dict:
+    cores = len(topology_devices(topology))
+    experts = cores * experts_per_core
+
+    def build() -> keras.Model:
+        inputs = keras.Input((GROUP_SIZE, model_dim))
+        x = keras.layers.Dense(model_dim)(inputs)
+        layer = MoELayer(
+            experts,
+            hidden_dim,
+            router={"kind": "top_k", "k": 2},
+            dispatcher="dropless",
+            seed=0,
+            name="moe",
+        )
+        model = keras.Model(inputs, layer(x), name="model")
+        model.compile("sgd", "mse")
+        return model
+
+    spec = tf.TensorSpec((cores, GROUP_SIZE, model_dim), tf.float32)
+    plan = gshard_tf.plan(build, topology, batch=(spec, spec), cache=False)
+    flops = sum(
+        count
+        for layer, count in plan.flops_by_layer.items()
+        if layer.startswith("model/moe/experts")
+    )
+    # Of a core: two choices a token, two products, forward and both gradients.
+    analytic = 2 * GROUP_SIZE * 3 * 2 * 2 * model_dim * hidden_dim
+    kinds = ("all-to-all", "all-reduce", "all-gather", "collective-permute")
+    counts = {kind: plan.count(kind, "model/moe") for kind in kinds}
+    return {
+        "topology": topology,
+        "cores": cores,
+        "experts": experts,
+        "flops_over_routed": flops / analytic,
+        "collectives": {kind: count for kind, count in counts.items() if count},
+        "temporary_mb": plan.memory.temporaries / 1e6,
+        "trace_s": plan.trace_seconds,
+        "compile_s": plan.compile_seconds,
+    }
+
+
 def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--topology", nargs="+", default=["v5e:2x4", "v3:4x4"])
@@ -93,10 +142,19 @@ def main() -> None:
         compile_layer(name, options.model_dim, options.hidden_dim)
         for name in options.topology
     ]
+    dropless = [
+        compile_dropless(name, options.model_dim, options.hidden_dim, each)
+        for name in options.topology
+        for each in (1, 4)
+    ]
     if options.json:
-        print(json.dumps({"rows": rows, "machine": machine.describe()}))
+        print(
+            json.dumps(
+                {"rows": rows, "dropless": dropless, "machine": machine.describe()}
+            )
+        )
         return
-    for row in rows:
+    for row in [*rows, *dropless]:
         print(row)
 
 

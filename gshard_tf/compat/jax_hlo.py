@@ -61,6 +61,7 @@ def _primitive() -> Any:
     def lower(ctx, *args, hlo, out_avals, mesh_axes):
         stablehlo = _jax.mlir.hlo_to_stablehlo(hlo.value)
         module = ir.Module.parse(stablehlo)
+        _remove_empty_tilings(module)
         if is_shardy_enabled():
             to_shardy(module, dict(mesh_axes))
         main = ir.SymbolTable(module.operation)["main"]
@@ -73,6 +74,27 @@ def _primitive() -> Any:
 
     mlir.register_lowering(primitive, lower)
     return primitive
+
+
+def _remove_empty_tilings(module: Any) -> None:
+    """Removes an attribute of kernels that says nothing.
+
+    jaxlib 0.12 gives each call with layouts a list of empty tilings, and cannot write
+    the list for a compiler that is older than itself, as libtpu mostly is. On an
+    upgrade, see whether a kernel compiles for a TPU without it.
+    """
+    from jaxlib.mlir import ir
+
+    def visit(operation):
+        attributes = operation.attributes
+        if "result_tilings" in attributes and all(
+            len(ir.ArrayAttr(each)) == 0
+            for each in ir.ArrayAttr(attributes["result_tilings"])
+        ):
+            del attributes["result_tilings"]
+        return ir.WalkResult.ADVANCE
+
+    module.operation.walk(visit)
 
 
 def hlo_as_text(hlo: bytes) -> str:

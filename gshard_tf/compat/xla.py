@@ -22,6 +22,9 @@ PORTABLE_CALLS = frozenset(
         "Qr",
     }
 )
+# Those that the compiler of one platform has: Pallas kernels of a TPU, of which jax
+# promises that an exported one stays valid.
+PLATFORM_CALLS = {"tpu": frozenset({"tpu_custom_call"})}
 
 
 def compiler_options(platform: str) -> dict[str, str | bool]:

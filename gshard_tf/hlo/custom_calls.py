@@ -1,6 +1,6 @@
 """Functions of one platform that a module calls by name."""
 
-from gshard_tf.compat.xla import PORTABLE_CALLS
+from gshard_tf.compat.xla import PLATFORM_CALLS, PORTABLE_CALLS
 from gshard_tf.compat.xla_protos import HloModuleProto
 
 
@@ -12,16 +12,17 @@ def check_portable(hlo: bytes, platform: str) -> None:
         platform: The platform that it is to be compiled for, for the message.
 
     Raises:
-        ValueError: when it calls a function by a name that is not XLA's own: the
-            function may be there on CPUs alone.
+        ValueError: when it calls a function by a name that is not XLA's own, or one of
+            the platform's: the function may be there on CPUs alone.
     """
+    known = PORTABLE_CALLS | PLATFORM_CALLS.get(platform, frozenset())
     foreign = {
         f"{instruction.custom_call_target} ({instruction.metadata.op_type} "
         f"{instruction.metadata.op_name!r})"
         for computation in HloModuleProto.FromString(hlo).computations
         for instruction in computation.instructions
         if instruction.opcode == "custom-call"
-        and instruction.custom_call_target not in PORTABLE_CALLS
+        and instruction.custom_call_target not in known
     }
     if foreign:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""FLOPs of the dots and convolutions of an HLO module."""
+"""FLOPs of the dots, convolutions and kernels of an HLO module."""
 
 import functools
 import math
@@ -9,11 +9,14 @@ import numpy as np
 
 from gshard_tf.hlo.parser import Instruction, Module, called
 
+# Of the configuration of a Pallas kernel.
+_STATED = re.compile(r'"cost_estimate"[^}]*?"flops"[": ]+(\d+)')
+
 
 def flops_by_operation(
     module: Module, loops: Mapping[str, int | None] | None = None
 ) -> dict[str, float]:
-    """Returns the FLOPs of a module's dots and convolutions by their `op_name`.
+    """Returns the FLOPs of a module's dots, convolutions and kernels by `op_name`.
 
     Args:
         module: The module.
@@ -80,6 +83,7 @@ def instruction_flops(
 ) -> int:
     """FLOPs of a dot or a convolution, two per multiplication; 0 for all else.
 
+    A Pallas kernel states its own.
     The TPU compiler turns dots into convolutions, with batch dimensions as spatial
     ones that are mostly padding; only positions inside the operands count.
     """
@@ -96,6 +100,9 @@ def instruction_flops(
         return _convolution_flops(
             image, kernel, instruction.arrays[0].dims, instruction.attributes
         )
+    if instruction.opcode == "custom-call":
+        stated = _STATED.search(instruction.attributes)
+        return int(stated[1]) if stated else 0
     return 0
 
 

@@ -28,6 +28,8 @@ _CALLED = re.compile(
     r"%?([\w.\-]+)"
 )
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+# A kernel's configuration may go on over several lines.
+_CONTINUED = re.compile(r'\n(?=["}][^\n])')
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
 
 # The `to_apply` of most combines two numbers and is not a part of the program. The
@@ -217,7 +219,7 @@ def parse(text: str) -> Module:
     computations: dict[str, dict[str, Instruction]] = {}
     entry = ""
     current: dict[str, Instruction] = {}
-    for line in text.splitlines():
+    for line in _CONTINUED.sub(" ", text).splitlines():
         if not line.startswith(" "):
             head = _COMPUTATION.match(line)
             if head:

@@ -204,7 +204,8 @@ def _product_region(layout: _Layout, left: str | None, right: str | None) -> Cal
         if copies:
             matrices = jax.lax.pcast(matrices, copies, to="varying")
         # There is room for the rows of all devices that share the experts.
-        outputs = ragged_dot(rows, matrices, sizes, spare=layout.sharing)
+        spare, platform = layout.sharing, layout.platform
+        outputs = ragged_dot(rows, matrices, sizes, spare, platform)
         # A device's part of the sum over a split width.
         return outputs if left is None else jax.lax.psum(outputs, mesh_axis(left))
 

@@ -15,6 +15,8 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from gshard_tf.parallel import ragged_dot_tpu
+from gshard_tf.parallel.loop_state import zeros
 from gshard_tf.parallel.permutations import stable_order
 
 #: Rows of the largest and the smallest full block.
@@ -31,7 +33,13 @@ FEW, UNROLLED = 8, 16
 MOSTLY_EMPTY = 32
 
 
-def ragged_dot(rows: Any, matrices: Any, sizes: Any, spare: int = 1) -> Any:
+def ragged_dot(
+    rows: Any,
+    matrices: Any,
+    sizes: Any,
+    spare: int = 1,
+    platform: str | None = None,
+) -> Any:
     """Products of the rows of each group with the group's matrix.
 
     Args:
@@ -41,12 +49,15 @@ def ragged_dot(rows: Any, matrices: Any, sizes: Any, spare: int = 1) -> Any:
         sizes: `[E]` int32, the number of rows of each group.
         spare: How many times as many rows as usual there is room for. It changes the
             time, no result.
+        platform: That of the devices as jax calls it, where it is known. A TPU has
+            kernels.
 
     Returns:
         `[R, H]`.
     """
     import jax
 
+    has_kernels = platform == "tpu" and ragged_dot_tpu.fits(rows, matrices)
     in_blocks = functools.partial(_in_blocks, spare=spare)
 
     def on_cpu(rows, matrices, sizes):
@@ -59,6 +70,8 @@ def ragged_dot(rows: Any, matrices: Any, sizes: Any, spare: int = 1) -> Any:
     @jax.custom_vjp
     def dot(rows, matrices, sizes):
         count = rows.shape[0]
+        if has_kernels:
+            return ragged_dot_tpu.in_tiles(rows, matrices, sizes, spare)
         if not isinstance(count, int) or count > MOSTLY_EMPTY * FEW:
             return in_blocks(rows, matrices, sizes)
         return jax.lax.platform_dependent(
@@ -70,7 +83,10 @@ def ragged_dot(rows: Any, matrices: Any, sizes: Any, spare: int = 1) -> Any:
 
     def backward(saved, d_outputs):
         rows, matrices, sizes = saved
-        gradients = _gradients_in_blocks(rows, matrices, sizes, d_outputs, spare)
+        gradients_of = (
+            ragged_dot_tpu.gradients_in_tiles if has_kernels else _gradients_in_blocks
+        )
+        gradients = gradients_of(rows, matrices, sizes, d_outputs, spare)
         return *gradients, None
 
     dot.defvjp(forward, backward)
@@ -84,7 +100,7 @@ def _row_by_row(rows: Any, matrices: Any, sizes: Any) -> Any:
 
     ends = jnp.cumsum(sizes)
     _, width, hidden = matrices.shape
-    outputs = _zeros((rows.shape[0], hidden), rows, matrices)
+    outputs = zeros((rows.shape[0], hidden), rows.dtype, rows, matrices)
 
     def add(total, row, group, start, count):
         # In one pass, which fuses with the reading of the matrix.
@@ -117,7 +133,8 @@ def _in_blocks(rows: Any, matrices: Any, sizes: Any, spare: int) -> Any:
 
     blocks = _Blocks(rows.shape[0], sizes, spare)
     rows, count = blocks.pad(rows), rows.shape[0]
-    outputs = _zeros((rows.shape[0], matrices.shape[2]), rows, matrices)
+    shape = (rows.shape[0], matrices.shape[2])
+    outputs = zeros(shape, rows.dtype, rows, matrices)
 
     def one_block(outputs, matrix, block):
         product = jnp.einsum("RM,MH->RH", block.of(rows), matrix)
@@ -144,8 +161,8 @@ def _gradients_in_blocks(
 
     blocks = _Blocks(rows.shape[0], sizes, spare)
     rows, d_outputs, count = blocks.pad(rows), blocks.pad(d_outputs), rows.shape[0]
-    d_rows = _zeros(rows.shape, rows, matrices, d_outputs)
-    d_matrices = _zeros(matrices.shape, rows, matrices, d_outputs)
+    arrays = (rows, matrices, d_outputs)
+    d_rows, d_matrices = (zeros(x.shape, x.dtype, *arrays) for x in arrays[:2])
 
     def one_block(d_rows, matrix, block):
         """Its part of both."""
@@ -173,18 +190,6 @@ def _gradients_in_blocks(
 
     d_rows, d_matrices = blocks.for_each((d_rows, d_matrices), last_block, full_blocks)
     return d_rows[:count], d_matrices
-
-
-def _zeros(shape: tuple, *arrays: Any) -> Any:
-    """Zeros, which differ between the devices of a manual region where `arrays` do.
-
-    jax wants the state of a loop to begin as it goes on.
-    """
-    from jax import numpy as jnp
-
-    never = jnp.zeros((), bool)
-    zero = sum(jnp.where(never, array.reshape(-1)[0], 0) for array in arrays)
-    return jnp.full(shape, zero)
 
 
 class _Block(NamedTuple):

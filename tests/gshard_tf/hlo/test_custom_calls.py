@@ -18,13 +18,24 @@ def test_decompositions_that_xla_expands_pass():
     check_portable(hlo, "tpu")
 
 
-def test_another_function_is_named_with_its_operation():
+def _renamed(target):
+    """A module that calls "Qr" under another name."""
     module = HloModuleProto.FromString(lowered(lambda x: tf.linalg.qr(x)))
     for computation in module.computations:
         for instruction in computation.instructions:
             if instruction.custom_call_target == "Qr":
-                instruction.custom_call_target = "lapack_sgeqrf_ffi"
+                instruction.custom_call_target = target
+    return module.SerializeToString()
+
+
+def test_kernels_of_a_tpu_pass_there_alone():
+    check_portable(_renamed("tpu_custom_call"), "tpu")
+    with pytest.raises(ValueError, match="'cuda', a step that calls tpu_custom_call"):
+        check_portable(_renamed("tpu_custom_call"), "cuda")
+
+
+def test_another_function_is_named_with_its_operation():
     with pytest.raises(
         ValueError, match=r"'cuda', a step that calls lapack_sgeqrf_ffi \(Qr '.*Qr'\)"
     ):
-        check_portable(module.SerializeToString(), "cuda")
+        check_portable(_renamed("lapack_sgeqrf_ffi"), "cuda")

@@ -52,6 +52,25 @@ def test_products_count_as_xla_counts_them(function, shapes):
     assert flops(parser.parse(text)) == lowered.cost_analysis()["flops"]
 
 
+def test_kernels_state_their_flops():
+    """Also over several lines, as a module before optimization has it."""
+    text = """HloModule kernels
+
+ENTRY main {
+  p = f32[8,8]{1,0} parameter(0)
+  k = f32[8,8]{1,0} custom-call(p), custom_call_target="tpu_custom_call", \\
+backend_config={"custom_call_config": {"body": "TUw=", "cost_estimate": {
+"bytes_accessed":512,
+"flops":1024,
+"transcendentals":0
+}, "serialization_format": 1}}
+  ROOT c = f32[8,8]{1,0} custom-call(k), custom_call_target="tpu_custom_call", \\
+backend_config={"custom_call_config":{"cost_estimate":{"flops":"7"}}}
+}
+""".replace("\\\n", "")
+    assert flops(parser.parse(text)) == 1024 + 7
+
+
 def test_loops_count_as_often_as_they_turn():
     def loop(x, w):
         return jax.lax.fori_loop(0, 7, lambda i, y: y @ w, x)

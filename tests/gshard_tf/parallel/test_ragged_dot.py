@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gshard_tf.parallel.ragged_dot import LARGEST, ragged_dot
+from gshard_tf.parallel.ragged_dot_tpu import fits, gradients_in_tiles, in_tiles
 
 
 def _expected(rows, matrices, sizes, d_outputs):
@@ -94,3 +95,41 @@ def test_a_few_rows_read_matrices_where_they_lie(count):
     found = re.findall(copies, compiled.as_text())
     # With many rows the blocks are there, too, in a branch that is not taken.
     assert bool(found) == (count == 64)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "count", "width"),
+    [
+        ([3, 300, 0, 128, 1], 500, 1024),
+        ([0, 100, 28, 0], 128, 24),  # all rows, and groups at both ends without any
+        ([0, 0, 5], 7, 8),  # less than a tile
+        ([0, 0], 130, 8),
+    ],
+)
+def test_kernels_of_a_tpu(sizes, count, width):
+    """Interpreted: here is no TPU."""
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(count, width)).astype("f")
+    matrices = rng.normal(size=(len(sizes), width, 16)).astype("f") / width**0.5
+    d_outputs = rng.normal(size=(count, 16)).astype("f")
+    expected = _expected(rows, matrices, sizes, d_outputs)
+    rows[sum(sizes) :] = np.nan
+    rows, matrices, d_outputs = map(jax.numpy.asarray, (rows, matrices, d_outputs))
+    sizes = np.asarray(sizes, "int32")
+    assert fits(rows, matrices)
+    results = [
+        in_tiles(rows, matrices, sizes, 1, interpret=True),
+        *gradients_in_tiles(rows, matrices, sizes, d_outputs, 1, interpret=True),
+    ]
+    for result, right in zip(results, expected, strict=True):
+        np.testing.assert_allclose(result, right, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("width", "dtype", "expected"),
+    [(384, "float32", True), (640, "bfloat16", True), (600, "float32", False),
+     (384, "float16", False)],
+)  # fmt: skip
+def test_what_the_kernels_multiply(width, dtype, expected):
+    rows = jax.ShapeDtypeStruct((64, 128), dtype)
+    assert fits(rows, jax.ShapeDtypeStruct((2, 128, width), dtype)) == expected
