@@ -87,6 +87,7 @@ def test_jax_is_imported_late_and_in_few_places():
         "program.py",
         "ragged_dispatch.py",
         "ragged_dot.py",
+        "ragged_dot_tpu.py",
         "ragged_exchange.py",
         "ring_attention.py",
         "runner.py",

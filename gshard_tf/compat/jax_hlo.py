@@ -97,6 +97,29 @@ def _remove_empty_tilings(module: Any) -> None:
     module.operation.walk(visit)
 
 
+def compiled_as_text(compiled: Any) -> str:
+    """Returns the text of a compiled program, as jax's `compiled.as_text()` prints it.
+
+    Relies on: nothing private. jaxlib builds each instruction again to print it, and
+    jaxlib 0.10 does not know some that libtpu 0.0.52 makes for chips with SparseCores
+    (an `async-update` of several operands). On an upgrade, see that it prints dropless
+    experts on a v6e.
+
+    Raises:
+        RuntimeError: when jaxlib does not know an instruction.
+    """
+    import jaxlib
+
+    try:
+        return compiled.as_text()
+    except RuntimeError as error:  # jaxlib's errors are all of this class
+        raise RuntimeError(
+            f"jaxlib {jaxlib.__version__} compiled the program, and cannot print it: "
+            "the compiler is newer. Install a newer jax and jaxlib. "
+            f"Received: {str(error).splitlines()[0]}"
+        ) from error
+
+
 def hlo_as_text(hlo: bytes) -> str:
     """Returns the text of a serialized HLO module.
 

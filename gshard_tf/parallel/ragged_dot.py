@@ -16,7 +16,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from gshard_tf.parallel import ragged_dot_tpu
-from gshard_tf.parallel.loop_state import zeros
 from gshard_tf.parallel.permutations import stable_order
 
 #: Rows of the largest and the smallest full block.
@@ -100,7 +99,7 @@ def _row_by_row(rows: Any, matrices: Any, sizes: Any) -> Any:
 
     ends = jnp.cumsum(sizes)
     _, width, hidden = matrices.shape
-    outputs = zeros((rows.shape[0], hidden), rows.dtype, rows, matrices)
+    outputs = _zeros((rows.shape[0], hidden), rows.dtype, rows, matrices)
 
     def add(total, row, group, start, count):
         # In one pass, which fuses with the reading of the matrix.
@@ -134,7 +133,7 @@ def _in_blocks(rows: Any, matrices: Any, sizes: Any, spare: int) -> Any:
     blocks = _Blocks(rows.shape[0], sizes, spare)
     rows, count = blocks.pad(rows), rows.shape[0]
     shape = (rows.shape[0], matrices.shape[2])
-    outputs = zeros(shape, rows.dtype, rows, matrices)
+    outputs = _zeros(shape, rows.dtype, rows, matrices)
 
     def one_block(outputs, matrix, block):
         product = jnp.einsum("RM,MH->RH", block.of(rows), matrix)
@@ -162,7 +161,7 @@ def _gradients_in_blocks(
     blocks = _Blocks(rows.shape[0], sizes, spare)
     rows, d_outputs, count = blocks.pad(rows), blocks.pad(d_outputs), rows.shape[0]
     arrays = (rows, matrices, d_outputs)
-    d_rows, d_matrices = (zeros(x.shape, x.dtype, *arrays) for x in arrays[:2])
+    d_rows, d_matrices = (_zeros(x.shape, x.dtype, *arrays) for x in arrays[:2])
 
     def one_block(d_rows, matrix, block):
         """Its part of both."""
@@ -190,6 +189,18 @@ def _gradients_in_blocks(
 
     d_rows, d_matrices = blocks.for_each((d_rows, d_matrices), last_block, full_blocks)
     return d_rows[:count], d_matrices
+
+
+def _zeros(shape: tuple, dtype: Any, *arrays: Any) -> Any:
+    """Zeros, which differ between the devices of a manual region where `arrays` do.
+
+    jax wants the state of a loop to begin as it goes on.
+    """
+    from jax import numpy as jnp
+
+    never = jnp.zeros((), bool)
+    zero = sum(jnp.where(never, array.reshape(-1)[0], 0) for array in arrays)
+    return jnp.full(shape, zero, dtype)
 
 
 class _Block(NamedTuple):

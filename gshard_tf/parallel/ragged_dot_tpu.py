@@ -9,8 +9,6 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from gshard_tf.parallel.loop_state import zeros
-
 #: Rows of a tile: an eighth of an even load, so that few are computed in vain, between
 #: the least and the most.
 LEAST, MOST = 128, 512
@@ -19,7 +17,7 @@ COLUMNS = (512, 256, 128)
 
 
 def fits(rows: Any, matrices: Any) -> bool:
-    """Whether the kernels can multiply these: by their widths and dtypes."""
+    """Returns whether the kernels can multiply these, by their widths and dtypes."""
     return (
         isinstance(rows.shape[0], int)
         and all(_columns(width) for width in matrices.shape[1:])
@@ -239,18 +237,20 @@ def _call(
 ) -> Callable:
     """The kernel as a function of two arrays."""
     import jax
+    from jax import numpy as jnp
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import tpu as pltpu
+
+    def result(*inputs):
+        """Has its shape, and differs between devices where one of the inputs does."""
+        return jnp.full(out_shape, sum(x.reshape(-1)[0] for x in inputs), dtype)
 
     def call(left, right):
         inputs = (*visits, left, right)
         size = math.prod(out_shape) * dtype.itemsize
         return pl.pallas_call(
             kernel,
-            # Between the devices of a manual region it differs where they do.
-            out_shape=jax.eval_shape(
-                lambda *inputs: zeros(out_shape, dtype, *inputs), *inputs
-            ),
+            out_shape=jax.eval_shape(result, *inputs),
             grid_spec=pltpu.PrefetchScalarGridSpec(
                 num_scalar_prefetch=len(visits),
                 grid=grid,

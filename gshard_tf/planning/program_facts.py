@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from gshard_tf.compat.jax_hlo import compiled_as_text
 from gshard_tf.hlo import parser
 from gshard_tf.hlo.collectives import collectives
 from gshard_tf.hlo.flops import flops_by_operation
@@ -32,7 +33,7 @@ def program_facts(
             "time": None,
             "unknown_loops": [name for name, n in loops.items() if n is None],
         }
-    module = parser.parse(program.compiled.as_text())
+    module = parser.parse(compiled_as_text(program.compiled))
     by_layer: dict[str, float] = {}
     for op_name, flops in flops_by_operation(module, loops).items():
         layer = layers.layer_of(op_name)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from gshard_tf.compat.jax_hlo import call_hlo, hlo_as_text
+from gshard_tf.compat.jax_hlo import call_hlo, compiled_as_text, hlo_as_text
 from gshard_tf.compat.xla import compiler_options, operation_that_failed
 from gshard_tf.hlo import parser
 from gshard_tf.hlo.collectives import Collective, collectives
@@ -176,7 +176,7 @@ class SpmdProgram:
     def collectives(self) -> list[Collective]:
         """Returns the communication of the compiled program, in program order."""
         loops = parser.parse(hlo_as_text(self.step.hlo)).loops()
-        return collectives(self.compiled.as_text(), loops)
+        return collectives(compiled_as_text(self.compiled), loops)
 
     def argument_bytes(self) -> list[tuple[str, int, int]]:
         """Returns path, bytes and bytes per device of each captured variable.

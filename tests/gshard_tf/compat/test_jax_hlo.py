@@ -2,9 +2,10 @@
 
 import jax
 import numpy as np
+import pytest
 import tensorflow as tf
 
-from gshard_tf.compat.jax_hlo import call_hlo, hlo_as_text
+from gshard_tf.compat.jax_hlo import call_hlo, compiled_as_text, hlo_as_text
 from gshard_tf.spmd import lowering
 
 
@@ -24,3 +25,13 @@ def test_a_module_is_called_in_a_traced_function():
 def test_the_text_names_the_operations():
     text = hlo_as_text(module())
     assert text.startswith("HloModule") and "op_name=" in text
+
+
+class FromANewerCompiler:
+    def as_text(self):
+        raise jax.errors.JaxRuntimeError("INTERNAL: an async-update\nof 3 operands")
+
+
+def test_a_program_that_cannot_be_printed_says_what_to_do():
+    with pytest.raises(RuntimeError, match="newer jax and jaxlib.*an async-update$"):
+        compiled_as_text(FromANewerCompiler())
