@@ -15,8 +15,10 @@ alternating, medians of ratios:
 * dropless: the layer with dropless dispatch, its routing forced, over batched products
   of as many rows, with even experts and where a tenth of them get half of the rows
   (`dropless_over_gemm`, the largest ratio);
-* decoding: one token at a time through 64 experts, by each dispatcher, over a dense
-  layer of as many FLOPs (`decoding_over_dense`, that of dropless dispatch).
+* decoding: one token at a time through 64 experts, by each dispatcher, over dense
+  layers of as many FLOPs, in turn, so that their weights come from memory, too
+  (`decoding_over_dense`, that of dropless dispatch); and over one, whose weights a
+  large cache keeps.
 
 About 15 minutes on two cores. `--part dropless` runs one of the five. `--quick` runs
 tiny sizes, whose figures say nothing but that the script runs.
@@ -37,6 +39,7 @@ from benchmarks.harness.command_line import circumstances, make_parser, say
 from benchmarks.moe.steps import (
     Shape,
     decoding_side,
+    dense_decoding_side,
     dropless_side,
     in_tensorflow,
     layer_side,
@@ -70,6 +73,8 @@ TINY = Shape(experts=4, model_dim=16, hidden_dim=32, groups=2, group_size=32)
 #: Two choices for each token, and as many rows in each expert's products.
 DROPLESS = [Shape(experts=e, hidden_dim=1024) for e in (8, 16, 32, 64)]
 DECODING = Shape(experts=64)
+#: Dense layers that take turns.
+LAYERS = 16
 TINY_SWEEP = {"experts": [2], "group_size": [16]}
 
 
@@ -162,7 +167,8 @@ def dropless(shapes: list[Shape], rounds: int) -> list[dict[str, Any]]:
 
 def decoding(shape: Shape, rounds: int) -> dict[str, Any]:
     sides = {
-        "dense": decoding_side(shape, None),
+        "dense": dense_decoding_side(shape, LAYERS),
+        "one dense": dense_decoding_side(shape, 1),
         "dropless": decoding_side(shape, "dropless"),
         "index": decoding_side(shape, "index"),
     }
@@ -170,6 +176,7 @@ def decoding(shape: Shape, rounds: int) -> dict[str, Any]:
     row = dataclasses.asdict(shape) | {
         "dropless_over_dense": timing.ratio(times, "dropless", "dense"),
         "index_over_dense": timing.ratio(times, "index", "dense"),
+        "dropless_over_one_dense": timing.ratio(times, "dropless", "one dense"),
         "dense_s": timing.median(times, "dense"),
     }
     say(f"decoding: {row}")

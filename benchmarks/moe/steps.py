@@ -133,30 +133,49 @@ def dropless_side(shape: Shape, skewed: bool) -> Side:
     return in_tensorflow(step, arguments, jit=True)
 
 
-def decoding_side(shape: Shape, dispatcher: str | None, tokens: int = 32) -> Side:
+def decoding_side(shape: Shape, dispatcher: str, tokens: int = 32) -> Side:
     """Tokens one after the other, each a batch of its own, under TensorFlow's jit.
 
     Args:
         shape: The sizes; tokens choose two experts.
-        dispatcher: Of `MoELayer`; None: a dense layer of as many FLOPs, twice as wide.
+        dispatcher: Of `MoELayer`.
         tokens: Their number.
     """
-    if dispatcher is None:
-        layer, options = FeedForward(2 * shape.hidden_dim, seed=0), {}
-    else:
-        router = {"kind": "top_k", "k": 2}
-        layer = MoELayer(
-            shape.experts,
-            shape.hidden_dim,
-            router=router,
-            dispatcher=dispatcher,
-            seed=0,
-        )
-        options = {"decoding": True}
+    layer = MoELayer(
+        shape.experts,
+        shape.hidden_dim,
+        router={"kind": "top_k", "k": 2},
+        dispatcher=dispatcher,
+        seed=0,
+    )
+    step = _one_token(layer, shape, decoding=True)
+    return _token_by_token([step], shape, tokens)
+
+
+def dense_decoding_side(shape: Shape, layers: int, tokens: int = 32) -> Side:
+    """The same through dense layers of as many FLOPs, twice as wide.
+
+    Args:
+        shape: The sizes.
+        layers: Their number. Tokens go through them in turn. The weights of one stay in
+            a large cache, as they do not in a model of many layers.
+        tokens: Their number.
+    """
+    steps = [
+        _one_token(FeedForward(2 * shape.hidden_dim, seed=i), shape)
+        for i in range(layers)
+    ]
+    return _token_by_token(steps, shape, tokens)
+
+
+def _one_token(layer: Any, shape: Shape, **options: Any) -> Callable:
     layer.build((1, 1, shape.model_dim))
-    step = tf.function(lambda x: layer(x, **options), jit_compile=True, autograph=False)
+    return tf.function(lambda x: layer(x, **options), jit_compile=True, autograph=False)
+
+
+def _token_by_token(steps: Sequence[Callable], shape: Shape, tokens: int) -> Side:
     inputs = [tf.constant(normal(i, 1, 1, shape.model_dim)) for i in range(tokens)]
-    return lambda: [step(x) for x in inputs]
+    return lambda: [steps[i % len(steps)](x) for i, x in enumerate(inputs)]
 
 
 def matmul_step(
