@@ -97,14 +97,14 @@ def _keras_step(layer: Any, call: Callable) -> Callable:
             y = call(x)
             losses = [tf.cast(loss, tf.float32) for loss in layer.losses]
             aux = tf.add_n(losses) if losses else tf.zeros([])
-        weights = [getattr(w, "value", w) for w in layer.trainable_variables]
-        weights = [w() if callable(w) else w for w in weights]
-        gradients = tape.gradient(
-            [y, aux],
-            [x, *weights],
-            [dy, tf.ones([])],
-            unconnected_gradients=tf.UnconnectedGradients.ZERO,
-        )
+        # In Keras 3 `value` is a tf.Variable; in Keras 2 each is one, and `value` reads.
+        weights = [
+            weight if isinstance(weight, tf.Variable) else weight.value
+            for weight in layer.trainable_variables
+        ]
+        gradients = tape.gradient([y, aux], [x, *weights], [dy, tf.ones([])])
+        if any(gradient is None for gradient in gradients):
+            raise RuntimeError("A block must have gradients for all of its weights.")
         return [y, aux, *gradients]
 
     return step
