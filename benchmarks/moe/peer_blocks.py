@@ -97,7 +97,7 @@ def _keras_step(layer: Any, call: Callable) -> Callable:
             y = call(x)
             losses = [tf.cast(loss, tf.float32) for loss in layer.losses]
             aux = tf.add_n(losses) if losses else tf.zeros([])
-        # In Keras 3 `value` is a tf.Variable; in Keras 2 each is one, and `value` reads.
+        # `value` is a tf.Variable in Keras 3; in Keras 2 each weight is one.
         weights = [
             weight if isinstance(weight, tf.Variable) else weight.value
             for weight in layer.trainable_variables
