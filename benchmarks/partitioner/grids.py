@@ -183,10 +183,11 @@ GRIDS = [
                 "expert": "x",
             }
         },
-        # Room for all choices of the two devices that share the experts, there and
-        # back, twice; 4 experts' gradients over the 4 devices that have them.
+        # A quarter more than an even load of choices between two devices that share
+        # experts, there and back, twice, and as much in the loops of further rounds,
+        # which count once; 4 experts' gradients over the 4 devices that have them.
         {
-            "all-to-all": 4 * 2 * 2 * TOKENS // 8,
+            "all-to-all": 4 * 2 * 2 * TOKENS // 8 * 5 // 4,
             "all-reduce": 4 * FFN + ROUTER + SCALE,
         },
         # Room for all choices of two devices, twice an equal share: inputs and the
