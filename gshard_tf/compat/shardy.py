@@ -81,12 +81,12 @@ def to_shardy(module: Any, mesh_axes: Mapping[str, int]) -> None:
             _constrain_body(loop, shardings)
         places = functools.cache(_places)
         regions, seen = [], set()
-        for enter in enters:
-            if enter not in seen:
-                regions.append(_Region(enter, places(enter.block)))
-                seen.update(regions[-1].enters)
-        if sum(len(region.leaves) for region in regions) != len(leaves):
-            raise _unknown("a manual region that nothing enters")
+        # A region that only leaves has no argument, as where it computes of the place of
+        # the device alone.
+        for border in (*enters, *leaves):
+            if border not in seen:
+                regions.append(_Region(border, places(border.block)))
+                seen.update(regions[-1].enters, regions[-1].leaves)
         functions = {_name(function): function for function in found["func.func"]}
         for region in regions:
             _enclose(region, shardings)
@@ -189,13 +189,13 @@ class _Region:
         leaves: Those whose operands are the parts of its results.
 
     Args:
-        enter: One of those at which it is entered.
+        border: One of those at which it is entered or left.
         places: The place of each operation in the block.
     """
 
-    def __init__(self, enter: Any, places: Mapping[Any, int]):
-        found, todo = {enter}, [enter]
-        block = enter.block
+    def __init__(self, border: Any, places: Mapping[Any, int]):
+        found, todo = {border}, [border]
+        block = border.block
         while todo:
             op = todo.pop()
             target = _target(op)

@@ -106,6 +106,30 @@ def test_gradients_are_those_of_tensorflow():
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
+def test_a_gradient_may_need_nothing_but_the_place_of_the_device():
+    """So a region that nothing enters computes what another one keeps for it."""
+
+    def scaled(x):
+        return x * (1.0 + lax.axis_index(gshard_tf.mesh_axis("batch")))
+
+    region = gshard_tf.manual(scaled, [("batch", None)], ("batch", None))
+
+    def gradient(x):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = region(x)
+        return y, tape.gradient(y, x)
+
+    strategy = parity.strategy_of(
+        {"data": 4}, rules=gshard_tf.AxisRules({"batch": "data"})
+    )
+    x = tf.random.normal([8, 3], seed=0)
+    y, d_x = strategy.run(tf.function(gradient), args=(x,))
+    factor = np.repeat([1.0, 2.0, 3.0, 4.0], 2)[:, None]
+    np.testing.assert_allclose(y, factor * x, rtol=1e-6)
+    np.testing.assert_allclose(d_x, np.broadcast_to(factor, [8, 3]))
+
+
 def test_it_is_planned_without_memory_or_devices():
     spec = tf.TensorSpec
     plan = gshard_tf.plan(_model, "cpu:8", batch=(spec([64, 4]), spec([64, 1])))
