@@ -81,8 +81,7 @@ def to_shardy(module: Any, mesh_axes: Mapping[str, int]) -> None:
             _constrain_body(loop, shardings)
         places = functools.cache(_places)
         regions, seen = [], set()
-        # A region that only leaves has no argument, as where it computes of the place of
-        # the device alone.
+        # A region that nothing enters computes of the place of the device alone.
         for border in (*enters, *leaves):
             if border not in seen:
                 regions.append(_Region(border, places(border.block)))

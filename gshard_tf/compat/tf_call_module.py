@@ -26,6 +26,9 @@ from tensorflow.compiler.tf2xla.python.xla import (
 from gshard_tf.compat.keras_models import in_symbolic_scope
 from gshard_tf.compat.tf_gradients import gradient_scope
 
+# Calls that jax does not promise to read from a file of another version. A step is
+# lowered and compiled by one; of a SavedModel the user is told (see `manual`).
+_UNPROMISED = ("ragged_all_to_all",)
 # The version of StableHLO that modules are written in. jax's own is newer than what an
 # older TensorFlow reads (2.21 does not read that of jax 0.12).
 _STABLEHLO = "1.10.0"
@@ -183,7 +186,13 @@ def _export(fn: Callable, specs: list, platform: str | None) -> _Program:
         config.traceback_in_locations_limit(0),
     ):
         try:
-            exported = export.export(jax.jit(traced), platforms=[platform])(*specs)
+            exported = export.export(
+                jax.jit(traced),
+                platforms=[platform],
+                disabled_checks=[
+                    export.DisabledSafetyCheck.custom_call(name) for name in _UNPROMISED
+                ],
+            )(*specs)
         except _unknown_size_error() as error:
             raise ValueError(
                 "A function of jax must not need to know an unknown batch size, as "

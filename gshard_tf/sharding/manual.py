@@ -72,6 +72,8 @@ def manual(fn: Callable, in_axes: Sequence[Axes], out_axes: Any) -> Callable:
     `fn` is a function of jax. It gets a device's part of each array, and communicates
     by `jax.lax.ppermute`, `all_to_all`, `psum` and so on, over `mesh_axis(name)`.
     Nothing else is communicated. It is `jax.shard_map` by logical axes, for any layer.
+    `jax.lax.ragged_all_to_all` is for TPUs and GPUs, and not for an axis of size 1; jax
+    does not promise that a later version reads a saved program with it.
 
     Without a mesh, in eager mode and while Keras infers shapes, `fn` gets the whole
     arrays, and each axis has size 1; so it must take the number of devices from

@@ -1,6 +1,7 @@
 """Manual regions: what each device computes and sends is what the function says."""
 
 import collections
+import importlib.util
 
 import jax.numpy as jnp
 import keras
@@ -9,6 +10,7 @@ import parity
 import pytest
 import tensorflow as tf
 from jax import lax
+from processes import run_python
 
 import gshard_tf
 
@@ -201,3 +203,44 @@ def test_errors():
         typo(tf.ones([2]))
     with pytest.raises(ValueError, match="must divide by its 8 devices"):
         parity.strategy_of(8).run(tf.function(region), args=(tf.ones([12, 2]),))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="needs libtpu: the extra aot"
+)
+def test_a_ragged_all_to_all_compiles_for_a_tpu():
+    printed = run_python(
+        """
+        import jax, keras, tensorflow as tf
+        from jax import lax, numpy as jnp
+        import gshard_tf
+
+        def exchange(x):
+            axis = gshard_tf.mesh_axis("batch")
+            devices, rows = lax.axis_size(axis), x.shape[0]
+            if devices == 1:
+                return x
+            each = jnp.full([devices], rows // devices, jnp.int32)
+            here = jnp.full([devices], lax.axis_index(axis), jnp.int32)
+            return lax.ragged_all_to_all(
+                x, jnp.zeros_like(x), jnp.cumsum(each) - each, each,
+                here * (rows // devices), each, axis_name=axis,
+            )
+
+        class Exchange(keras.layers.Layer):
+            def call(self, x):
+                return gshard_tf.manual(exchange, [("batch", None)], ("batch", None))(x)
+
+        def build():
+            layers = [keras.Input([256]), keras.layers.Dense(256), Exchange()]
+            model = keras.Sequential(layers, name="model")
+            model.compile("sgd", "mse")
+            return model
+
+        x = tf.TensorSpec([512, 256])
+        plan = gshard_tf.plan(build, "v5e:2x4", batch=(x, x), cache=False)
+        print(plan.count("ragged-all-to-all"))
+        """
+    )
+    assert printed.split()[-1] == "2"  # there, and the gradient back
