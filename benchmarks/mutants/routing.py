@@ -388,4 +388,42 @@ MUTANTS = (
         (f"{_RAGGED_DOT}::test_few_rows",),
         "the first of a few rows of a group is multiplied by the matrix before",
     ),
+    Mutant(
+        "gshard_tf/parallel/ragged_dot.py",
+        "inside = (row >= start) & (row < self.ends[group])",
+        "inside = row < self.ends[group]",
+        (f"{_RAGGED_DOT}::test_a_group_of_many_times_the_others",),
+        "a block at the end of the array takes rows of the group before, too",
+    ),
+    Mutant(
+        "gshard_tf/parallel/ragged_dot.py",
+        "start = start + count * size",
+        "start = start + count * even",
+        (f"{_RAGGED_DOT}::test_a_group_of_many_times_the_others",),
+        "rows after the larger blocks are multiplied again",
+    ),
+    Mutant(
+        "gshard_tf/parallel/ragged_dot_tpu.py",
+        "(row >= start[group[visit]]) & (row < end[group[visit]])",
+        "row < end[group[visit]]",
+        (f"{_RAGGED_DOT}::test_kernels_of_a_tpu",),
+        "a tile of a TPU counts the rows of the groups before for its own",
+    ),
+    Mutant(
+        "gshard_tf/parallel/ragged_dot_tpu.py",
+        "tiles = jnp.maximum(tiles, 1)",
+        "tiles = tiles + 0",
+        (f"{_RAGGED_DOT}::test_kernels_of_a_tpu",),
+        "gradients of experts without rows are left as they were in memory",
+    ),
+    Mutant(
+        "gshard_tf/compat/shardy.py",
+        "for border in (*enters, *leaves):",
+        "for border in enters:",
+        (
+            "tests/gshard_tf/sharding/test_manual.py::"
+            "test_a_gradient_may_need_nothing_but_the_place_of_the_device",
+        ),
+        "a manual region without arguments keeps annotations of GSPMD",
+    ),
 )
