@@ -50,11 +50,21 @@ def stacked_initializer(each: Sequence[keras.Variable]) -> Callable:
     return initializer
 
 
-def stacked_regularizer(regularizer: Callable | None) -> Callable | None:
+class _StackedRegularizer(keras.regularizers.Regularizer):
+    """A regularizer of each slice by itself. Keras 3.13 takes no other callable."""
+
+    def __init__(self, regularizer: Callable):
+        self.regularizer = regularizer
+
+    def __call__(self, stacked: tf.Tensor) -> tf.Tensor:
+        return tf.add_n([self.regularizer(w) for w in tf.unstack(stacked)])
+
+
+def stacked_regularizer(
+    regularizer: Callable | None,
+) -> keras.regularizers.Regularizer | None:
     """Returns a regularizer of each slice by itself."""
-    if regularizer is None:
-        return None
-    return lambda stacked: tf.add_n([regularizer(w) for w in tf.unstack(stacked)])
+    return None if regularizer is None else _StackedRegularizer(regularizer)
 
 
 def stacked_constraint(constraint: Callable | None) -> Callable | None:

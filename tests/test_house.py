@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from installed_versions import JAX
 from processes import PYTHONPATH, ROOT, run_python
 
 PACKAGES = ("gshard_tf", "keras_layers", "examples", "benchmarks")
@@ -196,6 +197,7 @@ def test_imports_keep_the_contracts():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.skipif(JAX < (0, 10), reason="types of older packages are wrong")
 def test_types():
     done = subprocess.run(
         [sys.executable, "-m", "mypy"], cwd=ROOT, capture_output=True, text=True

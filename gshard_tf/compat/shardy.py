@@ -80,7 +80,8 @@ def to_shardy(module: Any, mesh_axes: Mapping[str, int]) -> None:
         for loop in found["stablehlo.while"]:
             _constrain_body(loop, shardings)
         places = functools.cache(_places)
-        regions, seen = [], set()
+        regions: list[_Region] = []
+        seen: set[Any] = set()
         # A region that nothing enters computes of the place of the device alone.
         for border in (*enters, *leaves):
             if border not in seen:

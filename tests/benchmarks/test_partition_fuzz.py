@@ -9,6 +9,7 @@ import sys
 import keras
 import numpy as np
 import pytest
+from installed_versions import KERAS
 from processes import PYTHONPATH
 
 from benchmarks import partition_fuzz
@@ -36,6 +37,10 @@ op_sharding.constrain = planted
 """
 
 
+#: The release of Keras that the tables are of. An older one lacks some.
+NEWEST = (3, 15)
+
+
 def listed(excluded):
     return set(" ".join(excluded.values()).split())
 
@@ -46,7 +51,8 @@ def test_every_keras_op_is_covered_or_excluded():
     public = {name for name in dir(keras.ops) if not name.startswith("_")}
     missing = {n for n in public - excluded if not re.search(rf"ops\.{n}\b", text)}
     assert not missing
-    assert excluded <= public, "excluded, and Keras does not have it"
+    if KERAS >= NEWEST:
+        assert excluded <= public, "excluded, and Keras does not have it"
 
 
 def test_every_keras_layer_is_covered_or_excluded():
@@ -61,7 +67,8 @@ def test_every_keras_layer_is_covered_or_excluded():
     # (Conv2D is Convolution2D as well.)
     missing = {n for n in public.keys() - excluded if public[n] not in covered}
     assert not missing
-    assert excluded <= set(public), "excluded, and Keras does not have it"
+    if KERAS >= NEWEST:
+        assert excluded <= set(public), "excluded, and Keras does not have it"
 
 
 def test_a_seed_is_a_case():
@@ -101,7 +108,7 @@ def test_differences():
 def test_a_few_cases():
     found = partition_fuzz.fuzz(minutes=10, seed=0, cases=4)
     assert found["cases"] >= 3
-    assert found["ok"] >= 3
+    assert found["ok"] >= (3 if KERAS >= NEWEST else 2)  # one draws a newer layer
     assert found["wrong"] == found["crashed"] == 0, found["failures"]
 
 

@@ -85,7 +85,8 @@ def test_a_stack_without_microbatches_has_no_stages():
 
 def test_dropless_experts_are_an_error_before_any_plan():
     options = {"num_experts": 4, "moe_options": {"dispatcher": "dropless"}}
-    with pytest.raises(ValueError, match="A manual region .* is none"):
+    # The Keras of version 3.13 says that the model cannot be built, and why.
+    with pytest.raises((ValueError, RuntimeError), match="A manual region .* is none"):
         survey_of(lambda: stack(units=1, **options))
 
 

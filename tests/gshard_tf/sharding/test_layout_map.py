@@ -9,6 +9,7 @@ import keras
 import numpy as np
 import parity
 import pytest
+from installed_versions import KERAS
 from processes import run_python
 
 import gshard_tf
@@ -30,8 +31,10 @@ def make_map(shape=(2, 2)):
     layout_map[".*down/kernel"] = ("model", None)
     return layout_map
 
-# Of no weight, and slots are as their weights.
-SLOT = "sgd/up_kernel_momentum"
+# Of no weight, and slots are as their weights. In an older Keras the name is "SGD".
+# (An SGD made here would take the name of the model's.)
+SLOT = "sgd" if keras.optimizers.Adam().name == "adam" else "SGD"
+SLOT += "/up_kernel_momentum"
 
 def make_model():
     tokens = keras.Input((6,), dtype="int32")
@@ -115,11 +118,12 @@ def test_trains_as_one_device():
 
 def test_a_pattern_that_matches_nothing_and_two_that_match_one():
     layout_map = make_map()
-    layout_map["up/kern"] = (None, "batch")  # not the whole path
-    strategy, model = on_mesh(layout_map)
-    assert "The path pattern 'up/kern' matched no weight." in (
-        strategy.describe(model).warnings
-    )
+    if KERAS >= (3, 15):  # in older ones a pattern may match a part of a path
+        layout_map["up/kern"] = (None, "batch")
+        strategy, model = on_mesh(layout_map)
+        assert "The path pattern 'up/kern' matched no weight." in (
+            strategy.describe(model).warnings
+        )
     layout_map["up/.*"] = (None, "batch")
     strategy, model = on_mesh(layout_map)
     # Keras's own words.

@@ -356,7 +356,9 @@ def test_describe_is_a_readable_table():
         paths=[(".*/kernle", ("expert", None))],
     )
     strategy, model = optimized(ELEMENTWISE["momentum"], rules=rules)
-    assert str(strategy.describe(model)) == (
+    # In an older Keras the name is "SGD".
+    text = str(strategy.describe(model)).replace(f"{model.optimizer.name}/", "sgd/")
+    assert text == (
         """\
 weight                                shape   layout      bytes/device  decided by
 -------------------------------------------------------------------------------------------------

@@ -38,6 +38,10 @@ OPTIMIZERS = {
     ),
     "LossScaleOptimizer": lambda: K.LossScaleOptimizer(K.Adagrad(1e-1)),
 }
+# Those that an older Keras lacks.
+for _name in ("ScheduleFreeAdamW", "MultiOptimizer"):
+    if not hasattr(K, _name):
+        del OPTIMIZERS[_name]
 
 
 class OneHotEmbedding(keras.layers.Embedding):

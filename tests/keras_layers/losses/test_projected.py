@@ -117,7 +117,7 @@ def train(block, axes=None, rules=None):
         x = keras.layers.Dense(WIDTH, activation="tanh")(x)
         head = VocabularyProjection(VOCAB, block_length=block if packed else None)
         y = head(x, labels) if packed else head(x)
-        model = keras.Model([ids, labels], y)
+        model = keras.Model([ids, labels] if packed else [ids], y)
         options = {"ignore_class": 3, "from_statistics": packed}
         model.compile(
             keras.optimizers.SGD(0.5),
@@ -131,9 +131,8 @@ def train(block, axes=None, rules=None):
     ids[:, 28:] = 0
     ids[:4, ::3] = 3
     labels = np.roll(ids, 1, 1)
-    history = model.fit(
-        [ids, labels], labels, batch_size=16, epochs=2, verbose=0
-    ).history
+    inputs = [ids, labels] if packed else [ids]
+    history = model.fit(inputs, labels, batch_size=16, epochs=2, verbose=0).history
     (program,) = strategy.programs
     return history, program
 
