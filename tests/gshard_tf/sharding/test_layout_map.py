@@ -17,6 +17,7 @@ from gshard_tf.sharding.neighbors import splits_against_neighbors
 
 # Also run by a process whose Keras is on jax.
 MODEL = """
+import inspect
 import keras
 
 def make_map(shape=(2, 2)):
@@ -33,8 +34,8 @@ def make_map(shape=(2, 2)):
 
 # Of no weight, and slots are as their weights. In an older Keras the name is "SGD".
 # (An SGD made here would take the name of the model's.)
-SLOT = "sgd" if keras.optimizers.Adam().name == "adam" else "SGD"
-SLOT += "/up_kernel_momentum"
+DEFAULT = inspect.signature(keras.optimizers.SGD).parameters["name"].default
+SLOT = f"{DEFAULT or 'sgd'}/up_kernel_momentum"
 
 def make_model():
     tokens = keras.Input((6,), dtype="int32")
