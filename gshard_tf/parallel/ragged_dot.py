@@ -3,7 +3,8 @@
 `jax.lax.ragged_dot` in blocks. jax expands its own on a CPU, into products of all rows
 with all matrices, and a step that is compiled from HLO cannot have it: the way from
 HLO to StableHLO lacks the operation. Here the rows of each group are multiplied in
-blocks, in loops as long as they must be, so a group without rows costs nothing.
+blocks, in loops as long as they must be, so a group without rows costs nothing. (For a
+TPU there are kernels, in `ragged_dot_tpu`.)
 
 A block's matrix is copied first: XLA's CPU compiler multiplies no part of an array
 where it lies. That is a small part of the time with many rows and most of it with a

@@ -17,9 +17,10 @@ COLUMNS = (512, 256, 128)
 
 
 def fits(rows: Any, matrices: Any) -> bool:
-    """Returns whether the kernels can multiply these, by their widths and dtypes."""
+    """Returns whether the kernels can multiply these, by their shapes and dtypes."""
     return (
         isinstance(rows.shape[0], int)
+        and rows.shape[0] > 0
         and all(_columns(width) for width in matrices.shape[1:])
         and rows.dtype == matrices.dtype
         and rows.dtype.name in ("float32", "bfloat16")
