@@ -10,7 +10,6 @@ pytestmark = pytest.mark.skipif(
 )
 
 CODE = """
-    import sys
     import keras, tensorflow as tf
     import gshard_tf
     from keras_layers import MoELayer
@@ -53,7 +52,7 @@ CODE = """
             "mixed_bfloat16",
             {"expert": 4, "model": 2},
             {"batch": "expert", "group": "expert", "expert": "expert", "mlp": "model"},
-            17 / 16,  # a tile of 16 has rows of both experts of a core
+            17 / 16,  # one of 16 tiles has rows of both experts of a core
             marks=pytest.mark.slow,
         ),
     ],
